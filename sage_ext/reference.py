@@ -1,0 +1,198 @@
+"""Every op of sage_ext in plain PyTorch, written for reading.
+
+These functions define what the kernels compute: the tests compare the kernels with them in float64, the benchmarks call
+them "eager", and a device without kernels runs them. They assume well-formed arguments; `sage_ext.functional` checks.
+docs/math.md derives each formula; names are the same there, here and in csrc/math/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Largest log-ratio of one stage's evidence to the best possible stage's. It bounds d confidence / d stage where a stage
+# of probability zero would explain the frame better than every possible one; no value that is used depends on it.
+MAX_LOG_RATIO = 60.0
+
+
+# ---------------------------------------------------------------------------------------------------- stage_filter
+def stage_filter(
+    emission: Tensor, transition: Tensor, initial: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Forward pass of a hidden Markov model. See `sage_ext.functional.stage_filter`."""
+    batch, frames, stages = emission.shape
+    log_a = F.log_softmax(transition, dim=1)
+    belief = emission.new_zeros(batch, stages) if initial is None else initial.expand(batch, stages)
+    belief = F.log_softmax(belief, dim=-1)
+    posterior = []
+    for t in range(frames):
+        prior = torch.logsumexp(belief[:, :, None] + log_a, dim=1)
+        evidence = emission[:, t]
+        if mask is not None:
+            evidence = torch.where(mask[:, t, None], evidence, 0.0)
+        belief = F.log_softmax(prior + evidence, dim=-1)
+        posterior.append(belief.exp())
+    return (torch.stack(posterior, 1) if frames else emission.clone()), belief
+
+
+# ---------------------------------------------------------------------------------------------- reliability_fusion
+def _log_mixture(stage: Tensor, log_p: Tensor) -> Tensor:
+    """log sum_s stage[s] exp(log_p[s]), with gradients that stay finite where stage[s] = 0."""
+    possible = log_p.detach().masked_fill(stage <= 0, -torch.inf)
+    peak = possible.amax(-1, keepdim=True)
+    peak = torch.where(peak.isfinite(), peak, 0.0)
+    ratio = (log_p - peak).clamp(max=MAX_LOG_RATIO).exp()
+    return peak.squeeze(-1) + (stage * ratio).sum(-1).log()
+
+
+def reliability_fusion(
+    values: Sequence[Tensor],
+    reliability: Tensor,
+    stage: Tensor | None = None,
+    *,
+    log_temperature: Tensor | None = None,
+    bias: Tensor | None = None,
+    sharpness: Tensor | None = None,
+    present: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage-adaptive, calibrated, reliability-weighted sum. See `sage_ext.functional.reliability_fusion`."""
+    dtype = values[0].dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    reliability = reliability.to(compute)
+    stages = reliability.shape[-1]
+
+    logit = reliability  # (*, M, S)
+    if log_temperature is not None:
+        logit = logit * torch.exp(-log_temperature.to(compute))
+    if bias is not None:
+        logit = logit + bias.to(compute)
+    if present is not None:
+        logit = torch.where(present[..., None], logit, 0.0)
+    stage = reliability.new_full((stages,), 1.0 / stages) if stage is None else stage.to(compute)
+    stage = stage[..., None, :]  # (*, 1, S), against (*, M, S)
+
+    confidence = (stage * torch.sigmoid(logit)).sum(-1)  # (*, M)
+    log_odds = _log_mixture(stage, F.logsigmoid(logit)) - _log_mixture(stage, F.logsigmoid(-logit))
+    score = log_odds if sharpness is None else log_odds * sharpness.to(compute)
+    if present is None:
+        weights = torch.softmax(score, -1)
+    else:
+        score = score.masked_fill(~present, -torch.inf)
+        any_present = present.any(-1, keepdim=True)
+        weights = torch.softmax(torch.where(any_present, score, 0.0), -1) * any_present
+        confidence = confidence * present
+
+    fused = torch.zeros_like(values[0], dtype=compute)
+    for m, value in enumerate(values):
+        x = value.to(compute)
+        if present is not None:
+            x = torch.where(present[..., m, None], x, 0.0)
+        if norm_weight is not None and norm_bias is not None:
+            x = F.layer_norm(x, x.shape[-1:], norm_weight[m].to(compute), norm_bias[m].to(compute), eps)
+        fused = fused + weights[..., m, None] * x
+    return fused.to(dtype), weights, confidence
+
+
+# --------------------------------------------------------------------------------------------- concordance (CCC)
+def ccc_moments(
+    pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch", state: Tensor | None = None
+) -> Tensor:
+    """Count, means and centred second moments of each group. See `sage_ext.functional.ccc_moments`."""
+    x, y = pred.double(), target.double()
+    valid = torch.ones_like(x) if mask is None else _expand_mask(mask, x).double()
+    if mask is not None:
+        x, y = torch.where(valid > 0, x, 0.0), torch.where(valid > 0, y, 0.0)
+    dims = (-2,) if pool == "sequence" else tuple(range(x.dim() - 1))
+    count = valid.sum(dims)  # (..., C)
+    scale = 1.0 / count.clamp(min=1)
+    mean_p, mean_t = (x * valid).sum(dims) * scale, (y * valid).sum(dims) * scale
+    dp = (x - (mean_p if pool == "batch" else mean_p.unsqueeze(-2))) * valid
+    dt = (y - (mean_t if pool == "batch" else mean_t.unsqueeze(-2))) * valid
+    moments = torch.stack(
+        [count, mean_p, mean_t, (dp * dp).sum(dims), (dt * dt).sum(dims), (dp * dt).sum(dims)], dim=-1
+    )
+    return moments if state is None else merge_moments(state, moments)
+
+
+def _expand_mask(mask: Tensor, like: Tensor) -> Tensor:
+    return (mask if mask.dim() == like.dim() else mask.unsqueeze(-1)).expand_as(like)
+
+
+def merge_moments(a: Tensor, b: Tensor) -> Tensor:
+    """Exact parallel merge of two (..., 6) moments (Chan, Golub & LeVeque 1979)."""
+    na, nb = a[..., 0], b[..., 0]
+    n = na + nb
+    share = nb / n.clamp(min=torch.finfo(a.dtype).tiny)  # of b; 0 where both are empty
+    dp, dt = b[..., 1] - a[..., 1], b[..., 2] - a[..., 2]
+    # An empty side's means are zeros, not data: take the other side's.
+    mean_p = torch.where(na > 0, a[..., 1] + dp * share, b[..., 1])
+    mean_t = torch.where(na > 0, a[..., 2] + dt * share, b[..., 2])
+    cross = na * share
+    return torch.stack(
+        [
+            n,
+            mean_p,
+            mean_t,
+            a[..., 3] + b[..., 3] + dp * dp * cross,
+            a[..., 4] + b[..., 4] + dt * dt * cross,
+            a[..., 5] + b[..., 5] + dp * dt * cross,
+        ],
+        dim=-1,
+    )
+
+
+def ccc_from_moments(moments: Tensor) -> Tensor:
+    """(..., C, 6) -> (..., C): Lin's concordance; 0 with gradient 0 where it is undefined."""
+    count, mean_p, mean_t, m2_p, m2_t, c_pt = moments.unbind(-1)
+    gap = mean_p - mean_t
+    denominator = m2_p + m2_t + count * gap * gap
+    defined = (count >= 2) & (denominator > 0)
+    return torch.where(defined, 2 * c_pt / torch.where(defined, denominator, 1.0), 0.0)
+
+
+def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch") -> Tensor:
+    """Concordance correlation coefficient, Lin 1989. See `sage_ext.functional.ccc`."""
+    return ccc_from_moments(ccc_moments(pred, target, mask, pool=pool)).to(pred.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- temporal_ccc
+def temporal_ccc(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    window: int | None = None,
+    halflife: float | None = None,
+) -> Tensor:
+    """Running concordance by definition: one weighted CCC a frame, at O(T) (window) or O(T^2) cost.
+
+    Chunk state is the kernels' business: run the whole sequence here.
+    """
+    x, y = pred.double(), target.double()
+    frames = x.shape[1]
+    valid = torch.ones_like(x) if mask is None else _expand_mask(mask, x).double()
+    x, y = torch.where(valid > 0, x, 0.0), torch.where(valid > 0, y, 0.0)
+    if window is not None:  # (B, T, C, window): the last `window` frames of each t, left-padded with invalid ones
+        pad = (0, 0, window - 1, 0)
+        x, y, w = (F.pad(v, pad).unfold(1, window, 1) for v in (x, y, valid))
+    else:  # (B, T, C, T): frame i seen from frame t
+        age = torch.arange(frames, device=x.device)[:, None] - torch.arange(frames, device=x.device)
+        w = (age >= 0).double() if halflife is None else torch.where(age >= 0, 0.5 ** (age.clamp(min=0) / halflife), 0.0)
+        x, y = (v.transpose(1, 2)[:, None] for v in (x, y))
+        w = w[:, None, :].double() * valid.transpose(1, 2)[:, None]
+    count = (w > 0).sum(-1)
+    total = w.sum(-1)
+    scale = 1.0 / torch.where(total > 0, total, 1.0)
+    mean_p, mean_t = (w * x).sum(-1) * scale, (w * y).sum(-1) * scale
+    dp, dt = x - mean_p[..., None], y - mean_t[..., None]
+    var_p, var_t = (w * dp * dp).sum(-1) * scale, (w * dt * dt).sum(-1) * scale
+    cov = (w * dp * dt).sum(-1) * scale
+    denominator = var_p + var_t + (mean_p - mean_t) ** 2
+    defined = (count >= 2) & (denominator > 0)
+    return torch.where(defined, 2 * cov / torch.where(defined, denominator, 1.0), 0.0).to(pred.dtype)
