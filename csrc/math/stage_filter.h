@@ -1,0 +1,83 @@
+// One frame of the causal Bayes filter over interaction stages (docs/math.md, "Stage filter").
+//
+//   prior[j]  = logsumexp_i(belief[i] + A[i][j])        A = log_softmax(transition)
+//   belief'   = log_softmax(prior + emission)
+//
+// The sum runs over probabilities p = exp(belief), P = exp(A): S*S multiply-adds and S logarithms instead of S*S
+// exponentials. Where a sum is so small that terms lost to underflow could matter it is taken again in log space.
+#pragma once
+#include "../ops.h"
+#include "scalar.h"
+
+namespace sage {
+
+constexpr double kSafeSum = 1e-25;  // lost terms are under 2^-126 each
+
+template <class V, class Matrix>
+SAGE_FN V stage_prior_exact(int stages, const V* belief, const Matrix* log_a, int j) {
+  V peak = belief[0] + V(log_a[j]);
+  for (int i = 1; i < stages; ++i) peak = max(peak, belief[i] + V(log_a[i * stages + j]));
+  V z = exp(belief[0] + V(log_a[j]) - peak);
+  for (int i = 1; i < stages; ++i) z += exp(belief[i] + V(log_a[i * stages + j]) - peak);
+  return peak + log(z);
+}
+
+// belief, p: of the last frame in, of this frame out. emission: this frame's evidence (zeros where masked).
+template <class V, class Matrix>
+SAGE_FN void stage_step(int stages, const Matrix* log_a, const Matrix* a, const V* emission, V* belief, V* p) {
+  using T = typename ScalarOf<V>::Type;
+  V next[kMaxStages];
+  V peak;
+  for (int j = 0; j < stages; ++j) {
+    V sum = p[0] * V(a[j]);
+    for (int i = 1; i < stages; ++i) sum = fma(p[i], V(a[i * stages + j]), sum);
+    V prior = log(sum);
+    const auto lost = sum < V(T(kSafeSum));
+    if (any(lost)) prior = select(lost, stage_prior_exact(stages, belief, log_a, j), prior);
+    next[j] = prior + emission[j];
+    peak = j == 0 ? next[0] : max(peak, next[j]);
+  }
+  V total(T(0));
+  for (int j = 0; j < stages; ++j) {
+    next[j] = next[j] - peak;
+    p[j] = exp(next[j]);
+    total += p[j];
+  }
+  const V log_total = log(total), scale = V(T(1)) / total;
+  for (int j = 0; j < stages; ++j) {
+    belief[j] = next[j] - log_total;
+    p[j] = p[j] * scale;
+  }
+}
+
+// Adjoint of one frame. In: last frame's belief and p, this frame's p (p_now), and grad_belief of this frame (all that
+// reaches its log-belief). Out: grad_u, the gradient of prior + emission (so of the emission where the frame counts);
+// grad_belief of the last frame; grad_log_a added to.
+template <class V, class Matrix>
+SAGE_FN void stage_step_backward(int stages, const Matrix* log_a, const Matrix* a, const V* belief, const V* p,
+                                 const V* p_now, V* grad_belief, V* grad_u, V* grad_log_a) {
+  using T = typename ScalarOf<V>::Type;
+  V total(T(0));
+  for (int j = 0; j < stages; ++j) total += grad_belief[j];
+  V back[kMaxStages];
+  for (int i = 0; i < stages; ++i) back[i] = V(T(0));
+  for (int j = 0; j < stages; ++j) {
+    const V g = grad_belief[j] - p_now[j] * total;
+    grad_u[j] = g;
+    V sum = p[0] * V(a[j]);
+    for (int i = 1; i < stages; ++i) sum = fma(p[i], V(a[i * stages + j]), sum);
+    const auto lost = sum < V(T(kSafeSum));
+    const bool slow = any(lost);
+    const V prior = slow ? stage_prior_exact(stages, belief, log_a, j) : V(T(0));
+    const V h = g / sum;
+    for (int i = 0; i < stages; ++i) {  // w = P(stage i before | stage j now)
+      V flow = p[i] * V(a[i * stages + j]) * h;
+      if (slow) flow = select(lost, exp(belief[i] + V(log_a[i * stages + j]) - prior) * g, flow);
+      back[i] += flow;
+      grad_log_a[i * stages + j] += flow;
+    }
+  }
+  for (int i = 0; i < stages; ++i) grad_belief[i] = back[i];
+}
+
+}  // namespace sage

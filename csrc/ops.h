@@ -1,0 +1,188 @@
+// The one list of entry points: a params struct an op, and beside each other its cpu:: and cuda:: launchers.
+// Everything below this header is plain C++: raw pointers, sizes, no torch, no Python, no STL in the interfaces.
+// All tensors are dense and row-major unless a stride says otherwise; a null pointer is an absent optional argument.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sage {
+
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+constexpr int kMaxModalities = 8;
+constexpr int kMaxStages = 16;
+
+// Where to run: on the CPU a thread count; on a GPU a device index and the caller's stream.
+struct Exec {
+  int where;  // threads (cpu) or device index (cuda)
+  void* stream;
+};
+
+// ---------------------------------------------------------------------------------- stage_filter (spec 1.1)
+struct StageFilterForward {
+  DType dtype;  // f32 or f64, of every tensor here
+  int64_t batch, frames;
+  int stages;
+  const void* emission;    // (B, T, S)
+  const void* transition;  // (S, S) logits
+  const void* initial;     // (S,) or (B, S), or null: uniform
+  int64_t initial_stride;  // S, or 0 where one row serves all
+  const uint8_t* mask;     // (B, T) or null
+  void* posterior;         // (B, T, S)
+  void* belief;            // (B, T, S) log posterior; null: not wanted (no backward will follow)
+  void* final_belief;      // (B, S)
+};
+
+struct StageFilterBackward {
+  DType dtype;
+  int64_t batch, frames;
+  int stages;
+  const void* transition;
+  const void* initial;
+  int64_t initial_stride;
+  const uint8_t* mask;
+  const void* posterior;       // from forward
+  const void* belief;          // from forward
+  const void* grad_posterior;  // (B, T, S) or null: zero
+  const void* grad_final;      // (B, S) or null: zero
+  void* grad_emission;         // (B, T, S)
+  void* grad_transition;       // (S, S)
+  void* grad_initial;          // (B, S) or null; summed over B by the caller where one row served all
+  double* workspace;           // stage_filter_workspace(batch, stages) doubles
+};
+inline int64_t stage_filter_workspace(int64_t batch, int stages) { return batch * stages * stages; }
+
+// ---------------------------------------------------------------------------- reliability_fusion (spec 1.2)
+struct FusionForward {
+  DType dtype;  // of values, norm_weight, norm_bias... see gate_dtype()
+  int64_t rows, dim;
+  int modalities, stages;
+  const void* values[kMaxModalities];     // (N, D) each
+  int64_t row_stride[kMaxModalities];     // elements from row to row of values[m]
+  const void* reliability;                // (N, M, S)   gating tensors: f64 for f64 values, else f32
+  const void* stage;                      // (N, S) or null: uniform
+  const void* log_temperature;            // (M, S) or null: 0
+  const void* bias;                       // (M, S) or null: 0
+  const void* sharpness;                  // (M,) or null: 1
+  const uint8_t* present;                 // (N, M) or null: all
+  const void* norm_weight;                // (M, D), gating dtype, or null: no normalisation (both or neither)
+  const void* norm_bias;                  // (M, D)
+  double eps;
+  void* fused;       // (N, D)
+  void* weights;     // (N, M)
+  void* confidence;  // (N, M)
+  void* stats;       // (N, M, 2) mean and 1/std for backward; null: not wanted
+};
+
+struct FusionBackward {
+  FusionForward forward;        // as given to forward; fused is unused, weights and stats hold its results
+  const void* grad_fused;       // (N, D) or null: zero
+  const void* grad_weights;     // (N, M) or null: zero
+  const void* grad_confidence;  // (N, M) or null: zero
+  void* grad_values[kMaxModalities];  // (N, D) dense each; null: not wanted
+  void* grad_reliability;       // (N, M, S)
+  void* grad_stage;             // (N, S) or null
+  void* grad_params;            // fusion_param_count() numbers: norm_weight, norm_bias (M, D) each if given,
+                                // then log_temperature, bias (M, S), sharpness (M,)
+  double* workspace;            // fusion_workspace() doubles
+};
+inline int64_t fusion_param_count(int64_t dim, int modalities, int stages, bool norm) {
+  return modalities * ((norm ? 2 * dim : 0) + 2 * stages + 1);
+}
+// Rows are cut into chunks by the row count alone, so parameter gradients do not depend on the thread count.
+constexpr int64_t kFusionChunks = 64, kFusionChunkRows = 64;
+inline int64_t fusion_chunk_rows(int64_t rows) {
+  int64_t per = (rows + kFusionChunks - 1) / kFusionChunks;
+  return per < kFusionChunkRows ? kFusionChunkRows : (per + kFusionChunkRows - 1) / kFusionChunkRows * kFusionChunkRows;
+}
+inline int64_t fusion_chunks(int64_t rows) { return (rows + fusion_chunk_rows(rows) - 1) / fusion_chunk_rows(rows); }
+inline int64_t fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages, bool norm) {
+  return fusion_chunks(rows) * fusion_param_count(dim, modalities, stages, norm);
+}
+
+// ------------------------------------------------------------------------------------------ ccc (spec 1.3)
+enum class Mask : int { none = 0, frame = 1, element = 2 };  // mask of (frames,) or (frames, C)
+
+struct CccForward {
+  DType dtype;  // of pred and target: f32 or f64
+  int64_t groups, frames;  // groups of `frames` consecutive frames
+  int channels;
+  const void* pred;    // (G, F, C)
+  const void* target;  // (G, F, C)
+  const uint8_t* mask;
+  Mask mask_kind;
+  double* moments;    // (G, C, 6): count, mean_p, mean_t, M2_p, M2_t, C_pt
+  void* ccc;          // (G, C) of dtype, or null
+  double* workspace;  // ccc_workspace() doubles
+};
+
+struct CccBackward {
+  CccForward forward;          // moments hold forward's result
+  const void* grad_ccc;        // (G, C) of dtype; exactly one of grad_ccc and grad_moments is given
+  const double* grad_moments;  // (G, C, 6)
+  void* grad_pred;             // (G, F, C) or null
+  void* grad_target;           // (G, F, C) or null
+};
+constexpr int64_t kCccChunkFrames = 2048;
+inline int64_t ccc_chunks(int64_t frames) { return (frames + kCccChunkFrames - 1) / kCccChunkFrames; }
+inline int64_t ccc_workspace(int64_t groups, int64_t frames, int channels) {
+  return groups * ccc_chunks(frames) * channels * 6;
+}
+
+// --------------------------------------------------------------------------------- temporal_ccc (spec 1.4)
+// State of the cumulative and half-life modes, 8 numbers a (sequence, channel):
+//   valid frames, weight, mean_p, mean_t, M2_p, M2_t, C_pt, frames since the last valid one.
+// State of the window mode: the last `history` <= window - 1 frames as (pred, target, valid).
+constexpr int kTemporalState = 8;
+constexpr int kTemporalCoefficients = 5;
+
+struct TemporalForward {
+  DType dtype;  // of pred, target, rho
+  int64_t batch, frames;
+  int channels;
+  const void* pred;    // (B, T, C)
+  const void* target;  // (B, T, C)
+  const uint8_t* mask;
+  Mask mask_kind;
+  int64_t window;          // 0: no window
+  double decay;            // 0.5 ** (1 / halflife); 1: cumulative
+  int64_t history;         // window mode: frames in state_in
+  int64_t history_out;     // window mode: frames in state_out = min(window - 1, history + frames)
+  const double* state_in;  // (B, C, 8), or (B, history, C, 3); null: empty
+  double* state_out;       // (B, C, 8), or (B, history_out, C, 3)
+  void* rho;               // (B, T, C)
+  uint8_t* defined;        // (B, T, C): two valid frames or more and a denominator above 0
+  double* workspace;       // temporal_workspace() doubles, on every backend
+};
+
+struct TemporalBackward {
+  TemporalForward forward;  // rho, defined and state_out are unused
+  const void* grad_rho;     // (B, T, C)
+  void* grad_pred;          // (B, T, C) or null
+  void* grad_target;        // (B, T, C) or null
+};
+
+// X(op, Params): every kernel entry point of the library.
+#define SAGE_OPS(X)                              \
+  X(stage_filter_forward, StageFilterForward)    \
+  X(stage_filter_backward, StageFilterBackward)  \
+  X(fusion_forward, FusionForward)               \
+  X(fusion_backward, FusionBackward)             \
+  X(ccc_forward, CccForward)                     \
+  X(ccc_backward, CccBackward)                   \
+  X(temporal_forward, TemporalForward)           \
+  X(temporal_backward, TemporalBackward)
+
+#define SAGE_DECLARE(op, Params) void op(const Params&, Exec);
+namespace cpu {
+SAGE_OPS(SAGE_DECLARE)
+namespace baseline { SAGE_OPS(SAGE_DECLARE) }
+namespace avx2 { SAGE_OPS(SAGE_DECLARE) }
+namespace avx512 { SAGE_OPS(SAGE_DECLARE) }
+}  // namespace cpu
+namespace cuda {
+SAGE_OPS(SAGE_DECLARE)
+}
+#undef SAGE_DECLARE
+
+}  // namespace sage
