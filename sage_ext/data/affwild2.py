@@ -1,0 +1,565 @@
+"""Reader and submission writer for data in the Aff-Wild2 (ABAW challenge) layout.
+
+    root/
+      <N>th ABAW Annotations/VA_Estimation_Challenge/{Train_Set,Validation_Set}/<video>.txt     (older releases: VA_Set)
+      features/<modality>/<video>.npy         (rows, D) floating point: row i is frame i + 1, see `rate`
+      features/<modality>/<video>.mask.npy    optional (rows,) bool: False where the row means nothing
+      features/<modality>/meta.json           optional, see below
+      cropped_aligned/<video>/00001.jpg       optional: the face crops; a frame without a face has no file
+      sample_submission.txt                   the organisers' sample file: it alone says what the test split is
+      fps.json                                optional {"<video>": frames per second}, 30 where a video is not listed
+
+`meta.json` of a modality, every key optional:
+
+    rate    rows per second. Without it a row is a video frame. With it the rows are averaged onto frames by time: row j
+            (0-based) covers [j/rate, (j+1)/rate) s, frame i (1-based) covers [(i-1)/fps, i/fps) s, and a frame is the mean
+            of the rows it overlaps, weighted by the overlap, absent rows left out.
+    shared  true for a track that all persons of a video share (audio): where `<video>_left.npy` does not exist,
+            `<video>.npy` is read. Without it the suffix is never stripped: `<video>.npy` may be another person.
+    images  a folder below root (`"cropped_aligned"`): frames without `<folder>/<video>/<frame:05d>.jpg` have no such modality.
+    about   anything; not read.
+
+Row i of an annotation is frame i is row i of the features, whatever the lengths: nothing is ever shifted or cut out. Features
+that end early leave the modality absent in the last frames; surplus rows are ignored; both are listed in `mismatches`.
+Features are memory-mapped and resampled span by span, so a data set may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FPS = 30.0
+SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",), "test": ()}
+ANNOTATION_HEADER = "valence,arousal"
+SUBMISSION_HEADER = "image_location,valence,arousal"
+INVALID = -5.0
+
+_TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
+_META_KEYS = ("rate", "shared", "images", "about")
+_LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>\d+)\.(?:jpg|png)")
+
+
+# ---------------------------------------------------------------------------------------------------------------- clips
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One annotated or test video of T frames. Arrays may be memory-mapped or computed when sliced.
+
+    name        the annotation's stem: `video`, `video_left` or `video_right`; rows of a submission use it
+    labels      (T, 2) float32 valence and arousal in [-1, 1], NaN in invalid rows; None for a test video
+    valid       (T,) bool: the frame is annotated (neither column is -5)
+    features    modality -> (T_m, D_m) floating point, row t is frame t (0-based); T_m may be shorter or longer than T.
+                Slice it (`features[m][a:b]`) rather than read it whole. Rows of absent frames hold anything, NaN included
+    present     modality -> (T,) bool: the frame has that modality
+    num_frames  T
+    """
+
+    name: str
+    labels: np.ndarray | None
+    valid: np.ndarray
+    features: Mapping[str, Any]
+    present: Mapping[str, np.ndarray]
+    num_frames: int
+
+
+class Resampled:
+    """Features of another rate on the frame clock, computed for the span that is sliced.
+
+    `rows` is (N, D) at `rate` rows a second, `mask` (N,) bool or None says which rows count; rows that hold NaN do not.
+    `resampled[a:b]` is (b - a, D) float32: frame t (0-based) is the mean of the rows that overlap [t/fps, (t+1)/fps) s,
+    weighted by the overlap; NaN where none of them counts. A row of the result does not depend on the span.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, rows: np.ndarray, rate: float, fps: float = FPS, mask: np.ndarray | None = None):
+        self.rows, self.mask, self.step = rows, mask, rate / fps
+        self.shape = (math.ceil(_snap(len(rows) / self.step)), rows.shape[1])  # frames that overlap a row at all
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        if not isinstance(span, slice) or span.step not in (None, 1):
+            raise TypeError(f"span: expected a slice of step 1, got {span!r}")
+        start, stop, _ = span.indices(len(self))
+        edges = _snap(np.arange(start, max(start, stop) + 1) * self.step)  # frame borders in rows: (n + 1,)
+        low, high = edges[:-1, None], np.minimum(edges[1:, None], len(self.rows))
+        first = np.floor(low).astype(np.int64)
+        row = first + np.arange(math.ceil(self.step) + 1)  # (n, K): every row a frame can overlap
+        weight = np.clip(np.minimum(row + 1, high) - np.maximum(row, low), 0, None)
+        base, last = int(first[0, 0]) if len(first) else 0, min(int(row.max(initial=-1)) + 1, len(self.rows))
+        block = np.asarray(self.rows[base:last], dtype=np.float32)  # one read of the file
+        counts = ~np.isnan(block).any(axis=1)
+        if self.mask is not None:
+            counts &= self.mask[base:last]
+        block = np.where(counts[:, None], block, 0)
+        index = np.minimum(row, len(self.rows) - 1) - base
+        weight = weight * counts[index] if len(block) else weight
+        total = np.zeros((len(first), self.shape[1]))
+        for k in range(row.shape[1] if len(block) else 0):
+            total += weight[:, k, None] * block[index[:, k]]
+        mass = weight.sum(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            return np.where(mass > 0, total / np.where(mass > 0, mass, 1), np.nan).astype(np.float32)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+
+class Presence(Mapping[str, np.ndarray]):
+    """modality -> (T,) bool. `declared` is what the files say (rows, mask, images); rows that hold NaN are absent too, which
+    takes a pass over the features and is found out only for the modality that is asked for."""
+
+    def __init__(self, declared: Mapping[str, np.ndarray], features: Mapping[str, Any]):
+        self.declared, self._features, self._full = declared, features, dict[str, np.ndarray]()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._full:
+            full, rows = self.declared[name].copy(), self._features[name]
+            for start in range(0, min(len(full), len(rows)), 4096):
+                block = np.asarray(rows[start : min(start + 4096, len(full))])
+                full[start : start + len(block)] &= ~np.isnan(block).any(axis=1)
+            self._full[name] = full
+        return self._full[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.declared)
+
+    def __len__(self) -> int:
+        return len(self.declared)
+
+
+# ----------------------------------------------------------------------------------------------------------- annotations
+
+
+def read_annotation(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Reads `valence,arousal` rows, one a frame -> labels (T, 2) float32 with NaN in invalid rows, valid (T,) bool.
+
+    A row is invalid when either column is -5. Raises ValueError naming file and line for a wrong header, a wrong number of
+    columns, a blank line between rows, something that is not a number, or a value outside [-1, 1] other than -5.
+    """
+    path = Path(path)
+    lines = _read_text(path).split("\n")
+    if lines[0].strip() != ANNOTATION_HEADER:
+        raise ValueError(f"{path}:1: expected the header {ANNOTATION_HEADER!r}, got {lines[0].strip()!r}")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    rows = lines[1:]
+    if not rows:
+        raise ValueError(f"{path}:2: expected rows of {ANNOTATION_HEADER!r}, the file ends")
+    try:
+        values = np.loadtxt(rows, delimiter=",", comments=None, ndmin=2)
+    except ValueError:
+        values = np.empty((0, 2))
+    outside = ~((values >= -1) & (values <= 1) | (values == INVALID))
+    if values.shape != (len(rows), 2) or outside.any():
+        raise ValueError(_annotation_fault(path, rows))
+    valid = (values != INVALID).all(axis=1)
+    labels = values.astype(np.float32)
+    labels[~valid] = np.nan
+    return labels, valid
+
+
+def _annotation_fault(path: Path, rows: list[str]) -> str:
+    for number, row in enumerate(rows, start=2):
+        cells = row.split(",")
+        if not row.strip():
+            return f"{path}:{number}: a blank line between rows would shift every later frame"
+        if len(cells) != 2:
+            return f"{path}:{number}: expected 2 columns ({ANNOTATION_HEADER}), got {len(cells)}: {row.strip()!r}"
+        for cell, column in zip(cells, ANNOTATION_HEADER.split(",")):
+            try:
+                value = float(cell) if "_" not in cell else math.nan
+            except ValueError:
+                return f"{path}:{number}: {column}: expected a number, got {cell.strip()!r}"
+            if not (-1 <= value <= 1 or value == INVALID):
+                return f"{path}:{number}: {column}: expected a value in [-1, 1] or -5 (invalid), got {cell.strip()}"
+    return f"{path}: the rows cannot be read as two columns of numbers"
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    if not data.strip():
+        raise ValueError(f"{path}:1: the file is empty")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: expected text in UTF-8, got the byte {data[error.start]:#04x}") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- data set
+
+
+@dataclass(frozen=True)
+class _Meta:
+    rate: float | None = None
+    shared: bool = False
+    images: str | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    rows: int
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class _Video:
+    name: str
+    labels: np.ndarray | None
+    valid: np.ndarray
+    sources: dict[str, _Source | None]  # None: the video has no features of that modality
+
+
+class AffWild2(Sequence[Clip]):
+    """The clips of one split, in the order of their names (test: of the sample file).
+
+    root         the folder above (str or path)
+    split        "train", "validation" or "test"; the test split is defined by the sample file and has no labels
+    modalities   which folders of `features`, in this order; default: all, by name
+    annotations  the folder that holds Train_Set and Validation_Set, where it is not found below root
+    features     the folder that holds the modality folders; default root/features
+    sample_file  the organisers' sample submission; default root/sample_submission.txt (read for the test split only)
+
+    `names`: the clips' names. `modalities`: name -> D, in order. `mismatches`: what does not fit, a sentence each that begins
+    with the video's name: nothing in it stops training, everything in it should be looked at once.
+    Annotations and the headers of all feature files are read and checked here; the features themselves when a clip is sliced.
+
+    Raises ValueError for malformed files, naming file and line or row, FileNotFoundError for what is not there.
+    """
+
+    names: list[str]
+    modalities: dict[str, int]
+    mismatches: list[str]
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        split: str,
+        *,
+        modalities: Sequence[str] | None = None,
+        annotations: str | os.PathLike | None = None,
+        features: str | os.PathLike | None = None,
+        sample_file: str | os.PathLike | None = None,
+    ):
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        self.root, self.split = Path(root), split
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"root: no folder {self.root}")
+        folder = self.root / "features" if features is None else Path(features)
+        self._folders = _modality_folders(folder, modalities)
+        self._meta = {name: _read_meta(path / "meta.json", self.root) for name, path in self._folders.items()}
+        self._fps = _read_fps(self.root / "fps.json")
+        self._images: dict[tuple[str, str], np.ndarray] = {}
+        self.modalities, self.mismatches = {}, []
+        first: dict[str, Path] = {}  # the file that told a modality's D
+        self._videos: list[_Video] = []
+        for name, labels, valid in self._annotated(annotations, sample_file):
+            sources = {m: self._source(m, name, len(valid), first) for m in self._folders}
+            if not any(sources.values()):
+                where = ", ".join(str(path / f"{name}.npy") for path in self._folders.values())
+                raise FileNotFoundError(f"{name}: no features of any modality (looked for {where})")
+            self._videos.append(_Video(name, labels, valid, sources))
+        for m, path in self._folders.items():
+            if m not in self.modalities:
+                raise FileNotFoundError(f"modality {m!r}: {path} has no features of any video of the {split} split")
+        self.modalities = {m: self.modalities[m] for m in self._folders}
+        self.names = [video.name for video in self._videos]
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int) -> Clip:  # type: ignore[override]
+        video = self._videos[index]
+        frames = len(video.valid)
+        features: dict[str, Any] = {}
+        declared: dict[str, np.ndarray] = {}
+        for m, dim in self.modalities.items():
+            source, meta = video.sources[m], self._meta[m]
+            if source is None:
+                features[m], declared[m] = np.zeros((0, dim), np.float32), np.zeros(frames, bool)
+                continue
+            rows = _open_rows(source.path)
+            mask = None if source.mask is None else np.load(source.mask, allow_pickle=False)
+            present = np.zeros(frames, bool)
+            if meta.rate is None:
+                features[m] = rows
+                present[: len(rows)] = True if mask is None else mask[:frames]
+            else:
+                features[m] = Resampled(rows, meta.rate, self.fps(video.name), mask)
+                present[: len(features[m])] = True
+            if meta.images is not None:
+                present &= self._with_image(meta.images, video.name, frames)
+            declared[m] = present
+        return Clip(video.name, video.labels, video.valid, features, Presence(declared, features), frames)
+
+    def fps(self, name: str) -> float:
+        """Frames a second of the video that clip `name` is from."""
+        return self._fps.get(name, self._fps.get(bare_name(name), FPS))
+
+    def _annotated(self, annotations, sample_file) -> Iterator[tuple[str, np.ndarray | None, np.ndarray]]:
+        if self.split == "test":
+            path = self.root / "sample_submission.txt" if sample_file is None else Path(sample_file)
+            for name, frames in read_sample(path).items():
+                yield name, None, np.zeros(frames, bool)
+            return
+        folder = _annotation_folder(self.root, annotations, SPLITS[self.split])
+        paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
+        if not paths:
+            raise FileNotFoundError(f"{folder}: no annotations (*.txt)")
+        for path in paths:
+            labels, valid = read_annotation(path)
+            yield path.stem, labels, valid
+
+    def _source(self, m: str, name: str, frames: int, first: dict[str, Path]) -> _Source | None:
+        folder, meta = self._folders[m], self._meta[m]
+        path, bare = folder / f"{name}.npy", folder / f"{bare_name(name)}.npy"
+        if not path.exists():
+            if not (bare.exists() and meta.shared):
+                hint = f'; if {bare} is a track that all persons share, say "shared": true in meta.json'
+                self.mismatches.append(
+                    f"{name}: no {path}: {m} is absent in the whole clip" + (hint if bare.exists() else "")
+                )
+                return None
+            path = bare
+        rows = _open_rows(path)
+        count, dim = rows.shape
+        if dim != self.modalities.setdefault(m, dim):
+            raise ValueError(f"{path}: D is {dim}, but {self.modalities[m]} in {first[m]}")
+        first.setdefault(m, path)
+        mask: Path | None = path.with_suffix(".mask.npy")
+        if mask is not None and mask.exists():
+            _check_mask(mask, path, count)
+        else:
+            mask = None
+        self._report_lengths(m, name, frames, count, meta.rate)
+        if meta.images is not None and not (self.root / meta.images / name).is_dir():
+            self.mismatches.append(f"{name}: no folder {self.root / meta.images / name}: {m} is absent in the whole clip")
+        return _Source(path, count, mask)
+
+    def _report_lengths(self, m: str, name: str, frames: int, count: int, rate: float | None) -> None:
+        step = 1.0 if rate is None else rate / self.fps(name)  # rows a frame
+        covered, needed = math.ceil(_snap(count / step)), math.ceil(_snap(frames * step))
+        rows = f"{count} rows" + ("" if rate is None else f" at {rate:g} Hz ({covered} frames at {self.fps(name):g} fps)")
+        if covered < frames:
+            tail = f"{m} is absent in the last {frames - covered}"
+            self.mismatches.append(f"{name}: {m} has {rows} for {frames} frames: {tail}")
+        elif count > needed:
+            self.mismatches.append(f"{name}: {m} has {rows} for {frames} frames: the last {count - needed} are ignored")
+
+    def _with_image(self, images: str, name: str, frames: int) -> np.ndarray:
+        """(T,) bool: the frame's image exists. One listing a video, kept."""
+        if (images, name) not in self._images:
+            exists = np.zeros(frames, bool)
+            with contextlib.suppress(FileNotFoundError):
+                files = set(os.listdir(self.root / images / name))
+                exists[:] = [f"{i:05d}.jpg" in files for i in range(1, frames + 1)]
+            self._images[images, name] = exists
+        return self._images[images, name]
+
+
+def bare_name(name: str) -> str:
+    """The video's name: `name` without the `_left` or `_right` of one of two annotated persons."""
+    return re.sub(r"_(left|right)$", "", name)
+
+
+def _annotation_folder(root: Path, annotations: str | os.PathLike | None, split_names: Sequence[str]) -> Path:
+    if annotations is not None:
+        tasks = [Path(annotations)]
+    else:
+        tasks = [
+            path
+            for depth in ("", "*/", "*/*/")
+            for task in _TASK_FOLDERS
+            for path in sorted(root.glob(depth + task))
+            if "__MACOSX" not in path.parts
+        ]
+    found = [task / name for task in tasks for name in split_names if (task / name).is_dir()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"root: several annotation folders, say which with annotations=: {', '.join(map(str, found))}")
+    where = str(annotations) if annotations is not None else f"{root}/*/{{{','.join(_TASK_FOLDERS)}}}"
+    raise FileNotFoundError(f"annotations: no folder {where}/{' or '.join(split_names)}")
+
+
+def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[str, Path]:
+    if isinstance(modalities, str):
+        raise TypeError(f"modalities: expected a sequence of names, got the string {modalities!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"features: no folder {folder}")
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    names = there if modalities is None else list(modalities)
+    if not names:
+        raise FileNotFoundError(f"features: {folder} has no modality folders")
+    for name in names:
+        if name not in there:
+            raise FileNotFoundError(f"modalities: no folder {folder / name} (there are: {', '.join(there) or 'none'})")
+    if len(set(names)) != len(names):
+        raise ValueError(f"modalities: names must differ, got {names}")
+    return {name: folder / name for name in names}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_meta(path: Path, root: Path) -> _Meta:
+    if not path.exists():
+        return _Meta()
+    meta = _read_json(path)
+    for key in meta:
+        if key not in _META_KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}, expected {', '.join(_META_KEYS)} (notes belong below 'about')")
+    rate, shared, images = meta.get("rate"), meta.get("shared", False), meta.get("images")
+    if rate is not None:
+        _check_rate(rate, f"{path}: rate", "Hz")
+    if not isinstance(shared, bool):
+        raise ValueError(f"{path}: shared: expected true or false, got {shared!r}")
+    if images is not None and not (isinstance(images, str) and (root / images).is_dir()):
+        raise ValueError(f"{path}: images: expected a folder below {root}, got {images!r}")
+    return _Meta(None if rate is None else float(rate), shared, images)
+
+
+def _read_fps(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    rates = _read_json(path)
+    for name, fps in rates.items():
+        _check_rate(fps, f"{path}: {name}", "frames a second")
+    return {name: float(fps) for name, fps in rates.items()}
+
+
+def _check_rate(value: Any, what: str, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{what}: expected a positive number of {unit}, got {value!r}")
+
+
+def _open_rows(path: Path) -> np.ndarray:
+    """The (rows, D) array of a .npy file, memory-mapped."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a readable .npy file: {error}") from None
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2:
+        raise ValueError(f"{path}: expected an array (rows, D), got {getattr(rows, 'shape', type(rows).__name__)}")
+    if rows.dtype.kind != "f":
+        raise ValueError(f"{path}: expected floating point, got {rows.dtype}")
+    if 0 in rows.shape:
+        raise ValueError(f"{path}: expected rows of features, got the shape {rows.shape}")
+    return rows
+
+
+def _check_mask(path: Path, features: Path, count: int) -> None:
+    try:
+        mask = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a readable .npy file: {error}") from None
+    if mask.dtype != bool:
+        raise ValueError(f"{path}: expected bool, got {mask.dtype}")
+    if mask.shape != (count,):
+        raise ValueError(f"{path}: expected the shape ({count},), one value a row of {features.name}, got {mask.shape}")
+
+
+def _snap(position):
+    """Rounds what is within 1e-9 of a whole number: i * rate / fps must not fall short of the border it is meant to be."""
+    whole = np.round(position)
+    return np.where(np.abs(position - whole) < 1e-9 * np.maximum(1, np.abs(whole)), whole, position)
+
+
+# ------------------------------------------------------------------------------------------------------------ submission
+
+
+def read_sample(path: str | os.PathLike) -> dict[str, int]:
+    """The test videos of a sample submission file, in its order: name -> number of frames (its largest frame number).
+
+    Raises ValueError naming file and line for a wrong header or a row that does not begin with `<video>/<frame>.jpg`.
+    """
+    frames: dict[str, int] = {}
+    for _, video, frame in _sample_rows(Path(path)):
+        frames[video] = max(frames.get(video, 0), frame)
+    return frames
+
+
+def write_submission(
+    path: str | os.PathLike, sample_file: str | os.PathLike, predictions: Mapping[str, np.ndarray]
+) -> None:
+    """Writes `image_location,valence,arousal` with exactly the rows of the sample file, in its order.
+
+    predictions: clip name -> (T, 2) valence and arousal of frames 1..T, clipped to [-1, 1] here and written with six decimals.
+    Frames and videos that the sample file does not name are left out. The file is there whole or not at all.
+    Raises ValueError where a video of the sample file has no prediction, too few rows, a wrong shape, or NaN in a row needed.
+    """
+    sample, path = Path(sample_file), Path(path)
+    arrays: dict[str, np.ndarray] = {}
+    for video, frames in read_sample(sample).items():
+        if video not in predictions:
+            raise ValueError(f"predictions: no prediction for {video!r}, which {sample} names")
+        values = np.asarray(predictions[video])
+        if values.ndim != 2 or values.shape[1] != 2:
+            raise ValueError(f"predictions[{video!r}]: expected the shape (T, 2), got {values.shape}")
+        if len(values) < frames:
+            raise ValueError(f"predictions[{video!r}]: {sample} names {frames} frames, got {len(values)}")
+        arrays[video] = values
+    with _replacing(path) as file:
+        file.write(SUBMISSION_HEADER + "\n")
+        for location, video, frame in _sample_rows(sample):
+            valence, arousal = map(float, arrays[video][frame - 1])
+            if not (math.isfinite(valence) and math.isfinite(arousal)):
+                raise ValueError(f"predictions[{video!r}]: frame {frame}: expected numbers, got {valence}, {arousal}")
+            file.write(f"{location},{min(max(valence, -1.0), 1.0):.6f},{min(max(arousal, -1.0), 1.0):.6f}\n")
+
+
+def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
+    """(image location, video, frame number from 1) of each row."""
+    lines = _read_text(path).split("\n")
+    if lines[0].strip() != SUBMISSION_HEADER:
+        raise ValueError(f"{path}:1: expected the header {SUBMISSION_HEADER!r}, got {lines[0].strip()!r}")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if len(lines) < 2:
+        raise ValueError(f"{path}:2: expected rows of {SUBMISSION_HEADER!r}, the file ends")
+    videos: dict[str, str] = {}  # one string a video, not one a row
+    for number, line in enumerate(lines[1:], start=2):
+        location = line.split(",", 1)[0].strip()
+        match = _LOCATION.fullmatch(location)
+        if match is None or int(match["frame"]) < 1:
+            raise ValueError(f"{path}:{number}: expected <video>/<frame>.jpg,valence,arousal, got {line.strip()!r}")
+        yield location, videos.setdefault(match["video"], match["video"]), int(match["frame"])
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    """A text file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,145 @@
+"""Fixed-length windows for training, whole clips for evaluation, and the average of overlapping predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .affwild2 import Clip
+
+
+def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | None = None) -> dict[str, Any]:
+    """Frames start..stop - 1 (0-based; default: to the end) of a clip, W of them, as tensors without a batch axis.
+
+        features  name -> (W, D) float32, 0 where the modality is absent: no NaN ever leaves here
+        present   (W, M) bool, modalities in the order of `names`
+        labels    (W, 2) float32, 0 where invalid
+        valid     (W,) bool: the frame is annotated
+        frame     (W,) bool: the frame exists; all True here, see Windows
+
+    Raises ValueError for a span outside the clip, a name the clip lacks, or infinite features.
+    """
+    stop = clip.num_frames if stop is None else stop
+    if not 0 <= start <= stop <= clip.num_frames:
+        raise ValueError(f"start, stop: expected a span within the {clip.num_frames} frames of {clip.name}, got {start}, {stop}")
+    present = np.zeros((stop - start, len(names)), dtype=bool)
+    features: dict[str, torch.Tensor] = {}
+    declared = getattr(clip.present, "declared", clip.present)  # NaN rows are found in the span, not in the whole file
+    for m, name in enumerate(names):
+        if name not in clip.features:
+            raise ValueError(f"names: {clip.name} has no modality {name!r} (it has {', '.join(clip.features)})")
+        rows = np.asarray(clip.features[name][start:stop])  # shorter than the span where the features end early
+        here = declared[name][start : start + len(rows)] & ~np.isnan(rows).any(axis=1)
+        values = np.zeros((stop - start, rows.shape[1]), dtype=np.float32)
+        np.copyto(values[: len(rows)], rows, where=here[:, None], casting="same_kind")
+        if not np.isfinite(values).all():
+            row = start + int(np.argmax(~np.isfinite(values).all(axis=1)))
+            raise ValueError(f"{clip.name}: {name}, row {row} (0-based): expected finite float32 features, got infinity")
+        present[: len(rows), m] = here
+        features[name] = torch.from_numpy(values)
+    valid = np.array(clip.valid[start:stop], dtype=bool)
+    labels = np.zeros((stop - start, 2), dtype=np.float32)
+    if clip.labels is not None:
+        np.copyto(labels, clip.labels[start:stop], where=valid[:, None])
+    return {
+        "features": features,
+        "present": torch.from_numpy(present),
+        "labels": torch.from_numpy(labels),
+        "valid": torch.from_numpy(valid),
+        "frame": torch.ones(stop - start, dtype=torch.bool),
+    }
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of `window` frames, one every `hop`, over all clips; the last one of a clip ends with the clip, so that every
+    frame is in a window. A clip shorter than `window` is one window padded at its end.
+
+    Item i: the tensors of `clip_tensors` for W = window frames, and `clip` and `start`, its place. In padding, `frame`, `valid`
+    and `present` are False and everything else is 0: it must enter neither loss nor metric nor normalisation.
+
+    clips: sequence of Clip, all with the same modalities; it is asked for a clip whenever one of its windows is read, so an
+    AffWild2 keeps nothing but memory maps. `names`: the modalities in order. `spans`: (clip, start) of every window.
+    """
+
+    def __init__(self, clips: Sequence[Clip], window: int = 300, hop: int = 200):
+        if not 1 <= hop <= window:
+            raise ValueError(f"window, hop: expected 1 <= hop <= window (no frame may be skipped), got {window}, {hop}")
+        if len(clips) == 0:
+            raise ValueError("clips: expected at least one")
+        self.clips, self.window, self.hop = clips, window, hop
+        self.names = list(clips[0].features)
+        self.spans: list[tuple[int, int]] = []
+        for index in range(len(clips)):
+            clip = clips[index]
+            if list(clip.features) != self.names:
+                raise ValueError(f"clips: {clip.name} has modalities {list(clip.features)}, expected {self.names}")
+            self.spans += [(index, start) for start in window_starts(clip.num_frames, window, hop)]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        index, start = self.spans[i]
+        clip = self.clips[index]
+        item = clip_tensors(clip, self.names, start, min(start + self.window, clip.num_frames))
+        missing = self.window - len(item["frame"])
+        if missing:
+            item["features"] = {name: _pad(rows, missing) for name, rows in item["features"].items()}
+            item.update({key: _pad(item[key], missing) for key in ("present", "labels", "valid", "frame")})
+        return {**item, "clip": index, "start": start}
+
+
+def window_starts(num_frames: int, window: int, hop: int) -> list[int]:
+    """First frames of the windows that cover a clip: 0, hop, 2 hop ... and the one that ends with the clip."""
+    last = max(0, num_frames - window)
+    return [*range(0, last, hop), last]
+
+
+def _pad(rows: torch.Tensor, missing: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks windows to (B, W, ...); `clip` and `start` become (B,) int64."""
+    first = items[0]
+    batch: dict[str, Any] = {
+        "features": {name: torch.stack([item["features"][name] for item in items]) for name in first["features"]}
+    }
+    for key in ("present", "labels", "valid", "frame"):
+        batch[key] = torch.stack([item[key] for item in items])
+    for key in ("clip", "start"):
+        batch[key] = torch.tensor([item[key] for item in items])
+    return batch
+
+
+class OverlapAverage:
+    """Mean prediction of each of a clip's T frames over the windows that hold it, accumulated in float64."""
+
+    def __init__(self, num_frames: int, channels: int = 2):
+        self._sum = np.zeros((num_frames, channels))
+        self._count = np.zeros(num_frames, dtype=np.int64)
+
+    def add(self, start: int, values, frame=None) -> None:
+        """Adds a window's predictions, (W, C), whose first frame is `start`; `frame` (W,) bool is False in padding."""
+        values = np.asarray(values, dtype=np.float64)
+        frame = np.ones(len(values), dtype=bool) if frame is None else np.asarray(frame)
+        if values.ndim != 2 or values.shape[1] != self._sum.shape[1]:
+            raise ValueError(f"values: expected the shape (W, {self._sum.shape[1]}), got {values.shape}")
+        if frame.dtype != bool or frame.shape != (len(values),):
+            raise ValueError(f"frame: expected bool of the shape ({len(values)},), got {frame.dtype} {frame.shape}")
+        index = start + np.flatnonzero(frame)
+        if len(index) and not (index[0] >= 0 and index[-1] < len(self._count)):
+            raise ValueError(
+                f"start: frames {index[0]} to {index[-1]} are not within the clip's {len(self._count)} frames"
+            )
+        self._sum[index] += values[frame]
+        self._count[index] += 1
+
+    def result(self) -> np.ndarray:
+        """(T, C) float64. Raises ValueError where a frame is in no window."""
+        if (self._count == 0).any():
+            raise ValueError(f"frame {int(np.argmax(self._count == 0))} (0-based) is in no window")
+        return self._sum / self._count[:, None]
