@@ -78,7 +78,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
 def ordered_features(
     features: Features, names: tuple[str, ...] | None, dims: Sequence[int], what: str = "features"
 ) -> list[Tensor]:
-    """The caller's features as a list in modality order, checked: floating, one dtype and device, (B, T, d) or (N, d)."""
+    """The caller's features in modality order, checked: floating, one dtype and device, (B, T, d) or (N, d)."""
     if isinstance(features, Mapping):
         if names is None:
             raise TypeError(f"{what}: this module was built from a sequence of in_dims; pass a sequence, not a mapping")
@@ -575,7 +575,9 @@ class CCCLoss(nn.Module):
         if channel_weights is not None:
             weights = torch.as_tensor(channel_weights, dtype=torch.float32)
             if weights.dim() != 1 or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
-                raise ValueError(f"channel_weights must be 1-d, non-negative, with a positive sum, got {channel_weights}")
+                raise ValueError(
+                    f"channel_weights must be 1-d, non-negative, with a positive sum, got {channel_weights}"
+                )
             weights = weights / weights.sum()
         self.register_buffer("channel_weights", weights, persistent=False)
 
@@ -594,7 +596,9 @@ class CCCLoss(nn.Module):
         if self.channel_weights is None:
             return loss.mean()
         if self.channel_weights.numel() != pred.shape[-1]:
-            raise ValueError(f"channel_weights has {self.channel_weights.numel()} entries, pred {pred.shape[-1]} targets")
+            raise ValueError(
+                f"channel_weights has {self.channel_weights.numel()} entries, pred {pred.shape[-1]} targets"
+            )
         return (loss * self.channel_weights.to(loss.dtype)).sum(-1).mean()
 
 
@@ -617,7 +621,7 @@ class TemporalCCCLoss(nn.Module):
         return f"window={self.window}, halflife={self.halflife}"
 
     def forward(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """pred, target: (B, T, C); mask: bool, (B, T) or the shape of pred. Returns a scalar, 0 if nothing is defined."""
+        """pred, target: (B, T, C); mask: bool, (B, T) or the shape of pred. A scalar, 0 if nothing is defined."""
         pred, target = _as_real(pred, target)
         rho, _ = functional.temporal_ccc(pred, target, mask, window=self.window, halflife=self.halflife)
         valid = torch.ones_like(pred, dtype=torch.bool) if mask is None else mask

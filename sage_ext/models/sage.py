@@ -64,7 +64,7 @@ class TemporalBlock(nn.Module):
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, causal={self.causal}"
 
     def forward(self, x: Tensor, mask: Tensor | None, history: Tensor | None) -> tuple[Tensor, Tensor]:
-        """history: (B, (kernel_size - 1) * dilation, dim) before this chunk, or None: zeros. Returns it for the next."""
+        """history: (B, (kernel_size - 1) * dilation, dim) before this chunk (None: zeros); returns the next."""
         batch, frames, dim = x.shape
         span = (self.kernel_size - 1) * self.dilation
         h = self.norm(x)

@@ -1,0 +1,197 @@
+"""Streaming concordance: accumulate it over batches, chunks and workers without ever holding the data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .extras import require
+from .nn import check_int, check_memory
+
+__all__ = ["StreamingCCC"]  # and TorchMetricsCCC, which `import *` would make need torchmetrics
+
+
+def _check_update(pred: Tensor, target: Tensor, num_targets: int) -> None:
+    for name, value in (("pred", pred), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.dim() not in (2, 3) or value.shape[-1] != num_targets:
+            raise ValueError(f"{name} must be (T, {num_targets}) or (B, T, {num_targets}), got {tuple(value.shape)}")
+
+
+def _real(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both detached, in float64 if either is, else in float32."""
+    dtype = torch.float64 if torch.float64 in (pred.dtype, target.dtype) else torch.float32
+    return pred.detach().to(dtype), target.detach().to(dtype)
+
+
+class StreamingCCC(nn.Module):
+    """Concordance correlation coefficient (Lin 1989, population moments) of a stream of updates.
+
+    Three modes:
+    - pooled (default): one CCC a target over every valid frame of every update; the Aff-Wild2 score. Updates may have
+      any shape and order, and two metrics `merge` exactly.
+    - `window=W` (int >= 2) or `halflife=H` (frames): successive updates are one running stream, (T, C), or (B, T, C)
+      with a fixed B; `compute` gives the CCC of the last W frames, or with weights `0.5 ** (age / H)`, as of the last.
+
+    Nothing synchronises the device. The state is float64, in `state_dict`, and moves with `.to(device)`.
+
+    Args:
+        num_targets: C.
+        window, halflife: see above; at most one of them.
+    """
+
+    moments: Tensor  # (C, 6) pooled: count, mean_p, mean_t, M2_p, M2_t, C_pt
+    running: Tensor  # temporal_ccc's state after the last frame; empty before the first
+    rho: Tensor  # (B, C), or (C,): running CCC as of the last frame; (C,) zeros before the first
+
+    def __init__(self, num_targets: int = 2, window: int | None = None, halflife: float | None = None) -> None:
+        super().__init__()
+        check_int("num_targets", num_targets, 1)
+        check_memory(window, halflife)
+        self.num_targets, self.window, self.halflife = num_targets, window, halflife
+        if self.pooled:
+            self.register_buffer("moments", torch.zeros(num_targets, 6, dtype=torch.float64))
+        else:
+            self.register_buffer("running", torch.zeros(0, dtype=torch.float64))
+            self.register_buffer("rho", torch.zeros(num_targets, dtype=torch.float64))
+
+    @property
+    def pooled(self) -> bool:
+        """Whether this is the pooled mode."""
+        return self.window is None and self.halflife is None
+
+    def extra_repr(self) -> str:
+        return f"num_targets={self.num_targets}, window={self.window}, halflife={self.halflife}"
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        if self.pooled:
+            self.moments.zero_()
+        else:
+            self.running = self.running.new_zeros(0)
+            self.rho = self.rho.new_zeros(self.num_targets)
+
+    @torch.no_grad()
+    def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+        """Add frames. pred, target: (T, C) or (B, T, C); mask: bool, that shape or without C, False: not counted."""
+        _check_update(pred, target, self.num_targets)
+        pred, target = _real(pred, target)
+        if self.pooled:
+            self.moments.copy_(functional.ccc_moments(pred, target, mask, state=self.moments))
+            return
+        lead = pred.shape[:-2]
+        if self.running.numel() and self.rho.shape[:-1] != lead:
+            raise ValueError(
+                f"pred: this stream began with {_streams(self.rho.shape[:-1])}, this update has {_streams(lead)}; "
+                f"reset() starts another"
+            )
+        if pred.shape[-2] == 0:
+            return
+        if not lead:
+            pred, target, mask = pred[None], target[None], None if mask is None else mask[None]
+        rho, self.running = functional.temporal_ccc(
+            pred,
+            target,
+            mask,
+            window=self.window,
+            halflife=self.halflife,
+            state=self.running if self.running.numel() else None,
+        )
+        self.rho = rho[:, -1].double() if lead else rho[0, -1].double()
+
+    def compute(self) -> Tensor:
+        """float64: pooled (C,); running (C,) for (T, C) updates, (B, C) for (B, T, C). 0 where it is undefined."""
+        return functional.ccc_from_moments(self.moments) if self.pooled else self.rho.clone()
+
+    def forward(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`update`, then `compute`."""
+        self.update(pred, target, mask)
+        return self.compute()
+
+    @torch.no_grad()
+    def merge(self, other: StreamingCCC) -> None:
+        """Add everything `other` has seen. Pooled mode only: two running streams have no common order in time."""
+        if not isinstance(other, StreamingCCC):
+            raise TypeError(f"other must be a StreamingCCC, got {type(other).__name__}")
+        if not (self.pooled and other.pooled):
+            raise ValueError("merge is for the pooled mode only: running streams have no common order in time")
+        if other.num_targets != self.num_targets:
+            raise ValueError(f"other must have num_targets={self.num_targets}, got {other.num_targets}")
+        self.moments.copy_(functional.merge_moments(self.moments, other.moments.to(self.moments.device)))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StreamingCCC:
+        """`.to(device)` moves the state; `.half()`, `.float()` and the like leave it in float64."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A running stream's state has the shape that its updates gave it.
+        for name in () if self.pooled else ("running", "rho"):
+            if prefix + name in state_dict:
+                setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _streams(lead: torch.Size) -> str:
+    return f"{lead[0]} sequences, (B, T, C)" if lead else "one sequence, (T, C)"
+
+
+@functools.cache
+def _torchmetrics_adapter() -> type:
+    metric = require("torchmetrics", "metrics").Metric
+
+    class TorchMetricsCCC(metric):  # type: ignore[misc, valid-type]
+        """`StreamingCCC` (pooled) as a `torchmetrics.Metric`: masks, float64 moments, exact merge over processes.
+
+        `update(pred, target, mask=None)` as there; `compute()` gives (C,), or with `average=True` their mean, a scalar.
+        Moments are population (1/n) ones: `torchmetrics.ConcordanceCorrCoef` divides second moments by n - 1, and so
+        gives a slightly smaller value, equal in the limit; undefined values are 0 here, NaN there.
+        """
+
+        is_differentiable = False
+        higher_is_better = True
+        full_state_update = False
+        plot_lower_bound = -1.0
+        plot_upper_bound = 1.0
+        moments: Tensor
+
+        def __init__(self, num_targets: int = 2, average: bool = False, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            check_int("num_targets", num_targets, 1)
+            self.num_targets, self.average = num_targets, average
+            zeros = torch.zeros(num_targets, 6, dtype=torch.float64)
+            self.add_state("moments", zeros, dist_reduce_fx=_merge_stacked)
+
+        def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+            _check_update(pred, target, self.num_targets)
+            pred, target = _real(pred, target)
+            self.moments = functional.ccc_moments(pred, target, mask, state=self.moments)
+
+        def compute(self) -> Tensor:
+            rho = functional.ccc_from_moments(self.moments)
+            return rho.mean() if self.average else rho
+
+    TorchMetricsCCC.__qualname__ = "TorchMetricsCCC"  # picklable by the name that __getattr__ serves
+    return TorchMetricsCCC
+
+
+def _merge_stacked(moments: Tensor) -> Tensor:
+    """(processes, C, 6) -> (C, 6), in order: what torchmetrics calls after gathering, or to join two states."""
+    return functools.reduce(functional.merge_moments, moments.unbind(0))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TorchMetricsCCC":
+        return _torchmetrics_adapter()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
