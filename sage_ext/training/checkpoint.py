@@ -1,0 +1,119 @@
+"""Checkpoints: one safetensors file, its scalars as JSON in the file's metadata, a digest over both. Nothing is pickled.
+
+A checkpoint is any nesting of dicts, lists and tuples whose leaves are tensors, numbers, strings, booleans or None. It is
+one file, written beside its place and renamed into it, so what stands under the name is always one whole checkpoint: the
+old one or the new one, whenever the process dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..extras import require
+
+FORMAT = 1
+_KEY = "sage_ext"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not one of ours; the message names the file."""
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader, or a crash at any moment, sees the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    raw = data.encode() if isinstance(data, str) else data
+    try:
+        with open(temporary, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+# ------------------------------------------------------------------------------------------------------------ tree
+def _pack(node: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """The JSON form of `node`; its tensors go to `tensors`, named by their path. One-key dicts tag what JSON lacks."""
+    if isinstance(node, Tensor):
+        tensors[path] = node.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": path}
+    if isinstance(node, dict):
+        return {"dict": [[key, _pack(value, tensors, f"{path}/{key}")] for key, value in node.items()]}
+    if isinstance(node, (list, tuple)):
+        tag = "list" if isinstance(node, list) else "tuple"
+        return {tag: [_pack(value, tensors, f"{path}/{i}") for i, value in enumerate(node)]}
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise TypeError(f"checkpoint: {path or 'root'} is a {type(node).__name__}; expected tensors, numbers, text or None")
+
+
+def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((tag, value),) = node.items()
+    if tag == "tensor":
+        return tensors[value]
+    if tag == "dict":
+        return {key: _unpack(item, tensors) for key, item in value}
+    items = [_unpack(item, tensors) for item in value]
+    return items if tag == "list" else tuple(items)
+
+
+def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(tree.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write `state` to `path` atomically. TypeError for a leaf that is neither a tensor, a number, text nor None."""
+    safetensors_torch = require("safetensors.torch", "train")
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_pack(state, tensors, ""))
+    header = {"format": FORMAT, "digest": _digest(tree, tensors), "tree": tree}
+    write_atomic(path, safetensors_torch.save(tensors, {_KEY: json.dumps(header)}))
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, tensors on the CPU. CheckpointError if the file is missing, cut or altered."""
+    safetensors = require("safetensors", "train")
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+    if _KEY not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file, but not a sage_ext checkpoint")
+    try:
+        header = json.loads(metadata[_KEY])
+        version, tree, digest = header["format"], header["tree"], header["digest"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged header ({error})") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {version}; this version reads format {FORMAT}")
+    if _digest(tree, tensors) != digest:
+        raise CheckpointError(f"{path}: damaged (the contents do not match their digest)")
+    return _unpack(json.loads(tree), tensors)

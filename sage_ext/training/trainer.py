@@ -1,0 +1,461 @@
+"""Training: one run directory, resumable to the bit.
+
+    RUN/config.json         the configuration and the data set's shape; a run is continued only with the same
+    RUN/log.csv             one row an epoch
+    RUN/last.safetensors    everything a continuation needs, as of the last checkpoint
+    RUN/best.safetensors    the weights of the best validation P, with the configuration to rebuild the model
+
+Whatever happens in an epoch is a function of the configuration, the data and the last checkpoint: the order of the
+windows and the rehearsed failures are drawn from generators seeded by (seed, epoch) and (seed, step), dropout from the
+global generator whose state is in the checkpoint. So on the CPU a run that is killed at any moment and resumed ends with
+the same bits, `log.csv` included, as one that was left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..data.affwild2 import AffWild2
+from ..data.windows import Windows, collate
+from ..functional import ccc_from_moments, ccc_moments
+from ..models.sage import SAGE, SAGELoss
+from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from .evaluate import evaluate, predict_clip
+from .progress import Progress
+from .rehearsal import Rehearsal
+
+CONFIG, LOG, LAST, BEST = "config.json", "log.csv", "last.safetensors", "best.safetensors"
+COLUMNS = (
+    "epoch", "step", "lr", "loss", "loss_prediction", "loss_unimodal", "loss_reliability",
+    "train_CCC_V", "train_CCC_A", "train_P", "val_CCC_V", "val_CCC_A", "val_P", "best_P",
+)  # fmt: skip
+PARTS = ("prediction", "unimodal", "reliability")  # of SAGELoss, in the order of the loss_ columns
+
+
+class RunError(ValueError):
+    """A run directory cannot be used as asked; the message says why and what would."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """All that decides the outcome of a run. Frames are 1/30 s unless the data say otherwise."""
+
+    data: str  # root of an Aff-Wild2-format data set
+    modalities: tuple[str, ...] | None = None  # the model's inputs; None: all the data set has
+    fusion: str = "reliability"  # or "uniform": equal weights over the present modalities
+    dim: int = 128  # channels of each modality's encoder and of the fused representation
+    stages: int = 4
+    blocks: int = 4  # temporal convolution blocks, dilations 1, 2, 4, 8 ...
+    kernel_size: int = 5
+    dropout: float = 0.1
+    causal: bool = True
+    window: int = 300  # frames
+    hop: int = 200  # frames
+    batch_size: int = 16  # windows
+    lr: float = 3e-4  # peak
+    weight_decay: float = 1e-2  # matrices and convolutions only
+    warmup: int = 50  # steps of linear rise to `lr`; a cosine to lr / 50 follows
+    epochs: int = 30
+    max_steps: int | None = None  # stop (and end the cosine) here if the epochs would take longer
+    patience: int = 10  # epochs without a better validation P before stopping
+    grad_clip: float = 1.0  # largest gradient norm
+    unimodal_weight: float = 0.5  # of 1 - CCC of the unimodal heads, their mean
+    reliability_weight: float = 0.1  # of the score that trains confidence
+    kappa: float = 0.25  # error at which confidence is 1/2, in units of the labels
+    rehearsal: Rehearsal = dataclasses.field(default_factory=Rehearsal)
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
+    num_workers: int = 0  # processes that read windows; does not change the result
+    checkpoint_every: int = 200  # steps between checkpoints within an epoch; does not change the result
+
+    def __post_init__(self) -> None:
+        for name, low in (("window", 2), ("batch_size", 1), ("epochs", 1), ("patience", 1), ("threads", 1),
+                          ("checkpoint_every", 1), ("num_workers", 0), ("warmup", 0), ("seed", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}: expected a whole number >= {low}, got {value!r}")
+        if not 1 <= self.hop <= self.window:
+            raise ValueError(f"hop: expected 1 <= hop <= window ({self.window}), got {self.hop}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps: expected >= 1, got {self.max_steps}")
+        for name in ("lr", "grad_clip", "kappa"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        for name in ("weight_decay", "unimodal_weight", "reliability_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"configuration: unknown {', '.join(sorted(unknown))}")
+        values = dict(values)
+        if values.get("modalities") is not None:
+            values["modalities"] = tuple(values["modalities"])
+        if isinstance(values.get("rehearsal"), Mapping):
+            rehearsal = dict(values["rehearsal"])
+            for name in ("length", "snr_db"):
+                if name in rehearsal:
+                    rehearsal[name] = tuple(rehearsal[name])
+            values["rehearsal"] = Rehearsal(**rehearsal)
+        return cls(**values)
+
+
+# What may differ when a run is continued: none of it changes the numbers on the CPU.
+_FREE = {"data", "num_workers", "checkpoint_every"}
+
+
+def derived_seed(seed: int, what: str, index: int) -> int:
+    """A seed for one purpose and one place in the run, unrelated to its neighbours'."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{index}".encode()).digest()[:8], "little") >> 1
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Rate of step 0 .. total - 1: linear warm-up, then a cosine to lr / 50."""
+    warmup = min(config.warmup, total // 2)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
+    """A fresh model for modalities `dims` {name: D}, initialised from the configuration's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, "initial weights", 0))
+        return SAGE(
+            dict(dims),
+            dim=config.dim,
+            stages=config.stages,
+            blocks=config.blocks,
+            kernel_size=config.kernel_size,
+            dropout=config.dropout,
+            causal=config.causal,
+            kappa=config.kappa,
+            fusion=config.fusion,
+        )
+
+
+class _Inputs:
+    """The training windows as the model's `fit_statistics` wants them, its own modalities only; any number of times."""
+
+    def __init__(self, windows: Windows, names: Sequence[str], columns: Sequence[int], batch_size: int) -> None:
+        self.windows, self.names, self.columns, self.batch_size = windows, names, list(columns), batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in DataLoader(self.windows, self.batch_size, collate_fn=collate, generator=torch.Generator()):
+            features = {name: batch["features"][name] for name in self.names}
+            yield {"features": features, "present": batch["present"][..., self.columns], "frame": batch["frame"]}
+
+
+class Training:
+    """One run in progress. `train` is the way to use it."""
+
+    def __init__(self, config: TrainConfig, run: Path, data: dict[str, AffWild2], progress: Progress) -> None:
+        self.config, self.run, self.progress = config, run, progress
+        self.device = torch.device(config.device)
+        self.train_data, self.validation = data["train"], data["validation"]
+        self.names = list(config.modalities or self.train_data.modalities)
+        self.columns = [list(self.train_data.modalities).index(name) for name in self.names]
+        self.windows = Windows(self.train_data, config.window, config.hop)
+        self.per_epoch = max(len(self.windows) // config.batch_size, 1)
+        self.total = self.per_epoch * config.epochs
+        if config.max_steps is not None:
+            self.total = min(self.total, config.max_steps)
+
+        self.model = build_model(config, {name: self.train_data.modalities[name] for name in self.names})
+        self.model.to(self.device)
+        self.loss = SAGELoss(config.kappa, unimodal=config.unimodal_weight, reliability=config.reliability_weight)
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        plain = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.lr,
+            fused=True,
+        )
+        self.step = self.epoch = self.position = self.log_bytes = 0  # position: batches done of this epoch
+        self.best: dict[str, Any] = {"P": -math.inf, "epoch": -1, "step": -1, "scores": {}, "model": {}}
+        self.done = False
+        self._clear_running()
+        torch.manual_seed(derived_seed(config.seed, "dropout", 0))
+
+    def _clear_running(self) -> None:
+        self.loss_sum = torch.zeros(4, dtype=torch.float64, device=self.device)  # total and PARTS
+        self.moments: Tensor | None = None  # (2, 6) of this epoch's training predictions
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+    def save(self) -> None:
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            raise RunError(f"step {self.step}: the weights are no longer finite; {self.run / LAST} is from before")
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng,
+            "running": {"loss_sum": self.loss_sum, "moments": self.moments},
+            "best": self.best,
+            "at": {name: getattr(self, name) for name in ("step", "epoch", "position", "log_bytes", "done")},
+            "config": self.config.to_json(),
+        }
+        save_checkpoint(self.run / LAST, state)
+
+    def load(self) -> None:
+        state = load_checkpoint(self.run / LAST)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loss_sum = state["running"]["loss_sum"].to(self.device)
+        self.moments = state["running"]["moments"]
+        if self.moments is not None:
+            self.moments = self.moments.to(self.device)
+        self.best = state["best"]
+        for name, value in state["at"].items():
+            setattr(self, name, value)
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        if self.best["model"]:
+            self._export_best()  # the file may be from after this checkpoint
+
+    def _export_best(self) -> None:
+        state = {
+            "model": self.best["model"],
+            "model_config": self.model.config,
+            "modalities": self.names,
+            "train_config": self.config.to_json(),
+            **{name: self.best[name] for name in ("epoch", "step", "scores")},
+        }
+        save_checkpoint(self.run / BEST, state)
+
+    # --------------------------------------------------------------------------------------------------------- log
+    def open_log(self) -> None:
+        """Bring log.csv to what it was at the checkpoint: rows of steps that are done again go."""
+        path = self.run / LOG
+        if self.log_bytes == 0:
+            write_atomic(path, ",".join(COLUMNS) + "\n")
+            self.log_bytes = path.stat().st_size
+            return
+        size = path.stat().st_size if path.exists() else 0
+        if size < self.log_bytes:
+            raise RunError(f"{path}: {size} bytes, but the checkpoint was made with {self.log_bytes}; cannot continue it")
+        with open(path, "r+b") as file:
+            file.truncate(self.log_bytes)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        text = ",".join(str(row[name]) if name in ("epoch", "step") else f"{row[name]:.8g}" for name in COLUMNS) + "\n"
+        with open(self.run / LOG, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.log_bytes += len(text.encode())
+
+    # -------------------------------------------------------------------------------------------------------- steps
+    def _inputs(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The model's own modalities on its device: features, present (B, W, M), mask (B, W)."""
+        features = {name: batch["features"][name].to(self.device) for name in self.names}
+        return features, batch["present"][:, :, self.columns].to(self.device), batch["frame"].to(self.device)
+
+    def _batches(self) -> DataLoader:
+        """The batches of this epoch that are not done yet."""
+        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "order", self.epoch))
+        order = torch.randperm(len(self.windows), generator=generator).tolist()
+        size = self.config.batch_size
+        batches = [order[i * size : (i + 1) * size] for i in range(self.per_epoch)]  # the last, incomplete one is left out
+        # The loader draws its workers' base seed from the generator given here, not from the global one.
+        return DataLoader(
+            self.windows,
+            batch_sampler=batches[self.position :],
+            collate_fn=collate,
+            num_workers=self.config.num_workers,
+            generator=torch.Generator(),
+        )
+
+    def _one_step(self, batch: Mapping[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "rehearsal", self.step))
+        batch = self.config.rehearsal(batch, generator)
+        features, present, frame = self._inputs(batch)
+        labels, valid = batch["labels"].to(self.device), batch["valid"].to(self.device)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step, self.total)
+        self.model.train()
+        output = self.model(features, present=present, mask=frame)
+        loss, parts = self.loss(output, labels, valid, present)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+
+        self.loss_sum += torch.stack([loss.detach(), *(parts[name] for name in PARTS)])
+        self.moments = ccc_moments(output.prediction.detach(), labels, valid, state=self.moments)
+        self.step += 1
+        self.position += 1
+
+    def _end_of_epoch(self) -> None:
+        predict = functools.partial(predict_clip, self.model, names=self.names, device=self.device,
+                                    window=self.config.window, hop=self.config.hop)  # fmt: skip
+        scores, _ = evaluate(predict, self.validation, self.names)
+        val = scores["fused"]
+        assert self.moments is not None
+        valence, arousal = ccc_from_moments(self.moments).tolist()
+        loss = (self.loss_sum / max(self.position, 1)).tolist()
+        better = val["P"] > self.best["P"]
+        if better:
+            model = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            self.best = {"P": val["P"], "epoch": self.epoch, "step": self.step, "scores": scores, "model": model}
+            self._export_best()
+        row = dict(zip(COLUMNS, (
+            self.epoch, self.step, self.optimizer.param_groups[0]["lr"], *loss,
+            valence, arousal, (valence + arousal) / 2, val["CCC_V"], val["CCC_A"], val["P"], self.best["P"],
+        )))  # fmt: skip
+        self.log(row)
+        self.progress.epoch(row, better)
+        waited = self.epoch - self.best["epoch"] >= self.config.patience
+        self.epoch, self.position = self.epoch + 1, 0
+        self.done = waited or self.step >= self.total
+        self._clear_running()
+        self.save()
+
+    def run_to_end(self) -> None:
+        if self.step == 0:
+            self.model.fit_statistics(_Inputs(self.windows, self.names, self.columns, self.config.batch_size))
+        while not self.done:
+            for batch in self._batches():
+                self._one_step(batch)
+                self.progress.step(self)
+                last = self.position == self.per_epoch or self.step >= self.total
+                if last:
+                    break
+                if self.step % self.config.checkpoint_every == 0:
+                    self.save()
+            self._end_of_epoch()
+
+
+def open_data(config: TrainConfig) -> dict[str, AffWild2]:
+    """The training and validation splits, all modalities: rehearsed failures are drawn over all the data set has, so that
+    a model of some of them trains on the same failures. ValueError for a modality the data set lacks."""
+    data = {split: AffWild2(config.data, split) for split in ("train", "validation")}
+    have = data["train"].modalities
+    if dict(data["validation"].modalities) != dict(have):
+        raise ValueError(f"{config.data}: modalities differ between splits: {have}, {data['validation'].modalities}")
+    missing = [name for name in config.modalities or () if name not in have]
+    if missing:
+        raise ValueError(f"modalities: {config.data} has {', '.join(have)}; there is no {', '.join(missing)}")
+    return data
+
+
+def data_shape(data: Mapping[str, AffWild2]) -> dict[str, Any]:
+    """What identifies a data set well enough to refuse to continue a run on another."""
+    shape: dict[str, Any] = {"modalities": dict(data["train"].modalities)}
+    for split, clips in data.items():
+        digest = hashlib.sha256()
+        frames = valid = 0
+        for clip in clips:
+            digest.update(f"{clip.name} {clip.num_frames} ".encode())
+            digest.update(clip.labels.tobytes())
+            frames, valid = frames + clip.num_frames, valid + int(clip.valid.sum())
+        shape[split] = {"clips": len(clips), "frames": frames, "valid": valid, "annotations": digest.hexdigest()[:16]}
+    return shape
+
+
+def _check_same(run: Path, stored: Mapping[str, Any], config: TrainConfig, shape: Mapping[str, Any]) -> None:
+    theirs, ours = stored["train"], config.to_json()
+    differ = [f"{name} {theirs.get(name)!r} -> {ours.get(name)!r}" for name in sorted(set(theirs) | set(ours))
+              if name not in _FREE and theirs.get(name) != ours.get(name)]  # fmt: skip
+    if differ:
+        raise RunError(f"{run}: cannot resume with another configuration ({'; '.join(differ)})")
+    if stored["data"] != shape:
+        raise RunError(f"{run}: cannot resume on other data: began with {stored['data']}, {config.data} is {shape}")
+
+
+def read_config(run: str | os.PathLike[str]) -> TrainConfig:
+    """The configuration of the run in directory `run`. RunError where there is none."""
+    path = Path(run) / CONFIG
+    try:
+        return TrainConfig.from_json(json.loads(path.read_text())["train"])
+    except FileNotFoundError:
+        raise RunError(f"{run}: not a run directory (no {CONFIG})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged ({error})") from error
+
+
+def train(
+    config: TrainConfig,
+    run: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train in directory `run` and return {"epoch", "step", "scores"} of the best epoch on the validation split.
+
+    A directory that holds a run already is an error (RunError) unless it is to be continued (`resume`; one that holds
+    none is begun) or replaced (`overwrite`: its files of the kinds written here go, others stay). The global torch
+    generator and thread count are as before afterwards.
+    """
+    run = Path(run)
+    if resume and overwrite:
+        raise RunError("resume and overwrite exclude each other")
+    there = [name for name in (CONFIG, LOG, LAST, BEST) if (run / name).exists()]
+    if there and not (resume or overwrite):
+        raise RunError(f"{run}: holds a run already ({', '.join(there)}); resume it, overwrite it, or name another")
+    data = open_data(config)
+    shape = data_shape(data)
+    if resume and (run / CONFIG).exists():
+        _check_same(run, json.loads((run / CONFIG).read_text()), config, shape)
+    elif resume and (run / LAST).exists():
+        raise RunError(f"{run}: {LAST} without {CONFIG}; cannot tell whether the configuration is the same")
+    run.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for name in (LAST, BEST, LOG, CONFIG):  # config.json last: what is left of an interrupted removal can be resumed
+            (run / name).unlink(missing_ok=True)
+    for leftover in run.glob(".*.tmp"):
+        leftover.unlink()
+    write_atomic(run / CONFIG, json.dumps({"train": config.to_json(), "data": shape}, indent=1) + "\n")
+
+    threads = torch.get_num_threads()
+    devices = [torch.device(config.device)] if config.device.startswith("cuda") else []
+    torch.set_num_threads(config.threads)
+    reporter = Progress(run, tensorboard=tensorboard, quiet=not progress)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            training = Training(config, run, data, reporter)
+            if resume and (run / LAST).exists():
+                training.load()
+            training.open_log()
+            reporter.start(training)
+            training.run_to_end()
+    finally:
+        reporter.close()
+        torch.set_num_threads(threads)
+    return {name: training.best[name] for name in ("epoch", "step", "scores")}
+
+
+def load_run(run: str | os.PathLike[str], device: str = "cpu") -> tuple[SAGE, list[str], dict[str, Any]]:
+    """The best model of a run, in evaluation mode, its modalities in order, and its checkpoint."""
+    state = load_checkpoint(Path(run) / BEST)
+    model = SAGE.from_config(state["model_config"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), state["modalities"], state
+
+
+__all__: Sequence[str] = ("RunError", "TrainConfig", "load_run", "read_config", "train")
