@@ -1,0 +1,236 @@
+"""The command line: `sage-ext synth | train | evaluate | predict | info | demo`.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 the request or the data are wrong (one line
+says what), 130 interrupted; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+
+def _pair(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(",")
+    try:
+        return int(low), int(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two whole numbers A,B, got {text!r}") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError("expected names separated by commas")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sage-ext",
+        description="Valence-arousal estimation by reliability-weighted fusion, on data in the Aff-Wild2 layout.",
+    )
+    parser.add_argument("--version", action="version", version=f"sage-ext {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, run: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(run_command=run)
+        return sub
+
+    sub = command("synth", "write a synthetic data set in the Aff-Wild2 layout", _synth)
+    sub.add_argument("out", metavar="DIR", help="a directory that does not exist or is empty")
+    sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    for split, count in (("train", 24), ("validation", 10), ("test", 4)):
+        sub.add_argument(f"--{split}", type=int, default=count, help=f"videos of the {split} split")
+    sub.add_argument("--frames", type=_pair, default=(250, 900), metavar="A,B", help="shortest and longest video")
+    sub.add_argument("--difficulty", type=float, default=1.0, help="factor on the noise")
+    sub.add_argument("--images", action="store_true", help="also write (empty) image files; missing faces have none")
+
+    sub = command("train", "train a model, and calibrate its confidence on the validation split", _train)
+    _train_arguments(sub)
+
+    sub = command("evaluate", "score a run on an annotated split: CCC of valence and arousal, and their mean P", _evaluate)
+    _run_arguments(sub)
+    sub.add_argument("--split", choices=("validation", "train"), default="validation", help="annotated split")
+    sub.add_argument("--report", metavar="DIR", help="write pictures and report.html there")
+    sub.add_argument("--videos", type=int, default=3, help="videos in the report, the longest annotated first")
+
+    sub = command("predict", "write the test split's predictions in the challenge's submission format", _predict)
+    _run_arguments(sub)
+    sub.add_argument("--out", required=True, metavar="FILE", help="submission file to write")
+    sub.add_argument("--sample", metavar="FILE", help="the organisers' sample file (default: DATA/sample_submission.txt)")
+
+    sub = command("info", "show the build, the machine, and which backend serves each op", _info)
+
+    sub = command("demo", "synthesise data, train, calibrate, evaluate, predict and report; some three minutes", _demo)
+    sub.add_argument("--out", default="demo-run", metavar="DIR", help="directory to write")
+    sub.add_argument("--seed", type=int, default=0, help="of the data and of the training")
+    sub.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR")
+    return parser
+
+
+def _run_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--run", required=True, metavar="DIR", help="run directory that train wrote")
+    sub.add_argument("--data", metavar="DIR", help="root of the data set (default: the one the run was trained on)")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    sub.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    sub.add_argument(
+        "--smooth", type=_pair, default=(1, 1), metavar="V,A",
+        help="centred mean filter of V frames on valence and A on arousal (looks ahead; 1: none)",
+    )  # fmt: skip
+    sub.add_argument("--chunk", type=int, default=3000, help="frames at once, causal models")
+
+
+_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("fusion", str, "reliability, or uniform: equal weights over the present modalities"),
+    ("dim", int, "channels of each encoder and of the fusion"),
+    ("stages", int, "interaction stages"),
+    ("blocks", int, "temporal convolution blocks (dilations 1, 2, 4 ...)"),
+    ("kernel_size", int, "frames a convolution sees at dilation 1"),
+    ("dropout", float, "dropout probability"),
+    ("window", int, "frames of a training window"),
+    ("hop", int, "frames between windows"),
+    ("batch_size", int, "windows of a step"),
+    ("lr", float, "peak learning rate"),
+    ("weight_decay", float, "of matrices"),
+    ("warmup", int, "steps of rising learning rate"),
+    ("epochs", int, "at most"),
+    ("max_steps", int, "steps at most"),
+    ("patience", int, "epochs without a better validation P before stopping"),
+    ("grad_clip", float, "largest gradient norm"),
+    ("unimodal_weight", float, "of the unimodal heads' loss"),
+    ("reliability_weight", float, "of the score that trains confidence"),
+    ("kappa", float, "error at which confidence is 1/2, in label units"),
+    ("seed", int, "of weights, order, dropout and rehearsal"),
+    ("device", str, "cpu, cuda, cuda:1 ..."),
+    ("threads", int, "CPU threads"),
+    ("num_workers", int, "processes that read windows"),
+    ("checkpoint_every", int, "steps between checkpoints inside an epoch"),
+)
+
+
+def _train_arguments(sub: argparse.ArgumentParser) -> None:
+    from .training.trainer import TrainConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    # A flag that is not given is absent, so that --resume can take it from the run.
+    sub.add_argument("--data", metavar="DIR", default=argparse.SUPPRESS, help="root of the data set")
+    sub.add_argument("--run", required=True, metavar="DIR", help="run directory to write")
+    sub.add_argument("--resume", action="store_true", help="continue the run in DIR, bit for bit on the CPU")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+    sub.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard beside log.csv")
+    sub.add_argument("--quiet", action="store_true", help="no progress display")
+    sub.add_argument("--modalities", type=_names, metavar="A,B", default=argparse.SUPPRESS,
+                     help="the model's inputs (default: all the data set has)")  # fmt: skip
+    sub.add_argument("--no-rehearsal", action="store_true", default=argparse.SUPPRESS,
+                     help="train without rehearsed failures")  # fmt: skip
+    sub.add_argument("--centred", action="store_true", default=argparse.SUPPRESS,
+                     help="centred convolutions, which see the future (default: causal)")  # fmt: skip
+    for name, kind, text in _FLAGS:
+        default = defaults[name]
+        shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text + shown)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+def _synth(args: argparse.Namespace) -> int:
+    from .data.synthetic import write_dataset
+
+    spec = write_dataset(
+        args.out, seed=args.seed, train=args.train, validation=args.validation, test=args.test, frames=args.frames,
+        difficulty=args.difficulty, images=args.images,
+    )  # fmt: skip
+    sizes = ", ".join(f"{name} {dim}" for name, dim in spec.modalities.items())
+    print(f"{args.out}: {spec.train} training, {spec.validation} validation, {spec.test} test videos; features: {sizes}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .training.finish import calibrate_run, describe
+    from .training.rehearsal import Rehearsal
+    from .training.trainer import CONFIG, TrainConfig, read_config, train
+
+    given = {name: getattr(args, name) for name, _, _ in _FLAGS if hasattr(args, name)}
+    given.update({name: getattr(args, name) for name in ("data", "modalities") if hasattr(args, name)})
+    if hasattr(args, "centred"):
+        given["causal"] = False
+    if hasattr(args, "no_rehearsal"):
+        given["rehearsal"] = Rehearsal(probability=0.0)
+    if args.resume and (Path(args.run) / CONFIG).exists():
+        config = dataclasses.replace(read_config(args.run), **given)
+    elif "data" not in given:
+        raise ValueError("--data: expected the root of a data set (only --resume of a begun run can do without)")
+    else:
+        config = TrainConfig(**given)
+    train(
+        config, args.run, resume=args.resume, overwrite=args.overwrite, tensorboard=args.tensorboard,
+        progress=not args.quiet,
+    )  # fmt: skip
+    calibrate_run(args.run, device=config.device)
+    print(describe(args.run))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .training.finish import evaluate_run
+
+    result = evaluate_run(
+        args.run, args.data, args.split, smooth=args.smooth, device=args.device, chunk=args.chunk, report=args.report,
+        videos=args.videos,
+    )  # fmt: skip
+    print(result)
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from .training.finish import predict_run
+
+    videos, rows = predict_run(
+        args.run, args.data, args.out, sample=args.sample, smooth=args.smooth, device=args.device, chunk=args.chunk
+    )
+    print(f"{args.out}: {rows} rows of {videos} videos")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import info
+
+    return info.main([])
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .training.demo import demo
+
+    print(demo(args.out, seed=args.seed, overwrite=args.overwrite))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    import torch
+
+    args = _parser().parse_args(argv)
+    if getattr(args, "threads", None) and args.command != "train":
+        torch.set_num_threads(args.threads)
+    try:
+        return args.run_command(args)
+    except KeyboardInterrupt:
+        hint = f"; continue with: sage-ext train --run {args.run} --resume" if args.command == "train" else ""
+        print(f"sage-ext {args.command}: interrupted{hint}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"sage-ext {args.command}: error: {error}", file=sys.stderr)
+        return 2
