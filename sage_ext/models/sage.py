@@ -297,15 +297,30 @@ class SAGE(nn.Module):
         x = self._standardise(x, valid)
         encoded, history = self.encode(x, mask, None if state is None else state.history)
         result = self.fusion(encoded, valid, None, None if state is None else state.fusion, typicality_inputs=x)
-        unimodal = torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2)
         return SAGEOutput(
             _bounded(self.head(result.fused)),
-            _bounded(unimodal),
+            self._unimodal(encoded),
             result.weights,
             result.confidence,
             result.stage,
             SAGEState(history, result.state) if self.causal else None,
         )
+
+    def assess(
+        self, features: Features, present: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What calibration reads: uncalibrated reliability logits (B, T, M, S), stage posterior (B, T, S), unimodal
+        predictions (B, T, M, C) of whole sequences. Arguments as `forward`; ValueError with uniform weights."""
+        if not isinstance(self.fusion, ReliabilityFusion):
+            raise ValueError('fusion="uniform" has no reliability to assess')
+        x, valid, mask = self._inputs(features, present, mask)
+        x = self._standardise(x, valid)
+        encoded, _ = self.encode(x, mask)
+        reliability, stage, _ = self.fusion.assess(blank_missing(encoded, valid), valid, None, x)
+        return reliability, stage, self._unimodal(encoded)
+
+    def _unimodal(self, encoded: Sequence[Tensor]) -> Tensor:
+        return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))
 
 
 def _bounded(x: Tensor) -> Tensor:

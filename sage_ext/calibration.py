@@ -1,0 +1,281 @@
+"""Post-hoc calibration of confidence, and how to measure it.
+
+A confidence `r` states that its modality's error has variance `kappa^2 (1 - r) / r`. It is calibrated when that is true
+on average over the frames that share an `r`: `E[e^2 | r] = kappa^2 (1 - r) / r`, or, read as a reliability,
+`r = 1 / (1 + E[e^2 | r] / kappa^2)`. Confidence is learnt on training clips, where errors are smaller than on new ones;
+`fit_calibration` corrects it on validation clips, by a temperature and a bias for each modality and stage, against the
+same proper score that trained it (`sage_ext.nn.ReliabilityNLL`).
+
+The measure is the counterpart of classification's expected calibration error for a predicted *variance*: Levi, Gispan,
+Giladi & Fetaya 2022 ("Evaluating and calibrating uncertainty prediction in regression tasks") bin by predicted
+variance and compare it with the mean squared error in the bin, relative to the predicted (ENCE). Here both sides are
+mapped to [0, 1] by the same `1 / (1 + variance / kappa^2)`, so a bin cannot dominate by a large ratio and the number
+reads like the usual ECE; bins hold equal numbers of frames (equal mass), so none is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .models.sage import SAGE
+from .nn import ReliabilityFusion, ReliabilityNLL
+
+__all__ = [
+    "CalibrationReport",
+    "ReliabilityDiagram",
+    "calibrate",
+    "calibrated_confidence",
+    "collect",
+    "expected_calibration_error",
+    "fit_calibration",
+    "reliability_diagram",
+    "spearman",
+]
+
+
+class ReliabilityDiagram(NamedTuple):
+    """Equal-mass bins of one modality's confidence, in rising order; float64 on the CPU. `K` bins."""
+
+    predicted: Tensor  # (K,) mean confidence of the bin
+    observed: Tensor  # (K,) 1 / (1 + mean squared error / kappa^2)
+    frames: Tensor  # (K,) int64 frames in the bin
+    lower: Tensor  # (K,) smallest confidence in the bin
+    upper: Tensor  # (K,) largest
+
+
+class CalibrationReport(NamedTuple):
+    """What `calibrate` did; one entry a modality in each list."""
+
+    log_temperature: Tensor  # (M, S) now in the model
+    bias: Tensor  # (M, S) now in the model
+    before: list[ReliabilityDiagram]
+    after: list[ReliabilityDiagram]
+    ece_before: list[float]
+    ece_after: list[float]
+
+
+class Evidence(NamedTuple):
+    """A model's raw reliability and errors on `N` frames, on the CPU."""
+
+    reliability: Tensor  # (N, M, S) logits before calibration
+    stage: Tensor  # (N, S)
+    squared_error: Tensor  # (N, M, C) of the unimodal predictions
+    mask: Tensor  # (N, M) bool: annotated frames in which the modality is present
+
+
+def calibrated_confidence(
+    reliability: Tensor, stage: Tensor, log_temperature: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """(*, M, S) logits, (*, S) stages, (M, S) calibration -> (*, M) confidence: the formula of `reliability_fusion`."""
+    logit = reliability
+    if log_temperature is not None:
+        logit = logit * (-log_temperature).exp()
+    if bias is not None:
+        logit = logit + bias
+    return (stage.unsqueeze(-2) * logit.sigmoid()).sum(-1)
+
+
+def fit_calibration(
+    reliability: Tensor,
+    stage: Tensor,
+    squared_error: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kappa: float,
+    prior: float = 100.0,
+    max_iter: int = 200,
+) -> tuple[Tensor, Tensor]:
+    """Fit `log_temperature` and `bias`, (M, S) float32 each, by the proper score on held-out frames.
+
+    Minimises the mean over counted frames of `ReliabilityNLL(kappa)` plus `prior / (2 n)` times the squared distance
+    from identity (0, 0): the weight of `prior` frames, which decides where a stage hardly occurs. L-BFGS in float64 on
+    the CPU, deterministic; the score is never worse than at identity.
+
+    Args:
+        reliability: (*, M, S) raw logits, before any calibration.
+        stage: (*, S) posterior.
+        squared_error: (*, M), or (*, M, C) for C targets, of the modality's own prediction.
+        mask: (*, M) bool; False: not counted (not read).
+        kappa: error scale of confidence (`model.kappa`).
+    """
+    score = ReliabilityNLL(kappa)
+    *lead, modalities, stages = reliability.shape
+    if tuple(stage.shape) != (*lead, stages):
+        raise ValueError(f"stage must be {(*lead, stages)}, got {tuple(stage.shape)}")
+    if tuple(squared_error.shape[: len(lead) + 1]) != (*lead, modalities):
+        raise ValueError(f"squared_error must begin with {(*lead, modalities)}, got {tuple(squared_error.shape)}")
+    if mask is None:
+        mask = torch.ones(*lead, modalities, dtype=torch.bool)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if tuple(mask.shape) != (*lead, modalities):
+        raise ValueError(f"mask must be {(*lead, modalities)}, got {tuple(mask.shape)}")
+    if not prior >= 0:
+        raise ValueError(f"prior must be >= 0, got {prior}")
+    mask = mask.cpu().reshape(-1, modalities)
+    logit = torch.where(mask[..., None], reliability.detach().cpu().double().reshape(-1, modalities, stages), 0.0)
+    belief = stage.detach().cpu().double().reshape(-1, stages)
+    error = squared_error.detach().cpu().double().reshape(len(mask), modalities, -1).mean(-1)
+    error = torch.where(mask, error, 0.0)
+    if not bool(logit.isfinite().all() and belief.isfinite().all() and error.isfinite().all()):
+        raise ValueError("reliability, stage and squared_error must be finite wherever mask is True")
+    count = int(mask.sum())
+    parameters = torch.zeros(2, modalities, stages, dtype=torch.float64)
+    if not count:
+        raise ValueError("mask: not a single frame to calibrate on")
+
+    def objective(p: Tensor) -> Tensor:
+        nll = score(calibrated_confidence(logit, belief, p[0], p[1]), error, mask)
+        return nll + prior / (2 * count) * p.square().sum()
+
+    with torch.enable_grad():
+        fitted = parameters.clone().requires_grad_()
+        optimiser = torch.optim.LBFGS(
+            [fitted], max_iter=max_iter, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = objective(fitted)
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+    fitted = fitted.detach()
+    if not bool(objective(fitted) <= objective(parameters)):  # also where it is not finite
+        fitted = parameters
+    return fitted[0].float(), fitted[1].float()
+
+
+def reliability_diagram(
+    confidence: Tensor, squared_error: Tensor, mask: Tensor | None = None, *, kappa: float, bins: int = 15
+) -> ReliabilityDiagram:
+    """Confidence of one modality against the reliability that its errors show.
+
+    confidence: (*,) in [0, 1]; squared_error: (*,), or (*, C); mask: (*,) bool. Frames are sorted by confidence and cut
+    into `bins` equal parts (at most one frame of difference; fewer bins where there are fewer frames).
+    """
+    ReliabilityNLL(kappa)  # checks kappa
+    if bins < 1:
+        raise ValueError(f"bins must be >= 1, got {bins}")
+    error = squared_error.detach().cpu().double()
+    if error.dim() > confidence.dim():
+        error = error.mean(-1)
+    if error.shape != confidence.shape:
+        raise ValueError(f"squared_error must begin with {tuple(confidence.shape)}, got {tuple(squared_error.shape)}")
+    r = confidence.detach().cpu().double()
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        if mask.shape != confidence.shape:
+            raise ValueError(f"mask must be {tuple(confidence.shape)}, got {tuple(mask.shape)}")
+        r, error = r[mask.cpu()], error[mask.cpu()]
+    r, order = r.flatten().sort(stable=True)
+    error = error.flatten()[order]
+    if not len(r):
+        raise ValueError("mask: not a single frame to measure on")
+    parts = list(zip(r.tensor_split(min(bins, len(r))), error.tensor_split(min(bins, len(r)))))
+    return ReliabilityDiagram(
+        predicted=torch.stack([p.mean() for p, _ in parts]),
+        observed=torch.stack([1 / (1 + e.mean() / kappa**2) for _, e in parts]),
+        frames=torch.tensor([len(p) for p, _ in parts]),
+        lower=torch.stack([p[0] for p, _ in parts]),
+        upper=torch.stack([p[-1] for p, _ in parts]),
+    )
+
+
+def expected_calibration_error(diagram: ReliabilityDiagram) -> float:
+    """Mean over bins, weighted by their frames, of |mean confidence - observed reliability|: 0 is perfect, 1 the worst."""
+    gap = (diagram.predicted - diagram.observed).abs()
+    return float((gap * diagram.frames).sum() / diagram.frames.sum())
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two 1-d tensors, ties averaged; nan where one of them is constant."""
+    if a.dim() != 1 or a.shape != b.shape:
+        raise ValueError(f"expected two 1-d tensors of one length, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Ranks from 0, ties sharing their mean."""
+    _, where, count = torch.unique(x.detach().cpu(), return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double() - 1
+    return (last - (count - 1) / 2)[where]
+
+
+@torch.no_grad()
+def collect(model: SAGE, batches: Iterable[Mapping[str, Any]]) -> Evidence:
+    """Run the model in evaluation mode over batches of `sage_ext.data.windows.collate`; gather what calibration needs.
+
+    A batch holds "features" by name, "labels" (B, T, C), "valid" (B, T) bool, and optionally "present" and "frame"; each
+    row is a sequence of its own. Whole clips (B = 1) show the confidence that a running stream has; windows start cold.
+    """
+    device = _fusion(model).log_temperature.device
+    training = model.training
+    model.eval()
+    parts = []
+    try:
+        for batch in batches:
+            features = {name: x.to(device) for name, x in batch["features"].items()}
+            present, frame = (batch[key].to(device) if key in batch else None for key in ("present", "frame"))
+            reliability, stage, unimodal = model.assess(features, present, frame)
+            error = (unimodal - batch["labels"].to(device).unsqueeze(2)).square()
+            valid = batch["valid"].to(device).unsqueeze(-1)
+            mask = valid.expand(reliability.shape[:-1]) if present is None else valid & present
+            parts.append([x.flatten(0, 1).cpu() for x in (reliability, stage, error, mask)])
+    finally:
+        model.train(training)
+    if not parts:
+        raise ValueError("batches: none given")
+    return Evidence(*(torch.cat(column) for column in zip(*parts)))
+
+
+def calibrate(
+    model: SAGE, batches: Iterable[Mapping[str, Any]], *, prior: float = 100.0, bins: int = 15
+) -> CalibrationReport:
+    """Fit the model's calibration in place on validation batches (see `collect`), whatever it held before.
+
+    The report measures on the frames that were fitted; measure on others with `collect` and `diagrams`.
+    """
+    fusion = _fusion(model)
+    evidence = collect(model, batches)
+    before = diagrams(evidence, fusion.log_temperature, fusion.bias, kappa=model.kappa, bins=bins)
+    log_temperature, bias = fit_calibration(*evidence, kappa=model.kappa, prior=prior)
+    with torch.no_grad():
+        fusion.log_temperature.copy_(log_temperature)
+        fusion.bias.copy_(bias)
+    after = diagrams(evidence, log_temperature, bias, kappa=model.kappa, bins=bins)
+    return CalibrationReport(
+        log_temperature,
+        bias,
+        before,
+        after,
+        [expected_calibration_error(d) for d in before],
+        [expected_calibration_error(d) for d in after],
+    )
+
+
+def diagrams(
+    evidence: Evidence, log_temperature: Tensor, bias: Tensor, *, kappa: float, bins: int = 15
+) -> list[ReliabilityDiagram]:
+    """One reliability diagram a modality, of collected evidence under a calibration."""
+    confidence = calibrated_confidence(
+        evidence.reliability.double(), evidence.stage.double(), log_temperature.cpu().double(), bias.cpu().double()
+    )
+    return [
+        reliability_diagram(confidence[:, m], evidence.squared_error[:, m], evidence.mask[:, m], kappa=kappa, bins=bins)
+        for m in range(confidence.shape[1])
+    ]
+
+
+def _fusion(model: SAGE) -> ReliabilityFusion:
+    if not isinstance(model, SAGE):
+        raise TypeError(f"model must be a SAGE, got {type(model).__name__}")
+    if not isinstance(model.fusion, ReliabilityFusion):
+        raise ValueError("model: uniform weights have no confidence to calibrate")
+    return model.fusion
