@@ -157,8 +157,8 @@ def _synth(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .training.finish import calibrate_run, describe
     from .training.rehearsal import Rehearsal
+    from .training.runs import calibrate_run
     from .training.trainer import CONFIG, TrainConfig, read_config, train
 
     given = {name: getattr(args, name) for name, _, _ in _FLAGS if hasattr(args, name)}
@@ -173,33 +173,43 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError("--data: expected the root of a data set (only --resume of a begun run can do without)")
     else:
         config = TrainConfig(**given)
-    train(
+    best = train(
         config, args.run, resume=args.resume, overwrite=args.overwrite, tensorboard=args.tensorboard,
         progress=not args.quiet,
     )  # fmt: skip
-    calibrate_run(args.run, device=config.device)
-    print(describe(args.run))
+    fused = best["scores"]["fused"]
+    print(
+        f"{args.run}: best validation P {fused['P']:.4f} (CCC_V {fused['CCC_V']:.4f}, CCC_A {fused['CCC_A']:.4f}) "
+        f"in epoch {best['epoch'] + 1}"
+    )
+    found = calibrate_run(args.run, device=config.device)
+    if found is not None:
+        before, after = found["error_before"], found["error_after"]
+        print("calibration error: " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before))
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from .training.finish import evaluate_run
+    from .training.runs import evaluate_run
 
-    result = evaluate_run(
+    _, tables = evaluate_run(
         args.run, args.data, args.split, smooth=args.smooth, device=args.device, chunk=args.chunk, report=args.report,
         videos=args.videos,
     )  # fmt: skip
-    print(result)
+    print("\n\n".join(table.text() for table in tables))
+    print(f"\n{Path(args.run) / f'evaluation-{args.split}.json'}")
+    if args.report is not None:
+        print(Path(args.report) / "report.html")
     return 0
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from .training.finish import predict_run
+    from .training.runs import predict_run
 
-    videos, rows = predict_run(
+    predictions = predict_run(
         args.run, args.data, args.out, sample=args.sample, smooth=args.smooth, device=args.device, chunk=args.chunk
     )
-    print(f"{args.out}: {rows} rows of {videos} videos")
+    print(f"{args.out}: {len(predictions)} videos, {sum(len(p) for p in predictions.values())} frames")
     return 0
 
 

@@ -148,6 +148,27 @@ def _stage_band(axis: Any, stage: np.ndarray, seconds: np.ndarray, fps: float) -
     )  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------------------------- calibration
+def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Sequence[str]) -> Any:
+    """Reliability diagrams (`sage_ext.calibration.ReliabilityDiagram`, one a modality), before and after calibration."""
+    from .calibration import expected_calibration_error
+
+    count = len(modalities)
+    figure, axes = _figure(min(4.2 * count + 0.6, 13), 4.3 if count < 4 else 3.4, 1, count, sharey=True)
+    for m, axis in enumerate(axes[0]):
+        axis.plot((0, 1), (0, 1), color="#777777", linewidth=0.9, label="calibrated")
+        for diagram, name, color, marker, dash in (
+            (before[m], "before", VERMILLION, "s", DASH[1]), (after[m], "after", BLUE, "o", "-"),
+        ):  # fmt: skip
+            x, y = np.asarray(diagram.predicted), np.asarray(diagram.observed)
+            label = f"{name}, error {expected_calibration_error(diagram):.3f}"
+            axis.plot(x, y, color=color, marker=marker, markersize=4, linestyle=dash, label=label)
+        axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (stated reliability)", title=modalities[m], aspect="equal")
+        axis.legend(loc="upper left")
+    axes[0, 0].set_ylabel("observed reliability")
+    return figure
+
+
 # ----------------------------------------------------------------------------------------------------- training curves
 def plot_training(log: Mapping[str, np.ndarray]) -> Any:
     """The columns of log.csv over epochs: loss and its parts, concordance in training and validation, learning rate."""

@@ -240,7 +240,7 @@ class Training:
             "model": self.best["model"],
             "model_config": self.model.config,
             "modalities": self.names,
-            "train_config": self.config.to_json(),
+            "calibration": None,  # calibrate_run fills it
             **{name: self.best[name] for name in ("epoch", "step", "scores")},
         }
         save_checkpoint(self.run / BEST, state)
@@ -450,12 +450,4 @@ def train(
     return {name: training.best[name] for name in ("epoch", "step", "scores")}
 
 
-def load_run(run: str | os.PathLike[str], device: str = "cpu") -> tuple[SAGE, list[str], dict[str, Any]]:
-    """The best model of a run, in evaluation mode, its modalities in order, and its checkpoint."""
-    state = load_checkpoint(Path(run) / BEST)
-    model = SAGE.from_config(state["model_config"])
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), state["modalities"], state
-
-
-__all__: Sequence[str] = ("RunError", "TrainConfig", "load_run", "read_config", "train")
+__all__ = ["RunError", "TrainConfig", "read_config", "train"]

@@ -1,0 +1,312 @@
+"""What is done with a finished run: calibrate its confidence, score it, predict with it, report on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calibration import (
+    Evidence,
+    ReliabilityDiagram,
+    calibrated_confidence,
+    collect,
+    diagrams,
+    expected_calibration_error,
+    fit_calibration,
+    reliability_diagram,
+)
+from ..data.affwild2 import AffWild2, Clip, write_submission
+from ..data.windows import clip_tensors
+from ..models.sage import SAGE
+from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
+from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from .evaluate import ClipPrediction, evaluate, mean_filter, predict_clip
+from .trainer import BEST, LOG, RunError, read_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """The best model of a run directory, ready to predict."""
+
+    path: Path
+    model: SAGE  # in evaluation mode, on `device`, calibrated if the run is
+    names: list[str]  # its modalities in order
+    data: str  # root of the data it was trained on
+    window: int  # frames; for a model that is not causal
+    hop: int
+    epoch: int  # counted from 0
+    step: int
+    calibration: dict[str, Any] | None
+    device: str
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> Run:
+        """RunError where there is no run or it has no finished epoch; CheckpointError where a file is damaged."""
+        path = Path(path)
+        config = read_config(path)
+        if not (path / BEST).exists():
+            raise RunError(f"{path}: no {BEST}: no epoch is finished yet")
+        state = load_checkpoint(path / BEST)
+        model = SAGE.from_config(state["model_config"])
+        model.load_state_dict(state["model"])
+        return cls(
+            path, model.to(device).eval(), state["modalities"], config.data, config.window, config.hop,
+            state["epoch"], state["step"], state["calibration"], device,
+        )  # fmt: skip
+
+    def open(self, root: str | os.PathLike[str] | None, split: str, sample: str | os.PathLike[str] | None = None) -> AffWild2:
+        """A split of the data set at `root` (default: the one trained on) with the model's modalities."""
+        data = AffWild2(self.data if root is None else root, split, modalities=self.names, sample_file=sample)
+        want = dict(zip(self.names, self.model.in_dims))
+        if dict(data.modalities) != want:
+            raise ValueError(f"{root}: features are {dict(data.modalities)}, the model of {self.path} reads {want}")
+        return data
+
+    def predict(self, clip: Clip, *, smooth: Sequence[int] = (1, 1), chunk: int = 3000) -> ClipPrediction:
+        """`predict_clip`, then a centred mean filter of `smooth` frames on valence and arousal."""
+        said = predict_clip(
+            self.model, clip, self.names, chunk=chunk, window=self.window, hop=self.hop, device=self.device
+        )
+        if tuple(smooth) == (1, 1):
+            return said
+        return dataclasses.replace(said, prediction=mean_filter(said.prediction, smooth))
+
+
+# -------------------------------------------------------------------------------------------------------- calibration
+def _batches(clips: Iterable[Clip], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Whole clips as batches of one."""
+    for clip in clips:
+        item = clip_tensors(clip, names)
+        yield {
+            "features": {name: item["features"][name][None] for name in names},
+            **{key: item[key][None] for key in ("present", "labels", "valid", "frame")},
+        }
+
+
+def calibrate_run(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[str, Any] | None:
+    """Fit the calibration of the run's best model on its validation split, and store it with the weights.
+
+    Returns {"log_temperature", "bias" (M, S), "kappa", "error_before", "error_after", "error_held_out": {modality:
+    expected calibration error}}, None for uniform weights. "error_after" is measured on the frames that were fitted;
+    "error_held_out" on each half of the videos (every other one) with the calibration fitted on the other half.
+    """
+    run = Run.load(path, device)
+    if run.model.config["fusion"] == "uniform":
+        return None
+    data = run.open(None, "validation")
+    clips = [collect(run.model, _batches([clip], run.names)) for clip in data]
+    whole, halves = _join(clips), [_join(clips[i::2]) for i in range(2)] if len(clips) > 1 else []
+    kappa = run.model.kappa
+    temperature, bias = fit_calibration(*whole, kappa=kappa)
+    zero = torch.zeros_like(bias)
+    result: dict[str, Any] = {
+        "log_temperature": temperature,
+        "bias": bias,
+        "kappa": kappa,
+        "error_before": _errors(diagrams(whole, zero, zero, kappa=kappa), run.names),
+        "error_after": _errors(diagrams(whole, temperature, bias, kappa=kappa), run.names),
+        "error_held_out": _held_out(halves, kappa, run.names),
+    }
+    state = load_checkpoint(run.path / BEST)
+    state["model"]["fusion.log_temperature"], state["model"]["fusion.bias"] = temperature, bias
+    save_checkpoint(run.path / BEST, {**state, "calibration": result})
+    return result
+
+
+def _join(parts: Sequence[Evidence]) -> Evidence:
+    return Evidence(*(torch.cat(column) for column in zip(*parts)))
+
+
+def _errors(found: Sequence[ReliabilityDiagram], names: Sequence[str]) -> dict[str, float]:
+    return {name: expected_calibration_error(diagram) for name, diagram in zip(names, found)}
+
+
+def _held_out(halves: Sequence[Evidence], kappa: float, names: Sequence[str]) -> dict[str, float] | None:
+    if len(halves) < 2 or not all(bool(half.mask.any(0).all()) for half in halves):
+        return None
+    confidence = []
+    for ours, theirs in (halves, halves[::-1]):
+        fitted = fit_calibration(*theirs, kappa=kappa)
+        confidence.append(calibrated_confidence(ours.reliability.double(), ours.stage.double(), *(p.double() for p in fitted)))
+    r, whole = torch.cat(confidence), _join(halves)
+    return _errors(
+        [reliability_diagram(r[:, m], whole.squared_error[:, m], whole.mask[:, m], kappa=kappa) for m in range(len(names))],
+        names,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a run on a split, and what they were computed from."""
+
+    scores: dict[str, dict[str, float]]  # "fused" and each modality's own head -> CCC_V, CCC_A, P
+    predictions: dict[str, ClipPrediction]
+    before: list[ReliabilityDiagram]  # a modality; empty for uniform weights
+    after: list[ReliabilityDiagram]
+
+
+def evaluate_clips(
+    run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (1, 1), chunk: int = 3000
+) -> Evaluation:
+    """Score annotated `clips` (iterated twice), and compare confidence with error before and after calibration."""
+    scores, predictions = evaluate(functools.partial(run.predict, smooth=smooth, chunk=chunk), clips, run.names)
+    before: list[ReliabilityDiagram] = []
+    after: list[ReliabilityDiagram] = []
+    if run.model.config["fusion"] != "uniform":
+        evidence = collect(run.model, _batches(clips, run.names))
+        fusion, kappa = run.model.fusion, run.model.kappa
+        temperature, bias = _tensor(fusion.log_temperature), _tensor(fusion.bias)
+        zero = torch.zeros_like(bias)
+        before = diagrams(evidence, zero, zero, kappa=kappa)
+        after = diagrams(evidence, temperature, bias, kappa=kappa)
+    return Evaluation(scores, predictions, before, after)
+
+
+def _tensor(value: Any) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value.cpu()
+
+
+def evaluate_run(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    split: str = "validation",
+    *,
+    smooth: Sequence[int] = (1, 1),
+    device: str = "cpu",
+    chunk: int = 3000,
+    report: str | os.PathLike[str] | None = None,
+    videos: int = 3,
+) -> tuple[dict[str, Any], list[Table]]:
+    """Score a run on an annotated split, write RUN/evaluation-<split>.json and, if asked, a report.
+
+    Returns what the file holds, and tables for reading.
+    """
+    run = Run.load(path, device)
+    clips = run.open(root, split)
+    found = evaluate_clips(run, clips, smooth=smooth, chunk=chunk)
+    result: dict[str, Any] = {
+        "split": split,
+        "videos": len(clips),
+        "valid_frames": int(sum(clip.valid.sum() for clip in clips)),
+        "epoch": run.epoch + 1,
+        "step": run.step,
+        "post_processing": {"mean_filter_frames": {"valence": smooth[0], "arousal": smooth[1]}},
+        "scores": found.scores,
+        "calibration_error": None,
+        "mismatches": clips.mismatches,
+    }
+    if found.before:
+        error = {"before": _errors(found.before, run.names), "after": _errors(found.after, run.names)}
+        if run.calibration is not None and root is None and split == "validation":
+            error["held_out"] = run.calibration["error_held_out"]
+        result["calibration_error"] = error
+    write_atomic(run.path / f"evaluation-{split}.json", json.dumps(result, indent=1) + "\n")
+    tables = [score_table(result), *calibration_table(result)]
+    if report is not None:
+        chosen = sorted(clips, key=lambda clip: -int(clip.valid.sum()))[:videos]
+        pictures = [*training_pictures(run), *calibration_pictures(run, found), *clip_pictures(run, found, chosen)]
+        write_report(report, f"{run.path.name}: {split} split", pictures, tables)
+    return result, tables
+
+
+def score_table(result: Mapping[str, Any]) -> Table:
+    valence, arousal = result["post_processing"]["mean_filter_frames"].values()
+    smooth = "no post-processing" if valence == arousal == 1 else f"centred mean filter: valence {valence}, arousal {arousal} frames"
+    return Table(
+        f"Concordance on the {result['split']} split",
+        ("", "CCC_V", "CCC_A", "P"),
+        [
+            ("fused" if name == "fused" else f"{name}, own head", *(s[key] for key in ("CCC_V", "CCC_A", "P")))
+            for name, s in result["scores"].items()
+        ],
+        f"{result['valid_frames']} valid frames of {result['videos']} videos taken together; {smooth}"
+        + ("" if valence == arousal == 1 else " (fused only)")
+        + f"; epoch {result['epoch']}.",
+    )
+
+
+def calibration_table(result: Mapping[str, Any]) -> list[Table]:
+    error = result["calibration_error"]
+    if error is None:
+        return []
+    note = "Mean gap between stated and observed reliability, 0 is perfect."
+    header = ["", "before", "after"]
+    if error.get("held_out"):
+        header.append("held out")
+        note += " After: on the frames that were fitted. Held out: each half of the videos with the other half's calibration."
+    rows = [[name, *(error[key.replace(" ", "_")][name] for key in header[1:])] for name in error["before"]]
+    return [Table("Expected calibration error of the confidence", header, rows, note)]
+
+
+def training_pictures(run: Run) -> list[Picture]:
+    text = "Training: loss and its parts, and concordance. Training P is lower than it looks harder: its windows hold rehearsed failures."
+    return [Picture("training", text, plot_training(read_log(run.path / LOG)))]
+
+
+def calibration_pictures(run: Run, found: Evaluation) -> list[Picture]:
+    if not found.before:
+        return []
+    text = (
+        "Reliability diagram: frames in 15 equal groups by the confidence of a modality, against the reliability that the "
+        f"errors of its own head show, 1 / (1 + mean squared error / kappa²), kappa = {run.model.kappa:g}. On the diagonal "
+        "confidence is what it claims."
+    )
+    return [Picture("reliability", text, plot_reliability(found.before, found.after, run.names))]
+
+
+def clip_pictures(
+    run: Run, found: Evaluation, clips: Iterable[Clip], best_weights: Mapping[str, np.ndarray] | None = None
+) -> list[Picture]:
+    pictures = []
+    for clip in clips:
+        said = found.predictions[clip.name]
+        present = np.stack([np.asarray(clip.present[name]) for name in run.names], 1)
+        figure = plot_clip(
+            clip.name, said.prediction, clip.labels, clip.valid, said.weights, said.confidence, said.stage, run.names,
+            present=present, best_weights=None if best_weights is None else best_weights[clip.name],
+        )  # fmt: skip
+        text = (
+            f"{clip.name}: prediction and annotation, each modality's weight and confidence (bars at the foot: missing), "
+            "and the posterior of the interaction stage."
+        )
+        pictures.append(Picture(f"video-{clip.name}", text, figure))
+    return pictures
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+def predict_run(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    *,
+    sample: str | os.PathLike[str] | None = None,
+    smooth: Sequence[int] = (1, 1),
+    device: str = "cpu",
+    chunk: int = 3000,
+) -> dict[str, np.ndarray]:
+    """Predict the test split and write `out` in the submission format, with the rows of the sample file.
+
+    `sample` defaults to sample_submission.txt in the data set. Returns {clip name: (T, 2)}.
+    """
+    run = Run.load(path, device)
+    data = run.open(root, "test", sample)
+    if sample is None:
+        sample = Path(run.data if root is None else root) / "sample_submission.txt"
+    predictions = {clip.name: run.predict(clip, smooth=smooth, chunk=chunk).prediction for clip in data}
+    write_submission(out, sample, predictions)
+    return predictions
+
+
+__all__ = ["Evaluation", "Run", "calibrate_run", "evaluate_clips", "evaluate_run", "predict_run"]
