@@ -1,7 +1,7 @@
 """Reader and submission writer for data in the Aff-Wild2 (ABAW challenge) layout.
 
     root/
-      <N>th ABAW Annotations/VA_Estimation_Challenge/{Train_Set,Validation_Set}/<video>.txt     (older releases: VA_Set)
+      <N>th ABAW Annotations/VA_Estimation_Challenge/{Train_Set,Validation_Set}/<video>.txt  (older releases: VA_Set)
       features/<modality>/<video>.npy         (rows, D) floating point: row i is frame i + 1, see `rate`
       features/<modality>/<video>.mask.npy    optional (rows,) bool: False where the row means nothing
       features/<modality>/meta.json           optional, see below
@@ -11,17 +11,18 @@
 
 `meta.json` of a modality, every key optional:
 
-    rate    rows per second. Without it a row is a video frame. With it the rows are averaged onto frames by time: row j
-            (0-based) covers [j/rate, (j+1)/rate) s, frame i (1-based) covers [(i-1)/fps, i/fps) s, and a frame is the mean
-            of the rows it overlaps, weighted by the overlap, absent rows left out.
+    rate    rows per second. Without it a row is a video frame. With it the rows are averaged onto frames by time: row
+            j (0-based) covers [j/rate, (j+1)/rate) s, frame i (1-based) covers [(i-1)/fps, i/fps) s, and a frame is
+            the mean of the rows it overlaps, weighted by the overlap, absent rows left out.
     shared  true for a track that all persons of a video share (audio): where `<video>_left.npy` does not exist,
             `<video>.npy` is read. Without it the suffix is never stripped: `<video>.npy` may be another person.
-    images  a folder below root (`"cropped_aligned"`): frames without `<folder>/<video>/<frame:05d>.jpg` have no such modality.
+    images  a folder below root (`"cropped_aligned"`): frames without `<folder>/<video>/<frame:05d>.jpg` have no such
+            modality.
     about   anything; not read.
 
-Row i of an annotation is frame i is row i of the features, whatever the lengths: nothing is ever shifted or cut out. Features
-that end early leave the modality absent in the last frames; surplus rows are ignored; both are listed in `mismatches`.
-Features are memory-mapped and resampled span by span, so a data set may be larger than the memory.
+Row i of an annotation is frame i is row i of the features, whatever the lengths: nothing is ever shifted or cut out.
+Features that end early leave the modality absent in the last frames; surplus rows are ignored; both are listed in
+`mismatches`. Features are memory-mapped and resampled span by span, so a data set may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +51,7 @@ _META_KEYS = ("rate", "shared", "images", "about")
 _LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>\d+)\.(?:jpg|png)")
 
 
-# ---------------------------------------------------------------------------------------------------------------- clips
+# -------------------------------------------------------------------------------------------------------------- clips
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Clip:
     name        the annotation's stem: `video`, `video_left` or `video_right`; rows of a submission use it
     labels      (T, 2) float32 valence and arousal in [-1, 1], NaN in invalid rows; None for a test video
     valid       (T,) bool: the frame is annotated (neither column is -5)
-    features    modality -> (T_m, D_m) floating point, row t is frame t (0-based); T_m may be shorter or longer than T.
-                Slice it (`features[m][a:b]`) rather than read it whole. Rows of absent frames hold anything, NaN included
+    features    modality -> (T_m, D_m) floating point, row t is frame t (0-based); T_m may be shorter or longer than
+                T. Slice it (`features[m][a:b]`) rather than read it whole. Rows of absent frames hold anything, NaN
+                included
     present     modality -> (T,) bool: the frame has that modality
     num_frames  T
     """
@@ -76,9 +79,10 @@ class Clip:
 class Resampled:
     """Features of another rate on the frame clock, computed for the span that is sliced.
 
-    `rows` is (N, D) at `rate` rows a second, `mask` (N,) bool or None says which rows count; rows that hold NaN do not.
-    `resampled[a:b]` is (b - a, D) float32: frame t (0-based) is the mean of the rows that overlap [t/fps, (t+1)/fps) s,
-    weighted by the overlap; NaN where none of them counts. A row of the result does not depend on the span.
+    `rows` is (N, D) at `rate` rows a second, `mask` (N,) bool or None says which rows count; rows that hold NaN do
+    not. `resampled[a:b]` is (b - a, D) float32: frame t (0-based) is the mean of the rows that overlap [t/fps,
+    (t+1)/fps) s, weighted by the overlap; NaN where none of them counts. A row of the result does not depend on the
+    span.
     """
 
     dtype = np.dtype(np.float32)
@@ -94,33 +98,34 @@ class Resampled:
         if not isinstance(span, slice) or span.step not in (None, 1):
             raise TypeError(f"span: expected a slice of step 1, got {span!r}")
         start, stop, _ = span.indices(len(self))
-        edges = _snap(np.arange(start, max(start, stop) + 1) * self.step)  # frame borders in rows: (n + 1,)
+        if start >= stop:
+            return np.zeros((0, self.shape[1]), np.float32)
+        edges = _snap(np.arange(start, stop + 1) * self.step)  # frame borders, in rows
         low, high = edges[:-1, None], np.minimum(edges[1:, None], len(self.rows))
-        first = np.floor(low).astype(np.int64)
-        row = first + np.arange(math.ceil(self.step) + 1)  # (n, K): every row a frame can overlap
-        weight = np.clip(np.minimum(row + 1, high) - np.maximum(row, low), 0, None)
-        base, last = int(first[0, 0]) if len(first) else 0, min(int(row.max(initial=-1)) + 1, len(self.rows))
-        block = np.asarray(self.rows[base:last], dtype=np.float32)  # one read of the file
-        counts = ~np.isnan(block).any(axis=1)
+        row = np.floor(low).astype(np.int64) + np.arange(
+            math.ceil(self.step) + 1
+        )  # (n, K): all that a frame can overlap
+        weight: np.ndarray = np.maximum(np.minimum(row + 1, high) - np.maximum(row, low), 0)
+        row = np.minimum(row, len(self.rows) - 1)  # beyond the end the weight is 0
+        first, last = int(row[0, 0]), int(row.max()) + 1
+        block = np.asarray(self.rows[first:last], dtype=np.float32)  # the only read of the file
+        counts = np.logical_not(np.isnan(block).any(axis=1))
         if self.mask is not None:
-            counts &= self.mask[base:last]
-        block = np.where(counts[:, None], block, 0)
-        index = np.minimum(row, len(self.rows) - 1) - base
-        weight = weight * counts[index] if len(block) else weight
-        total = np.zeros((len(first), self.shape[1]))
-        for k in range(row.shape[1] if len(block) else 0):
-            total += weight[:, k, None] * block[index[:, k]]
+            counts &= self.mask[first:last]
+        weight = weight * counts[row - first]
+        total = np.zeros((len(row), self.shape[1]))
+        for k in range(row.shape[1]):
+            np.add(total, weight[:, k, None] * block[row[:, k] - first], out=total, where=weight[:, k, None] > 0)
         mass = weight.sum(axis=1, keepdims=True)
-        with np.errstate(invalid="ignore"):
-            return np.where(mass > 0, total / np.where(mass > 0, mass, 1), np.nan).astype(np.float32)
+        return np.divide(total, mass, out=np.full_like(total, np.nan), where=mass > 0).astype(np.float32)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
 
 
 class Presence(Mapping[str, np.ndarray]):
-    """modality -> (T,) bool. `declared` is what the files say (rows, mask, images); rows that hold NaN are absent too, which
-    takes a pass over the features and is found out only for the modality that is asked for."""
+    """modality -> (T,) bool. `declared` is what the files say (rows, mask, images); rows that hold NaN are absent
+    too, which takes a pass over the features and is found out only for the modality that is asked for."""
 
     def __init__(self, declared: Mapping[str, np.ndarray], features: Mapping[str, Any]):
         self.declared, self._features, self._full = declared, features, dict[str, np.ndarray]()
@@ -141,14 +146,15 @@ class Presence(Mapping[str, np.ndarray]):
         return len(self.declared)
 
 
-# ----------------------------------------------------------------------------------------------------------- annotations
+# -------------------------------------------------------------------------------------------------------- annotations
 
 
 def read_annotation(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Reads `valence,arousal` rows, one a frame -> labels (T, 2) float32 with NaN in invalid rows, valid (T,) bool.
 
-    A row is invalid when either column is -5. Raises ValueError naming file and line for a wrong header, a wrong number of
-    columns, a blank line between rows, something that is not a number, or a value outside [-1, 1] other than -5.
+    A row is invalid when either column is -5. Raises ValueError naming file and line for a wrong header, a wrong
+    number of columns, a blank line between rows, something that is not a number, or a value outside [-1, 1] other
+    than -5.
     """
     path = Path(path)
     lines = _read_text(path).split("\n")
@@ -200,7 +206,7 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}:{line}: expected text in UTF-8, got the byte {data[error.start]:#04x}") from None
 
 
-# -------------------------------------------------------------------------------------------------------------- data set
+# ----------------------------------------------------------------------------------------------------------- data set
 
 
 @dataclass(frozen=True)
@@ -235,9 +241,10 @@ class AffWild2(Sequence[Clip]):
     features     the folder that holds the modality folders; default root/features
     sample_file  the organisers' sample submission; default root/sample_submission.txt (read for the test split only)
 
-    `names`: the clips' names. `modalities`: name -> D, in order. `mismatches`: what does not fit, a sentence each that begins
-    with the video's name: nothing in it stops training, everything in it should be looked at once.
-    Annotations and the headers of all feature files are read and checked here; the features themselves when a clip is sliced.
+    `names`: the clips' names. `modalities`: name -> D, in order. `mismatches`: what does not fit, a sentence each
+    that begins with the video's name: nothing in it stops training, everything in it should be looked at once.
+    Annotations and the headers of all feature files are read and checked here; the features themselves when a clip is
+    sliced.
 
     Raises ValueError for malformed files, naming file and line or row, FileNotFoundError for what is not there.
     """
@@ -285,7 +292,7 @@ class AffWild2(Sequence[Clip]):
         return len(self._videos)
 
     def __getitem__(self, index: int) -> Clip:  # type: ignore[override]
-        video = self._videos[index]
+        video = self._videos[operator.index(index)]
         frames = len(video.valid)
         features: dict[str, Any] = {}
         declared: dict[str, np.ndarray] = {}
@@ -349,13 +356,16 @@ class AffWild2(Sequence[Clip]):
             mask = None
         self._report_lengths(m, name, frames, count, meta.rate)
         if meta.images is not None and not (self.root / meta.images / name).is_dir():
-            self.mismatches.append(f"{name}: no folder {self.root / meta.images / name}: {m} is absent in the whole clip")
+            images = self.root / meta.images / name
+            self.mismatches.append(f"{name}: no folder {images}: {m} is absent in the whole clip")
         return _Source(path, count, mask)
 
     def _report_lengths(self, m: str, name: str, frames: int, count: int, rate: float | None) -> None:
         step = 1.0 if rate is None else rate / self.fps(name)  # rows a frame
         covered, needed = math.ceil(_snap(count / step)), math.ceil(_snap(frames * step))
-        rows = f"{count} rows" + ("" if rate is None else f" at {rate:g} Hz ({covered} frames at {self.fps(name):g} fps)")
+        rows = f"{count} rows"
+        if rate is not None:
+            rows += f" at {rate:g} Hz ({covered} frames at {self.fps(name):g} fps)"
         if covered < frames:
             tail = f"{m} is absent in the last {frames - covered}"
             self.mismatches.append(f"{name}: {m} has {rows} for {frames} frames: {tail}")
@@ -431,7 +441,7 @@ def _read_meta(path: Path, root: Path) -> _Meta:
     meta = _read_json(path)
     for key in meta:
         if key not in _META_KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}, expected {', '.join(_META_KEYS)} (notes belong below 'about')")
+            raise ValueError(f"{path}: unknown key {key!r}, expected {', '.join(_META_KEYS)} (notes go below 'about')")
     rate, shared, images = meta.get("rate"), meta.get("shared", False), meta.get("images")
     if rate is not None:
         _check_rate(rate, f"{path}: rate", "Hz")
@@ -484,13 +494,13 @@ def _check_mask(path: Path, features: Path, count: int) -> None:
         raise ValueError(f"{path}: expected the shape ({count},), one value a row of {features.name}, got {mask.shape}")
 
 
-def _snap(position):
-    """Rounds what is within 1e-9 of a whole number: i * rate / fps must not fall short of the border it is meant to be."""
+def _snap(position: Any) -> Any:
+    """Rounds what is within 1e-9 of a whole number, so that i * rate / fps does not fall short of its border."""
     whole = np.round(position)
     return np.where(np.abs(position - whole) < 1e-9 * np.maximum(1, np.abs(whole)), whole, position)
 
 
-# ------------------------------------------------------------------------------------------------------------ submission
+# --------------------------------------------------------------------------------------------------------- submission
 
 
 def read_sample(path: str | os.PathLike) -> dict[str, int]:
@@ -509,9 +519,10 @@ def write_submission(
 ) -> None:
     """Writes `image_location,valence,arousal` with exactly the rows of the sample file, in its order.
 
-    predictions: clip name -> (T, 2) valence and arousal of frames 1..T, clipped to [-1, 1] here and written with six decimals.
-    Frames and videos that the sample file does not name are left out. The file is there whole or not at all.
-    Raises ValueError where a video of the sample file has no prediction, too few rows, a wrong shape, or NaN in a row needed.
+    predictions: clip name -> (T, 2) valence and arousal of frames 1..T, clipped to [-1, 1] here and written with six
+    decimals. Frames and videos that the sample file does not name are left out. The file is there whole or not at
+    all. Raises ValueError where a video of the sample file has no prediction, too few rows, a wrong shape, or NaN in
+    a row needed.
     """
     sample, path = Path(sample_file), Path(path)
     arrays: dict[str, np.ndarray] = {}
@@ -553,7 +564,7 @@ def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
 
 @contextlib.contextmanager
 def _replacing(path: Path):
-    """A text file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not."""
+    """A text file that takes the place of `path` when the block ends well, and else leaves nothing behind."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as file:

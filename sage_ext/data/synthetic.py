@@ -2,23 +2,23 @@
 
 The world, per frame t and person, independent of any model:
 
-    z_t   (6,) unit-variance latents: valence and arousal (smooth, correlated, with a mean per video) and four nuisances
+    z_t   (6,) unit-variance latents: valence and arousal (smooth, correlated, with a mean per video), 4 nuisances
     y_t   = tanh(0.8 z_t[:2]): the annotation
     s_t   interaction stage, a Markov chain: speaking, listening, turn-taking, silence
-    u_mt  = z_t + sqrt(v_mt) e_mt: what modality m sees; e is unit-variance autoregressive noise, v its *noise variance*:
-            by stage (audio is good while speaking, visual while listening or silent, neither in turn-taking), plus bursts of
-            corruption, plus, for the face, occlusions
+    u_mt  = z_t + sqrt(v_mt) e_mt: what modality m sees; e is unit-variance autoregressive noise, v its *noise
+            variance*: by stage (audio is good while speaking, visual while listening or silent, neither in
+            turn-taking), plus bursts of corruption, plus, for the face, occlusions
     g_mt  loudness or contrast: by stage, by video, by chance; low in silence and under occlusion
-    h_mt  = tanh(W [g u ; stage]): a random map; x_mt = A h + c + (offset of the video) + noise: correlated dimensions, a mean
-            far from zero, some dimensions dead (constant or zero)
+    h_mt  = tanh(W [g u ; stage]): a random map; x_mt = A h + c + (offset of the video) + noise: correlated
+            dimensions, a mean far from zero, some dimensions dead (constant or zero)
 
-The amplitude of x therefore carries a trace of v (noise drives the map harder, silence and occlusion quieten it) without
-telling it. True reliability is r = 1 / (1 + v / kappa^2) with kappa = 1, the standard deviation of a latent: the share of
-signal in the variance of what the modality sees, 0 where it is absent. Inverse-variance weights are then proportional to
-r / (1 - r).
+The amplitude of x therefore carries a trace of v (noise drives the map harder, silence and occlusion quieten it)
+without telling it. True reliability is r = 1 / (1 + v / kappa^2) with kappa = 1, the standard deviation of a latent:
+the share of signal in the variance of what the modality sees, 0 where it is absent. Inverse-variance weights are then
+proportional to r / (1 - r).
 
-Two persons of one video (`_left`, `_right`) have each their own face and annotation and one audio track, which follows whoever
-speaks, or the mean of both; what it carries of the other person counts as noise variance.
+Two persons of one video (`_left`, `_right`) have each their own face and annotation and one audio track, which
+follows whoever speaks, or the mean of both; what it carries of the other person counts as noise variance.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ KAPPA = 1.0
 _LATENTS, _HIDDEN = 6, 24
 _AFFECT_GAIN = 0.8  # y = tanh(gain z)
 _DWELL = 75  # mean frames in a stage
-_MEMORY = 0.8  # of the noise, from frame to frame
-_SMOOTH = (18.0, 8.0)  # standard deviation in frames of the kernel behind affect and nuisances
-_GOOD, _MEDIUM, _POOR, _BURST = 0.5, 1.2, 2.2, 3.0  # noise standard deviations
+_MEMORY = 0.9  # of the noise, from frame to frame
+_SMOOTH = (18.0, 4.0)  # standard deviation in frames of the kernel behind affect and nuisances
+_OFFSET, _LOUDNESS = 0.2, 0.2  # of a video, in the embedding; of a frame, as a factor on the latents (log)
+_GOOD, _MEDIUM, _POOR, _BURST = 0.3, 1.0, 3.5, 4.5  # noise standard deviations
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,6 @@ class SyntheticSpec:
     images: bool = False
 
 
-@dataclass
-class _Person:
-    name: str
-    stage: np.ndarray  # (T,)
-    latents: np.ndarray  # (T, 6)
-    noisy: np.ndarray  # (T, M, 2)
-    variance: np.ndarray  # (T, M)
-
-
 def write_dataset(
     root: str | os.PathLike,
     *,
@@ -85,17 +77,17 @@ def write_dataset(
 ) -> SyntheticSpec:
     """Writes a data set below `root`, which must not exist or be empty. The same arguments give the same bytes.
 
-    train, validation, test  annotations a split (a split of four or more has a `_left`/`_right` pair, one of three or more a
-                             video of fewer than 300 frames)
+    train, validation, test  annotations a split (a split of four or more has a `_left`/`_right` pair, one of three or
+                             more a video of fewer than 300 frames)
     frames                   shortest and longest length of the others
     difficulty               factor on the noise standard deviations
     stages                   1 to 16
     modalities               name -> D (at least 8); "audio" is shared by the persons of a video
-    images                   also writes empty cropped_aligned/<video>/<frame>.jpg files and lets the missing ones, instead of
-                             NaN rows, say where there is no face (for reader tests: one file a frame)
+    images                   also writes empty cropped_aligned/<video>/<frame>.jpg files and lets the missing ones,
+                             instead of NaN rows, say where there is no face (for reader tests: one file a frame)
 
-    Layout as `affwild2` describes, and truth/<name>.npz, which training never reads: stage (T,), reliability (T, M), variance
-    (T, M), latents (T, 2), noisy (T, M, 2), present (T, M), labels (T, 2, without the -5), modalities (M,).
+    Layout as `affwild2` describes, and truth/<name>.npz, which training never reads: stage (T,), reliability (T, M),
+    variance (T, M), latents (T, 2), noisy (T, M, 2), present (T, M), labels (T, 2, without the -5), modalities (M,).
     Raises FileExistsError where root holds something, ValueError for arguments out of range.
     """
     spec = SyntheticSpec(
@@ -103,7 +95,7 @@ def write_dataset(
         dict(modalities) if modalities is not None else {"audio": 32, "visual": 64}, images,
     )  # fmt: skip
     _check(spec)
-    root = Path(root)
+    root = Path(os.path.abspath(root))
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"root: {root} exists and is not empty")
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +129,7 @@ def _check(spec: SyntheticSpec) -> None:
         raise ValueError(f"modalities: expected 1 to 8 names with D >= 8, got {dict(spec.modalities)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- world
+# -------------------------------------------------------------------------------------------------------------- world
 
 
 class _World:
@@ -185,7 +177,7 @@ class _Map:
         # einsum, not BLAS: the same bits whatever the number of threads
         hidden = np.tanh(np.einsum("tl,lk->tk", seen, self.inward) + self.stage[stage] + self.bias)
         rows = np.einsum("tk,kd->td", hidden, self.outward) + self.mean
-        rows += 0.4 * rng.standard_normal(rows.shape[1])  # this video's voice or face
+        rows += _OFFSET * rng.standard_normal(rows.shape[1])  # this video's voice or face
         rows += 0.1 * rng.standard_normal(rows.shape)
         rows[:, self.constant], rows[:, self.zero] = self.mean[self.constant], 0
         return rows.astype(np.float32)
@@ -225,7 +217,7 @@ def _spans(rng: np.random.Generator, frames: int, share: float, lengths: tuple[i
     return inside
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------------------ writing
 
 
 def _write(root: Path, spec: SyntheticSpec) -> None:
@@ -243,10 +235,10 @@ def _write(root: Path, spec: SyntheticSpec) -> None:
     if spec.images:
         (root / "cropped_aligned").mkdir()
     sample: list[tuple[str, int]] = []
-    for number, (split, count) in enumerate((("train", spec.train), ("validation", spec.validation), ("test", spec.test))):
-        index = 0
+    for number, split in enumerate(("train", "validation", "test"), start=1):
+        index, count = 0, getattr(spec, split)
         while index < count:
-            rng = np.random.default_rng([spec.seed, 1 + number, index])
+            rng = np.random.default_rng([spec.seed, number, index])
             persons = 2 if index == 1 and count >= 4 else 1
             length = spec.frames
             if index == 0 and count >= 3:
@@ -259,96 +251,99 @@ def _write(root: Path, spec: SyntheticSpec) -> None:
                 if split == "test":
                     sample.append((name, frames))
                 else:
-                    folder = task / ("Train_Set" if split == "train" else "Validation_Set")
-                    with np.load(truth / f"{name}.npz") as data:
-                        _write_annotation(folder / f"{name}.txt", rng, data["labels"], index)
+                    path = task / ("Train_Set" if split == "train" else "Validation_Set") / f"{name}.txt"
+                    _write_annotation(path, rng, _load(root, name)["labels"], index)
             index += persons
     order = np.random.default_rng([spec.seed, 9]).permutation(len(sample))
     lines = [f"{sample[k][0]}/{i:05d}.jpg,0,0" for k in order for i in range(1, sample[k][1] + 1)]
     (root / "sample_submission.txt").write_text("\n".join([SUBMISSION_HEADER, *lines]) + "\n")
 
 
+@dataclass
+class _Track:
+    """What one modality recorded of a video, or of one person in it."""
+
+    rows: np.ndarray  # (T, D) float32
+    seen: np.ndarray  # (T, 6) noisy latents
+    variance: np.ndarray  # (T,) of the noise in them
+    present: np.ndarray  # (T,) bool
+
+
+def _record(
+    world: _World, rng: np.random.Generator, m: int, source: np.ndarray, stage: np.ndarray, is_view: bool
+) -> _Track:
+    """source (T, 6) latents; is_view: of a face, which can be occluded."""
+    frames, burst = len(source), (_BURST * world.spec.difficulty) ** 2
+    loudness = world.loudness[stage, m] * np.exp(_LOUDNESS * (rng.standard_normal() + _smooth(rng, frames, 6.0)))
+    variance = world.noise[stage, m] ** 2 + burst * _spans(rng, frames, 0.08, (15, 60))
+    if is_view:
+        occluded = _spans(rng, frames, 0.06, (30, 90))
+        variance, loudness = np.where(occluded, burst, variance), np.where(occluded, 0.3 * loudness, loudness)
+    seen = source + np.sqrt(variance)[:, None] * _noise(rng, (frames, _LATENTS))
+    rows = world.maps[m](rng, loudness[:, None] * seen, stage)
+    present = ~_spans(rng, frames, 0.04 if is_view else 0.01, (10, 80))
+    return _Track(rows, seen, variance, present)
+
+
 def _write_video(
     root: Path, world: _World, rng: np.random.Generator, video: str, names: list[str], frames: int, index: int
 ) -> None:
     """Features and truth of a video's one or two persons."""
-    count = len(world.names)
-    stage = world.stage_path(rng, frames)
-    mirrored = np.where(stage < 2, 1 - stage, stage) if world.spec.stages > 1 else stage
-    stages = [stage, mirrored][: len(names)]
+    first = world.stage_path(rng, frames)
+    dialogue = world.spec.stages > 1
+    stages = [first, np.where(first < 2, 1 - first, first) if dialogue else first][: len(names)]
     latents = [_latents(rng, frames) for _ in names]
-    variance = np.zeros((len(names), frames, count))
-    noisy = np.zeros((len(names), frames, count, 2))
-    present = np.ones((len(names), frames, count), bool)
+    tracks: list[list[_Track]] = [[] for _ in names]
     for m, modality in enumerate(world.names):
-        shared = modality == SHARED
-        for p in range(1 if shared else len(names)):
-            if shared and len(names) == 2:
-                speaker = np.where(stage < 2, stage, 2) if world.spec.stages > 1 else np.full(frames, 2)
-                share = np.array([1.0, 0.0, 0.5])[speaker]  # of the left person in the track
-                source = share[:, None] * latents[0] + (1 - share)[:, None] * latents[1]
-                track = np.where(stage < 2, 0, stage) if world.spec.stages > 1 else stage  # somebody speaks, or nobody
-            else:
-                share, source, track = np.ones(frames), latents[p], stages[p]
-            std = world.noise[track, m]
-            loudness = world.loudness[track, m] * np.exp(0.25 * rng.standard_normal() + 0.25 * _smooth(rng, frames, 6.0))
-            burst = _spans(rng, frames, 0.08, (15, 60))
-            v = std**2 + np.where(burst, (_BURST * world.spec.difficulty) ** 2, 0)
-            if not shared:
-                hidden = _spans(rng, frames, 0.06, (30, 90))
-                v = np.where(hidden, (_BURST * world.spec.difficulty) ** 2, v)
-                loudness = np.where(hidden, 0.3 * loudness, loudness)
-            seen = source + np.sqrt(v)[:, None] * _noise(rng, (frames, _LATENTS))
-            rows = world.maps[m](rng, loudness[:, None] * seen, track)
-            here = ~_spans(rng, frames, 0.01 if shared else 0.04, (10, 80))
-            if index % 8 == 6 and not shared:  # the container's frame counter was off
-                here[frames - 2 :] = False
-                rows = rows[: frames - 2]
-            if index % 8 == 7 and shared:
-                rows = np.concatenate([rows, np.repeat(rows[-1:], 3, axis=0)])
-            _write_features(root, world, rng, modality, video if shared else names[p], rows, here, index)
-            for q in range(len(names)) if shared else (p,):
-                own = share if q == 0 else 1 - share
-                if len(names) == 1 or not shared:
-                    own = np.ones(frames)
-                # own z + (1 - own) z': error (1 - own) (z' - z), of variance 2 (1 - own)^2 for independent persons
-                variance[q, :, m] = v + 2 * (1 - own) ** 2
-                noisy[q, :, m] = seen[:, :2]
-                present[q, :, m] = here
-    for p, name in enumerate(names):
+        if modality == SHARED and len(names) == 2:
+            own = (
+                np.array([1.0, 0.0, 0.5])[np.minimum(first, 2)] if dialogue else np.full(frames, 0.5)
+            )  # share of _left
+            heard = np.where(first < 2, 0, first) if dialogue else first  # that somebody speaks, not who
+            mix = own[:, None] * latents[0] + (1 - own)[:, None] * latents[1]
+            track = _record(world, rng, m, mix, heard, is_view=False)
+            for person, share in enumerate((own, 1 - own)):
+                # own z + (1 - own) z' differs from z by (1 - own) (z' - z), of variance 2 (1 - own)^2
+                error = track.variance + 2 * (1 - share) ** 2
+                tracks[person].append(_Track(track.rows, track.seen, error, track.present))
+        else:
+            for person, stage in enumerate(stages):
+                tracks[person].append(_record(world, rng, m, latents[person], stage, is_view=modality != SHARED))
+        for person, name in enumerate(names if modality != SHARED else [video]):
+            _write_features(root, world.spec.images, modality, name, tracks[person][m], index)
+    for person, name in enumerate(names):
+        variance = np.stack([track.variance for track in tracks[person]], axis=1)
+        present = np.stack([track.present for track in tracks[person]], axis=1)
         np.savez(
             root / "truth" / f"{name}.npz",
-            stage=stages[p].astype(np.uint8),
-            reliability=np.where(present[p], 1 / (1 + variance[p] / KAPPA**2), 0).astype(np.float32),
-            variance=variance[p].astype(np.float32),
-            latents=latents[p][:, :2].astype(np.float32),
-            noisy=noisy[p].astype(np.float32),
-            present=present[p],
-            labels=np.round(np.tanh(_AFFECT_GAIN * latents[p][:, :2]), 3).astype(np.float32),
+            stage=stages[person].astype(np.uint8),
+            reliability=np.where(present, 1 / (1 + variance / KAPPA**2), 0).astype(np.float32),
+            variance=variance.astype(np.float32),
+            latents=latents[person][:, :2].astype(np.float32),
+            noisy=np.stack([track.seen[:, :2] for track in tracks[person]], axis=1).astype(np.float32),
+            present=present,
+            labels=np.round(np.tanh(_AFFECT_GAIN * latents[person][:, :2]), 3).astype(np.float32),
             modalities=np.array(world.names),
         )
 
 
-def _write_features(
-    root: Path,
-    world: _World,
-    rng: np.random.Generator,
-    modality: str,
-    name: str,
-    rows: np.ndarray,
-    here: np.ndarray,
-    index: int,
-) -> None:
-    """Says where a modality is missing in one of the three ways that the reader knows: NaN rows, mask, images."""
+def _write_features(root: Path, images: bool, modality: str, name: str, track: _Track, index: int) -> None:
+    """Says where the modality is missing in one of the ways that the reader knows: images, a mask, NaN rows."""
     path = root / "features" / modality / f"{name}.npy"
-    missing = np.flatnonzero(~here[: len(rows)])
-    if world.spec.images and modality != SHARED:
+    rows, present = track.rows, track.present
+    if index % 8 == 6 and modality != SHARED:  # as if the container's frame counter were off
+        present[-2:] = False
+        rows = rows[:-2]
+    if index % 8 == 7 and modality == SHARED:
+        rows = np.concatenate([rows, np.repeat(rows[-1:], 3, axis=0)])
+    missing = np.flatnonzero(~present[: len(rows)])
+    if images and modality != SHARED:
         rows[missing] = 0  # what many extractors write
         folder = root / "cropped_aligned" / name
         folder.mkdir(exist_ok=True)
-        for i in np.flatnonzero(here) + 1:
+        for i in np.flatnonzero(present) + 1:
             (folder / f"{i:05d}.jpg").touch()
-    elif modality == SHARED and index % 4 == 3:
+    elif index % 4 == 3 and modality == SHARED:
         mask = np.ones(len(rows), bool)
         mask[missing] = False
         np.save(path.with_suffix(".mask.npy"), mask)
@@ -369,16 +364,17 @@ def _write_annotation(path: Path, rng: np.random.Generator, labels: np.ndarray, 
     path.write_text(f"{ANNOTATION_HEADER}\n{text}")
 
 
-# ---------------------------------------------------------------------------------------------------------------- oracle
+# ------------------------------------------------------------------------------------------------------------- oracle
 
 
 def oracle_predictions(root: str | os.PathLike, split: str) -> dict[str, np.ndarray]:
     """Predictions (T, 2) float32 of fusion with the true noise known: the upper line of a comparison.
 
-    It knows, from truth/: each modality's noisy view of valence and arousal *before* the random map to embeddings, and the true
-    noise variance of every frame. It does not know the clean latents or labels of the split it predicts. It fuses by inverse
-    variance, smooths over time (both directions) with a Gaussian kernel weighted by precision and a prior, and maps to labels;
-    the kernel's width, the prior's weight and an affine map a target are fitted on the train split's labels.
+    It knows, from truth/: each modality's noisy view of valence and arousal *before* the random map to embeddings,
+    and the true noise variance of every frame. It does not know the clean latents or labels of the split it predicts.
+    It fuses by inverse variance, smooths over time (both directions) with a Gaussian kernel weighted by precision and
+    a prior, and maps to labels; the kernel's width, the prior's weight and an affine map a target are fitted on the
+    train split's labels.
     """
     root = Path(root)
     train = [_load(root, name) for name in AffWild2(root, "train").names]
@@ -405,7 +401,7 @@ def _load(root: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def _fuse_known(clip: Mapping[str, np.ndarray], width: float, prior: float) -> np.ndarray:
-    """(T, 2): posterior-like mean of the affect latents. `prior` is the precision, in frames' worth, of their mean, 0."""
+    """(T, 2): posterior-like mean of the affect latents. `prior` is the precision, of their mean, 0."""
     precision = clip["present"] / clip["variance"].astype(np.float64)  # (T, M)
     views = np.einsum("tm,tmc->tc", precision, clip["noisy"])
     reach = int(4 * width)

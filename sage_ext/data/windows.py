@@ -24,10 +24,12 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
     """
     stop = clip.num_frames if stop is None else stop
     if not 0 <= start <= stop <= clip.num_frames:
-        raise ValueError(f"start, stop: expected a span within the {clip.num_frames} frames of {clip.name}, got {start}, {stop}")
+        raise ValueError(
+            f"start, stop: expected a span within the {clip.num_frames} frames of {clip.name}, got {start}, {stop}"
+        )
     present = np.zeros((stop - start, len(names)), dtype=bool)
     features: dict[str, torch.Tensor] = {}
-    declared = getattr(clip.present, "declared", clip.present)  # NaN rows are found in the span, not in the whole file
+    declared = getattr(clip.present, "declared", clip.present)  # NaN rows: found in the span, not in the whole file
     for m, name in enumerate(names):
         if name not in clip.features:
             raise ValueError(f"names: {clip.name} has no modality {name!r} (it has {', '.join(clip.features)})")
@@ -37,7 +39,7 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         np.copyto(values[: len(rows)], rows, where=here[:, None], casting="same_kind")
         if not np.isfinite(values).all():
             row = start + int(np.argmax(~np.isfinite(values).all(axis=1)))
-            raise ValueError(f"{clip.name}: {name}, row {row} (0-based): expected finite float32 features, got infinity")
+            raise ValueError(f"{clip.name}: {name}, row {row} (0-based): expected finite float32 values, got infinity")
         present[: len(rows), m] = here
         features[name] = torch.from_numpy(values)
     valid = np.array(clip.valid[start:stop], dtype=bool)
@@ -54,14 +56,16 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
 
 
 class Windows(torch.utils.data.Dataset):
-    """Windows of `window` frames, one every `hop`, over all clips; the last one of a clip ends with the clip, so that every
-    frame is in a window. A clip shorter than `window` is one window padded at its end.
+    """Windows of `window` frames, one every `hop`, over all clips; the last one of a clip ends with the clip, so that
+    every frame is in a window. A clip shorter than `window` is one window padded at its end.
 
-    Item i: the tensors of `clip_tensors` for W = window frames, and `clip` and `start`, its place. In padding, `frame`, `valid`
-    and `present` are False and everything else is 0: it must enter neither loss nor metric nor normalisation.
+    Item i: the tensors of `clip_tensors` for W = window frames, and `clip` and `start`, its place. In padding,
+    `frame`, `valid` and `present` are False and everything else is 0: it must enter neither loss nor metric nor
+    normalisation.
 
-    clips: sequence of Clip, all with the same modalities; it is asked for a clip whenever one of its windows is read, so an
-    AffWild2 keeps nothing but memory maps. `names`: the modalities in order. `spans`: (clip, start) of every window.
+    clips: sequence of Clip, all with the same modalities; it is asked for a clip whenever one of its windows is read,
+    so an AffWild2 keeps nothing but memory maps. `names`: the modalities in order. `spans`: (clip, start) of every
+    window.
     """
 
     def __init__(self, clips: Sequence[Clip], window: int = 300, hop: int = 200):
@@ -123,7 +127,7 @@ class OverlapAverage:
         self._count = np.zeros(num_frames, dtype=np.int64)
 
     def add(self, start: int, values, frame=None) -> None:
-        """Adds a window's predictions, (W, C), whose first frame is `start`; `frame` (W,) bool is False in padding."""
+        """Adds a window's predictions, (W, C), whose first frame is `start`; `frame` (W,) bool: False in padding."""
         values = np.asarray(values, dtype=np.float64)
         frame = np.ones(len(values), dtype=bool) if frame is None else np.asarray(frame)
         if values.ndim != 2 or values.shape[1] != self._sum.shape[1]:
