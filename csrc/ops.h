@@ -97,7 +97,8 @@ inline int64_t fusion_chunk_rows(int64_t rows) {
 }
 inline int64_t fusion_chunks(int64_t rows) { return (rows + fusion_chunk_rows(rows) - 1) / fusion_chunk_rows(rows); }
 inline int64_t fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages, bool norm) {
-  return fusion_chunks(rows) * fusion_param_count(dim, modalities, stages, norm);
+  // a chunk's sums in double, and beside them its running sums in the arithmetic type
+  return 2 * fusion_chunks(rows) * fusion_param_count(dim, modalities, stages, norm);
 }
 
 // ------------------------------------------------------------------------------------------ ccc (spec 1.3)
@@ -155,8 +156,19 @@ struct TemporalForward {
   double* workspace;       // temporal_workspace() doubles, on every backend
 };
 
+// Frames of the window stack, and doubles of workspace: lanes in eights, 6 moments a stacked frame, and for backward 5
+// slopes and a decay a frame.
+inline int64_t temporal_stack(int64_t frames, int64_t window, int64_t history) {
+  return window == 0 ? 0 : window < history + frames ? window : history + frames;
+}
+inline int64_t temporal_workspace(int64_t batch, int64_t frames, int channels, int64_t window, int64_t history,
+                                  bool backward) {
+  const int64_t lanes = (batch * channels + 7) / 8 * 8;
+  return lanes * 6 * (temporal_stack(frames, window, history) + (backward ? frames : 0));
+}
+
 struct TemporalBackward {
-  TemporalForward forward;  // rho, defined and state_out are unused
+  TemporalForward forward;  // rho, defined and state_out (null) are unused
   const void* grad_rho;     // (B, T, C)
   void* grad_pred;          // (B, T, C) or null
   void* grad_target;        // (B, T, C) or null

@@ -1,11 +1,428 @@
-"""Temporary: reference-backed. Replaced by the kernels."""
-from .reference import *  # noqa: F403
-from . import reference as _r
+"""The public ops: arguments checked here, once, then handed to the kernels.
 
-reliability_fusion = _r.reliability_fusion
-stage_filter = _r.stage_filter
-ccc, ccc_moments, merge_moments, ccc_from_moments = _r.ccc, _r.ccc_moments, _r.merge_moments, _r.ccc_from_moments
+Formulas: docs/math.md. The same ops in plain PyTorch: `sage_ext.reference`. Every op is differentiable once (a second
+derivative raises), works under `torch.compile(fullgraph=True)`, `torch.export` and autocast, accepts non-contiguous and
+zero-size inputs, and gives the same bits whatever the thread count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C, reference
+from ._ops import _door, concordance, fusion, temporal
+from ._ops import stage_filter as _stage_filter
+
+__all__ = [
+    "ccc",
+    "ccc_from_moments",
+    "ccc_moments",
+    "merge_moments",
+    "reliability_fusion",
+    "stage_filter",
+    "temporal_ccc",
+]
+
+MAX_MODALITIES: int = _C.max_modalities
+MAX_STAGES: int = _C.max_stages
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def temporal_ccc(pred, target, mask=None, *, window=None, halflife=None, state=None):
-    return _r.temporal_ccc(pred, target, mask, window=window, halflife=halflife), None
+# ------------------------------------------------------------------------------------------------------- checking
+def _tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        wanted = "bool" if dtypes == (torch.bool,) else "float32, float64, float16 or bfloat16"
+        raise TypeError(f"{name}: expected dtype {wanted}, got {x.dtype}")
+
+
+def _shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{name}: expected shape {letters} = {tuple(expected)}, got {tuple(x.shape)}")
+
+
+def _device(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} (that of {like_name}), got {x.device}")
+
+
+def _optional(
+    name: str,
+    x: object,
+    expected: tuple[int, ...],
+    letters: str,
+    like: Tensor,
+    like_name: str,
+    dtypes: tuple[torch.dtype, ...] = _FLOATS,
+) -> None:
+    if x is None:
+        return
+    _tensor(name, x, dtypes)
+    assert isinstance(x, Tensor)
+    _shape(name, x, expected, letters)
+    _device(name, x, like, like_name)
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    """What numbers are computed in: float64 for float64, float32 for all else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------- stage_filter
+def stage_filter(
+    emission: Tensor, transition: Tensor, initial: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal Bayes filter over latent interaction stages: the forward pass of a hidden Markov model.
+
+    ``prior_t[j] = logsumexp_i(belief_{t-1}[i] + log_softmax(transition)[i, j])``, at the first frame too;
+    ``belief_t = log_softmax(prior_t + emission_t)``. Derivation: docs/math.md, "Stage filter".
+
+    Args:
+        emission: (B, T, S), unnormalised log-evidence of each stage in each frame, S <= 16.
+        transition: (S, S) logits; row i, softmaxed, is P(next stage | stage i).
+        initial: (S,) or (B, S) log-belief before the first frame, up to a constant; default uniform.
+        mask: (B, T) bool; False: the frame brings no evidence, and time still passes. Not read where False.
+
+    Returns:
+        posterior: (B, T, S), rows summing to 1.
+        final: (B, S) log-belief after the last frame: the next chunk's ``initial``. Filtering a sequence in chunks
+            equals filtering it whole.
+
+    float64 for float64 ``emission``, otherwise float32 (half inputs are converted). Differentiable in ``emission``,
+    ``transition`` and ``initial`` through both outputs.
+
+    Raises:
+        TypeError: a non-tensor, or a dtype that is not floating point (``mask``: not bool).
+        ValueError: shapes or devices that do not fit, or S outside 1..16.
+    """
+    _tensor("emission", emission)
+    if emission.dim() != 3:
+        raise ValueError(f"emission: expected shape (B, T, S), got {tuple(emission.shape)}")
+    batch, frames, stages = emission.shape
+    if not 1 <= stages <= MAX_STAGES:
+        raise ValueError(f"emission: expected 1 to {MAX_STAGES} stages in the last dimension, got {stages}")
+    _tensor("transition", transition)
+    _shape("transition", transition, (stages, stages), "(S, S)")
+    _device("transition", transition, emission, "emission")
+    if initial is not None:
+        _tensor("initial", initial)
+        if initial.shape != (stages,) and initial.shape != (batch, stages):
+            raise ValueError(
+                f"initial: expected shape (S,) = ({stages},) or (B, S) = ({batch}, {stages}), got {tuple(initial.shape)}"
+            )
+        _device("initial", initial, emission, "emission")
+    _optional("mask", mask, (batch, frames), "(B, T)", emission, "emission", (torch.bool,))
+    dtype = _arithmetic(emission)
+    emission, transition, initial = emission.to(dtype), transition.to(dtype), _to(initial, dtype)
+    if not _door.has_kernels(emission.device):
+        return reference.stage_filter(emission, transition, initial, mask)
+    return _stage_filter.stage_filter(emission, transition, initial, mask)
+
+
+# --------------------------------------------------------------------------------------------- reliability_fusion
+def reliability_fusion(
+    values: Sequence[Tensor],
+    reliability: Tensor,
+    stage: Tensor | None = None,
+    *,
+    log_temperature: Tensor | None = None,
+    bias: Tensor | None = None,
+    sharpness: Tensor | None = None,
+    present: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage-adaptive, calibrated, reliability-weighted sum of M modalities.
+
+    ``l[m, s] = reliability[m, s] exp(-log_temperature[m, s]) + bias[m, s]`` are calibrated logits,
+    ``confidence r[m] = sum_s stage[s] sigmoid(l[m, s])`` a stage-mixed probability with log-odds ``g[m]``;
+    ``weights = softmax over the present m of sharpness[m] g[m]``; ``fused = sum_m weights[m] LayerNorm_m(values[m])``.
+    With sharpness 1 these are inverse-variance weights for errors of variance ``kappa^2 (1 - r) / r``; with S = 1 the
+    ordinary softmax gate. Derivation: docs/math.md, "Reliability-weighted fusion".
+
+    Args:
+        values: M tensors (*, D) of one shape, dtype (float16, bfloat16, float32, float64) and device, 1 <= M <= 8. Read
+            where they lie: rows may have any common stride, nothing is stacked.
+        reliability: (*, M, S) raw reliability logit of each modality in each stage, S <= 16.
+        stage: (*, S) stage posterior, rows summing to 1; default uniform.
+        log_temperature, bias: (M, S) calibration of the logits; default 0.
+        sharpness: () or (M,), how strongly confidence turns into weight; default 1.
+        present: (*, M) bool; False: the modality is missing in that frame. It is not read (NaN there reaches nothing);
+            its confidence, weight and gradients are exactly 0. A frame with no modality gives zeros.
+        norm_weight, norm_bias: (M, D) affine of a LayerNorm over D, one a modality; both or neither (no normalisation).
+        eps: of the LayerNorm.
+
+    Returns:
+        fused: (*, D), dtype of ``values``.
+        weights, confidence: (*, M), float32 (float64 for float64 ``values``).
+
+    Gating arithmetic is float32 (float64 for float64 ``values``) whatever the gating tensors' dtypes. Differentiable in
+    all floating-point tensors, through all three outputs; saves two numbers a row and modality for backward. A row's
+    result is the same bits whatever rows surround it.
+
+    Raises:
+        TypeError: a non-tensor, a dtype that is not floating point, ``values`` of differing dtypes, ``present`` not bool.
+        ValueError: shapes, devices, M, S or eps out of range, or one of norm_weight and norm_bias alone.
+    """
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"values: expected a sequence of tensors, one a modality, got {type(values).__name__}")
+    modalities = len(values)
+    if not 1 <= modalities <= MAX_MODALITIES:
+        raise ValueError(f"values: expected 1 to {MAX_MODALITIES} modalities, got {modalities}")
+    first = values[0]
+    for m, x in enumerate(values):
+        _tensor(f"values[{m}]", x)
+        if x.dtype != first.dtype:
+            raise TypeError(f"values[{m}]: expected dtype {first.dtype} (that of values[0]), got {x.dtype}")
+        if x.shape != first.shape:
+            raise ValueError(
+                f"values[{m}]: expected shape {tuple(first.shape)} (that of values[0]), got {tuple(x.shape)}"
+            )
+        _device(f"values[{m}]", x, first, "values[0]")
+    if first.dim() < 1:
+        raise ValueError("values[0]: expected shape (*, D), got a scalar")
+    lead, dim = first.shape[:-1], first.shape[-1]
+    _tensor("reliability", reliability)
+    if reliability.dim() != first.dim() + 1 or reliability.shape[:-1] != (*lead, modalities):
+        raise ValueError(
+            f"reliability: expected shape (*, M, S) = {(*tuple(lead), modalities)} + (S,), got {tuple(reliability.shape)}"
+        )
+    stages = reliability.shape[-1]
+    if not 1 <= stages <= MAX_STAGES:
+        raise ValueError(f"reliability: expected 1 to {MAX_STAGES} stages in the last dimension, got {stages}")
+    _device("reliability", reliability, first, "values[0]")
+    _optional("stage", stage, (*lead, stages), "(*, S)", first, "values[0]")
+    _optional("log_temperature", log_temperature, (modalities, stages), "(M, S)", first, "values[0]")
+    _optional("bias", bias, (modalities, stages), "(M, S)", first, "values[0]")
+    if sharpness is not None:
+        _tensor("sharpness", sharpness)
+        if sharpness.dim() != 0 and sharpness.shape != (modalities,):
+            raise ValueError(f"sharpness: expected shape () or (M,) = ({modalities},), got {tuple(sharpness.shape)}")
+        _device("sharpness", sharpness, first, "values[0]")
+        if sharpness.dim() == 0:
+            sharpness = sharpness.expand(modalities)
+    _optional("present", present, (*lead, modalities), "(*, M)", first, "values[0]", (torch.bool,))
+    if (norm_weight is None) != (norm_bias is None):
+        missing = "norm_weight" if norm_weight is None else "norm_bias"
+        raise ValueError(f"{missing}: norm_weight and norm_bias go together: expected both or neither, got None")
+    _optional("norm_weight", norm_weight, (modalities, dim), "(M, D)", first, "values[0]")
+    _optional("norm_bias", norm_bias, (modalities, dim), "(M, D)", first, "values[0]")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    if not _door.has_kernels(first.device):
+        return reference.reliability_fusion(
+            values, reliability, stage, log_temperature=log_temperature, bias=bias, sharpness=sharpness,
+            present=present, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+        )  # fmt: skip
+    dtype = _arithmetic(first)
+    return fusion.reliability_fusion(
+        values, reliability.to(dtype), _to(stage, dtype), _to(log_temperature, dtype), _to(bias, dtype),
+        _to(sharpness, dtype), present, _to(norm_weight, dtype), _to(norm_bias, dtype), float(eps),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ ccc
+def _pair(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Checks pred, target and mask; returns the pair in one arithmetic dtype."""
+    _tensor("pred", pred)
+    _tensor("target", target)
+    if pred.dim() not in (2, 3):
+        raise ValueError(f"pred: expected shape (B, T, C) or (T, C), got {tuple(pred.shape)}")
+    if target.shape != pred.shape:
+        raise ValueError(f"target: expected shape {tuple(pred.shape)} (that of pred), got {tuple(target.shape)}")
+    _device("target", target, pred, "pred")
+    if mask is not None:
+        _tensor("mask", mask, (torch.bool,))
+        if mask.shape != pred.shape and mask.shape != pred.shape[:-1]:
+            raise ValueError(
+                f"mask: expected shape {tuple(pred.shape[:-1])} or {tuple(pred.shape)}, got {tuple(mask.shape)}"
+            )
+        _device("mask", mask, pred, "pred")
+    double = pred.dtype == torch.float64 or target.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    return pred.to(dtype), target.to(dtype)
+
+
+def _grouped(pred: Tensor, target: Tensor, mask: Tensor | None, pool: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, T, C) or (T, C) -> (G, F, C), the mask (G, F) or (G, F, C)."""
+    if pool not in ("batch", "sequence"):
+        raise ValueError(f"pool: expected 'batch' or 'sequence', got {pool!r}")
+    if pred.dim() == 3 and pool == "sequence":
+        return pred, target, mask
+    frames = pred.numel() // pred.shape[-1] if pred.shape[-1] else 0
+    shape = (1, frames, pred.shape[-1])
+    if mask is not None:
+        mask = mask.reshape(shape if mask.dim() == pred.dim() else shape[:2])
+    return pred.reshape(shape), target.reshape(shape), mask
+
+
+def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch") -> Tensor:
+    """Concordance correlation coefficient (Lin 1989), with population (1/n) moments.
+
+    ``2 cov / (var_p + var_t + (mean_p - mean_t)^2)``; one pass over the data, accumulated in float64.
+
+    Args:
+        pred, target: (B, T, C) or (T, C).
+        mask: bool, (B, T) or the shape of ``pred``; False = not counted, and not read.
+        pool: "batch" counts all valid frames of all sequences together -> (C,), the Aff-Wild2 protocol;
+            "sequence" -> (B, C) (for (T, C) inputs: (C,)).
+
+    Returns:
+        float64 if either input is, otherwise float32. A group with fewer than two valid frames, or with a zero
+        denominator, has ccc 0 and gradient 0. Differentiable in ``pred`` and ``target``.
+
+    Raises:
+        TypeError: a non-tensor or a wrong dtype. ValueError: shapes, devices or ``pool``.
+    """
+    dims = pred.dim() if isinstance(pred, Tensor) else 0
+    pred, target = _pair(pred, target, mask)
+    x, y, m = _grouped(pred, target, mask, pool)
+    if not _door.has_kernels(pred.device):
+        return reference.ccc(pred, target, mask, pool=pool)
+    out = concordance.ccc(x, y, m)
+    return out if dims == 3 and pool == "sequence" else out[0]
+
+
+def ccc_moments(
+    pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch", state: Tensor | None = None
+) -> Tensor:
+    """Moments of each group, for CCC over data that comes in pieces.
+
+    Args as in `ccc`; ``state``: moments to merge with, as returned before, of the same shape.
+
+    Returns:
+        (C, 6), or (B, C, 6) with ``pool="sequence"``, float64: count, mean_p, mean_t, M2_p, M2_t, C_pt, the last three
+        centred sums. Differentiable in ``pred``, ``target`` and ``state``. See `merge_moments`, `ccc_from_moments`.
+    """
+    dims = pred.dim() if isinstance(pred, Tensor) else 0
+    pred, target = _pair(pred, target, mask)
+    x, y, m = _grouped(pred, target, mask, pool)
+    if not _door.has_kernels(pred.device):
+        moments = reference.ccc_moments(pred, target, mask, pool=pool)
+    else:
+        moments = concordance.ccc_moments(x, y, m)
+        if not (dims == 3 and pool == "sequence"):
+            moments = moments[0]
+    return moments if state is None else merge_moments(state, moments)
+
+
+def _moments(name: str, m: object) -> None:
+    _tensor(name, m)
+    assert isinstance(m, Tensor)
+    if m.dtype != torch.float64:
+        raise TypeError(f"{name}: expected dtype torch.float64, got {m.dtype}")
+    if m.dim() < 1 or m.shape[-1] != 6:
+        raise ValueError(f"{name}: expected shape (..., 6), got {tuple(m.shape)}")
+
+
+def merge_moments(a: Tensor, b: Tensor) -> Tensor:
+    """Exact parallel merge of two moments (..., 6) float64 (Chan, Golub & LeVeque 1979); associative to rounding.
+
+    An empty side (count 0) changes nothing. Differentiable in both.
+    """
+    _moments("a", a)
+    _moments("b", b)
+    if a.shape != b.shape:
+        raise ValueError(f"b: expected shape {tuple(a.shape)} (that of a), got {tuple(b.shape)}")
+    _device("b", b, a, "a")
+    return reference.merge_moments(a, b)
+
+
+def ccc_from_moments(moments: Tensor) -> Tensor:
+    """(..., 6) float64 moments -> (...) float64 CCC; 0 with gradient 0 where it is undefined. Differentiable."""
+    _moments("moments", moments)
+    return reference.ccc_from_moments(moments)
+
+
+# --------------------------------------------------------------------------------------------------- temporal_ccc
+def temporal_ccc(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    window: int | None = None,
+    halflife: float | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Running concordance: ``rho[b, t, c]`` is the CCC of the valid frames up to and including t.
+
+    All of them (default), the last ``window`` frames, or weighted by ``0.5 ** (age / halflife)``. Cost is linear in T
+    whatever the window; nothing is subtracted, so long streams do not drift. Derivation: docs/math.md, "Temporal CCC".
+
+    Args:
+        pred, target: (B, T, C).
+        mask: bool, (B, T) or (B, T, C); False = not counted, and not read.
+        window: frames, an int >= 2, counted whether valid or not. At most one of ``window`` and ``halflife``.
+        halflife: frames, > 0.
+        state: what an earlier call with the same window or halflife returned: the chunk before this one. Constant:
+            gradients stop at the chunk's border.
+
+    Returns:
+        rho: (B, T, C), float64 if either input is, otherwise float32; 0 with gradient 0 where fewer than two valid
+            frames count or the denominator is 0.
+        state: float64; (B, C, 8), or with ``window`` (B, C, L, 3), the last L <= window - 1 frames. Opaque: its layout
+            is in csrc/ops.h.
+
+    Raises:
+        TypeError: a non-tensor or a wrong dtype, or a ``window`` that is not an int.
+        ValueError: shapes, devices, ``window`` < 2, ``halflife`` <= 0, or both given.
+    """
+    return _temporal_ccc(pred, target, mask, window, halflife, state)[:2]
+
+
+def _temporal_ccc(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    halflife: float | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`temporal_ccc`, and where it is defined: (B, T, C) bool."""
+    _window(window, halflife)
+    pred, target = _pair(pred, target, mask)
+    if pred.dim() != 3:
+        raise ValueError(f"pred: expected shape (B, T, C), got {tuple(pred.shape)}")
+    batch, _, channels = pred.shape
+    if state is not None:
+        _tensor("state", state)
+        if state.dtype != torch.float64:
+            raise TypeError(f"state: expected dtype torch.float64, got {state.dtype}")
+        if window is None:
+            _shape("state", state, (batch, channels, 8), "(B, C, 8)")
+        elif state.dim() != 4 or state.shape[:2] != (batch, channels) or state.shape[3] != 3 or state.shape[2] >= window:
+            raise ValueError(
+                f"state: expected shape (B, C, L, 3) = ({batch}, {channels}, at most {window - 1}, 3), "
+                f"got {tuple(state.shape)}"
+            )
+        _device("state", state, pred, "pred")
+        state = state.detach()
+    if not _door.has_kernels(pred.device):
+        return reference.temporal_ccc_chunk(pred, target, mask, window=window, halflife=halflife, state=state)
+    decay = 1.0 if halflife is None else 0.5 ** (1.0 / halflife)
+    return temporal.temporal_ccc(pred, target, mask, state, window or 0, decay)
+
+
+def _window(window: object, halflife: object) -> None:
+    if window is not None and halflife is not None:
+        raise ValueError(f"window, halflife: expected at most one of the two, got {window} and {halflife}")
+    if window is not None:
+        if not isinstance(window, int) or isinstance(window, bool):
+            raise TypeError(f"window: expected an int, got {type(window).__name__}")
+        if window < 2:
+            raise ValueError(f"window: expected an int >= 2, got {window}")
+    if halflife is not None:
+        if not isinstance(halflife, (int, float)) or isinstance(halflife, bool):
+            raise TypeError(f"halflife: expected a number, got {type(halflife).__name__}")
+        if not halflife > 0:
+            raise ValueError(f"halflife: expected a number > 0, got {halflife}")

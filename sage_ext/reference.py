@@ -149,11 +149,16 @@ def merge_moments(a: Tensor, b: Tensor) -> Tensor:
 
 def ccc_from_moments(moments: Tensor) -> Tensor:
     """(..., C, 6) -> (..., C): Lin's concordance; 0 with gradient 0 where it is undefined."""
-    count, mean_p, mean_t, m2_p, m2_t, c_pt = moments.unbind(-1)
-    gap = mean_p - mean_t
-    denominator = m2_p + m2_t + count * gap * gap
-    defined = (count >= 2) & (denominator > 0)
-    return torch.where(defined, 2 * c_pt / torch.where(defined, denominator, 1.0), 0.0)
+    return _concordance(moments, (moments[..., 0] >= 2) & (_denominator(moments) > 0))
+
+
+def _denominator(moments: Tensor) -> Tensor:
+    count, mean_p, mean_t, m2_p, m2_t, _ = moments.unbind(-1)
+    return m2_p + m2_t + count * (mean_p - mean_t) ** 2
+
+
+def _concordance(moments: Tensor, defined: Tensor) -> Tensor:
+    return torch.where(defined, 2 * moments[..., 5] / torch.where(defined, _denominator(moments), 1.0), 0.0)
 
 
 def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch") -> Tensor:
@@ -169,30 +174,71 @@ def temporal_ccc(
     *,
     window: int | None = None,
     halflife: float | None = None,
-) -> Tensor:
-    """Running concordance by definition: one weighted CCC a frame, at O(T) (window) or O(T^2) cost.
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Running concordance. See `sage_ext.functional.temporal_ccc`."""
+    return temporal_ccc_chunk(pred, target, mask, window=window, halflife=halflife, state=state)[:2]
 
-    Chunk state is the kernels' business: run the whole sequence here.
-    """
+
+def temporal_ccc_chunk(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    *,
+    window: int | None,
+    halflife: float | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rho, state, defined). The window mode looks at every window (O(T window)); the others run frame by frame."""
     x, y = pred.double(), target.double()
-    frames = x.shape[1]
     valid = torch.ones_like(x) if mask is None else _expand_mask(mask, x).double()
     x, y = torch.where(valid > 0, x, 0.0), torch.where(valid > 0, y, 0.0)
-    if window is not None:  # (B, T, C, window): the last `window` frames of each t, left-padded with invalid ones
-        pad = (0, 0, window - 1, 0)
-        x, y, w = (F.pad(v, pad).unfold(1, window, 1) for v in (x, y, valid))
-    else:  # (B, T, C, T): frame i seen from frame t
-        age = torch.arange(frames, device=x.device)[:, None] - torch.arange(frames, device=x.device)
-        w = (age >= 0).double() if halflife is None else torch.where(age >= 0, 0.5 ** (age.clamp(min=0) / halflife), 0.0)
-        x, y = (v.transpose(1, 2)[:, None] for v in (x, y))
-        w = w[:, None, :].double() * valid.transpose(1, 2)[:, None]
-    count = (w > 0).sum(-1)
-    total = w.sum(-1)
-    scale = 1.0 / torch.where(total > 0, total, 1.0)
-    mean_p, mean_t = (w * x).sum(-1) * scale, (w * y).sum(-1) * scale
-    dp, dt = x - mean_p[..., None], y - mean_t[..., None]
-    var_p, var_t = (w * dp * dp).sum(-1) * scale, (w * dt * dt).sum(-1) * scale
-    cov = (w * dp * dt).sum(-1) * scale
-    denominator = var_p + var_t + (mean_p - mean_t) ** 2
-    defined = (count >= 2) & (denominator > 0)
-    return torch.where(defined, 2 * cov / torch.where(defined, denominator, 1.0), 0.0).to(pred.dtype)
+    run = _sliding if window is not None else _running
+    moments, seen, state = run(x, y, valid, window if window is not None else halflife, state)
+    defined = (seen >= 2) & (_denominator(moments) > 0)
+    return _concordance(moments, defined).to(pred.dtype), state, defined
+
+
+def _sliding(x: Tensor, y: Tensor, valid: Tensor, window: int, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments (B, T, C, 6) of the last `window` frames; state: the last window - 1 frames (B, C, L, 3)."""
+    frames = x.shape[1]
+    joined = torch.stack([x, y, valid], -1).transpose(1, 2)  # (B, C, T, 3)
+    if state is not None:
+        joined = torch.cat([state, joined], 2)
+    keep = min(window - 1, joined.shape[2])
+    new_state = joined[:, :, joined.shape[2] - keep :].detach().clone()
+    padded = F.pad(joined, (0, 0, window - 1, 0))
+    if frames == 0:
+        return x.new_zeros(*x.shape, 6), valid, new_state
+    xs, ys, w = padded.unfold(2, window, 1)[:, :, -frames:].transpose(1, 2).unbind(-2)  # (B, T, C, window) each
+    count = w.sum(-1)
+    scale = 1.0 / count.clamp(min=1)
+    mean_p, mean_t = (w * xs).sum(-1) * scale, (w * ys).sum(-1) * scale
+    dp, dt = xs - mean_p[..., None], ys - mean_t[..., None]
+    sums = [(w * a * b).sum(-1) for a, b in ((dp, dp), (dt, dt), (dp, dt))]
+    return torch.stack([count, mean_p, mean_t, *sums], -1), count, new_state
+
+
+def _running(
+    x: Tensor, y: Tensor, valid: Tensor, halflife: float | None, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments (B, T, C, 6) of all frames so far, the past decaying when a valid frame arrives; state: (B, C, 8)."""
+    batch, _, channels = x.shape
+    state = x.new_zeros(batch, channels, 8) if state is None else state
+    seen, moments, gap = state[..., 0], state[..., 1:7], state[..., 7]
+    all_moments, all_seen = [], []
+    for x_t, y_t, valid_t in zip(x.unbind(1), y.unbind(1), valid.unbind(1)):
+        age = gap + 1
+        decay = torch.ones_like(age) if halflife is None else 0.5 ** (age / halflife)
+        aged = torch.cat([moments[..., :1] * decay[..., None], moments[..., 1:3], moments[..., 3:] * decay[..., None]], -1)
+        zero = torch.zeros_like(x_t)
+        frame = torch.stack([torch.ones_like(x_t), x_t, y_t, zero, zero, zero], -1)
+        moments = torch.where(valid_t[..., None] > 0, merge_moments(aged, frame), moments)
+        seen = seen + valid_t
+        gap = torch.where(valid_t > 0, 0.0, age)
+        all_moments.append(moments)
+        all_seen.append(seen)
+    new_state = torch.cat([seen[..., None], moments, gap[..., None]], -1).detach()
+    if not all_moments:
+        return x.new_zeros(*x.shape, 6), valid, new_state
+    return torch.stack(all_moments, 1), torch.stack(all_seen, 1), new_state

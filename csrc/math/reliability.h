@@ -94,7 +94,7 @@ SAGE_FN void reliability_backward(int stages, const V* l, const V* stage, V grad
     const SigmoidPair<V> q = sigmoid_pair(l[s]);
     V up = q.p * inv_r, down = q.n * inv_n;  // d log r / d stage[s], d log n / d stage[s]
     if (slow) {
-      const V cap(T(kMaxLogRatio));
+      const V cap = V(T(kMaxLogRatio));
       up = select(extreme, exp(min(log_sigmoid(l[s]) - a.peak, cap)) / a.z, up);
       down = select(extreme, exp(min(log_sigmoid(-l[s]) - b.peak, cap)) / b.z, down);
     }

@@ -1,0 +1,115 @@
+"""The two doors to a kernel, and who may use which.
+
+In plain eager an op runs as a `torch.autograd.Function` that calls `_C` directly: the cheapest call PyTorch offers from
+Python. Everywhere else (compile, export, fake tensors, dispatch modes, functorch, subclasses) it runs as the registered
+operator `torch.ops.sage_ext.*`. Both call the same `_forward` and `_backward` of the op's file.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import _C
+
+if isa := os.environ.get("SAGE_EXT_CPU_ISA"):
+    _C.set_isa(isa)
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# Kernel modules by device type. All have the same functions, so a test can put another backend in a slot.
+kernels: dict[str, ModuleType] = {"cpu": _C.cpu}
+if hasattr(_C, "cuda"):
+    kernels["cuda"] = _C.cuda
+
+_LIBRARY = torch.library.Library("sage_ext", "DEF")
+_PLAIN = (Tensor, Parameter)
+_warned: set[str] = set()
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether tensors on `device` have kernels; if not, warns once and the caller runs the reference (or raises: strict)."""
+    if device.type in kernels:
+        return True
+    if device.type == "meta":  # shapes only: the registered op's fake
+        return True
+    message = f"sage_ext has no kernels for device '{device.type}' in this build"
+    if os.environ.get("SAGE_EXT_STRICT") == "1":
+        raise RuntimeError(message + " (SAGE_EXT_STRICT=1 forbids the PyTorch reference)")
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(message + "; using the slower PyTorch reference", RuntimeWarning, stacklevel=4)
+    return False
+
+
+def fast(*tensors: Tensor | None) -> bool:
+    """Whether the direct door is safe: plain eager, and every tensor exactly a dense tensor of a device with kernels."""
+    if torch.compiler.is_compiling():
+        return False
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or t.layout is not torch.strided or t.device.type not in kernels or t.is_neg():
+            return False
+    return True
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def placement(t: Tensor) -> tuple[int, int]:
+    """The last two arguments of every kernel: (threads, 0) on the CPU, (device index, stream) on a GPU."""
+    if t.is_cuda:
+        index = t.device.index
+        return index, torch.cuda.current_stream(index).cuda_stream
+    return torch.get_num_threads(), 0
+
+
+def address(t: Tensor | None) -> int:
+    """Of a tensor that the caller holds in a local until the kernel has returned."""
+    return 0 if t is None else t.data_ptr()
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def workspace(doubles: int, like: Tensor) -> Tensor:
+    return torch.empty(doubles, dtype=torch.float64, device=like.device)
+
+
+def register(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines `sage_ext::<name>` for CPU and CUDA and returns it. Without `backward`: not differentiable, said clearly."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, impl, "CPU")
+    _LIBRARY.impl(name, impl, "CUDA")
+    qualified = f"sage_ext::{name}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if backward is None:
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError(f"{qualified} is not differentiable: sage_ext has no second derivatives")
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.sage_ext, name).default
