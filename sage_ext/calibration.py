@@ -189,7 +189,7 @@ def reliability_diagram(
 
 
 def expected_calibration_error(diagram: ReliabilityDiagram) -> float:
-    """Mean over bins, weighted by their frames, of |mean confidence - observed reliability|: 0 is perfect, 1 the worst."""
+    """Mean over bins, by frames, of |mean confidence - observed reliability|: 0 is perfect, 1 the worst."""
     gap = (diagram.predicted - diagram.observed).abs()
     return float((gap * diagram.frames).sum() / diagram.frames.sum())
 
@@ -212,7 +212,7 @@ def _ranks(x: Tensor) -> Tensor:
 def collect(model: SAGE, batches: Iterable[Mapping[str, Any]]) -> Evidence:
     """Run the model in evaluation mode over batches of `sage_ext.data.windows.collate`; gather what calibration needs.
 
-    A batch holds "features" by name, "labels" (B, T, C), "valid" (B, T) bool, and optionally "present" and "frame"; each
+    A batch holds "features" by name, "labels" (B, T, C), "valid" (B, T) bool, optionally "present" and "frame"; each
     row is a sequence of its own. Whole clips (B = 1) show the confidence that a running stream has; windows start cold.
     """
     device = _fusion(model).log_temperature.device
