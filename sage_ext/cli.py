@@ -222,7 +222,7 @@ def _info(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from .training.demo import demo
 
-    print(demo(args.out, seed=args.seed, overwrite=args.overwrite))
+    print("\n\n".join(table.text() for table in demo(args.out, seed=args.seed, overwrite=args.overwrite)))
     return 0
 
 

@@ -8,25 +8,28 @@ readers; where lines mean different modalities they differ in dash as well.
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 
 from .extras import require
 from .training.checkpoint import write_atomic
 
+P = ParamSpec("P")
 FPS = 30.0
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442",
 )  # fmt: skip
 MODALITY = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#777777", "black")
 DASH: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), "-", (0, (5, 1.5)), (0, (1.5, 1)), "-")
+STAGE = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#99DDFF", "#BBCC33", "#AAAA00")  # Tol's light scheme
 GREY = "#D0D0D0"
 STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
@@ -46,16 +49,24 @@ class Picture:
     figure: Any
 
 
+def _styled(plot: Callable[P, Any]) -> Callable[P, Any]:
+    """Draw under STYLE whatever the caller's settings are."""
+
+    @functools.wraps(plot)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> Any:
+        with require("matplotlib", "train").rc_context(STYLE):
+            return plot(*args, **kwargs)
+
+    return inner
+
+
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Any, Any]:
-    matplotlib = require("matplotlib", "train")
-    figure_class = require("matplotlib.figure", "train").Figure
-    with matplotlib.rc_context(STYLE):
-        figure = figure_class(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, **grid)
-    return figure, axes
+    figure = require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **grid)
 
 
 # ---------------------------------------------------------------------------------------------------------- one video
+@_styled
 def plot_clip(
     name: str,
     prediction: np.ndarray,
@@ -85,8 +96,8 @@ def plot_clip(
     for c, (axis, target) in enumerate(zip(axes[:2], ("valence", "arousal"))):
         if labels is not None:
             truth = np.where(bad, np.nan, labels[:, c])
-            axis.plot(seconds, truth, color="black", label="annotation", linewidth=1.5)
-        axis.plot(seconds, prediction[:, c], color=BLUE, label="prediction", dashes=(6, 1))
+            axis.plot(seconds, truth, color="black", label="annotation", linewidth=1.8)
+        axis.plot(seconds, prediction[:, c], color=BLUE, label="prediction", linewidth=1.1)
         _shade(axis, bad, fps, GREY, "not annotated")
         axis.set(ylim=(-1.05, 1.05), ylabel=target, yticks=(-1, -0.5, 0, 0.5, 1))
         axis.axhline(0, color="#999999", linewidth=0.7, zorder=0)
@@ -132,9 +143,9 @@ def _missing_ticks(axis: Any, present: np.ndarray, seconds: np.ndarray, modaliti
 
 def _stage_band(axis: Any, stage: np.ndarray, seconds: np.ndarray, fps: float) -> None:
     """The posterior as a band: each stage's colour fills as much of the height as its probability."""
-    colormaps = require("matplotlib", "train").colormaps
     count = stage.shape[1]
-    colors = [colormaps["viridis"](x) for x in np.linspace(0.0, 1.0, max(count, 2))][:count]
+    viridis = require("matplotlib", "train").colormaps["viridis"]
+    colors = STAGE[:count] if count <= len(STAGE) else [viridis(x) for x in np.linspace(0.05, 0.95, count)]
     edges = np.append(seconds, seconds[-1] + 1 / fps)  # a frame lasts until the next
     axis.stackplot(
         edges, np.append(stage, stage[-1:], 0).T, colors=colors, labels=[f"{s + 1}" for s in range(count)],
@@ -149,6 +160,7 @@ def _stage_band(axis: Any, stage: np.ndarray, seconds: np.ndarray, fps: float) -
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
+@_styled
 def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Sequence[str]) -> Any:
     """Reliability diagrams (`sage_ext.calibration.ReliabilityDiagram`, one a modality), before and after calibration."""
     from .calibration import expected_calibration_error
@@ -170,9 +182,10 @@ def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Se
 
 
 # ----------------------------------------------------------------------------------------------------- training curves
+@_styled
 def plot_training(log: Mapping[str, np.ndarray]) -> Any:
     """The columns of log.csv over epochs: loss and its parts, concordance in training and validation, learning rate."""
-    figure, axes = _figure(11, 3.6, 1, 3)
+    figure, axes = _figure(11, 3.9, 1, 3, gridspec_kw={"width_ratios": [3, 3, 2]})
     loss, concordance, rate = axes[0]
     epochs = log["epoch"] + 1
     marker = "o" if len(epochs) < 2 else None
@@ -180,25 +193,25 @@ def plot_training(log: Mapping[str, np.ndarray]) -> Any:
              ("loss_unimodal", "1 - CCC, unimodal", VERMILLION), ("loss_reliability", "confidence score", GREEN))  # fmt: skip
     for (column, label, color), dash in zip(parts, DASH):
         loss.plot(epochs, log[column], color=color, linestyle=dash, label=label, marker=marker)
-    loss.set(xlabel="epoch", ylabel="training loss, mean of the epoch", title="Loss and its parts (unweighted)")
-    loss.legend()
+    loss.set(xlabel="epoch", ylabel="training loss, mean of the epoch", title="Loss, and its parts before weighting")
     for column, label, color, dash in (
-        ("train_P", "training P (rehearsed failures)", "#777777", DASH[1]),
-        ("val_CCC_V", "validation CCC, valence", VERMILLION, DASH[2]),
-        ("val_CCC_A", "validation CCC, arousal", GREEN, DASH[3]),
+        ("train_P", "training P (with failures)", "#777777", DASH[1]),
+        ("val_CCC_V", "validation CCC_V", VERMILLION, DASH[2]),
+        ("val_CCC_A", "validation CCC_A", GREEN, DASH[3]),
         ("val_P", "validation P", BLUE, "-"),
     ):
         concordance.plot(epochs, log[column], color=color, linestyle=dash, label=label, marker=marker)
     best = int(np.argmax(log["val_P"]))
     concordance.plot(epochs[best], log["val_P"][best], "o", color=BLUE, markersize=6)
     concordance.annotate(
-        f"{log['val_P'][best]:.3f}", (epochs[best], log["val_P"][best]), xytext=(0, 6), textcoords="offset points",
-        ha="right", color=BLUE,
+        f"best {log['val_P'][best]:.3f}", (epochs[best], log["val_P"][best]), xytext=(0, -14),
+        textcoords="offset points", ha="center", color=BLUE, fontsize=8,
     )  # fmt: skip
     concordance.set(xlabel="epoch", ylabel="CCC", title="Concordance")
-    concordance.legend(loc="lower right")
     rate.plot(epochs, log["lr"], color="black", marker=marker)
     rate.set(xlabel="epoch", ylabel="learning rate at the epoch's end", title="Learning rate", ylim=(0, None))
+    for axis in axes[0, :2]:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     for axis in axes[0]:
         axis.xaxis.set_major_locator(require("matplotlib.ticker", "train").MaxNLocator(integer=True))
     return figure
@@ -285,8 +298,6 @@ def write_report(
 
 
 def _png(figure: Any) -> bytes:
-    matplotlib = require("matplotlib", "train")
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

@@ -17,9 +17,9 @@ _EVERY = 0.2  # seconds between updates of the live line
 class Progress:
     """Reports to stderr. `quiet`: nothing is printed (TensorBoard is still written)."""
 
-    def __init__(self, run: Path, *, tensorboard: bool = False, quiet: bool = False) -> None:
+    def __init__(self, run: Path, *, tensorboard: bool = False, quiet: bool = False, live: bool | None = None) -> None:
         self.run, self.quiet, self.tensorboard = run, quiet, tensorboard
-        self.live = not quiet and sys.stderr.isatty()
+        self.live = not quiet and (sys.stderr.isatty() if live is None else live)
         self.writer: Any = None
         self.width = 0
         self.shown = 0.0

@@ -405,11 +405,13 @@ def train(
     overwrite: bool = False,
     tensorboard: bool = False,
     progress: bool = True,
+    live: bool | None = None,
 ) -> dict[str, Any]:
     """Train in directory `run` and return {"epoch", "step", "scores"} of the best epoch on the validation split.
 
     A directory that holds a run already is an error (RunError) unless it is to be continued (`resume`; one that holds
-    none is begun) or replaced (`overwrite`: its files of the kinds written here go, others stay). The global torch
+    none is begun) or replaced (`overwrite`: its files of the kinds written here go, others stay). `progress` goes to
+    stderr, with a line that is rewritten in place if `live` (default: where stderr is a terminal). The global torch
     generator and thread count are as before afterwards.
     """
     run = Path(run)
@@ -435,7 +437,7 @@ def train(
     threads = torch.get_num_threads()
     devices = [torch.device(config.device)] if config.device.startswith("cuda") else []
     torch.set_num_threads(config.threads)
-    reporter = Progress(run, tensorboard=tensorboard, quiet=not progress)
+    reporter = Progress(run, tensorboard=tensorboard, quiet=not progress, live=live)
     try:
         with torch.random.fork_rng(devices=devices):
             training = Training(config, run, data, reporter)
