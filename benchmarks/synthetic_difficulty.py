@@ -6,8 +6,9 @@ validation.
 Every decoder is the same small causal network (features of now and the mean of the last 8 and 32 frames -> 64 tanh
 units; a linear head), trained full-batch on `1 - CCC` of the train split with Adam, its epoch chosen on half of the
 validation videos and scored on the other half, and the other way round. `average`: the mean of the single decoders'
-outputs. `true weights`: representations summed with the true inverse-variance weights; `uniform`: with equal ones,
-both trained with those weights. `oracle`: sage_ext.data.oracle_predictions.
+outputs over the modalities present; `late, true`: their sum with the true inverse-variance weights. `concat`: one
+decoder of both. `early`: one decoder of the sum of the representations with equal or with the true weights.
+`oracle`: sage_ext.data.oracle_predictions.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Decoder(torch.nn.Module):
         return self.head(torch.nn.functional.gelu(self.mixed(joint)) + (joint if self.weighting else 0))
 
 
-def fit(train, heldout, which: list[int], weighting: str | None, seed: int, steps: int = 250):
+def fit(train, heldout, which: list[int], weighting: str | None, seed: int, steps: int = 150):
     """Predictions of the held-out videos, at every 10th step."""
     torch.manual_seed(seed)
     inputs = [torch.cat([clip["inputs"][m] for clip in train]) for m in which]
@@ -114,13 +115,14 @@ def fit(train, heldout, which: list[int], weighting: str | None, seed: int, step
     return history
 
 
-def crossed(histories: list[list[torch.Tensor]], heldout) -> np.ndarray:
-    """CCC of the mean of the histories' predictions, the step chosen on the other half of the videos."""
+def crossed(histories: list[list[torch.Tensor]], heldout, weighting: str = "uniform") -> np.ndarray:
+    """CCC of the weighted sum of the histories' predictions, the step chosen on the other half of the videos."""
     half = torch.cat([torch.full((len(clip["labels"]),), k % 2) for k, clip in enumerate(heldout)])
     labels, valid = torch.cat([c["labels"] for c in heldout]), torch.cat([c["valid"] for c in heldout])
+    weights = torch.cat([c[weighting] for c in heldout]).unbind(1) if len(histories) > 1 else [torch.ones(len(labels))]
     scores, outputs = [], []
     for steps in zip(*histories):
-        outputs.append(torch.stack(steps).mean(0))
+        outputs.append(sum(w[:, None] * p for w, p in zip(weights, steps)))
         scores.append([ccc(outputs[-1][valid & (half == h)], labels[valid & (half == h)]).mean() for h in (0, 1)])
     best = torch.tensor(scores).argmax(0)
     final = torch.where((half == 0)[:, None], outputs[best[1]], outputs[best[0]])
@@ -145,9 +147,10 @@ def main() -> None:
         for m in every:
             table.setdefault(names[m], []).append(crossed([single[m]], heldout))
         table.setdefault("average", []).append(crossed(single, heldout))
+        table.setdefault("late, true", []).append(crossed(single, heldout, "true"))
         table.setdefault("concat", []).append(crossed([fit(train, heldout, every, None, seed)], heldout))
         for weighting in ("uniform", "true"):
-            name = weighting if weighting == "uniform" else "true weights"
+            name = f"early, {weighting}"
             table.setdefault(name, []).append(crossed([fit(train, heldout, every, weighting, seed)], heldout))
         upper = [[torch.cat([torch.from_numpy(oracle[clip["name"]]) for clip in heldout])]]
         table.setdefault("oracle", []).append(crossed(upper, heldout))

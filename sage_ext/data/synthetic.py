@@ -40,7 +40,7 @@ KAPPA = 1.0
 
 _LATENTS, _HIDDEN = 6, 24
 _AFFECT_GAIN = 0.8  # y = tanh(gain z)
-_DWELL = 75  # mean frames in a stage
+_DWELL = (100, 75, 75, 50)  # mean frames in a stage
 _MEMORY = 0.9  # of the noise, from frame to frame
 _SMOOTH = (18.0, 4.0)  # standard deviation in frames of the kernel behind affect and nuisances
 _OFFSET, _LOUDNESS = 0.2, 0.2  # of a video, in the embedding; of a frame, as a factor on the latents (log)
@@ -143,9 +143,9 @@ class _World:
         good = stage % count == modality
         self.noise = np.where(stage == 2, _MEDIUM, np.where(good, _GOOD, _POOR)) * spec.difficulty  # (S, M)
         self.loudness = np.where((stage == 3) & ~good, 0.4, 1.0)  # (S, M)
-        stay = 1 - 1 / _DWELL
-        self.transition = np.full((spec.stages, spec.stages), (1 - stay) / max(1, spec.stages - 1))
-        np.fill_diagonal(self.transition, stay if spec.stages > 1 else 1.0)
+        leave = 1 / np.array([_DWELL[s % len(_DWELL)] for s in range(spec.stages)])
+        self.transition = np.repeat(leave[:, None] / max(1, spec.stages - 1), spec.stages, axis=1)  # (S, S)
+        np.fill_diagonal(self.transition, 1 - leave if spec.stages > 1 else 1.0)
         self.maps = [_Map(rng, dim, spec.stages) for dim in spec.modalities.values()]
 
     def stage_path(self, rng: np.random.Generator, frames: int) -> np.ndarray:

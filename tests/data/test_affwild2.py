@@ -1,0 +1,706 @@
+"""Reader: layouts, labels, presence, persons, clocks, mismatches, every fault by file and line; submission writer."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sage_ext.data.affwild2 as affwild2
+from sage_ext.data import AffWild2, clip_tensors, write_submission
+from sage_ext.data.affwild2 import Resampled, bare_name, read_annotation, read_sample
+
+OFFICIAL = "6th ABAW Annotations/VA_Estimation_Challenge"
+
+
+def annotate(root: Path, name: str, rows: str | int, split: str = "Train_Set", task: str = OFFICIAL) -> Path:
+    """rows: the text below the header, or a number of frames."""
+    path = root / task / split / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{i / 1000:.3f},{-i / 1000:.3f}\n" for i in range(rows)) if isinstance(rows, int) else rows
+    path.write_text("valence,arousal\n" + text)
+    return path
+
+
+def featurize(root: Path, modality: str, name: str, rows: np.ndarray | int, dim: int = 3, **meta) -> Path:
+    """rows: the array, or a number of rows whose value is the row's number."""
+    folder = root / "features" / modality
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(rows, int):
+        rows = np.repeat(np.arange(rows, dtype=np.float32)[:, None], dim, axis=1)
+    np.save(folder / f"{name}.npy", rows)
+    if meta:
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / f"{name}.npy"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """One video of ten frames with two modalities."""
+    annotate(tmp_path, "clip", 10)
+    featurize(tmp_path, "audio", "clip", 10, dim=2)
+    featurize(tmp_path, "visual", "clip", 10, dim=3)
+    return tmp_path
+
+
+# ----------------------------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize(
+    ("task", "folder"),
+    [
+        (OFFICIAL, "Train_Set"),
+        ("Third ABAW Annotations/VA_Estimation_Challenge", "Train_Set"),
+        ("3rd ABAW Annotations/Third ABAW Annotations/VA_Estimation_Challenge", "Train_Set"),
+        ("annotations/VA_Set", "Train_Set"),
+        ("VA_Set", "Training_Set"),
+    ],
+)
+def test_layouts(tmp_path, task, folder):
+    annotate(tmp_path, "b", 4, folder, task)
+    annotate(tmp_path, "a", 3, folder, task)
+    annotate(tmp_path, "c", 5, "Validation_Set", task)
+    (tmp_path / task / folder / "._a.txt").write_text("resource fork of a Mac's archiver")
+    annotate(tmp_path, "a", 3, folder, "__MACOSX/VA_Set")
+    for name in "abc":
+        featurize(tmp_path, "audio", name, 5)
+    data = AffWild2(tmp_path, "train")
+    assert data.names == ["a", "b"]
+    assert [clip.num_frames for clip in data] == [3, 4]
+    assert AffWild2(str(tmp_path), "validation").names == ["c"]
+    assert data[-1].name == "b"
+    with pytest.raises(IndexError):
+        data[2]
+
+
+def test_folders_can_be_given(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    annotate(other, "clip", 7, task="mine")
+    featurize(other, "text", "clip", 7, dim=5)
+    data = AffWild2(root, "train", annotations=other / "mine", features=other / "features")
+    assert data[0].num_frames == 7
+    assert data.modalities == {"text": 5}
+
+
+def test_modalities_are_all_or_those_named_in_order(root):
+    assert list(AffWild2(root, "train").modalities.items()) == [("audio", 2), ("visual", 3)]
+    data = AffWild2(root, "train", modalities=["visual", "audio"])
+    assert list(data.modalities.items()) == [("visual", 3), ("audio", 2)]
+    assert list(data[0].features) == list(data[0].present) == ["visual", "audio"]
+    assert list(AffWild2(root, "train", modalities=("visual",))[0].features) == ["visual"]
+
+
+@pytest.mark.parametrize("split", ["val", "Train", 3])
+def test_split_is_checked(root, split):
+    with pytest.raises(ValueError, match=re.escape(f"split: expected one of train, validation, test, got {split!r}")):
+        AffWild2(root, split)
+
+
+def test_what_is_not_there_is_named(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"root: no folder .*nowhere"):
+        AffWild2(tmp_path / "nowhere", "train")
+    with pytest.raises(FileNotFoundError, match=r"annotations: no folder .*Validation_Set"):
+        AffWild2(root, "validation")
+    with pytest.raises(FileNotFoundError, match=r"annotations: no folder .*elsewhere/Train_Set or Training_Set"):
+        AffWild2(root, "train", annotations="elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"features: no folder .*elsewhere"):
+        AffWild2(root, "train", features="elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"modalities: no folder .*text \(there are: audio, visual\)"):
+        AffWild2(root, "train", modalities=["text"])
+    with pytest.raises(TypeError, match="modalities: expected a sequence of names, got the string 'audio'"):
+        AffWild2(root, "train", modalities="audio")
+    with pytest.raises(ValueError, match="modalities: names must differ"):
+        AffWild2(root, "train", modalities=["audio", "audio"])
+    with pytest.raises(FileNotFoundError, match=r"sample_submission.txt"):
+        AffWild2(root, "test")
+    (root / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no modality folders"):
+        AffWild2(root, "train", features=root / "empty")
+    (root / OFFICIAL / "Validation_Set").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"Validation_Set: no annotations \(\*\.txt\)"):
+        AffWild2(root, "validation")
+
+
+def test_two_annotation_folders_are_an_error(root):
+    annotate(root, "clip", 10, task="5th ABAW Annotations/VA_Estimation_Challenge")
+    with pytest.raises(ValueError, match=r"several annotation folders, say which with annotations=: .*5th.*6th"):
+        AffWild2(root, "train")
+    assert len(AffWild2(root, "train", annotations=root / OFFICIAL)) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- annotations
+
+
+def test_labels_and_invalid_rows(tmp_path):
+    rows = "-5,-5\n0.25,-1\n-5,0.5\n0.5,-5.0\n1,0\n-0.125,1e-3\n-5,-5\n"
+    labels, valid = read_annotation(annotate(tmp_path, "clip", rows))
+    np.testing.assert_array_equal(valid, [False, True, False, False, True, True, False])
+    np.testing.assert_array_equal(labels[valid], np.float32([[0.25, -1], [1, 0], [-0.125, 1e-3]]))
+    assert np.isnan(labels[~valid]).all()
+    assert labels.dtype == np.float32
+    assert labels.shape == (7, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(*2 * [st.one_of(st.integers(-1000, 1000).map(lambda i: i / 1000), st.just(-5.0))]),
+        min_size=1,
+        max_size=20,
+    ),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["", "\n", "\n\n"]),
+)
+def test_annotation_round_trip(tmp_path_factory, values, end, last):
+    path = tmp_path_factory.mktemp("round") / "clip.txt"
+    path.write_bytes(("\ufeffvalence,arousal" + end + end.join(f"{v},{a}" for v, a in values) + last).encode())
+    labels, valid = read_annotation(path)
+    expected = np.float32(values)
+    np.testing.assert_array_equal(valid, (expected != -5).all(axis=1))
+    np.testing.assert_array_equal(labels[valid], expected[valid])
+    assert len(labels) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("", 1, "the file is empty"),
+        (" \n\n", 1, "the file is empty"),
+        ("valence,arousal\n", 2, "expected rows of 'valence,arousal', the file ends"),
+        ("arousal,valence\n0,0\n", 1, "expected the header 'valence,arousal', got 'arousal,valence'"),
+        ("0,0\n0,0\n", 1, "expected the header 'valence,arousal', got '0,0'"),
+        ("valence,arousal\n0,0\n0.1\n", 3, "expected 2 columns (valence,arousal), got 1: '0.1'"),
+        ("valence,arousal\n0,0,0\n", 2, "expected 2 columns (valence,arousal), got 3: '0,0,0'"),
+        ("valence,arousal\n0,0\n0,0,\n0\n", 3, "expected 2 columns (valence,arousal), got 3: '0,0,'"),
+        ("valence,arousal\n0 0\n", 2, "expected 2 columns (valence,arousal), got 1: '0 0'"),
+        ("valence,arousal\n0,0\n0,happy\n", 3, "arousal: expected a number, got 'happy'"),
+        ("valence,arousal\n,0\n", 2, "valence: expected a number, got ''"),
+        ("valence,arousal\n0,0\n# 0,0\n", 3, "valence: expected a number, got '# 0'"),
+        ("valence,arousal\n0,0\n1.001,0\n", 3, "valence: expected a value in [-1, 1] or -5 (invalid), got 1.001"),
+        ("valence,arousal\n0,-2\n", 2, "arousal: expected a value in [-1, 1] or -5 (invalid), got -2"),
+        ("valence,arousal\n0,5\n", 2, "arousal: expected a value in [-1, 1] or -5 (invalid), got 5"),
+        ("valence,arousal\nnan,0\n", 2, "valence: expected a value in [-1, 1] or -5 (invalid), got nan"),
+        ("valence,arousal\n0,1e400\n", 2, "arousal: expected a value in [-1, 1] or -5 (invalid), got 1e400"),
+        ("valence,arousal\n0,0\n\n0,0\n", 3, "a blank line between rows would shift every later frame"),
+        ("valence,arousal\n0,0\n0_1,0\n", 3, "valence: expected a value in [-1, 1] or -5 (invalid), got 0_1"),
+    ],
+)
+def test_malformed_annotations(root, text, line, words):
+    path = root / OFFICIAL / "Train_Set" / "clip.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:{line}: {words}") + "$"):
+        AffWild2(root, "train")
+
+
+def test_annotation_that_is_not_text(root):
+    path = root / OFFICIAL / "Train_Set" / "clip.txt"
+    path.write_bytes(b"valence,arousal\n0,0\n0,\xff\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:3: expected text in UTF-8, got the byte 0xff")):
+        AffWild2(root, "train")
+
+
+def test_good_annotations_take_the_quick_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(affwild2, "_annotation_fault", lambda *_: pytest.fail("read line by line"))
+    rows = "".join(f"{i % 1000 / 1000},-5\n" for i in range(4700))
+    assert len(read_annotation(annotate(tmp_path, "clip", rows))[0]) == 4700
+
+
+# ---------------------------------------------------------------------------------------- presence, persons, lengths
+
+
+def test_features_are_the_rows_of_the_file(root):
+    clip = AffWild2(root, "train")[0]
+    np.testing.assert_array_equal(clip.features["visual"][2:5, 0], [2, 3, 4])
+    np.testing.assert_array_equal(clip.labels[:, 0], np.arange(10, dtype=np.float32) / np.float32(1000))
+    assert clip.valid.all()
+    assert clip.present["audio"].all()
+    assert AffWild2(root, "train").mismatches == []
+
+
+def test_rows_with_nan_are_absent(root):
+    rows = np.ones((10, 3), np.float32)
+    rows[4] = np.nan
+    rows[7, 1] = np.nan
+    featurize(root, "visual", "clip", rows)
+    clip = AffWild2(root, "train")[0]
+    np.testing.assert_array_equal(np.flatnonzero(~clip.present["visual"]), [4, 7])
+    assert clip.present["audio"].all()
+
+
+def test_nan_rows_are_found_across_blocks(tmp_path):
+    annotate(tmp_path, "clip", 950)
+    rows = np.ones((9_500, 2), np.float32)
+    gone = [0, 4095, 4096, 9_499]
+    rows[gone] = np.nan
+    annotate(tmp_path, "clip", "0,0\n" * 9_500)
+    featurize(tmp_path, "audio", "clip", rows)
+    np.testing.assert_array_equal(np.flatnonzero(~AffWild2(tmp_path, "train")[0].present["audio"]), gone)
+
+
+def test_companion_mask(root):
+    mask = np.ones(10, bool)
+    mask[[0, 9]] = False
+    np.save(root / "features/audio/clip.mask.npy", mask)
+    clip = AffWild2(root, "train")[0]
+    np.testing.assert_array_equal(clip.present["audio"], mask)
+    assert clip.present["visual"].all()
+
+
+def test_frames_without_an_image_are_absent(root):
+    featurize(root, "visual", "clip", 10, images="cropped_aligned")
+    folder = root / "cropped_aligned" / "clip"
+    folder.mkdir(parents=True)
+    for i in (1, 2, 4, 10, 11):
+        (folder / f"{i:05d}.jpg").touch()
+    (folder / "3.jpg").touch()  # not the name of frame 3
+    clip = AffWild2(root, "train")[0]
+    np.testing.assert_array_equal(np.flatnonzero(clip.present["visual"]) + 1, [1, 2, 4, 10])
+    assert clip.present["audio"].all()
+
+
+def test_no_image_folder_is_an_absent_clip_and_reported(root):
+    featurize(root, "visual", "clip", 10, images="cropped_aligned")
+    (root / "cropped_aligned").mkdir()
+    data = AffWild2(root, "train")
+    assert not data[0].present["visual"].any()
+    assert data.mismatches == [f"clip: no folder {root / 'cropped_aligned/clip'}: visual is absent in the whole clip"]
+
+
+def test_all_three_signs_of_absence_together(root):
+    rows = np.ones((9, 3), np.float32)  # frame 10 has no row
+    rows[1] = np.nan
+    featurize(root, "visual", "clip", rows, images="faces")
+    np.save(root / "features/visual/clip.mask.npy", np.arange(9) != 2)
+    (root / "faces/clip").mkdir(parents=True)
+    for i in (1, 2, 3, 5, 6, 7, 8, 9, 10):
+        (root / f"faces/clip/{i:05d}.jpg").touch()
+    data = AffWild2(root, "train")
+    np.testing.assert_array_equal(np.flatnonzero(~data[0].present["visual"]), [1, 2, 3, 9])
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (np.ones(9, bool), r"expected the shape (10,), one value a row of clip.npy, got (9,)"),
+        (np.ones((10, 1), bool), r"expected the shape (10,), one value a row of clip.npy, got (10, 1)"),
+        (np.ones(10, np.uint8), "expected bool, got uint8"),
+    ],
+)
+def test_wrong_masks(root, mask, words):
+    path = root / "features/audio/clip.mask.npy"
+    np.save(path, mask)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
+        AffWild2(root, "train")
+    path.write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not a readable .npy file")):
+        AffWild2(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "absent", "report"),
+    [
+        (8, [8, 9], "clip: visual has 8 rows for 10 frames: visual is absent in the last 2"),
+        (13, [], "clip: visual has 13 rows for 10 frames: the last 3 are ignored"),
+    ],
+)
+def test_lengths_that_differ(root, rows, absent, report):
+    featurize(root, "visual", "clip", rows)
+    data = AffWild2(root, "train")
+    assert data.mismatches == [report]
+    clip = data[0]
+    np.testing.assert_array_equal(np.flatnonzero(~clip.present["visual"]), absent)
+    item = clip_tensors(clip, ["visual"])
+    kept = min(rows, 10)
+    np.testing.assert_array_equal(item["features"]["visual"][:kept, 0], np.arange(kept))  # not shifted
+    np.testing.assert_array_equal(item["features"]["visual"][kept:], 0)
+    assert item["features"]["visual"].shape == (10, 3)
+    np.testing.assert_array_equal(item["labels"][:, 0], clip.labels[:, 0])
+
+
+def test_missing_modality_is_absent_and_reported(root):
+    annotate(root, "other", 6)
+    path = featurize(root, "audio", "other", 6, dim=2)
+    data = AffWild2(root, "train")
+    assert data.mismatches == [f"other: no {root / 'features/visual/other.npy'}: visual is absent in the whole clip"]
+    clip = data[1]
+    assert clip.features["visual"].shape == (0, 3)
+    assert clip.present["visual"].shape == (6,)
+    assert not clip.present["visual"].any()
+    item = clip_tensors(clip, ["audio", "visual"], 1, 4)
+    assert item["present"].tolist() == [[True, False]] * 3
+    np.testing.assert_array_equal(item["features"]["visual"], np.zeros((3, 3)))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"^other: no features of any modality \(looked for .*audio.*visual"):
+        AffWild2(root, "train")
+
+
+def test_modality_without_any_features(root):
+    (root / "features/text").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"modality 'text': .*text has no features of any video of the train"):
+        AffWild2(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "bare"),
+    [("v_left", "v"), ("v_right", "v"), ("v", "v"), ("v_left_b", "v_left_b"), ("a_left_right", "a_left")],
+)
+def test_bare_name(name, bare):
+    assert bare_name(name) == bare
+
+
+def test_persons_share_audio_only(tmp_path):
+    """`duo` exists beside `duo_left` and `duo_right`: for the face it is another annotation."""
+    for name, frames in (("duo", 4), ("duo_left", 5), ("duo_right", 6)):
+        annotate(tmp_path, name, frames)
+    featurize(tmp_path, "audio", "duo", np.full((6, 2), 1, np.float32), shared=True)
+    for value, name in ((2, "duo"), (3, "duo_left")):
+        featurize(tmp_path, "visual", name, np.full((6, 2), value, np.float32))
+    data = AffWild2(tmp_path, "train")
+    assert data.names == ["duo", "duo_left", "duo_right"]
+    assert [clip.num_frames for clip in data] == [4, 5, 6]
+    assert [clip.features["audio"][0, 0] for clip in data] == [1, 1, 1]
+    assert [clip.present["audio"].all() for clip in data] == [True, True, True]
+    assert [clip.features["visual"][0, 0] for clip in list(data)[:2]] == [2, 3]
+    assert not data[2].present["visual"].any()
+    visual = tmp_path / "features/visual"
+    assert data.mismatches[-1] == (
+        f"duo_right: no {visual / 'duo_right.npy'}: visual is absent in the whole clip; "
+        f'if {visual / "duo.npy"} is a track that all persons share, say "shared": true in meta.json'
+    )
+    featurize(tmp_path, "audio", "duo_left", np.full((6, 2), 9, np.float32))
+    assert [clip.features["audio"][0, 0] for clip in AffWild2(tmp_path, "train")] == [1, 9, 1]  # its own comes first
+
+
+def test_shared_track_brings_its_mask(tmp_path):
+    annotate(tmp_path, "duo_left", 4)
+    featurize(tmp_path, "audio", "duo", 4, shared=True)
+    np.save(tmp_path / "features/audio/duo.mask.npy", np.array([True, False, True, True]))
+    assert AffWild2(tmp_path, "train")[0].present["audio"].tolist() == [True, False, True, True]
+
+
+# ------------------------------------------------------------------------------------------------- malformed features
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (np.ones(10, np.float32), "expected an array (rows, D), got (10,)"),
+        (np.ones((10, 2, 2), np.float32), "expected an array (rows, D), got (10, 2, 2)"),
+        (np.ones((10, 3), np.int64), "expected floating point, got int64"),
+        (np.ones((10, 3), bool), "expected floating point, got bool"),
+        (np.ones((0, 3), np.float32), "expected rows of features, got the shape (0, 3)"),
+        (np.ones((10, 0), np.float32), "expected rows of features, got the shape (10, 0)"),
+        (np.full((10, 3), None), "not a readable .npy file"),  # pickled objects
+    ],
+)
+def test_wrong_arrays(root, rows, words):
+    path = root / "features/visual/clip.npy"
+    np.save(path, rows, allow_pickle=True)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}: {words}")):
+        AffWild2(root, "train")
+
+
+def test_unreadable_arrays(root):
+    path = root / "features/visual/clip.npy"
+    whole = path.read_bytes()
+    for content, words in ((b"", "the file is empty"), (b"no array", "not a readable"), (whole[:-4], "not a readable")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="^" + re.escape(f"{path}: ") + words):
+            AffWild2(root, "train")
+    with open(path, "wb") as file:
+        np.savez(file, a=np.ones((10, 3), np.float32))
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}: expected an array (rows, D)")):
+        AffWild2(root, "train")
+
+
+def test_dimensions_must_agree(root):
+    annotate(root, "other", 10)
+    path = featurize(root, "visual", "other", 10, dim=4)
+    featurize(root, "audio", "other", 10, dim=2)
+    first = root / "features/visual/clip.npy"
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}: D is 4, but 3 in {first}") + "$"):
+        AffWild2(root, "train")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
+def test_other_floating_types_become_float32(root, dtype):
+    values = np.linspace(-3, 3, 30).reshape(10, 3).astype(dtype)
+    values[3] = np.nan
+    featurize(root, "visual", "clip", np.asfortranarray(values))
+    item = clip_tensors(AffWild2(root, "train")[0], ["visual"])
+    assert item["features"]["visual"].numpy().dtype == np.float32
+    np.testing.assert_array_equal(item["features"]["visual"], np.nan_to_num(values.astype(np.float32)))
+    assert item["present"][:, 0].tolist() == [t != 3 for t in range(10)]
+
+
+def test_infinity_is_an_error_where_it_is_read(root):
+    rows = np.ones((10, 3), np.float32)
+    rows[6, 2] = -np.inf
+    featurize(root, "visual", "clip", rows)
+    clip = AffWild2(root, "train")[0]
+    clip_tensors(clip, ["visual"], 0, 6)
+    with pytest.raises(ValueError, match=r"clip: visual, row 6 \(0-based\): expected finite"):
+        clip_tensors(clip, ["visual"], 4, 10)
+    np.save(root / "features/visual/clip.mask.npy", np.arange(10) != 6)  # absent: not read
+    assert clip_tensors(AffWild2(root, "train")[0], ["visual"])["features"]["visual"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ("", ":1: the file is empty"),
+        ('{"rate": 30,\n}', ":2: not JSON: "),
+        ("[30]", ": expected a JSON object, got list"),
+        ('{"Rate": 30}', ": unknown key 'Rate', expected rate, shared, images, about"),
+        ('{"rate": 0}', ": rate: expected a positive number of Hz, got 0"),
+        ('{"rate": "30"}', ": rate: expected a positive number of Hz, got '30'"),
+        ('{"rate": true}', ": rate: expected a positive number of Hz, got True"),
+        ('{"rate": Infinity}', ": rate: expected a positive number of Hz, got inf"),
+        ('{"shared": 1}', ": shared: expected true or false, got 1"),
+        ('{"images": "nowhere"}', ": images: expected a folder below "),
+        ('{"images": 3}', ": images: expected a folder below "),
+    ],
+)
+def test_wrong_meta(root, meta, words):
+    path = root / "features/visual/meta.json"
+    path.write_text(meta)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}{words}")):
+        AffWild2(root, "train")
+
+
+def test_wrong_fps(root):
+    path = root / "fps.json"
+    for content, words in (('{"clip": -1}', ": clip: expected a positive number of frames a second"), ("x", ":1: not")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="^" + re.escape(f"{path}{words}")):
+            AffWild2(root, "train")
+
+
+# ------------------------------------------------------------------------------------------------------------- clocks
+
+
+def resample_exactly(rows, rate: Fraction, fps: Fraction, mask) -> np.ndarray:
+    """The definition, in exact time: (T, D) with NaN where nothing counts."""
+    frames = -(-Fraction(len(rows)) / rate * fps // 1)
+    out = np.full((abs(int(frames)), rows.shape[1]), np.nan)
+    for t in range(len(out)):
+        overlap = [
+            max(Fraction(0), min((t + 1) / fps, (j + 1) / rate) - max(t / fps, j / rate)) for j in range(len(rows))
+        ]
+        overlap = [o if mask[j] and not np.isnan(rows[j]).any() else Fraction(0) for j, o in enumerate(overlap)]
+        if sum(overlap):
+            out[t] = sum(float(o / sum(overlap)) * rows[j].astype(np.float64) for j, o in enumerate(overlap) if o)
+    return out
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(["1", "10", "16", "25", "29.97", "30", "31.25", "50", "62.5", "100"]),
+    st.sampled_from(["15", "20", "24", "25", "29.97", "30", "60"]),
+    st.integers(1, 60),
+    st.integers(0, 2**32 - 1),
+)
+def test_resampling_against_exact_time(rate, fps, count, seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((count, 2)).astype(np.float32)
+    rows[rng.random(count) < 0.1] = np.nan
+    mask = rng.random(count) > 0.1
+    expected = resample_exactly(rows, Fraction(rate), Fraction(fps), mask)
+    resampled = Resampled(rows, float(rate), float(fps), mask)
+    assert resampled.shape == expected.shape
+    np.testing.assert_allclose(resampled[:], expected, rtol=1e-6, atol=1e-7)
+    a, b = sorted(rng.integers(0, len(expected) + 3, 2))
+    np.testing.assert_array_equal(resampled[a:b], resampled[:][a:b])  # to the bit, whatever the span
+    assert len(np.asarray(resampled)) == len(resampled)
+    with pytest.raises(TypeError, match="span: expected a slice of step 1"):
+        resampled[3]
+
+
+def test_frame_borders_do_not_leak_over_a_long_video():
+    """3 rows a frame at 29.97 fps: i * rate / fps is not exact, every frame must still be its own three rows."""
+    frames = 47_435
+    rows = np.repeat(np.arange(frames, dtype=np.float32), 3)[:, None]
+    resampled = Resampled(rows, 89.91, 29.97)
+    assert resampled.shape == (frames, 1)
+    np.testing.assert_array_equal(resampled[:][:, 0], np.arange(frames))
+
+
+def test_rates_and_fps(tmp_path):
+    """100 Hz audio against a 25 fps and a 30 fps video; the face has a row a frame whatever the fps."""
+    for name, frames in (("slow_left", 25), ("usual", 30)):
+        annotate(tmp_path, name, frames)
+        featurize(tmp_path, "visual", name, frames)
+    for name in ("slow", "usual"):
+        featurize(tmp_path, "audio", name, 100, dim=1, rate=100, shared=True, about={"model": "any"})
+    (tmp_path / "fps.json").write_text('{"slow": 25}')
+    data = AffWild2(tmp_path, "train")
+    assert data.mismatches == []
+    assert [data.fps(name) for name in data.names] == [25.0, 30.0]
+    np.testing.assert_allclose(data[0].features["audio"][:][:, 0], 4 * np.arange(25) + 1.5)
+    t = np.arange(30)
+    exact = resample_exactly(np.arange(100, dtype=np.float32)[:, None], Fraction(100), Fraction(30), np.ones(100))[:, 0]
+    np.testing.assert_allclose(data[1].features["audio"][:][:, 0], exact, rtol=1e-6)
+    assert abs(exact - (t + 0.5) * 100 / 30 + 0.5).max() < 0.2
+    np.testing.assert_array_equal(data[0].features["visual"][:][:, 0], np.arange(25))
+
+
+def test_lengths_at_another_rate(tmp_path):
+    annotate(tmp_path, "clip", 60)
+    featurize(tmp_path, "audio", "clip", 190, rate=100)  # 1.9 s, 57 frames
+    featurize(tmp_path, "words", "clip", 3, rate=1)  # 3 s, 90 frames
+    data = AffWild2(tmp_path, "train")
+    assert data.mismatches == [
+        "clip: audio has 190 rows at 100 Hz (57 frames at 30 fps) for 60 frames: audio is absent in the last 3",
+        "clip: words has 3 rows at 1 Hz (90 frames at 30 fps) for 60 frames: the last 1 are ignored",
+    ]
+    clip = data[0]
+    np.testing.assert_array_equal(np.flatnonzero(~clip.present["audio"]), [57, 58, 59])
+    assert clip.present["words"].all()
+    item = clip_tensors(clip, ["audio", "words"], 50, 60)
+    assert item["present"].tolist() == [[t < 57, True] for t in range(50, 60)]
+
+
+def test_absent_rows_at_another_rate(tmp_path):
+    annotate(tmp_path, "clip", 4)
+    rows = np.arange(8, dtype=np.float32)[:, None].copy()  # two rows a frame
+    rows[[2, 3]] = np.nan
+    featurize(tmp_path, "audio", "clip", rows, rate=60)
+    mask = np.ones(8, bool)
+    mask[4] = False
+    np.save(tmp_path / "features/audio/clip.mask.npy", mask)
+    clip = AffWild2(tmp_path, "train")[0]
+    assert clip.present["audio"].tolist() == [True, False, True, True]
+    assert clip_tensors(clip, ["audio"])["features"]["audio"][:, 0].tolist() == [0.5, 0, 5, 6.5]
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_features_stay_on_disk(tmp_path):
+    """A window of 48 MB of features costs a window."""
+    frames, dim = 12_000, 1_000
+    annotate(tmp_path, "clip", "0,0\n" * frames)
+    featurize(tmp_path, "frame", "clip", np.ones((frames, dim), np.float32))
+    featurize(tmp_path, "other", "clip", np.ones((frames, dim), np.float32), rate=31)
+    data = AffWild2(tmp_path, "train")
+    tracemalloc.start()
+    clip = data[0]
+    clip_tensors(clip, ["frame", "other"], 6_000, 6_300)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 15 * 300 * dim * 4
+    assert isinstance(clip.features["frame"], np.memmap)
+    assert isinstance(clip.features["other"].rows, np.memmap)
+    assert not clip.features["frame"].flags.writeable
+    assert len(pickle.dumps(data)) < 20 * frames  # what a spawned worker is sent: labels, no features
+
+
+# --------------------------------------------------------------------------------------------------------- submission
+
+
+def sample(path: Path, rows: list[str]) -> Path:
+    path.write_text("\n".join(["image_location,valence,arousal", *rows]) + "\n")
+    return path
+
+
+def test_test_split_is_the_sample_file(root):
+    featurize(root, "visual", "b_left", 4)
+    featurize(root, "visual", "a", 3)
+    featurize(root, "audio", "a", 3, dim=2, shared=True)
+    featurize(root, "audio", "b", 3, dim=2)
+    rows = [f"b_left/{i:05d}.jpg,-5,-5" for i in (1, 2, 3)] + [f"a/{i:05d}.jpg,," for i in (1, 2)]
+    path = sample(root / "sample_submission.txt", rows)
+    data = AffWild2(root, "test")
+    assert data.names == ["b_left", "a"]
+    assert [clip.num_frames for clip in data] == [3, 2]
+    assert all(clip.labels is None and not clip.valid.any() for clip in data)
+    assert data.mismatches == [
+        "b_left: visual has 4 rows for 3 frames: the last 1 are ignored",
+        "a: audio has 3 rows for 2 frames: the last 1 are ignored",
+        "a: visual has 3 rows for 2 frames: the last 1 are ignored",
+    ]
+    assert read_sample(path) == {"b_left": 3, "a": 2}
+    assert AffWild2(root, "test", sample_file=sample(root / "x.txt", rows[3:])).names == ["a"]
+
+
+def test_submission_round_trip(tmp_path):
+    """Videos interleaved, frames out of order and left out, five-digit overflow: the sample's rows as they stand."""
+    rows = ["b/00002.jpg,0,0", "a b/00001.jpg,0,0", "b/00001.jpg,-5,x", "c_left/100000.jpg", "a b/00003.jpg,0,0"]
+    path = sample(tmp_path / "sample.txt", rows)
+    rng = np.random.default_rng(0)
+    predictions = {
+        "b": rng.uniform(-1, 1, (5, 2)).astype(np.float32),  # longer than asked for
+        "a b": np.array([[3.0, -3.0], [np.nan, np.nan], [1e-9, -1.0]]),  # frame 2 is not asked for
+        "c_left": rng.uniform(-1, 1, (100_000, 2)),
+        "not asked for": np.full((2, 2), np.nan),
+    }
+    out = tmp_path / "out.txt"
+    out.write_text("what stood there before")
+    write_submission(out, path, predictions)
+    lines = out.read_text().split("\n")
+    assert lines[0] == "image_location,valence,arousal"
+    assert lines[-1] == ""
+    assert [line.split(",")[0] for line in lines[1:-1]] == [row.split(",")[0] for row in rows]
+    got = np.array([[float(cell) for cell in line.split(",")[1:]] for line in lines[1:-1]])
+    expected = [predictions["b"][1], [1, -1], predictions["b"][0], predictions["c_left"][99_999], [0, -1]]
+    np.testing.assert_allclose(got, expected, atol=5e-7)
+    assert read_sample(out) == read_sample(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.txt", "sample.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"b": None}, "predictions: no prediction for 'b', which .* names"),
+        ({"b": np.zeros((2, 2))}, r"predictions\['b'\]: .* names 3 frames, got 2"),
+        ({"b": np.zeros((3, 3))}, r"predictions\['b'\]: expected the shape \(T, 2\), got \(3, 3\)"),
+        ({"b": np.zeros(3)}, r"predictions\['b'\]: expected the shape \(T, 2\), got \(3,\)"),
+        (
+            {"b": np.array([[0, 0], [0, np.nan], [0, 0]])},
+            r"predictions\['b'\]: frame 2: expected numbers, got 0.0, nan",
+        ),
+        (
+            {"b": np.array([[0, 0], [0, 0], [np.inf, 0]])},
+            r"predictions\['b'\]: frame 3: expected numbers, got inf, 0.0",
+        ),
+    ],
+)
+def test_submission_faults_leave_nothing_behind(tmp_path, change, words):
+    path = sample(tmp_path / "sample.txt", ["a/00001.jpg,0,0"] + [f"b/{i:05d}.jpg,0,0" for i in (1, 2, 3)])
+    predictions = {"a": np.zeros((1, 2)), **{k: v for k, v in change.items() if v is not None}}
+    out = tmp_path / "out.txt"
+    out.write_text("before")
+    with pytest.raises(ValueError, match="^" + words):
+        write_submission(out, path, predictions)
+    assert out.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.txt", "sample.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("", 1, "the file is empty"),
+        ("location,valence,arousal\na/00001.jpg,0,0\n", 1, "expected the header 'image_location,valence,arousal', got"),
+        ("image_location,valence,arousal\n", 2, "expected rows"),
+        ("image_location,valence,arousal\na/00001.jpg,0,0\na/one.jpg,0,0\n", 3, "expected <video>/<frame>.jpg"),
+        ("image_location,valence,arousal\na/00000.jpg,0,0\n", 2, "expected <video>/<frame>.jpg"),
+        ("image_location,valence,arousal\n00001.jpg,0,0\n", 2, "expected <video>/<frame>.jpg"),
+        ("image_location,valence,arousal\na/00001.jpg,0,0\n\na/00002.jpg,0,0\n", 3, "expected <video>/<frame>.jpg"),
+    ],
+)
+def test_malformed_samples(root, text, line, words):
+    path = root / "sample_submission.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:{line}: {words}")):
+        AffWild2(root, "test")
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:{line}: {words}")):
+        write_submission(root / "out.txt", path, {"a": np.zeros((3, 2))})
+    assert not (root / "out.txt").exists()
