@@ -1,0 +1,69 @@
+"""Fixtures shared by all tests: the backend an op test runs on, and hypothesis without randomness of its own."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from sage_ext._ops import _door
+
+settings.register_profile(
+    "sage_ext",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("sage_ext")
+
+
+def load_simt() -> ModuleType | None:
+    """The CUDA kernels compiled for CPU emulation (tests/simt), as a table of functions like `_C.cpu`; None if not built."""
+    try:
+        module = importlib.import_module("_C_simt")
+    except ImportError:
+        return None
+    return getattr(module, "cuda", module)
+
+
+SIMT = load_simt()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where an op test runs. `small`: emulated, so sizes should be a few dozen rows (`size` picks)."""
+
+    name: str
+    device: torch.device
+    small: bool
+
+    def size(self, full: int, small: int) -> int:
+        return small if self.small else full
+
+
+@pytest.fixture(params=["cpu", "cuda"] if SIMT is None else ["cpu", "simt", "cuda"])
+def backend(request, monkeypatch) -> Backend:
+    """The kernels under test: CPU, CUDA, or CUDA under emulation (in the CPU's place for the duration of a test)."""
+    name = request.param
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if "cuda" not in _door.kernels:
+            pytest.skip("no CUDA kernels in this build")
+        return Backend(name, torch.device("cuda", torch.cuda.current_device()), False)
+    if name == "simt":
+        monkeypatch.setitem(_door.kernels, "cpu", SIMT)
+    return Backend(name, torch.device("cpu"), name == "simt")
+
+
+@pytest.fixture
+def cpu_only(backend) -> Backend:
+    """For what concerns the CPU kernels alone: threads, instruction sets, fork."""
+    if backend.name != "cpu":
+        pytest.skip("about the CPU kernels")
+    return backend
