@@ -376,21 +376,28 @@ def data_shape(data: Mapping[str, AffWild2]) -> dict[str, Any]:
     return shape
 
 
-def _check_same(run: Path, stored: Mapping[str, Any], config: TrainConfig, shape: Mapping[str, Any]) -> None:
-    theirs, ours = stored["train"], config.to_json()
-    differ = [f"{name} {theirs.get(name)!r} -> {ours.get(name)!r}" for name in sorted(set(theirs) | set(ours))
-              if name not in _FREE and theirs.get(name) != ours.get(name)]  # fmt: skip
+def _check_same(run: Path, config: TrainConfig, shape: Mapping[str, Any]) -> None:
+    stored, began_with = _read_config(run)
+    theirs, ours = stored.to_json(), config.to_json()
+    differ = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
+              if name not in _FREE and theirs[name] != ours[name]]  # fmt: skip
     if differ:
         raise RunError(f"{run}: cannot resume with another configuration ({'; '.join(differ)})")
-    if stored["data"] != shape:
-        raise RunError(f"{run}: cannot resume on other data: began with {stored['data']}, {config.data} is {shape}")
+    if began_with != shape:
+        raise RunError(f"{run}: cannot resume on other data: began with {began_with}, {config.data} is {shape}")
 
 
 def read_config(run: str | os.PathLike[str]) -> TrainConfig:
     """The configuration of the run in directory `run`. RunError where there is none."""
-    path = Path(run) / CONFIG
+    return _read_config(Path(run))[0]
+
+
+def _read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration, and the shape of the data that the run began with."""
+    path = run / CONFIG
     try:
-        return TrainConfig.from_json(json.loads(path.read_text())["train"])
+        stored = json.loads(path.read_text())
+        return TrainConfig.from_json(stored["train"]), stored["data"]
     except FileNotFoundError:
         raise RunError(f"{run}: not a run directory (no {CONFIG})") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -423,7 +430,7 @@ def train(
     data = open_data(config)
     shape = data_shape(data)
     if resume and (run / CONFIG).exists():
-        _check_same(run, json.loads((run / CONFIG).read_text()), config, shape)
+        _check_same(run, config, shape)
     elif resume and (run / LAST).exists():
         raise RunError(f"{run}: {LAST} without {CONFIG}; cannot tell whether the configuration is the same")
     run.mkdir(parents=True, exist_ok=True)

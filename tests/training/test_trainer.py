@@ -1,0 +1,394 @@
+"""The trainer: it learns, it logs what it did, and a killed run continues to the bit."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from sage_ext.data.affwild2 import AffWild2
+from sage_ext.data.synthetic import write_dataset
+from sage_ext.training import trainer
+from sage_ext.training.checkpoint import CheckpointError, load_checkpoint
+from sage_ext.training.evaluate import evaluate, predict_clip
+from sage_ext.training.rehearsal import Rehearsal
+from sage_ext.training.runs import Run
+from sage_ext.training.trainer import RunError, TrainConfig, learning_rate, read_config, train
+
+quiet = functools.partial(train, progress=False)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing between the raise and the end of the run may clean up after it."""
+
+
+def outcome(run):
+    """All that a run leaves that must be reproducible: file name -> bytes, with checkpoints opened."""
+    files = {"log.csv": (run / "log.csv").read_bytes(), "config.json": (run / "config.json").read_bytes()}
+    for name in ("last.safetensors", "best.safetensors"):
+        files[name] = (run / name).read_bytes()
+    return files
+
+
+def assert_same_run(a, b):
+    one, two = outcome(a), outcome(b)
+    assert one["log.csv"] == two["log.csv"]
+    for name in ("best.safetensors", "last.safetensors"):
+        x, y = load_checkpoint(a / name), load_checkpoint(b / name)
+        for key in x["model"]:
+            assert torch.equal(x["model"][key], y["model"][key]), f"{name} {key}"
+        assert one[name] == two[name], name  # optimizer, generators, position, best: every byte
+    assert not list(b.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """The uninterrupted run, and its configuration."""
+    config = TrainConfig(
+        str(data), dim=8, stages=2, blocks=2, window=60, hop=40, batch_size=4, epochs=3, lr=3e-3, warmup=3, threads=1,
+        checkpoint_every=2,
+    )  # fmt: skip
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    quiet(config, run)
+    return config, run
+
+
+def test_two_runs_are_the_same_run(whole, tmp_path):
+    config, run = whole
+    torch.manual_seed(1234)  # what the process did before must not matter, nor be disturbed
+    before = torch.get_rng_state()
+    quiet(config, tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same_run(run, tmp_path / "again")
+
+
+def test_free_settings_do_not_change_the_result(whole, tmp_path):
+    """Workers, and how often checkpoints are made."""
+    config, run = whole
+    quiet(dataclasses.replace(config, num_workers=2, checkpoint_every=1000), tmp_path / "run")
+    assert (tmp_path / "run" / "log.csv").read_bytes() == (run / "log.csv").read_bytes()
+    assert (tmp_path / "run" / "best.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
+
+
+def test_the_seed_changes_the_result(whole, tmp_path):
+    config, run = whole
+    quiet(dataclasses.replace(config, seed=1), tmp_path / "run")
+    assert (tmp_path / "run" / "log.csv").read_bytes() != (run / "log.csv").read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interrupted_anywhere_then_resumed(whole, tmp_path, monkeypatch, seed):
+    """Stop at random disk operations, again and again, until the run is through."""
+    config, reference = whole
+    run, rng = tmp_path / "run", np.random.default_rng(seed)
+    stops = 0
+
+    def arm(after):
+        """Raise before or after the `after`-th write, rename or sync from now; nothing else on the way out works."""
+        left = [after]
+
+        def wrap(call):
+            def inner(*args, **kwargs):
+                if left[0] < 0:
+                    raise Killed
+                left[0] -= 1
+                if left[0] < 0 and rng.random() < 0.5:
+                    raise Killed
+                result = call(*args, **kwargs)
+                if left[0] < 0:
+                    raise Killed
+                return result
+
+            return inner
+
+        for name in ("fsync", "replace"):
+            monkeypatch.setattr(os, name, wrap(real[name]))
+
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+    for _ in range(40):
+        arm(int(rng.integers(1, 25)))
+        try:
+            quiet(config, run, resume=True)
+        except Killed:
+            stops += 1
+        else:
+            break
+        finally:
+            monkeypatch.undo()
+    else:
+        quiet(config, run, resume=True)
+    assert stops >= 2
+    assert_same_run(reference, run)
+
+
+_PROGRAM = "import sys; from sage_ext.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def _train_process(data, run, *more):
+    arguments = [
+        "train", "--data", str(data), "--run", str(run), "--dim", "8", "--stages", "2", "--blocks", "2", "--window", "60",
+        "--hop", "20", "--batch-size", "4", "--epochs", "10", "--lr", "3e-3", "--threads", "1", "--checkpoint-every", "3",
+        *more,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+
+
+def _kill_and_resume(data, tmp_path, kills, seed):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    begin = time.monotonic()
+    process = _train_process(data, whole)
+    assert process.wait(timeout=120) == 0
+    duration = time.monotonic() - begin
+    rng, hit, steps = np.random.default_rng(seed), 0, []
+    for _ in range(kills):
+        process = _train_process(data, run, "--resume")
+        while not (run / "config.json").exists() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(float(rng.uniform(0.0, 0.35)) * duration)
+        if process.poll() is None:
+            hit += 1
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (run / "last.safetensors").exists():
+            steps.append(load_checkpoint(run / "last.safetensors")["at"]["step"])
+    process = _train_process(data, run, "--resume")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert hit >= 1
+    assert steps == sorted(steps)
+    assert_same_run(whole, run)
+    return out
+
+
+def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
+    """kill -9, for real, twice; the calibrated best model and the log are the same bytes."""
+    out = _kill_and_resume(data, tmp_path, kills=2, seed=0)
+    assert b"best validation P" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_many_times(data, tmp_path, seed):
+    _kill_and_resume(data, tmp_path, kills=8, seed=seed)
+
+
+def test_log_and_best(whole):
+    config, run = whole
+    lines = (run / "log.csv").read_text().splitlines()
+    assert lines[0] == ",".join(trainer.COLUMNS)
+    rows = [dict(zip(trainer.COLUMNS, map(float, line.split(",")))) for line in lines[1:]]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    last = load_checkpoint(run / "last.safetensors")
+    assert rows[-1]["step"] == last["at"]["step"]
+    assert last["at"]["done"] is True
+    for row in rows:
+        total = row["loss_prediction"] + 0.5 * row["loss_unimodal"] + 0.1 * row["loss_reliability"]
+        assert row["loss"] == pytest.approx(total, abs=1e-5)
+        assert row["val_P"] == pytest.approx((row["val_CCC_V"] + row["val_CCC_A"]) / 2, abs=1e-7)
+        assert row["best_P"] == max(r["val_P"] for r in rows if r["epoch"] <= row["epoch"])
+    best = load_checkpoint(run / "best.safetensors")
+    top = max(rows, key=lambda row: row["val_P"])
+    assert (best["epoch"], best["step"]) == (top["epoch"], top["step"])
+    model = Run.load(run)
+    clips = AffWild2(config.data, "validation")
+    scores, _ = evaluate(lambda clip: predict_clip(model.model, clip, model.names), clips, model.names)
+    assert scores["fused"]["P"] == pytest.approx(top["val_P"], abs=1e-6)  # the file holds the weights of that epoch
+    assert scores == best["scores"]
+
+
+def test_it_learns(data, tmp_path):
+    config = TrainConfig(
+        str(data), dim=16, stages=2, blocks=2, window=60, hop=30, batch_size=4, epochs=8, lr=5e-3, warmup=5, threads=1
+    )
+    quiet(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
+    rows = [dict(zip(trainer.COLUMNS, map(float, line.split(",")))) for line in lines]
+    assert rows[-1]["loss_prediction"] < 0.7 * rows[0]["loss_prediction"]
+    assert rows[-1]["train_P"] > 0.3
+    assert rows[-1]["loss_reliability"] < rows[0]["loss_reliability"]
+
+
+def test_early_stopping_waits_for_patience(data, tmp_path, monkeypatch):
+    """Validation P is scripted; the best epoch is kept, and `patience` worse ones end the run."""
+    script = iter([0.1, 0.3, 0.2, 0.25, 0.29, 0.9, 0.9])
+    values = []
+
+    def scripted(predict, clips, names):
+        values.append(next(script))
+        return {"fused": {"CCC_V": values[-1], "CCC_A": values[-1], "P": values[-1]}}, {}
+
+    monkeypatch.setattr(trainer, "evaluate", scripted)
+    config = TrainConfig(
+        str(data), dim=8, stages=2, blocks=1, window=60, hop=60, batch_size=4, epochs=50, patience=3, threads=1
+    )
+    best = quiet(config, tmp_path / "run")
+    assert values == [0.1, 0.3, 0.2, 0.25, 0.29]
+    assert best["epoch"] == 1
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors")["epoch"] == 1
+
+
+def test_max_steps_ends_inside_an_epoch(tiny, tmp_path):
+    quiet(dataclasses.replace(tiny, max_steps=8), tmp_path / "run")
+    last = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert last["at"]["step"] == 8
+    assert last["at"]["done"] is True
+
+
+def test_a_finished_run_resumes_to_itself(whole, tmp_path):
+    config, run = whole
+    before = outcome(run)
+    best = quiet(config, run, resume=True)
+    assert outcome(run) == before
+    assert best["step"] == load_checkpoint(run / "best.safetensors")["step"]
+
+
+def test_existing_run_is_not_overwritten(tiny, tmp_path):
+    run = tmp_path / "run"
+    quiet(dataclasses.replace(tiny, epochs=1), run)
+    before = outcome(run)
+    with pytest.raises(RunError, match="holds a run already"):
+        quiet(tiny, run)
+    assert outcome(run) == before
+    (run / "notes.txt").write_text("mine")
+    quiet(dataclasses.replace(tiny, epochs=1, seed=5), run, overwrite=True)
+    assert outcome(run)["last.safetensors"] != before["last.safetensors"]
+    assert (run / "notes.txt").read_text() == "mine"
+    with pytest.raises(RunError, match="exclude"):
+        quiet(tiny, run, overwrite=True, resume=True)
+
+
+def test_resume_with_another_configuration_or_data(tiny, tmp_path, data):
+    run = tmp_path / "run"
+    quiet(dataclasses.replace(tiny, epochs=1), run)
+    with pytest.raises(RunError, match=r"lr 0\.003 -> 0\.004"):
+        quiet(dataclasses.replace(tiny, epochs=1, lr=0.004), run, resume=True)
+    with pytest.raises(RunError, match="rehearsal"):
+        quiet(dataclasses.replace(tiny, epochs=1, rehearsal=Rehearsal(probability=0.1)), run, resume=True)
+    other = tmp_path / "other"
+    write_dataset(other, seed=4, train=6, validation=4, test=0, frames=(120, 260), modalities={"audio": 12, "visual": 16})
+    with pytest.raises(RunError, match="other data"):
+        quiet(dataclasses.replace(tiny, epochs=1, data=str(other)), run, resume=True)
+
+
+def test_damaged_runs_are_named(tiny, tmp_path):
+    run, config = tmp_path / "run", dataclasses.replace(tiny, epochs=1)
+    quiet(config, run)
+    whole = (run / "last.safetensors").read_bytes()
+    (run / "last.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"last\.safetensors"):
+        quiet(config, run, resume=True)
+    (run / "last.safetensors").write_bytes(whole)
+    log = (run / "log.csv").read_bytes()
+    (run / "log.csv").write_bytes(log[:-10])
+    with pytest.raises(RunError, match=r"log\.csv"):
+        quiet(config, run, resume=True)
+    (run / "log.csv").write_bytes(log + b"garbage of a step that was lost\n")
+    quiet(config, run, resume=True)
+    assert (run / "log.csv").read_bytes() == log
+    (run / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config\.json"):
+        read_config(run)
+    with pytest.raises(RunError, match=r"config\.json"):
+        quiet(config, run, resume=True)
+    (run / "config.json").unlink()
+    with pytest.raises(RunError, match=r"without config\.json"):
+        quiet(config, run, resume=True)
+    with pytest.raises(RunError, match="not a run directory"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    step = trainer.Training._one_step
+
+    def poisoned(self, batch):
+        step(self, batch)
+        if self.step == 5:
+            next(self.model.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(trainer.Training, "_one_step", poisoned)
+    with pytest.raises(RunError, match="no longer finite"):
+        quiet(tiny, run)
+    monkeypatch.undo()
+    state = load_checkpoint(run / "last.safetensors")
+    assert state["at"]["step"] == 4
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_one_modality_trains_on_the_same_failures(tiny, tmp_path, monkeypatch):
+    """A model of one input sees exactly what that input of the joint model goes through."""
+    seen = {}
+
+    def spy(tag):
+        def inner(self, batch):
+            features, present, frame = real(self, batch)
+            seen.setdefault(tag, []).append((features["visual"].clone(), present[..., self.names.index("visual")].clone()))
+            return features, present, frame
+
+        return inner
+
+    real = trainer.Training._inputs
+    for tag, modalities in (("both", None), ("one", ("visual",))):
+        monkeypatch.setattr(trainer.Training, "_inputs", spy(tag))
+        quiet(dataclasses.replace(tiny, epochs=1, modalities=modalities), tmp_path / tag)
+    assert len(seen["both"]) == len(seen["one"]) > 2
+    for (a, p), (b, q) in zip(seen["both"], seen["one"]):
+        assert torch.equal(a, b)
+        assert torch.equal(p, q)
+
+
+def test_learning_rate():
+    config = TrainConfig("unused", lr=1e-3, warmup=10)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == max(rates) == pytest.approx(1e-3)
+    assert all(b < a for a, b in zip(rates[10:], rates[11:]))
+    assert rates[-1] == pytest.approx(1e-3 / 50, rel=0.05)
+    assert all(rate > 0 for rate in (learning_rate(config, step, 3) for step in range(3)))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"window": 1}, "window"), ({"hop": 400}, "hop"), ({"batch_size": 0}, "batch_size"), ({"lr": 0.0}, "lr"),
+        ({"lr": math.nan}, "lr"), ({"epochs": 0}, "epochs"), ({"max_steps": 0}, "max_steps"), ({"seed": -1}, "seed"),
+        ({"unimodal_weight": -1.0}, "unimodal_weight"), ({"threads": 0}, "threads"), ({"grad_clip": math.inf}, "grad_clip"),
+    ],
+)  # fmt: skip
+def test_bad_configuration(bad, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig("unused", **bad)
+
+
+def test_configuration_round_trip(tiny):
+    config = dataclasses.replace(tiny, modalities=("visual",), rehearsal=Rehearsal(probability=0.3, length=(4, 9)))
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(ValueError, match="unknown colour"):
+        TrainConfig.from_json({**config.to_json(), "colour": "red"})
+
+
+def test_unknown_modality(tiny, tmp_path):
+    with pytest.raises(ValueError, match="there is no smell"):
+        quiet(dataclasses.replace(tiny, modalities=("smell",)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard(tiny, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    quiet(dataclasses.replace(tiny, epochs=2), run, tensorboard=True)
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    logged = [scalar.value for scalar in events.Scalars("val/P")]
+    lines = (run / "log.csv").read_text().splitlines()[1:]
+    want = [float(line.split(",")[trainer.COLUMNS.index("val_P")]) for line in lines]
+    np.testing.assert_allclose(logged, want, rtol=1e-6)
