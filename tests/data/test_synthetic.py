@@ -1,0 +1,459 @@
+"""Synthetic data: the layout it writes, that its truth is true, and that fusing it well takes knowing the noise."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sage_ext.data.synthetic as synthetic
+from sage_ext.data import AffWild2, SyntheticSpec, Windows, clip_tensors, oracle_predictions, write_dataset
+from sage_ext.data.affwild2 import read_annotation, read_sample
+from sage_ext.data.synthetic import STAGES, read_spec
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """The default data set."""
+    path = tmp_path_factory.mktemp("synthetic") / "data"
+    write_dataset(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clips(root) -> dict[str, list[dict]]:
+    """Per split: what the reader gives, and beside it the truth."""
+    return {split: load(root, split) for split in ("train", "validation", "test")}
+
+
+def load(root: Path, split: str) -> list[dict]:
+    out = []
+    for clip in AffWild2(root, split):
+        item = clip_tensors(clip, list(clip.features))
+        with np.load(root / "truth" / f"{clip.name}.npz") as truth:
+            out.append({"name": clip.name, "clip": clip, **item, "truth": dict(truth)})
+    return out
+
+
+def ccc(p: np.ndarray, y: np.ndarray) -> float:
+    """Lin's concordance with one divisor, the mean over the columns, in float64."""
+    p, y = np.asarray(p, np.float64), np.asarray(y, np.float64)
+    covariance = ((p - p.mean(0)) * (y - y.mean(0))).mean(0)
+    return float((2 * covariance / (p.var(0) + y.var(0) + (p.mean(0) - y.mean(0)) ** 2)).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------ layout
+
+
+def test_the_reader_reads_it(root):
+    data = {split: AffWild2(root, split) for split in ("train", "validation", "test")}
+    assert {split: len(d) for split, d in data.items()} == {"train": 24, "validation": 10, "test": 4}
+    for split, d in data.items():
+        assert d.modalities == {"audio": 32, "visual": 64}
+        frames = {clip.name: clip.num_frames for clip in d}
+        assert f"{split}-001_left" in frames
+        assert frames[f"{split}-001_left"] == frames[f"{split}-001_right"]
+        assert 73 <= frames[f"{split}-000"] < 300
+        assert all(250 <= t <= 900 for name, t in frames.items() if not name.endswith("-000"))
+        assert len(set(frames.values())) > 2
+        assert any(t % 2 for t in frames.values())
+    assert data["train"].mismatches[:2] == [
+        m.format(*[data["train"][data["train"].names.index(n)].num_frames + k for k in ks])
+        for n, m, ks in (
+            ("train-006", "train-006: visual has {} rows for {} frames: visual is absent in the last 2", (-2, 0)),
+            ("train-007", "train-007: audio has {} rows for {} frames: the last 3 are ignored", (3, 0)),
+        )
+    ]
+    assert list(read_sample(root / "sample_submission.txt")) == data["test"].names != sorted(data["test"].names)
+    assert not (root / "features/audio/train-001_left.npy").exists()
+    assert (root / "features/audio/train-001.npy").exists()
+    assert (root / "features/audio/train-003.mask.npy").exists()
+
+
+def test_annotations_are_the_truth_less_the_invalid_spans(root, clips):
+    folder = root / "6th ABAW Annotations/VA_Estimation_Challenge"
+    places = set()
+    for split, sub in (("train", "Train_Set"), ("validation", "Validation_Set")):
+        for item in clips[split]:
+            labels, valid = read_annotation(folder / sub / f"{item['name']}.txt")
+            np.testing.assert_array_equal(labels[valid], item["truth"]["labels"][valid])
+            assert valid.mean() > 0.85
+            gone = np.flatnonzero(~valid)
+            if len(gone):
+                assert (np.diff(gone) == 1).all()
+                first, last = gone[0] == 0, gone[-1] == len(valid) - 1
+                raw = (folder / sub / f"{item['name']}.txt").read_text().split("\n")[1 + gone[0]]
+                places.add((bool(first), bool(last), raw == "-5,-5"))
+    assert places == {(True, False, True), (False, True, True), (False, False, True), (False, False, False)}
+
+
+def test_presence_is_the_truth(clips):
+    """NaN rows, masks and short files together say what the truth says, in every split."""
+    for split in clips.values():
+        for item in split:
+            np.testing.assert_array_equal(item["present"].numpy(), item["truth"]["present"])
+    share = np.concatenate([item["present"].numpy() for item in clips["train"]]).mean(axis=0)
+    assert ((share > 0.9) & (share < 0.9999)).all()
+
+
+def test_presence_by_images(tmp_path):
+    write_dataset(tmp_path / "data", train=5, validation=0, test=0, frames=(300, 400), images=True, seed=1)
+    data = AffWild2(tmp_path / "data", "train")
+    absent = 0
+    for clip, item in zip(data, load(tmp_path / "data", "train")):
+        assert not np.isnan(clip.features["visual"]).any()
+        np.testing.assert_array_equal(item["present"].numpy(), item["truth"]["present"])
+        absent += int((~item["present"][:, 1]).sum())
+    assert absent > 20
+
+
+def test_training_needs_no_truth(root, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("truth"))
+    for split in ("train", "validation", "test"):
+        windows = Windows(AffWild2(copy, split))
+        assert windows[len(windows) - 1]["frame"].any()
+
+
+def test_same_arguments_same_bytes(tmp_path):
+    small = {"train": 5, "validation": 4, "test": 2, "frames": (40, 70)}
+
+    def content(name: str, **arguments) -> dict[str, bytes]:
+        folder = tmp_path / name
+        write_dataset(folder, **{**small, **arguments})
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    first, again, other = content("a", seed=3), content("b/c", seed=3), content("d", seed=4)
+    assert first == again
+    assert len(first) > 5 * 3
+    changed = {name for name in first.keys() & other.keys() if first[name] != other[name]}
+    assert {n for n in first if n.endswith((".npy", ".npz", "_Set/train-003.txt"))} & other.keys() <= changed
+    more = content("e", seed=3, test=3)
+    assert all(more[name] == data for name, data in first.items() if "/train-" in name)  # splits do not stir each other
+
+
+def test_spec_is_kept(tmp_path):
+    spec = write_dataset(
+        tmp_path / "data", seed=7, train=2, validation=1, test=0, frames=(20, 30), difficulty=0.5, stages=2,
+        modalities={"audio": 9, "face": 8, "text": 10},
+    )  # fmt: skip
+    assert read_spec(tmp_path / "data") == spec
+    assert spec == SyntheticSpec(7, 2, 1, 0, (20, 30), 0.5, 2, {"audio": 9, "face": 8, "text": 10}, False)
+    assert AffWild2(tmp_path / "data", "train").modalities == {"audio": 9, "face": 8, "text": 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"train": -1}, "train: expected a number of annotations >= 0, got -1"),
+        ({"frames": (15, 20)}, "frames: expected 16 <= shortest <= longest, got (15, 20)"),
+        ({"frames": (30, 20)}, "frames: expected 16 <= shortest <= longest, got (30, 20)"),
+        ({"difficulty": 0}, "difficulty: expected a positive factor, got 0.0"),
+        ({"difficulty": float("nan")}, "difficulty: expected a positive factor, got nan"),
+        ({"stages": 17}, "stages: expected 1 to 16, got 17"),
+        ({"stages": 0}, "stages: expected 1 to 16, got 0"),
+        ({"modalities": {"audio": 7}}, "modalities: expected 1 to 8 names with D >= 8, got {'audio': 7}"),
+        ({"modalities": {}}, "modalities: expected 1 to 8 names with D >= 8, got {}"),
+        ({"modalities": {f"m{i}": 8 for i in range(9)}}, "modalities: expected 1 to 8 names"),
+    ],
+)
+def test_wrong_arguments(tmp_path, arguments, words):
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        write_dataset(tmp_path / "data", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
+    small = {"train": 2, "validation": 0, "test": 0, "frames": (20, 30)}
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    for name in ("file", "full"):
+        with pytest.raises(FileExistsError, match=f"root: .*{name} exists and is not empty"):
+            write_dataset(tmp_path / name, **small)
+    (tmp_path / "empty").mkdir()
+    write_dataset(tmp_path / "empty", **small)
+    assert len(AffWild2(tmp_path / "empty", "train")) == 2
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(synthetic, "_write_annotation", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_dataset(tmp_path / "broken", **small)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 16])
+@pytest.mark.parametrize("modalities", [{"audio": 8}, {"face": 8, "audio": 8, "text": 8, "body": 12}])
+def test_any_number_of_stages_and_modalities(tmp_path, stages, modalities):
+    write_dataset(
+        tmp_path / "data", train=4, validation=0, test=0, frames=(90, 120), stages=stages, modalities=modalities
+    )
+    for item in load(tmp_path / "data", "train"):
+        assert item["truth"]["stage"].max() < stages
+        assert list(item["truth"]["modalities"]) == list(modalities)
+        np.testing.assert_array_equal(
+            item["present"].numpy()[:, np.argsort(list(modalities)).argsort()], item["truth"]["present"]
+        )
+
+
+# ------------------------------------------------------------------------------------------------- the truth is true
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> list[dict]:
+    """Enough frames for statistics: 80,000."""
+    path = tmp_path_factory.mktemp("many") / "data"
+    write_dataset(path, seed=1, train=80, validation=0, test=0, frames=(1000, 1000))
+    return [dict(np.load(p)) | {"name": p.stem} for p in sorted((path / "truth").glob("*.npz"))]
+
+
+def test_reliability_is_defined_by_the_noise_variance(many):
+    for truth in many:
+        expected = np.where(truth["present"], 1 / (1 + truth["variance"].astype(np.float64)), 0)
+        np.testing.assert_allclose(truth["reliability"], expected, rtol=1e-6)
+        assert (truth["variance"] > 0).all()
+        r = truth["reliability"][truth["present"].all(axis=1)].astype(np.float64)
+        weights = (r / (1 - r)) / (r / (1 - r)).sum(axis=1, keepdims=True)
+        precision = 1 / truth["variance"][truth["present"].all(axis=1)].astype(np.float64)
+        np.testing.assert_allclose(weights, precision / precision.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+def test_noise_has_the_variance_that_the_truth_says(many):
+    """Standardised by the stated variance, the noise is of unit variance: overall, and in loud and quiet parts alike.
+    Frames are correlated (memory 0.9), so a mean square over n frames is known to about sqrt(2 * 9.5 / n)."""
+    alone = [t for t in many if not t["name"].endswith(("_left", "_right"))]
+    for m in range(2):
+        z = np.concatenate([(t["noisy"][:, m] - t["latents"]) / np.sqrt(t["variance"][:, m, None]) for t in alone])
+        v = np.concatenate([t["variance"][:, m] for t in alone])
+        for part in (v < 0.5, (v > 0.5) & (v < 5), v > 5):
+            assert part.sum() > 4000
+            square = (z[part] ** 2).mean(axis=0)
+            np.testing.assert_allclose(square, 1, atol=5 * np.sqrt(2 * 9.5 / part.sum()))
+            assert np.abs(z[part].mean(axis=0)).max() < 5 * np.sqrt(19 / part.sum())
+        memory = (z[1:] * z[:-1]).mean() / (z**2).mean()
+        assert 0.89 < memory < 0.91
+
+
+def test_of_two_persons_the_track_follows_the_speaker(tmp_path):
+    """Over many pairs, the error of the shared track has the stated variance for the one who speaks and the one who
+    listens; their faces are their own."""
+    persons: dict[str, list[dict]] = {"left": [], "right": []}
+    for seed in range(12):
+        root = tmp_path / str(seed)
+        write_dataset(root, seed=seed, train=4, validation=0, test=0, frames=(1500, 1500))
+        for side, found in persons.items():
+            found.append(dict(np.load(root / "truth" / f"train-001_{side}.npz")))
+    left, right = ({k: np.concatenate([t[k] for t in found]) for k in found[0]} for found in persons.values())
+    swapped = np.where(left["stage"] < 2, 1 - left["stage"], left["stage"])
+    np.testing.assert_array_equal(right["stage"], swapped)
+    np.testing.assert_array_equal(left["noisy"][:, 0], right["noisy"][:, 0])  # one track
+    assert not np.allclose(left["noisy"][:, 1], right["noisy"][:, 1])
+    quiet = np.minimum(left["variance"], right["variance"])[:, 0] < 1
+    for own, other in ((left, right), (right, left)):
+        speaks = (own["stage"] == 0) & quiet
+        listens = (own["stage"] == 1) & quiet
+        assert own["variance"][speaks, 0] + 2 == pytest.approx(other["variance"][speaks, 0])
+        error = (own["noisy"][:, 0] - own["latents"]) ** 2
+        assert 0.8 < (error[speaks].mean() / own["variance"][speaks, 0].mean()) < 1.25
+        assert 0.7 < (error[listens].mean() / own["variance"][listens, 0].mean()) < 1.4  # the other person's affect
+
+
+def test_affect_is_smooth_and_varied(many):
+    labels = np.concatenate([t["labels"] for t in many])
+    assert np.abs(labels).max() <= 1
+    assert ((labels.std(axis=0) > 0.4) & (labels.std(axis=0) < 0.7)).all()
+    assert 0.1 < np.corrcoef(labels.T)[0, 1] < 0.5
+    for t in many:
+        assert np.abs(np.diff(t["labels"], axis=0)).max() < 0.25
+        np.testing.assert_allclose(t["labels"], np.tanh(0.8 * t["latents"]), atol=6e-4)
+    latents = np.concatenate([t["latents"] for t in many])
+    np.testing.assert_allclose(latents.var(axis=0), 1, atol=0.15)
+
+
+def test_stages_are_a_markov_chain(many):
+    """Dwell times as stated and geometric; from a stage, every other one is as likely."""
+    pairs = np.concatenate(
+        [np.stack([t["stage"][:-1], t["stage"][1:]], axis=1) for t in many if "right" not in t["name"]]
+    )
+    counts = np.zeros((4, 4))
+    np.add.at(counts, tuple(pairs.T), 1)
+    visits = counts.sum(axis=1)
+    leave = 1 - counts.diagonal() / visits
+    expected = 1 / np.array([100, 75, 75, 50])
+    np.testing.assert_allclose(leave, expected, atol=5 * np.sqrt(expected.max() / visits.min()))
+    for s in range(4):
+        others = np.delete(counts[s], s) / np.delete(counts[s], s).sum()
+        np.testing.assert_allclose(others, 1 / 3, atol=0.15)
+    assert len(STAGES) == 4
+
+
+# ------------------------------------------------------------------------------------------- embeddings and hardness
+
+
+@pytest.fixture(scope="module")
+def decoded(clips) -> dict[str, np.ndarray]:
+    """Ridge on the features of now and the mean of the last 8 and 32 frames, fitted on train.
+
+    Predictions on validation, as widely spread as the labels of train."""
+
+    def inputs(split: str, m: str) -> np.ndarray:
+        rows = []
+        for item in clips[split]:
+            x = item["features"][m].numpy().astype(np.float64)
+            total = np.concatenate([np.zeros((1, x.shape[1])), x.cumsum(axis=0)])
+            t = np.arange(1, len(x) + 1)
+            low = [np.maximum(t - k, 0) for k in (1, 8, 32)]
+            rows.append(np.concatenate([(total[t] - total[b]) / (t - b)[:, None] for b in low], axis=1))
+        return np.concatenate(rows)
+
+    def ridge(names: list[str]) -> np.ndarray:
+        x, h = (np.concatenate([inputs(s, m) for m in names], axis=1) for s in ("train", "validation"))
+        mean, std = x.mean(0), x.std(0) + 1e-9
+        x, h = (x - mean) / std, (h - mean) / std
+        y = np.concatenate([item["labels"].numpy() for item in clips["train"]]).astype(np.float64)
+        valid = np.concatenate([item["valid"].numpy() for item in clips["train"]])
+        x, y = x[valid], y[valid]
+        beta = np.linalg.solve(x.T @ x + 30 * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
+        p = x @ beta
+        return h @ beta * (y.std(0) / p.std(0)) + y.mean(0)
+
+    truth = [item["truth"] for item in clips["validation"]]
+    return {
+        "audio": ridge(["audio"]),
+        "visual": ridge(["visual"]),
+        "concat": ridge(["audio", "visual"]),
+        "labels": np.concatenate([t["labels"] for t in truth]),
+        "stage": np.concatenate([t["stage"] for t in truth]),
+        "precision": np.concatenate([t["present"] / t["variance"] for t in truth]),
+    }
+
+
+def test_the_stage_says_which_modality_is_good(decoded):
+    """Measured on the embeddings: correlation of a linear decoder's output with the labels, stage by stage."""
+
+    def correlation(m: str, stage: int) -> float:
+        here = decoded["stage"] == stage
+        p, y = decoded[m][here], decoded["labels"][here]
+        return float(np.mean([np.corrcoef(p[:, c], y[:, c])[0, 1] for c in range(2)]))
+
+    audio, visual = ([correlation(m, s) for s in range(4)] for m in ("audio", "visual"))
+    assert audio[0] > visual[0] + 0.2  # speaking
+    assert visual[1] > audio[1] + 0.2  # listening
+    assert visual[3] > audio[3] + 0.2  # silence
+    assert abs(audio[2] - visual[2]) < 0.35  # turn-taking: neither is good
+    assert audio[2] < audio[0]
+    assert visual[2] < visual[1]
+
+
+def test_no_modality_suffices_and_knowing_the_noise_helps(root, clips, decoded):
+    oracle = oracle_predictions(root, "validation")
+    upper = ccc(np.concatenate([oracle[item["name"]] for item in clips["validation"]]), decoded["labels"])
+    weights = decoded["precision"] / np.maximum(decoded["precision"].sum(axis=1, keepdims=True), 1e-9)
+    score = {m: ccc(decoded[m], decoded["labels"]) for m in ("audio", "visual", "concat")}
+    score["average"] = ccc((decoded["audio"] + decoded["visual"]) / 2, decoded["labels"])
+    weighted = weights[:, :1] * decoded["audio"] + weights[:, 1:] * decoded["visual"]
+    score["true weights"] = ccc(weighted, decoded["labels"])
+    best_single = max(score["audio"], score["visual"])
+    assert best_single < 0.65, score
+    assert score["true weights"] > best_single + 0.08, score
+    assert score["true weights"] > score["average"] + 0.08, score
+    assert score["true weights"] > score["concat"] + 0.03, score
+    assert upper > score["concat"] + 0.2, score
+    assert 0.85 < upper < 0.97
+
+
+def test_amplitude_traces_the_noise_without_telling_it(clips):
+    for m, name in enumerate(("audio", "visual")):
+        rows = np.concatenate([i["features"][name].numpy()[i["present"][:, m].numpy()] for i in clips["train"]])
+        mean, std = rows.mean(axis=0), rows.std(axis=0) + 1e-3
+        energy, variance = [], []
+        for item in clips["train"]:
+            here = item["present"][:, m].numpy()
+            energy.append(np.log((((item["features"][name].numpy() - mean) / std) ** 2).mean(axis=1)[here]))
+            variance.append(np.log(item["truth"]["variance"][here, m]))
+        trace = np.corrcoef(np.concatenate(energy), np.concatenate(variance))[0, 1]
+        assert 0.15 < trace < 0.75, name
+
+
+def test_embeddings_are_like_real_ones(clips):
+    """Off-centre, correlated, some dimensions dead, and a voice or face of each video's own."""
+    for m, name in enumerate(("audio", "visual")):
+        parts = [i["features"][name].numpy()[i["present"][:, m].numpy()].astype(np.float64) for i in clips["train"]]
+        rows = np.concatenate(parts)
+        std = rows.std(axis=0)
+        dead = std == 0
+        assert 2 <= dead.sum() <= rows.shape[1] // 8
+        assert (rows[:, dead] == 0).all(axis=0).any()
+        assert (rows[0, dead] != 0).any()
+        alive = rows[:, ~dead]
+        centre = np.linalg.norm(alive.mean(axis=0)) / np.sqrt(alive.var(axis=0).sum())
+        assert centre > 0.8  # zero is not the centre of the cloud
+        share = np.linalg.eigvalsh(np.cov(alive.T))[::-1]
+        assert share[: len(share) // 4].sum() > 0.5 * share.sum()
+        between = np.stack([part[:, ~dead].mean(axis=0) for part in parts]).var(axis=0).mean()
+        assert between > 0.02 * alive.var(axis=0).mean()
+
+
+def test_difficulty(tmp_path):
+    scores = []
+    for difficulty in (0.5, 1.0, 2.0):
+        root = tmp_path / str(difficulty)
+        write_dataset(root, train=8, validation=8, test=0, difficulty=difficulty)
+        oracle = oracle_predictions(root, "validation")
+        truth = [np.load(root / "truth" / f"{name}.npz")["labels"] for name in oracle]
+        scores.append(ccc(np.concatenate(list(oracle.values())), np.concatenate(truth)))
+    assert scores[0] > scores[1] + 0.02
+    assert scores[1] > scores[2] + 0.02
+
+
+# ------------------------------------------------------------------------------------------------------------ oracle
+
+
+def test_oracle_predicts_every_clip(root, clips):
+    for split in ("train", "validation", "test"):
+        predictions = oracle_predictions(root, split)
+        assert list(predictions) == AffWild2(root, split).names
+        for item in clips[split]:
+            p = predictions[item["name"]]
+            assert p.shape == (item["clip"].num_frames, 2)
+            assert p.dtype == np.float32
+            assert np.isfinite(p).all()
+            assert np.abs(p).max() <= 1
+
+
+def test_oracle_does_not_see_the_labels_it_predicts(root, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(root, copy)
+    for path in (copy / "truth").glob("validation-*.npz"):
+        truth = dict(np.load(path))
+        truth["labels"], truth["latents"] = 0 * truth["labels"], 0 * truth["latents"]
+        np.savez(path, **truth)
+    expected, got = oracle_predictions(root, "validation"), oracle_predictions(copy, "validation")
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_oracle_gains_by_the_true_variances(root, clips, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(root, copy)
+    for path in (copy / "truth").glob("*.npz"):
+        truth = dict(np.load(path))
+        truth["variance"] = np.full_like(truth["variance"], np.median(truth["variance"]))
+        np.savez(path, **truth)
+    labels = np.concatenate([item["truth"]["labels"] for item in clips["validation"]])
+    knowing, guessing = (
+        ccc(np.concatenate(list(oracle_predictions(r, "validation").values())), labels) for r in (root, copy)
+    )
+    assert knowing > guessing + 0.05
+
+
+def test_spec_file_is_readable(root):
+    spec = json.loads((root / "truth/spec.json").read_text())
+    assert spec["seed"] == 0
+    assert spec["modalities"] == {"audio": 32, "visual": 64}
