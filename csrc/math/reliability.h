@@ -7,10 +7,20 @@
 //
 // V is a float, a double or a row of lanes. Where r or n is too small for plain arithmetic the sums are taken relative to
 // the best possible stage (stage[s] > 0), in log space; the largest ratio kept is exp(60), as in reference.py.
+// l and stage are anything with [s]: an array, or a reader of memory. `Across` says how the stages of one modality are
+// spread: over nobody (Alone, the CPU), or over neighbouring CUDA threads that each take every step-th stage.
 #pragma once
 #include "scalar.h"
 
 namespace sage {
+
+struct Alone {
+  static constexpr int first = 0, step = 1;
+  SAGE_FN int count(int stages) const { return stages; }
+  template <class V> SAGE_FN V sum(V x) const { return x; }
+  template <class V> SAGE_FN V max(V x) const { return x; }
+  template <class Mask> SAGE_FN bool any(Mask m) const { return sage::any(m); }
+};
 
 template <class V> struct SigmoidPair { V p, n; };  // sigmoid(l), sigmoid(-l)
 
@@ -35,72 +45,93 @@ constexpr double kPlainLimit = 1e-26;    // about exp(-60): above it plain sums 
 // peak and z are kept for backward: d g / d stage[s] = exp(min(log_p - peak, 60)) / z.
 template <class V> struct LogMixture { V peak, z; };
 
-template <class V> SAGE_FN LogMixture<V> log_mixture(int stages, const V* l, const V* stage, int sign) {
+template <class V, class L, class W, class Across = Alone>
+SAGE_FN LogMixture<V> log_mixture(int stages, const L& l, const W& stage, int sign, const Across& across = {}) {
   using T = typename ScalarOf<V>::Type;
   const V lowest(T(-3e38));
   V peak = lowest;
-  for (int s = 0; s < stages; ++s) {
-    const V log_p = log_sigmoid(sign > 0 ? l[s] : -l[s]);
-    peak = max(peak, select(stage[s] > V(T(0)), log_p, lowest));
+  for (int k = 0, s = across.first; k < across.count(stages); ++k, s += across.step) {
+    const V log_p = log_sigmoid(sign > 0 ? V(l[s]) : -V(l[s]));
+    peak = max(peak, select(V(stage[s]) > V(T(0)), log_p, lowest));
   }
+  peak = across.max(peak);
   peak = select(peak > lowest, peak, V(T(0)));
   V z(T(0));
-  for (int s = 0; s < stages; ++s) {
-    const V log_p = log_sigmoid(sign > 0 ? l[s] : -l[s]);
-    z = fma(stage[s], exp(min(log_p - peak, V(T(kMaxLogRatio)))), z);
+  for (int k = 0, s = across.first; k < across.count(stages); ++k, s += across.step) {
+    const V log_p = log_sigmoid(sign > 0 ? V(l[s]) : -V(l[s]));
+    z = fma(V(stage[s]), exp(min(log_p - peak, V(T(kMaxLogRatio)))), z);
   }
-  return {peak, z};
+  return {peak, across.sum(z)};
+}
+
+template <class V> struct Confidence { V r, n; };  // and its complement
+
+template <class V, class L, class W, class Across>
+SAGE_FN Confidence<V> confidence(int stages, const L& l, const W& stage, const Across& across) {
+  using T = typename ScalarOf<V>::Type;
+  V r(T(0)), n(T(0));
+  for (int k = 0, s = across.first; k < across.count(stages); ++k, s += across.step) {
+    const SigmoidPair<V> q = sigmoid_pair(V(l[s]));
+    r = fma(V(stage[s]), q.p, r);
+    n = fma(V(stage[s]), q.n, n);
+  }
+  return {across.sum(r), across.sum(n)};
 }
 
 template <class V> struct Reliability { V confidence, log_odds; };
 
-template <class V> SAGE_FN Reliability<V> reliability(int stages, const V* l, const V* stage) {
+template <class V, class L, class W, class Across = Alone>
+SAGE_FN Reliability<V> reliability(int stages, const L& l, const W& stage, const Across& across = {}) {
   using T = typename ScalarOf<V>::Type;
-  V r(T(0)), n(T(0));
-  for (int s = 0; s < stages; ++s) {
-    const SigmoidPair<V> q = sigmoid_pair(l[s]);
-    r = fma(stage[s], q.p, r);
-    n = fma(stage[s], q.n, n);
-  }
-  V g = log(r / n);
-  const auto extreme = min(r, n) < V(T(kPlainLimit));
-  if (any(extreme)) {
-    const LogMixture<V> a = log_mixture(stages, l, stage, 1), b = log_mixture(stages, l, stage, -1);
+  const Confidence<V> c = confidence<V>(stages, l, stage, across);
+  V g = log(c.r / c.n);
+  const auto extreme = min(c.r, c.n) < V(T(kPlainLimit));
+  if (across.any(extreme)) {
+    const LogMixture<V> a = log_mixture<V>(stages, l, stage, 1, across), b = log_mixture<V>(stages, l, stage, -1, across);
     g = select(extreme, (a.peak + log(a.z)) - (b.peak + log(b.z)), g);
   }
-  return {r, g};
+  return {c.r, g};
+}
+template <class V> SAGE_FN Reliability<V> reliability(int stages, const V* l, const V* stage) {
+  return reliability<V, const V*, const V*>(stages, l, stage);
 }
 
-// Adjoint: gradients of r and g to those of l[s] and stage[s] (grad_stage is added to).
-template <class V>
-SAGE_FN void reliability_backward(int stages, const V* l, const V* stage, V grad_r, V grad_g, V* grad_l,
-                                  V* grad_stage) {
+// Adjoint: gradients of r and g to those of l[s] and stage[s], handed to emit(s, grad of l[s], grad of stage[s]).
+template <class V, class L, class W, class Across, class Emit>
+SAGE_FN void reliability_adjoint(int stages, const L& l, const W& stage, V grad_r, V grad_g, const Across& across,
+                                 Emit&& emit) {
   using T = typename ScalarOf<V>::Type;
-  V r(T(0)), n(T(0));
-  for (int s = 0; s < stages; ++s) {
-    const SigmoidPair<V> q = sigmoid_pair(l[s]);
-    r = fma(stage[s], q.p, r);
-    n = fma(stage[s], q.n, n);
-  }
-  const auto extreme = min(r, n) < V(T(kPlainLimit));
-  const V inv_r = V(T(1)) / r, inv_n = V(T(1)) / n;
+  const Confidence<V> c = confidence<V>(stages, l, stage, across);
+  const auto extreme = min(c.r, c.n) < V(T(kPlainLimit));
+  const V inv_r = V(T(1)) / c.r, inv_n = V(T(1)) / c.n;
   LogMixture<V> a = {V(T(0)), V(T(1))}, b = a;
-  const bool slow = any(extreme);
+  const bool slow = across.any(extreme);
   if (slow) {
-    a = log_mixture(stages, l, stage, 1);
-    b = log_mixture(stages, l, stage, -1);
+    a = log_mixture<V>(stages, l, stage, 1, across);
+    b = log_mixture<V>(stages, l, stage, -1, across);
   }
-  for (int s = 0; s < stages; ++s) {
-    const SigmoidPair<V> q = sigmoid_pair(l[s]);
+  for (int k = 0, s = across.first; k < across.count(stages); ++k, s += across.step) {
+    const V logit(l[s]);
+    const SigmoidPair<V> q = sigmoid_pair(logit);
     V up = q.p * inv_r, down = q.n * inv_n;  // d log r / d stage[s], d log n / d stage[s]
     if (slow) {
       const V cap = V(T(kMaxLogRatio));
-      up = select(extreme, exp(min(log_sigmoid(l[s]) - a.peak, cap)) / a.z, up);
-      down = select(extreme, exp(min(log_sigmoid(-l[s]) - b.peak, cap)) / b.z, down);
+      up = select(extreme, exp(min(log_sigmoid(logit) - a.peak, cap)) / a.z, up);
+      down = select(extreme, exp(min(log_sigmoid(-logit) - b.peak, cap)) / b.z, down);
     }
-    grad_l[s] = stage[s] * fma(grad_r, q.p * q.n, grad_g * fma(up, q.n, down * q.p));
-    grad_stage[s] += fma(grad_r, q.p, grad_g * (up - down));
+    emit(s, V(stage[s]) * fma(grad_r, q.p * q.n, grad_g * fma(up, q.n, down * q.p)),
+         fma(grad_r, q.p, grad_g * (up - down)));
   }
+}
+
+// The same into arrays; grad_stage is added to.
+template <class V>
+SAGE_FN void reliability_backward(int stages, const V* l, const V* stage, V grad_r, V grad_g, V* grad_l,
+                                  V* grad_stage) {
+  reliability_adjoint<V>(stages, l, stage, grad_r, grad_g, Alone{}, [&](int s, V to_l, V to_stage) {
+    grad_l[s] = to_l;
+    grad_stage[s] += to_stage;
+  });
 }
 
 }  // namespace sage
