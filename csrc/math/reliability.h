@@ -19,7 +19,10 @@ struct Alone {
   SAGE_FN int count(int stages) const { return stages; }
   template <class V> SAGE_FN V sum(V x) const { return x; }
   template <class V> SAGE_FN V max(V x) const { return x; }
-  template <class Mask> SAGE_FN bool any(Mask m) const { return sage::any(m); }
+  template <class Mask> SAGE_FN bool any(Mask m) const {
+    using sage::any;  // and, by its type, that of lanes
+    return any(m);
+  }
 };
 
 template <class V> struct SigmoidPair { V p, n; };  // sigmoid(l), sigmoid(-l)
