@@ -20,7 +20,7 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from .extras import require
-from .training.checkpoint import write_atomic
+from .files import write_atomic
 
 P = ParamSpec("P")
 FPS = 30.0

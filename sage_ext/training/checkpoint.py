@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..extras import require
+from ..files import write_atomic
 
 FORMAT = 1
 _KEY = "sage_ext"
@@ -24,27 +25,6 @@ _KEY = "sage_ext"
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or not one of ours; the message names the file."""
-
-
-# ---------------------------------------------------------------------------------------------------------- files
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write `data` to `path` so that a reader, or a crash at any moment, sees the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    raw = data.encode() if isinstance(data, str) else data
-    try:
-        with open(temporary, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 # ------------------------------------------------------------------------------------------------------------ tree

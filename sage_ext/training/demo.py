@@ -23,8 +23,8 @@ import numpy as np
 from ..calibration import expected_calibration_error
 from ..data.affwild2 import AffWild2, Clip
 from ..data.synthetic import oracle_predictions, write_dataset
+from ..files import write_atomic
 from ..report import Table, write_report
-from .checkpoint import write_atomic
 from .evaluate import score
 from .runs import Run, calibrate_run, calibration_pictures, clip_pictures, evaluate_clips, predict_run, training_pictures
 from .trainer import RunError, TrainConfig, train

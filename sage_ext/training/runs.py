@@ -27,9 +27,10 @@ from ..calibration import (
 )
 from ..data.affwild2 import AffWild2, Clip, write_submission
 from ..data.windows import clip_tensors
+from ..files import write_atomic
 from ..models.sage import SAGE
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
-from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluate import ClipPrediction, evaluate, mean_filter, predict_clip
 from .trainer import BEST, LOG, RunError, read_config
 

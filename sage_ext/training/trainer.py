@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader
 
 from ..data.affwild2 import AffWild2
 from ..data.windows import Windows, collate
+from ..files import write_atomic
 from ..functional import ccc_from_moments, ccc_moments
 from ..models.sage import SAGE, SAGELoss
-from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluate import evaluate, predict_clip
 from .progress import Progress
 from .rehearsal import Rehearsal
@@ -404,6 +405,15 @@ def _read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise RunError(f"{path}: damaged ({error})") from error
 
 
+def _prepare(run: Path, config: TrainConfig, shape: Mapping[str, Any], overwrite: bool) -> None:
+    """The run directory with its configuration, without what an earlier run or a killed one left behind."""
+    run.mkdir(parents=True, exist_ok=True)
+    old = [run / name for name in (LAST, BEST, LOG)] + sorted(run.glob("evaluation-*.json")) if overwrite else []
+    for path in [*old, *run.glob(".*.tmp")]:
+        path.unlink(missing_ok=True)
+    write_atomic(run / CONFIG, json.dumps({"train": config.to_json(), "data": shape}, indent=1) + "\n")
+
+
 def train(
     config: TrainConfig,
     run: str | os.PathLike[str],
@@ -433,21 +443,14 @@ def train(
         _check_same(run, config, shape)
     elif resume and (run / LAST).exists():
         raise RunError(f"{run}: {LAST} without {CONFIG}; cannot tell whether the configuration is the same")
-    run.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for name in (LAST, BEST, LOG, CONFIG):  # config.json last: what is left of an interrupted removal can be resumed
-            (run / name).unlink(missing_ok=True)
-    for leftover in run.glob(".*.tmp"):
-        leftover.unlink()
-    write_atomic(run / CONFIG, json.dumps({"train": config.to_json(), "data": shape}, indent=1) + "\n")
-
     threads = torch.get_num_threads()
     devices = [torch.device(config.device)] if config.device.startswith("cuda") else []
     torch.set_num_threads(config.threads)
     reporter = Progress(run, tensorboard=tensorboard, quiet=not progress, live=live)
     try:
         with torch.random.fork_rng(devices=devices):
-            training = Training(config, run, data, reporter)
+            training = Training(config, run, data, reporter)  # what is wrong with the configuration shows here
+            _prepare(run, config, shape, overwrite)
             if resume and (run / LAST).exists():
                 training.load()
             training.open_log()

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from sage_ext.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomic
+from sage_ext.files import write_atomic
+from sage_ext.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 def make_state(seed=0):
