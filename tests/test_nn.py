@@ -554,7 +554,7 @@ def test_nll_errors(call, error, match):
 
 # --------------------------------------------------------------------------------------------------------- CCC losses
 def numpy_ccc(p, t):
-    p, t = np.asarray(p, np.float64), np.asarray(t, np.float64)
+    p, t = np.asarray(p, np.float64).ravel(), np.asarray(t, np.float64).ravel()
     if len(p) < 2:
         return 0.0
     denominator = p.var() + t.var() + (p.mean() - t.mean()) ** 2

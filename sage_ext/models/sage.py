@@ -45,6 +45,26 @@ class SAGEOutput(NamedTuple):
     state: SAGEState | None  # of a causal model, for the next chunk
 
 
+class ChannelDropout(nn.Module):
+    """Dropout of whole channels for a whole sequence: x (B, T, dim), one draw a (B, dim).
+
+    Neighbouring frames say nearly the same, so a draw a frame would be averaged away by the next convolution; and it
+    would cost more than the convolution does.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p)
+
+
 class TemporalBlock(nn.Module):
     """Residual `x + W silu(depthwise(LayerNorm(x)))`: a dilated depthwise-separable convolution over time.
 
@@ -58,7 +78,7 @@ class TemporalBlock(nn.Module):
         self.weight = nn.Parameter(torch.randn(kernel_size, dim) * kernel_size**-0.5)
         self.bias = nn.Parameter(torch.zeros(dim))
         self.pointwise = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ChannelDropout(dropout)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, causal={self.causal}"
@@ -68,12 +88,12 @@ class TemporalBlock(nn.Module):
         batch, frames, dim = x.shape
         span = (self.kernel_size - 1) * self.dilation
         h = self.norm(x)
-        if mask is not None:  # padding is the same as the end of the sequence
-            h = torch.where(mask.unsqueeze(-1), h, 0.0)
         if self.causal:
             before = h.new_zeros(batch, span, dim) if history is None else history.to(h.dtype)
             h = torch.cat([before, h], 1)
         else:
+            if mask is not None:  # padding is the same as the end of the sequence
+                h = torch.where(mask.unsqueeze(-1), h, 0.0)
             h = F.pad(h, (0, 0, span // 2, span - span // 2))
         # Channels last, one multiply-add a tap: on CPU 1.7x faster in training than conv1d(groups=dim), same bits.
         y = self.bias.to(h.dtype).expand(batch, frames, dim)
@@ -90,7 +110,7 @@ class Encoder(nn.Module):
     def __init__(self, in_dim: int, dim: int, blocks: int, kernel_size: int, dropout: float, causal: bool) -> None:
         super().__init__()
         self.project = nn.Linear(in_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ChannelDropout(dropout)
         self.blocks = nn.ModuleList(TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(blocks))
         self.norm = nn.LayerNorm(dim)
 
@@ -182,7 +202,7 @@ class SAGE(nn.Module):
             self.fusion = ReliabilityFusion(encoded, dim, stages=stages, evidence_dim=evidence_dim)
         else:
             self.fusion = UniformFusion(encoded, dim)
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Dropout(dropout), nn.Linear(dim, num_targets))
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), ChannelDropout(dropout), nn.Linear(dim, num_targets))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> SAGE:

@@ -1,0 +1,439 @@
+"""SAGE: chunks, padding, missing data, statistics, compile and export, its loss, and that it learns."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sage_ext.models import SAGE, SAGELoss, SAGEState
+from sage_ext.nn import ReliabilityNLL
+from tests.test_nn import numpy_ccc
+
+DIMS = {"audio": 7, "visual": 11}
+BATCH, FRAMES = 2, 70
+FIELDS = ("prediction", "unimodal", "weights", "confidence", "stage")
+
+
+def draw(seed=0, batch=BATCH, frames=FRAMES, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    features = {
+        k: (2.0 + torch.randn(batch, frames, d, generator=g, dtype=torch.float64)).to(dtype) for k, d in DIMS.items()
+    }
+    present = torch.rand(batch, frames, 2, generator=g) > 0.2
+    return features, present
+
+
+def build(seed=0, statistics=True, **options):
+    torch.manual_seed(seed)
+    model = SAGE(DIMS, **{"dim": 12, "evidence_dim": 8, "stages": 3, **options})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    if statistics:
+        features, present = draw(9)
+        model.fit_statistics([{"features": features, "present": present}])
+    return model.eval()
+
+
+def close(a, b, tol=1e-5, fields=FIELDS):
+    for field in fields:
+        torch.testing.assert_close(
+            getattr(a, field), getattr(b, field), atol=tol, rtol=tol, msg=lambda m, field=field: f"{field}: {m}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- chunks
+@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
+@settings(max_examples=12, deadline=None)
+@given(points=st.lists(st.integers(1, FRAMES - 1), max_size=6), seed=st.integers(0, 1000))
+def test_chunks_equal_the_whole(fusion, points, seed):
+    model = build(fusion=fusion)
+    features, present = draw(seed)
+    mask = torch.ones(BATCH, FRAMES, dtype=torch.bool)
+    mask[0, 50:] = False
+    whole = model(features, present, mask)
+    parts, state = [], None
+    for a, b in pairwise(sorted({0, FRAMES, *points})):
+        parts.append(model({k: v[:, a:b] for k, v in features.items()}, present[:, a:b], mask[:, a:b], state))
+        state = parts[-1].state
+    for field in FIELDS:
+        joined = torch.cat([getattr(p, field) for p in parts], 1)
+        torch.testing.assert_close(joined, getattr(whole, field), atol=1e-5, rtol=1e-5)
+
+
+def test_frame_by_frame_equals_the_whole_and_state_is_tensors():
+    model = build()
+    features, present = draw()
+    whole, state, steps = model(features, present), None, []
+    for t in range(FRAMES):
+        out = model({k: v[:, t : t + 1] for k, v in features.items()}, present[:, t : t + 1], None, state)
+        state = out.state
+        steps.append(out)
+    for field in FIELDS:
+        torch.testing.assert_close(
+            torch.cat([getattr(s, field) for s in steps], 1), getattr(whole, field), atol=1e-5, rtol=1e-5
+        )
+    assert isinstance(state, SAGEState)
+    assert [tuple(h.shape) for h in state.history] == [(BATCH, 2, 4 * 2**i, 12) for i in range(4)]
+    assert all(isinstance(x, torch.Tensor) for x in (*state.history, *state.fusion))
+
+
+def test_causal_ignores_the_future_and_centred_does_not():
+    features, present = draw()
+    later = {k: torch.cat([v[:, :40], v[:, 40:] + 1.0], 1) for k, v in features.items()}
+    model = build()
+    a, b = model(features, present), model(later, present)
+    for field in FIELDS:
+        assert torch.equal(getattr(a, field)[:, :40], getattr(b, field)[:, :40])
+    assert (a.prediction[:, 40:] - b.prediction[:, 40:]).abs().max() > 1e-3
+    centred = build(causal=False)
+    a, b = centred(features, present), centred(later, present)
+    assert (a.prediction[:, 39] - b.prediction[:, 39]).abs().max() > 1e-4
+    assert a.state is None
+
+
+def test_receptive_field_is_as_documented():
+    model = build(fusion="uniform")
+    features, _ = draw(batch=1)
+    x = {k: v.requires_grad_() for k, v in features.items()}
+    model(x).prediction[0, -1].sum().backward()
+    reached = x["audio"].grad[0].abs().sum(-1) > 0
+    assert reached[-61:].all()
+    assert not reached[:-61].any()
+
+
+# ----------------------------------------------------------------------------------------------------- missing, padding
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_missing_frames_hold_anything(causal, training):
+    features, present = draw()
+    mask = torch.ones(BATCH, FRAMES, dtype=torch.bool)
+    mask[1, 55:] = False
+    missing = ~(present & mask[..., None])
+    results = []
+    for garbage in (0.0, math.nan):
+        model = build(causal=causal, dropout=0.0).train(training)
+        x = {
+            k: v.masked_fill(missing[..., m, None], garbage).requires_grad_()
+            for m, (k, v) in enumerate(features.items())
+        }
+        out = model(x, present, mask)
+        labels = torch.linspace(-0.5, 0.5, BATCH * FRAMES * 2).view(BATCH, FRAMES, 2)
+        loss, _ = SAGELoss()(out, labels.masked_fill(~mask[..., None], garbage), mask, present)
+        loss.backward()
+        results.append(
+            [getattr(out, f) for f in FIELDS] + [p.grad for p in model.parameters()] + [v.grad for v in x.values()]
+        )
+    for clean, dirty in zip(*results):
+        assert torch.equal(clean, dirty)
+        assert dirty.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_equals_a_shorter_clip(causal):
+    model = build(causal=causal)
+    features, present = draw()
+    mask = torch.arange(FRAMES).expand(BATCH, FRAMES) < 45
+    padded = model(features, present, mask)
+    short = model({k: v[:, :45] for k, v in features.items()}, present[:, :45])
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(padded, field)[:, :45], getattr(short, field), atol=1e-5, rtol=1e-5)
+    assert not padded.weights[:, 45:].any()
+
+
+def test_rows_do_not_meet():
+    model = build()
+    features, present = draw(batch=5)
+    whole = model(features, present)
+    row = model({k: v[3:4] for k, v in features.items()}, present[3:4])
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(row, field), getattr(whole, field)[3:4], atol=1e-5, rtol=1e-5)
+
+
+def test_one_modality_has_all_the_weight():
+    torch.manual_seed(0)
+    model = SAGE({"visual": 11}, dim=8).eval()
+    features, present = draw()
+    out = model({"visual": features["visual"]}, present[..., 1:])
+    torch.testing.assert_close(out.weights, present[..., 1:].float())
+
+
+def test_uniform_weights_share_encoders_and_head():
+    a, b = build(fusion="reliability"), build(fusion="uniform")
+    only = {n for n, _ in a.named_parameters()} - {n for n, _ in b.named_parameters()}
+    assert only
+    assert all(n.startswith("fusion.") for n in only)
+    features, present = draw()
+    out = b(features, present)
+    share = present / present.sum(-1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(out.weights, share.float())
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+def test_statistics_standardise_the_present_frames():
+    torch.manual_seed(0)
+    features, present = draw(batch=6)
+    features["audio"][..., 2] = 3.25  # a dead feature
+    frame = torch.arange(FRAMES).expand(6, FRAMES) < 60
+    valid = present & frame[..., None]
+    model = SAGE(DIMS, dim=8)
+    batches = [
+        {
+            "features": {k: v[i : i + 2] for k, v in features.items()},
+            "present": present[i : i + 2],
+            "frame": frame[i : i + 2],
+        }
+        for i in (0, 2, 4)
+    ]
+    for batch in batches:  # never read
+        for m, v in enumerate(batch["features"].values()):
+            v[~(batch["present"] & batch["frame"][..., None])[..., m]] = math.nan
+    model.fit_statistics(batches)
+    rows = features["audio"][valid[..., 0]]
+    torch.testing.assert_close(model.input_mean_0, rows.mean(0), atol=1e-5, rtol=1e-5)
+    alive = torch.arange(7) != 2
+    torch.testing.assert_close(model.input_scale_0[alive], 1 / rows.std(0, correction=0)[alive], atol=1e-4, rtol=1e-4)
+    assert model.input_scale_0[2] == 0
+    assert bool(model.fusion.typicality.fitted)
+    # A dead feature that wakes up says nothing; any affine change of a feature before fitting changes nothing.
+    model.eval()
+    woken = {**features, "audio": features["audio"].clone()}
+    woken["audio"][..., 2] += 100
+    close(model(features, present, frame), model(woken, present, frame), tol=0)
+
+
+def test_statistics_make_units_irrelevant():
+    features, present = draw(batch=4)
+    scaled = {k: 50.0 * v + 7.0 for k, v in features.items()}
+    outputs = []
+    for x in (features, scaled):
+        model = build(statistics=False)
+        model.fit_statistics([{"features": x, "present": present}])
+        outputs.append(model(x, present))
+    close(*outputs, tol=1e-3)
+
+
+def test_statistics_errors():
+    features, present = draw()
+    model = build(statistics=False)
+    with pytest.raises(TypeError, match="iterable more than once"):
+        model.fit_statistics(iter([{"features": features}]))
+    with pytest.raises(ValueError, match="modality visual has 0 present frames"):
+        model.fit_statistics([{"features": features, "present": present & torch.tensor([True, False])}])
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+def test_config_rebuilds_the_model():
+    model = build(causal=False, fusion="uniform", kappa=0.4, kernel_size=3, blocks=2, num_targets=3)
+    config = json.loads(json.dumps(model.config))
+    other = SAGE.from_config(config)
+    assert other.config == model.config
+    other.load_state_dict(model.state_dict())
+    features, present = draw()
+    close(other.eval()(features, present), model(features, present), tol=0)
+    assert model(features, present).prediction.shape == (BATCH, FRAMES, 3)
+
+
+def test_config_names_every_constructor_argument():
+    import inspect
+
+    assert set(build().config) == set(inspect.signature(SAGE).parameters)
+
+
+# ------------------------------------------------------------------------------------------------- compile and friends
+def test_compiles_in_one_graph():
+    model = build()
+    features, present = draw()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first = compiled(features, present)
+    close(first, model(features, present))
+    close(compiled(features, present, None, first.state), model(features, present, None, first.state))
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    model = build()
+    features, present = draw()
+    close(torch.compile(model, fullgraph=True)(features, present), model(features, present), tol=1e-4)
+
+
+def test_trains_compiled():
+    model = build(dropout=0.0).train()
+    features, present = draw()
+    labels = torch.rand(BATCH, FRAMES, 2) - 0.5
+    grads = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        SAGELoss()(run(features, present), labels, None, present)[0].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_exports_with_dynamic_batch_and_time():
+    model = build()
+    features, present = draw()
+    batch, frames = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("frames", min=32, max=4096)
+    shape = {0: batch, 1: frames}
+    program = torch.export.export(
+        model, (features, present), dynamic_shapes=(dict.fromkeys(features, shape), shape), strict=False
+    )
+    close(program.module()(features, present), model(features, present))
+    longer, flags = draw(3, batch=3, frames=101)
+    close(program.module()(longer, flags), model(longer, flags))
+
+
+def test_exports_the_step_with_state():
+    model = build()
+    features, present = draw()
+    state = model(features, present).state
+    step = ({k: v[:, :1] for k, v in features.items()}, present[:, :1], None, state)
+    close(torch.export.export(model, step).module()(*step), model(*step))
+
+
+def test_autocast_predicts_in_float32():
+    model = build()
+    features, present = draw()
+    full = model(features, present)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(features, present)
+        again = model(features, present, None, out.state)
+    assert {getattr(out, f).dtype for f in FIELDS} == {torch.float32}
+    torch.testing.assert_close(out.prediction, full.prediction, atol=0.05, rtol=0)
+    assert again.prediction.isfinite().all()
+    labels = torch.rand(BATCH, FRAMES, 2) - 0.5
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = SAGELoss()(model(features, present), labels, None, present)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_double_precision_throughout():
+    model = build().double()
+    features, present = draw(dtype=torch.float64)
+    out = model(features, present)
+    assert {getattr(out, f).dtype for f in FIELDS} == {torch.float64}
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+def test_loss_is_the_sum_of_its_parts():
+    model = build()
+    features, present = draw()
+    g = torch.Generator().manual_seed(0)
+    labels = torch.rand(BATCH, FRAMES, 2, generator=g) - 0.5
+    valid = torch.rand(BATCH, FRAMES, generator=g) > 0.2
+    out = model(features, present)
+    total, parts = SAGELoss(0.3, unimodal=0.7, reliability=0.2)(out, labels, valid, present)
+    prediction = 1 - sum(numpy_ccc(out.prediction[valid][:, c].detach(), labels[valid][:, c]) for c in range(2)) / 2
+    own = []
+    for m in range(2):
+        q = valid & present[..., m]
+        own += [1 - numpy_ccc(out.unimodal[q][:, m, c].detach(), labels[q][:, c]) for c in range(2)]
+    error = (out.unimodal - labels[:, :, None]).square()
+    score = ReliabilityNLL(0.3)(out.confidence, error, present & valid[..., None])
+    assert abs(parts["prediction"] - prediction) < 1e-5
+    assert abs(parts["unimodal"] - sum(own) / 4) < 1e-5
+    torch.testing.assert_close(parts["reliability"], score.detach())
+    torch.testing.assert_close(total, parts["prediction"] + 0.7 * parts["unimodal"] + 0.2 * parts["reliability"])
+    assert not any(p.requires_grad for p in parts.values())
+
+
+def test_score_teaches_confidence_and_not_the_encoders():
+    model = build()
+    features, present = draw()
+    labels = torch.zeros(BATCH, FRAMES, 2)
+    out = model(features, present)
+    score = ReliabilityNLL(0.3)(out.confidence, (out.unimodal - labels[:, :, None]).square(), present)
+    score.backward()
+    touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(n.startswith("fusion.reliability") for n in touched)
+    assert any(n.startswith("fusion.evidence") for n in touched)
+    assert not [n for n in touched if n.startswith(("encoders", "unimodal", "head", "fusion.value", "fusion.norm"))]
+
+
+def test_every_parameter_learns():
+    model = build()
+    features, present = draw()
+    labels = torch.rand(BATCH, FRAMES, 2) - 0.5
+    SAGELoss()(model(features, present), labels, None, present)[0].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.any(), name
+
+
+def test_nothing_annotated_gives_zero_gradient():
+    model = build()
+    features, present = draw()
+    valid = torch.zeros(BATCH, FRAMES, dtype=torch.bool)
+    loss, _ = SAGELoss()(model(features, present), torch.zeros(BATCH, FRAMES, 2), valid, present)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda m, f, p: build(causal=False)(f, p, None, m(f, p).state), ValueError, "only a causal SAGE"),
+        (lambda m, f, p: m({k: v[:, 0] for k, v in f.items()}), ValueError, r"features must be \(B, T, d\)"),
+        (lambda m, f, p: m(f, p[:, :-1]), ValueError, r"present must be \(2, 70, 2\)"),
+        (lambda m, f, p: m(f, p, p), ValueError, r"mask must be \(2, 70\)"),
+        (lambda m, f, p: m({"audio": f["audio"]}), ValueError, "expected the modalities"),
+        (lambda m, f, p: build(fusion="gate"), ValueError, 'fusion must be "reliability" or "uniform"'),
+        (lambda m, f, p: build(dropout=1.0), ValueError, "dropout must be in"),
+        (lambda m, f, p: build(causal=1), TypeError, "causal must be bool"),
+        (lambda m, f, p: build(blocks=0), ValueError, "blocks must be in"),
+        (lambda m, f, p: build(kappa=-1.0), ValueError, "kappa must be positive"),
+        (lambda m, f, p: build(fusion="uniform").assess(f, p), ValueError, "no reliability to assess"),
+        (lambda m, f, p: SAGELoss(unimodal=-1), ValueError, "unimodal must be a finite weight"),
+    ],
+)
+def test_errors_name_the_argument(call, error, match):
+    with pytest.raises(error, match=match):
+        call(build(), *draw())
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+def toy(batch, generator, frames=100):
+    """Two noisy views of a slow signal; which one is good switches in long spans, and loudness tells."""
+    steps = torch.randn(batch, frames, 2, generator=generator)
+    signal = torch.nn.functional.avg_pool1d(steps.transpose(1, 2), 21, 1, 10).transpose(1, 2) * 3.0
+    good = (torch.arange(frames) // 25 + torch.randint(2, (batch, 1), generator=generator)) % 2  # (B, T): which one
+    features = {}
+    for m, (name, dim) in enumerate(DIMS.items()):
+        noise = torch.where(good[..., None] == m, 0.3, 3.0) * torch.randn(batch, frames, 2, generator=generator)
+        mix = torch.linspace(-1, 1, 2 * dim).view(2, dim).sin() + torch.eye(2, dim)
+        features[name] = (signal + noise) @ mix
+    return features, torch.tanh(signal), good
+
+
+def test_learns_whom_to_trust():
+    """In 60 steps: confidence and weight follow the good modality, and the fused prediction beats each one alone."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = SAGE(DIMS, dim=16, blocks=2, stages=2, dropout=0.0)
+    model.fit_statistics([{"features": toy(32, g)[0]}])
+    loss, optimiser = SAGELoss(model.kappa), torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(60):
+        features, labels, _ = toy(16, g)
+        optimiser.zero_grad()
+        loss(model(features), labels)[0].backward()
+        optimiser.step()
+    features, labels, good = toy(64, g)
+    with torch.no_grad():
+        out = model.eval()(features)
+    audio_good = good == 0
+    assert out.weights[..., 0][audio_good].mean() > 0.65
+    assert out.weights[..., 0][~audio_good].mean() < 0.35
+    for m in range(2):
+        trusted = good == m
+        assert out.confidence[..., m][trusted].mean() > out.confidence[..., m][~trusted].mean() + 0.1
+    fused = sum(numpy_ccc(out.prediction[..., c], labels[..., c]) for c in range(2)) / 2
+    alone = [sum(numpy_ccc(out.unimodal[..., m, c], labels[..., c]) for c in range(2)) / 2 for m in range(2)]
+    assert fused > max(alone) + 0.05
