@@ -525,7 +525,7 @@ def write_submission(
     a row needed.
     """
     sample, path = Path(sample_file), Path(path)
-    arrays: dict[str, np.ndarray] = {}
+    rows: dict[str, list[list[float]]] = {}
     for video, frames in read_sample(sample).items():
         if video not in predictions:
             raise ValueError(f"predictions: no prediction for {video!r}, which {sample} names")
@@ -534,11 +534,11 @@ def write_submission(
             raise ValueError(f"predictions[{video!r}]: expected the shape (T, 2), got {values.shape}")
         if len(values) < frames:
             raise ValueError(f"predictions[{video!r}]: {sample} names {frames} frames, got {len(values)}")
-        arrays[video] = values
+        rows[video] = values[:frames].tolist()
     with _replacing(path) as file:
         file.write(SUBMISSION_HEADER + "\n")
         for location, video, frame in _sample_rows(sample):
-            valence, arousal = map(float, arrays[video][frame - 1])
+            valence, arousal = rows[video][frame - 1]
             if not (math.isfinite(valence) and math.isfinite(arousal)):
                 raise ValueError(f"predictions[{video!r}]: frame {frame}: expected numbers, got {valence}, {arousal}")
             file.write(f"{location},{min(max(valence, -1.0), 1.0):.6f},{min(max(arousal, -1.0), 1.0):.6f}\n")

@@ -298,74 +298,77 @@ def test_stages_are_a_markov_chain(many):
 
 @pytest.fixture(scope="module")
 def decoded(clips) -> dict[str, np.ndarray]:
-    """Ridge on the features of now and the mean of the last 8 and 32 frames, fitted on train.
+    """Ridge on random tanh features of now and of the mean of the last 4 and 16 frames, fitted on train: predictions on
+    validation, up to scale, of each modality and of both together."""
+    rng = np.random.default_rng(0)
 
-    Predictions on validation, as widely spread as the labels of train."""
+    def context(rows: np.ndarray) -> np.ndarray:
+        total = np.concatenate([np.zeros((1, rows.shape[1])), rows.cumsum(axis=0)])
+        t = np.arange(1, len(rows) + 1)
+        low = [np.maximum(t - k, 0) for k in (1, 4, 16)]
+        return np.concatenate([(total[t] - total[b]) / (t - b)[:, None] for b in low], axis=1)
 
-    def inputs(split: str, m: str) -> np.ndarray:
-        rows = []
-        for item in clips[split]:
-            x = item["features"][m].numpy().astype(np.float64)
-            total = np.concatenate([np.zeros((1, x.shape[1])), x.cumsum(axis=0)])
-            t = np.arange(1, len(x) + 1)
-            low = [np.maximum(t - k, 0) for k in (1, 8, 32)]
-            rows.append(np.concatenate([(total[t] - total[b]) / (t - b)[:, None] for b in low], axis=1))
-        return np.concatenate(rows)
+    def inputs(m: str) -> list[np.ndarray]:
+        both = [np.concatenate([context(i["features"][m].numpy().astype(float)) for i in clips[s]]) for s in splits]
+        mean, std = both[0].mean(axis=0), both[0].std(axis=0) + 1e-9
+        both = [(x - mean) / std for x in both]
+        inward = rng.standard_normal((len(mean), 300)) / np.sqrt(len(mean))
+        bias = rng.standard_normal(300)
+        return [np.concatenate([x / 10, np.tanh(x @ inward + bias)], axis=1) for x in both]
 
-    def ridge(names: list[str]) -> np.ndarray:
-        x, h = (np.concatenate([inputs(s, m) for m in names], axis=1) for s in ("train", "validation"))
-        mean, std = x.mean(0), x.std(0) + 1e-9
-        x, h = (x - mean) / std, (h - mean) / std
-        y = np.concatenate([item["labels"].numpy() for item in clips["train"]]).astype(np.float64)
-        valid = np.concatenate([item["valid"].numpy() for item in clips["train"]])
-        x, y = x[valid], y[valid]
-        beta = np.linalg.solve(x.T @ x + 30 * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
-        p = x @ beta
-        return h @ beta * (y.std(0) / p.std(0)) + y.mean(0)
+    def ridge(parts: list[list[np.ndarray]]) -> np.ndarray:
+        x, heldout = (np.concatenate(pair, axis=1) for pair in zip(*parts))
+        x, y = x[valid], labels[valid]
+        mean = x.mean(axis=0)
+        gram = (x - mean).T @ (x - mean) + 300 * np.eye(x.shape[1])
+        return (heldout - mean) @ np.linalg.solve(gram, (x - mean).T @ (y - y.mean(axis=0)))
 
+    splits = ("train", "validation")
+    labels, valid = (np.concatenate([item[k].numpy() for item in clips["train"]]) for k in ("labels", "valid"))
+    audio, visual = inputs("audio"), inputs("visual")
     truth = [item["truth"] for item in clips["validation"]]
     return {
-        "audio": ridge(["audio"]),
-        "visual": ridge(["visual"]),
-        "concat": ridge(["audio", "visual"]),
+        "audio": ridge([audio]),
+        "visual": ridge([visual]),
+        "concat": ridge([audio, visual]),
         "labels": np.concatenate([t["labels"] for t in truth]),
         "stage": np.concatenate([t["stage"] for t in truth]),
         "precision": np.concatenate([t["present"] / t["variance"] for t in truth]),
     }
 
 
+def correlation(p: np.ndarray, y: np.ndarray) -> float:
+    return float(np.mean([np.corrcoef(p[:, c], y[:, c])[0, 1] for c in range(2)]))
+
+
 def test_the_stage_says_which_modality_is_good(decoded):
-    """Measured on the embeddings: correlation of a linear decoder's output with the labels, stage by stage."""
-
-    def correlation(m: str, stage: int) -> float:
-        here = decoded["stage"] == stage
-        p, y = decoded[m][here], decoded["labels"][here]
-        return float(np.mean([np.corrcoef(p[:, c], y[:, c])[0, 1] for c in range(2)]))
-
-    audio, visual = ([correlation(m, s) for s in range(4)] for m in ("audio", "visual"))
-    assert audio[0] > visual[0] + 0.2  # speaking
-    assert visual[1] > audio[1] + 0.2  # listening
-    assert visual[3] > audio[3] + 0.2  # silence
-    assert abs(audio[2] - visual[2]) < 0.35  # turn-taking: neither is good
-    assert audio[2] < audio[0]
-    assert visual[2] < visual[1]
+    """Measured on the embeddings: correlation of a decoder's output with the labels, stage by stage."""
+    audio, visual = (
+        [correlation(decoded[m][here], decoded["labels"][here]) for here in (decoded["stage"] == s for s in range(4))]
+        for m in ("audio", "visual")
+    )
+    assert audio[0] > visual[0] + 0.3  # speaking
+    assert visual[1] > audio[1] + 0.3  # listening
+    assert visual[3] > audio[3] + 0.3  # silence
+    assert audio[2] < audio[0]  # turn-taking: neither is at its best, neither is lost
+    assert visual[2] < max(visual[1], visual[3])
+    assert min(audio[2], visual[2]) > 0.25
 
 
 def test_no_modality_suffices_and_knowing_the_noise_helps(root, clips, decoded):
     oracle = oracle_predictions(root, "validation")
-    upper = ccc(np.concatenate([oracle[item["name"]] for item in clips["validation"]]), decoded["labels"])
+    predictions = {m: decoded[m] for m in ("audio", "visual", "concat")}
     weights = decoded["precision"] / np.maximum(decoded["precision"].sum(axis=1, keepdims=True), 1e-9)
-    score = {m: ccc(decoded[m], decoded["labels"]) for m in ("audio", "visual", "concat")}
-    score["average"] = ccc((decoded["audio"] + decoded["visual"]) / 2, decoded["labels"])
-    weighted = weights[:, :1] * decoded["audio"] + weights[:, 1:] * decoded["visual"]
-    score["true weights"] = ccc(weighted, decoded["labels"])
-    best_single = max(score["audio"], score["visual"])
-    assert best_single < 0.65, score
-    assert score["true weights"] > best_single + 0.08, score
-    assert score["true weights"] > score["average"] + 0.08, score
-    assert score["true weights"] > score["concat"] + 0.03, score
-    assert upper > score["concat"] + 0.2, score
-    assert 0.85 < upper < 0.97
+    predictions["average"] = decoded["audio"] + decoded["visual"]
+    predictions["weighted"] = weights[:, :1] * decoded["audio"] + weights[:, 1:] * decoded["visual"]
+    predictions["oracle"] = np.concatenate([oracle[item["name"]] for item in clips["validation"]])
+    score = {name: correlation(p, decoded["labels"]) for name, p in predictions.items()}
+    assert max(score["audio"], score["visual"]) < 0.65, score
+    assert score["weighted"] > max(score["audio"], score["visual"]) + 0.12, score
+    assert score["weighted"] > score["average"] + 0.05, score
+    assert score["weighted"] > score["concat"] + 0.04, score
+    assert score["oracle"] > score["concat"] + 0.15, score
+    assert 0.85 < ccc(predictions["oracle"], decoded["labels"]) < 0.97
 
 
 def test_amplitude_traces_the_noise_without_telling_it(clips):
