@@ -20,9 +20,10 @@ proportional to r / (1 - r).
 Two persons of one video (`_left`, `_right`) have each their own face and annotation and one audio track, which
 follows whoever speaks, or the mean of both; what it carries of the other person counts as noise variance.
 
-How hard it is, as P on validation, the mean of seeds 0 to 2 (`python benchmarks/synthetic_difficulty.py`, one small causal
-network per row, none of this project's models): audio alone .45, visual alone .57, their average .63, one network of the
-sum of both .67, of both joined .71, of the sum weighted by the true inverse variances .79, `oracle_predictions` .93.
+How hard it is, as P on validation, the mean of seeds 0 to 2 (`python benchmarks/synthetic_difficulty.py`, one small
+causal network per row, none of this project's models): audio alone .45, visual alone .57, their average .63, one
+network of the sum of both .67, of both joined .71, of the sum weighted by the true inverse variances .79,
+`oracle_predictions` .93.
 """
 
 from __future__ import annotations
