@@ -67,14 +67,14 @@ def reliability_fusion(
     reliability = reliability.to(compute)
     stages = reliability.shape[-1]
 
-    logit = reliability  # (*, M, S)
+    logit = reliability if present is None else torch.where(present[..., None], reliability, 0.0)  # (*, M, S)
     if log_temperature is not None:
         logit = logit * torch.exp(-log_temperature.to(compute))
     if bias is not None:
         logit = logit + bias.to(compute)
-    if present is not None:
-        logit = torch.where(present[..., None], logit, 0.0)
     stage = reliability.new_full((stages,), 1.0 / stages) if stage is None else stage.to(compute)
+    if present is not None:  # a frame with no modality does not need a stage
+        stage = torch.where(present.any(-1, keepdim=True), stage, 1.0 / stages)
     stage = stage[..., None, :]  # (*, 1, S), against (*, M, S)
 
     confidence = (stage * torch.sigmoid(logit)).sum(-1)  # (*, M)
