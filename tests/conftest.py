@@ -32,6 +32,7 @@ def load_simt() -> ModuleType | None:
 
 
 SIMT = load_simt()
+CUDA = "cuda" in _door.kernels and torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,14 @@ class Backend:
         return small if self.small else full
 
 
-@pytest.fixture(params=["cpu", "cuda"] if SIMT is None else ["cpu", "simt", "cuda"])
+BACKENDS = ["cpu"] + ["simt"] * (SIMT is not None) + ["cuda"] * CUDA  # what is missing is skipped once, in test_backends
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> Backend:
     """The kernels under test: CPU, CUDA, or CUDA under emulation (in the CPU's place for the duration of a test)."""
     name = request.param
     if name == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        if "cuda" not in _door.kernels:
-            pytest.skip("no CUDA kernels in this build")
         return Backend(name, torch.device("cuda", torch.cuda.current_device()), False)
     if name == "simt":
         monkeypatch.setitem(_door.kernels, "cpu", SIMT)
