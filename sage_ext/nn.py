@@ -25,6 +25,9 @@ __all__ = [
 Features = Mapping[str, Tensor] | Sequence[Tensor]
 
 ENERGY_FLOOR = 1e-8  # added to a frame's mean square before the log: a dead modality has a finite, very low energy
+# Adam moves every parameter by about the learning rate a step. A matrix has many that add up, the sharpness is alone:
+# this factor lets it double within a hundred steps at 1e-3.
+SHARPENING_RATE = 8.0
 TYPICALITY_FEATURES = 4  # z of log energy, z of log energy of the difference, and their absolute values
 
 
@@ -308,16 +311,25 @@ class ReliabilityFusion(nn.Module):
         self.emission = nn.Sequential(
             nn.Linear(modalities * width, evidence_dim), nn.GELU(), nn.Linear(evidence_dim, stages)
         )
+        with torch.no_grad():
+            # Stages begin apart, each trusting modalities in turn, and equally believed: if they began alike, the one
+            # that happened to fit best would take all the belief, and the others would never learn.
+            for m, head in enumerate(self.reliability):
+                trusted = torch.arange(stages) % modalities == m
+                head[-1].weight.mul_(0.3)
+                head[-1].bias.copy_(torch.where(trusted, 1.0, -1.0) if modalities > 1 else torch.zeros(stages))
+            self.emission[-1].weight.zero_()
+            self.emission[-1].bias.zero_()
         # Stages last for seconds, not frames: P(stay) = 0.95 before training.
         self.transition = nn.Parameter(torch.eye(stages) * math.log(19.0 * max(stages - 1, 1)))
-        self.log_sharpness = nn.Parameter(torch.zeros(()))
+        self.sharpening = nn.Parameter(torch.zeros(()))
         self.register_buffer("log_temperature", torch.zeros(modalities, stages))
         self.register_buffer("bias", torch.zeros(modalities, stages))
 
     @property
     def sharpness(self) -> Tensor:
         """() how strongly confidence turns into weight; positive."""
-        return self.log_sharpness.exp()
+        return (SHARPENING_RATE * self.sharpening).exp()
 
     def extra_repr(self) -> str:
         dims = dict(zip(self.names, self.in_dims)) if self.names else self.in_dims

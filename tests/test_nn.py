@@ -242,8 +242,19 @@ def test_sharpness_starts_at_one_and_stays_positive():
     module = ReliabilityFusion(DIMS, 8)
     assert module.sharpness.item() == 1.0
     with torch.no_grad():
-        module.log_sharpness.fill_(-30.0)
+        module.sharpening.fill_(-5.0)
     assert module.sharpness.item() > 0
+
+
+def test_stages_begin_apart_and_equally_believed():
+    """Alike, one would take all the belief for good."""
+    module = ReliabilityFusion(DIMS, 8, stages=4)
+    features, _, _ = draw()
+    reliability, stage, _ = module.assess(list(features.values()))
+    torch.testing.assert_close(stage, torch.full_like(stage, 0.25))
+    leaning = (reliability[:, :, 0] - reliability[:, :, 1]).mean((0, 1))  # audio over visual, by stage
+    assert (leaning[0::2] > 1).all()
+    assert (leaning[1::2] < -1).all()
 
 
 def test_calibration_is_saved_but_never_trained():

@@ -246,7 +246,7 @@ def test_config_names_every_constructor_argument():
 
 # ------------------------------------------------------------------------------------------------- compile and friends
 def test_compiles_in_one_graph():
-    model = build()
+    model = build(blocks=2)
     features, present = draw()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     first = compiled(features, present)
@@ -262,7 +262,7 @@ def test_compiles_with_inductor():
 
 
 def test_trains_compiled():
-    model = build(dropout=0.0).train()
+    model = build(dropout=0.0, blocks=1).train()
     features, present = draw()
     labels = torch.rand(BATCH, FRAMES, 2) - 0.5
     grads = []
@@ -275,7 +275,7 @@ def test_trains_compiled():
 
 
 def test_exports_with_dynamic_batch_and_time():
-    model = build()
+    model = build(blocks=2)
     features, present = draw()
     batch, frames = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("frames", min=32, max=4096)
     shape = {0: batch, 1: frames}
@@ -288,7 +288,7 @@ def test_exports_with_dynamic_batch_and_time():
 
 
 def test_exports_the_step_with_state():
-    model = build()
+    model = build(blocks=2)
     features, present = draw()
     state = model(features, present).state
     step = ({k: v[:, :1] for k, v in features.items()}, present[:, :1], None, state)
