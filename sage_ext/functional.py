@@ -259,7 +259,7 @@ def _grouped(pred: Tensor, target: Tensor, mask: Tensor | None, pool: str) -> tu
         raise ValueError(f"pool: expected 'batch' or 'sequence', got {pool!r}")
     if pred.dim() == 3 and pool == "sequence":
         return pred, target, mask
-    frames = pred.numel() // pred.shape[-1] if pred.shape[-1] else 0
+    frames = pred.shape[0] if pred.dim() == 2 else pred.shape[0] * pred.shape[1]
     shape = (1, frames, pred.shape[-1])
     if mask is not None:
         mask = mask.reshape(shape if mask.dim() == pred.dim() else shape[:2])
