@@ -6,6 +6,7 @@ One loop a frame or row, no attempt at speed: what the ops must compute, said a 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.special import expit, log_expit, log_softmax, logsumexp
 
 
@@ -13,7 +14,7 @@ def array(x):
     """float64 (or bool) numpy copy of a tensor; None stays None."""
     if x is None:
         return None
-    return x.detach().cpu().numpy().copy() if x.dtype == __import__("torch").bool else x.detach().cpu().double().numpy()
+    return x.detach().cpu().numpy().copy() if x.dtype == torch.bool else x.detach().cpu().double().numpy()
 
 
 def stage_filter(emission, transition, initial=None, mask=None):
@@ -93,7 +94,7 @@ def ccc_moments(pred, target, mask=None, *, pool="batch"):
     valid = _element_mask(mask, p)
     channels = p.shape[-1]
     if p.ndim == 2 or pool == "batch":
-        p, t, valid = (a.reshape(1, -1, channels) for a in (p, t, valid))
+        p, t, valid = (a.reshape(1, int(np.prod(a.shape[:-1])), channels) for a in (p, t, valid))
     out = np.zeros((p.shape[0], channels, 6))
     for b, c in np.ndindex(p.shape[0], channels):
         x, y = p[b, valid[b, :, c], c], t[b, valid[b, :, c], c]
@@ -108,7 +109,7 @@ def ccc(pred, target, mask=None, *, pool="batch"):
     valid = _element_mask(mask, p)
     channels = p.shape[-1]
     if p.ndim == 2 or pool == "batch":
-        p, t, valid = (a.reshape(1, -1, channels) for a in (p, t, valid))
+        p, t, valid = (a.reshape(1, int(np.prod(a.shape[:-1])), channels) for a in (p, t, valid))
     out = np.array([[_ccc(x[:, c], y[:, c], v[:, c].astype(float)) for c in range(channels)] for x, y, v in zip(p, t, valid)])
     out = out.reshape(p.shape[0], channels)
     return out[0] if pred.dim() == 2 or pool == "batch" else out
