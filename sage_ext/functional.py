@@ -171,7 +171,8 @@ def reliability_fusion(
     result is the same bits whatever rows surround it.
 
     Raises:
-        TypeError: a non-tensor, a dtype that is not floating point, ``values`` of differing dtypes, ``present`` not bool.
+        TypeError: a non-tensor, a dtype that is not floating point, ``values`` of differing dtypes, ``present`` not bool,
+            ``eps`` not a number.
         ValueError: shapes, devices, M, S or eps out of range, or one of norm_weight and norm_bias alone.
     """
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
@@ -217,6 +218,8 @@ def reliability_fusion(
         raise ValueError(f"{missing}: norm_weight and norm_bias go together: expected both or neither, got None")
     _optional("norm_weight", norm_weight, (modalities, dim), "(M, D)", first, "values[0]")
     _optional("norm_bias", norm_bias, (modalities, dim), "(M, D)", first, "values[0]")
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     if not _door.has_kernels(first.device):
@@ -303,10 +306,20 @@ def ccc_moments(
     Returns:
         (C, 6), or (B, C, 6) with ``pool="sequence"``, float64: count, mean_p, mean_t, M2_p, M2_t, C_pt, the last three
         centred sums. Differentiable in ``pred``, ``target`` and ``state``. See `merge_moments`, `ccc_from_moments`.
+
+    Raises:
+        TypeError: a non-tensor or a wrong dtype. ValueError: shapes, devices or ``pool``.
     """
     dims = pred.dim() if isinstance(pred, Tensor) else 0
     pred, target = _pair(pred, target, mask)
     x, y, m = _grouped(pred, target, mask, pool)
+    if state is not None:
+        _moments("state", state)
+        if dims == 3 and pool == "sequence":
+            _shape("state", state, (pred.shape[0], pred.shape[2], 6), "(B, C, 6)")
+        else:
+            _shape("state", state, (pred.shape[-1], 6), "(C, 6)")
+        _device("state", state, pred, "pred")
     if not _door.has_kernels(pred.device):
         moments = reference.ccc_moments(pred, target, mask, pool=pool)
     else:
