@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", "train a model, and calibrate its confidence on the validation split", _train)
     _train_arguments(sub)
 
-    sub = command("evaluate", "score a run on an annotated split: CCC of valence and arousal, and their mean P", _evaluate)
+    sub = command("evaluate", "score a run on an annotated split: CCC_V, CCC_A and their mean P", _evaluate)
     _run_arguments(sub)
     sub.add_argument("--split", choices=("validation", "train"), default="validation", help="annotated split")
     sub.add_argument("--report", metavar="DIR", help="write pictures and report.html there")
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("predict", "write the test split's predictions in the challenge's submission format", _predict)
     _run_arguments(sub)
     sub.add_argument("--out", required=True, metavar="FILE", help="submission file to write")
-    sub.add_argument("--sample", metavar="FILE", help="the organisers' sample file (default: DATA/sample_submission.txt)")
+    sub.add_argument("--sample", metavar="FILE", help="the organisers' sample file (default: in DATA)")
 
     sub = command("info", "show the build, the machine, and which backend serves each op", _info)
 
@@ -152,7 +152,7 @@ def _synth(args: argparse.Namespace) -> int:
         difficulty=args.difficulty, images=args.images,
     )  # fmt: skip
     sizes = ", ".join(f"{name} {dim}" for name, dim in spec.modalities.items())
-    print(f"{args.out}: {spec.train} training, {spec.validation} validation, {spec.test} test videos; features: {sizes}")
+    print(f"{args.out}: {spec.train} training, {spec.validation} validation, {spec.test} test videos; {sizes}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Pictures of a run, as PNG files and as one HTML page that needs nothing beside it.
 
-Each `plot_*` returns a matplotlib figure; `write_report` saves them. Nothing here touches pyplot or its global state, so
-it works without a display and leaves the caller's figures alone. Colours are Okabe and Ito's, told apart by colour-blind
-readers; where lines mean different modalities they differ in dash as well.
+Each `plot_*` returns a matplotlib figure; `write_report` saves them. Nothing here touches pyplot or its global state,
+so it works without a display and leaves the caller's figures alone. Colours are Okabe and Ito's, told apart by
+colour-blind readers; where lines mean different modalities they differ in dash as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442",
 )  # fmt: skip
 MODALITY = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#777777", "black")
-DASH: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), "-", (0, (5, 1.5)), (0, (1.5, 1)), "-")
+DASH: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5))) * 2
 STAGE = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#99DDFF", "#BBCC33", "#AAAA00")  # Tol's light scheme
 GREY = "#D0D0D0"
 STYLE = {
@@ -88,9 +88,7 @@ def plot_clip(
     """
     frames, count = weights.shape
     seconds = np.arange(frames) / fps
-    figure, axes = _figure(
-        11, 9.2, 5, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 2.2, 2.2, 1.4]}
-    )
+    figure, axes = _figure(11, 9.2, 5, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 2.2, 2.2, 1.4]})
     axes = axes[:, 0]
     bad = np.zeros(frames, bool) if valid is None or labels is None else ~np.asarray(valid, bool)
     for c, (axis, target) in enumerate(zip(axes[:2], ("valence", "arousal"))):
@@ -162,7 +160,7 @@ def _stage_band(axis: Any, stage: np.ndarray, seconds: np.ndarray, fps: float) -
 # --------------------------------------------------------------------------------------------------------- calibration
 @_styled
 def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Sequence[str]) -> Any:
-    """Reliability diagrams (`sage_ext.calibration.ReliabilityDiagram`, one a modality), before and after calibration."""
+    """Reliability diagrams (`sage_ext.calibration.ReliabilityDiagram`), one a modality, before and after."""
     from .calibration import expected_calibration_error
 
     count = len(modalities)
@@ -175,7 +173,8 @@ def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Se
             x, y = np.asarray(diagram.predicted), np.asarray(diagram.observed)
             label = f"{name}, error {expected_calibration_error(diagram):.3f}"
             axis.plot(x, y, color=color, marker=marker, markersize=4, linestyle=dash, label=label)
-        axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (stated reliability)", title=modalities[m], aspect="equal")
+        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axis.set(xlabel="confidence (stated reliability)", title=modalities[m])
         axis.legend(loc="upper left")
     axes[0, 0].set_ylabel("observed reliability")
     return figure
@@ -190,7 +189,8 @@ def plot_training(log: Mapping[str, np.ndarray]) -> Any:
     epochs = log["epoch"] + 1
     marker = "o" if len(epochs) < 2 else None
     parts = (("loss", "total", "black"), ("loss_prediction", "1 - CCC, fused", BLUE),
-             ("loss_unimodal", "1 - CCC, unimodal", VERMILLION), ("loss_reliability", "confidence score", GREEN))  # fmt: skip
+             ("loss_unimodal", "1 - CCC, unimodal", VERMILLION),
+             ("loss_reliability", "confidence score", GREEN))  # fmt: skip
     for (column, label, color), dash in zip(parts, DASH):
         loss.plot(epochs, log[column], color=color, linestyle=dash, label=label, marker=marker)
     loss.set(xlabel="epoch", ylabel="training loss, mean of the epoch", title="Loss, and its parts before weighting")
@@ -204,8 +204,9 @@ def plot_training(log: Mapping[str, np.ndarray]) -> Any:
     best = int(np.argmax(log["val_P"]))
     concordance.plot(epochs[best], log["val_P"][best], "o", color=BLUE, markersize=6)
     concordance.annotate(
-        f"best {log['val_P'][best]:.3f}", (epochs[best], log["val_P"][best]), xytext=(0, -14),
+        f"best {log['val_P'][best]:.3f}", (epochs[best], log["val_P"][best]), xytext=(0, -26),
         textcoords="offset points", ha="center", color=BLUE, fontsize=8,
+        bbox={"facecolor": "white", "linewidth": 0, "pad": 1},
     )  # fmt: skip
     concordance.set(xlabel="epoch", ylabel="CCC", title="Concordance")
     rate.plot(epochs, log["lr"], color="black", marker=marker)
@@ -250,7 +251,9 @@ class Table:
         """For a terminal: columns aligned, the first one to the left."""
         cells = [list(self.header), *([_cell(value) for value in row] for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]) for row in cells]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]) for row in cells
+        ]
         return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
 
     def html(self) -> str:
@@ -286,9 +289,8 @@ def write_report(
         png = _png(picture.figure)
         write_atomic(folder / f"{picture.name}.png", png)
         data, caption = base64.b64encode(png).decode(), html.escape(picture.caption)
-        parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-        )
+        image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_CSS}</style></head>\n<body><h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"

@@ -15,7 +15,7 @@ from sage_ext.data.affwild2 import AffWild2
 from sage_ext.training.checkpoint import load_checkpoint
 from sage_ext.training.demo import TruthClips, read_submission
 
-SMALL = ("--dim", "8", "--stages", "2", "--blocks", "2", "--window", "60", "--hop", "40", "--batch-size", "4", "--threads", "1")
+SMALL = ("--dim=8", "--stages=2", "--blocks=2", "--window=60", "--hop=40", "--batch-size=4", "--threads=1")
 
 
 def run(*arguments):
@@ -137,7 +137,9 @@ def test_expected_failures(capsys, trained, data, tmp_path):
     assert not (tmp_path / "new").exists()
     fails(capsys, "evaluate", "--run", tmp_path / "new", message="not a run directory")
     fails(capsys, "evaluate", "--run", trained, "--data", tmp_path, message=str(tmp_path))
-    fails(capsys, "predict", "--run", trained, "--out", tmp_path / "o", "--sample", tmp_path / "s", message="No such file")
+    fails(
+        capsys, "predict", "--run", trained, "--out", tmp_path / "o", "--sample", tmp_path / "s", message="No such file"
+    )
     fails(capsys, "synth", data, message="not empty")
     fails(capsys, "demo", "--out", data, message="not empty")
     damaged = tmp_path / "damaged"

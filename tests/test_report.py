@@ -13,6 +13,7 @@ import torch
 from sage_ext import report
 from sage_ext.calibration import expected_calibration_error, reliability_diagram
 from sage_ext.report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
+from sage_ext.training.trainer import COLUMNS
 
 pytest.importorskip("matplotlib")
 FRAMES = 240
@@ -83,12 +84,15 @@ def test_reliability_picture():
     np.testing.assert_allclose(lines["calibrated"].get_xydata(), [(0, 0), (1, 1)])
 
 
-LOG = "epoch,step,lr,loss,loss_prediction,loss_unimodal,loss_reliability,train_CCC_V,train_CCC_A,train_P,val_CCC_V,val_CCC_A,val_P,best_P\n"
+LOG = ",".join(COLUMNS) + "\n"
 
 
 def test_training_picture(tmp_path):
     path = tmp_path / "log.csv"
-    rows = [[i, 10 * (i + 1), 1e-3, 2 - i / 5, 1, 1, 1, 0.1, 0.2, 0.15, 0.3, 0.5, 0.4 + 0.1 * (i == 2), 0.5] for i in range(4)]
+    rows = [
+        [i, 10 * (i + 1), 1e-3, 2 - i / 5, 1, 1, 1, 0.1, 0.2, 0.15, 0.3, 0.5, 0.4 + 0.1 * (i == 2), 0.5]
+        for i in range(4)
+    ]
     path.write_text(LOG + "".join(",".join(map(str, row)) + "\n" for row in rows))
     log = read_log(path)
     np.testing.assert_allclose(log["val_P"], [0.4, 0.4, 0.5, 0.4])
@@ -169,7 +173,9 @@ def test_callers_matplotlib_is_left_alone(clip):
     before = dict(matplotlib.rcParams)
     report._png(plot_clip(**clip))
     assert dict(matplotlib.rcParams) == before
-    code = "import sage_ext.report, sys; assert 'matplotlib' not in sys.modules; assert 'safetensors' not in sys.modules"
+    code = (
+        "import sage_ext.report, sys; assert 'matplotlib' not in sys.modules; assert 'safetensors' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints: one safetensors file, its scalars as JSON in the file's metadata, a digest over both. Nothing is pickled.
+"""Checkpoints: one safetensors file, scalars as JSON in its metadata, a digest over both. Nothing is pickled.
 
-A checkpoint is any nesting of dicts, lists and tuples whose leaves are tensors, numbers, strings, booleans or None. It is
-one file, written beside its place and renamed into it, so what stands under the name is always one whole checkpoint: the
-old one or the new one, whenever the process dies.
+A checkpoint is any nesting of dicts, lists and tuples whose leaves are tensors, numbers, strings, booleans or None. It
+is one file, written beside its place and renamed into it, so what stands under the name is always one whole
+checkpoint: the old one or the new one, whenever the process dies.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -76,14 +76,15 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, tensors on the CPU. CheckpointError if the file is missing, cut or altered."""
     safetensors = require("safetensors", "train")
+    safetensors_torch = require("safetensors.torch", "train")
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        data = path.read_bytes()  # at once: a library that opens the file twice may meet two files
+        tensors = safetensors_torch.load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
     if _KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a sage_ext checkpoint")

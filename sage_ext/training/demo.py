@@ -1,8 +1,8 @@
 """The whole way on synthetic data: synthesise, train, calibrate, evaluate, predict, report; minutes on two cores.
 
-What is compared is trained alike: the same windows in the same order, the same rehearsed failures, steps, learning rates,
-sizes, loss and choice of the best epoch on the validation split. Scores are on the test split, which nothing was fitted
-to: the submission file that `predict` wrote, against the truth that only the synthesiser knows.
+What is compared is trained alike: the same windows in the same order, the same rehearsed failures, steps, learning
+rates, sizes, loss and choice of the best epoch on the validation split. Scores are on the test split, which nothing was
+fitted to: the submission file that `predict` wrote, against the truth that only the synthesiser knows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ from ..data.synthetic import oracle_predictions, write_dataset
 from ..files import write_atomic
 from ..report import Table, write_report
 from .evaluate import score
-from .runs import Run, calibrate_run, calibration_pictures, clip_pictures, evaluate_clips, predict_run, training_pictures
+from .runs import (
+    Run,
+    calibrate_run,
+    calibration_pictures,
+    clip_pictures,
+    evaluate_clips,
+    predict_run,
+    training_pictures,
+)
 from .trainer import RunError, TrainConfig, train
 
 MARKER = "demo.json"
@@ -87,7 +95,7 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, overwrite: bool = False)
     began, out = time.monotonic(), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (overwrite and (out / MARKER).exists()):
-            hint = "give --overwrite to replace it" if (out / MARKER).exists() else "and no earlier demo; name another directory"
+            hint = "give --overwrite to replace it" if (out / MARKER).exists() else "and no earlier demo"
             raise RunError(f"{out}: is not empty, {hint}")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -153,9 +161,6 @@ def _score(out: Path, data: Path, seed: int, runs: dict[str, Path]) -> tuple[lis
     chosen = sorted(truth, key=lambda clip: -clip.num_frames)[:3]
     best = {clip.name: _best_weights(data, clip.name) for clip in chosen}
     pictures = [*clip_pictures(run, found, chosen, best), *calibration_pictures(run, found), *training_pictures(run)]
-    write_atomic(
-        out / "result.json",
-        json.dumps({table.title: [dict(zip(("", *table.header[1:]), row)) for row in table.rows] for table in tables}) + "\n",
-    )
+    result = {table.title: [dict(zip(table.header, row)) for row in table.rows] for table in tables}
+    write_atomic(out / "result.json", json.dumps(result, indent=1) + "\n")
     return tables, write_report(out / "report", f"SAGE demonstration, seed {seed}", pictures, tables[::-1])
-

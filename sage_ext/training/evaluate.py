@@ -53,8 +53,10 @@ def predict_clip(
     model.eval()
     try:
         with torch.inference_mode():
-            run = _causal if model.config["causal"] else _overlapping  # type: ignore[index, operator]
-            pieces = run(model, clip, names, chunk if run is _causal else (window, hop), torch.device(device))
+            if model.causal:
+                pieces = _causal(model, clip, names, chunk, torch.device(device))
+            else:
+                pieces = _overlapping(model, clip, names, (window, hop), torch.device(device))
     finally:
         model.train(was_training)
     return ClipPrediction(*(piece.astype(np.float32) for piece in pieces))

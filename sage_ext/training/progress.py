@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live line on a terminal, one line an epoch elsewhere, and TensorBoard if asked."""
+"""What a run shows while it trains: a live line on a terminal, one line an epoch elsewhere, TensorBoard if asked."""
 
 from __future__ import annotations
 

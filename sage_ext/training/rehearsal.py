@@ -64,8 +64,8 @@ class Rehearsal:
 
     def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """`batch` as `sage_ext.data.windows.collate` makes it: features {name: (B, W, D)}, present (B, W, M) bool,
-        frame (B, W) bool, clip (B,); all on the CPU. Returns a new batch that shares nothing it changed with the old one,
-        with "rehearsed" (B, W, M) bool: where a modality failed. The draws depend on `generator` alone."""
+        frame (B, W) bool, clip (B,); all on the CPU. Returns a new batch that shares nothing it changed with the old
+        one, with "rehearsed" (B, W, M) bool: where a modality failed. The draws depend on `generator` alone."""
         features = {name: value.clone() for name, value in batch["features"].items()}
         present = batch["present"].clone()
         out = {**batch, "features": features, "present": present, "rehearsed": torch.zeros_like(present)}
@@ -125,7 +125,7 @@ class Rehearsal:
             rest -= share
             if rest < 0:
                 return kind
-        return next(kind for kind, share in reversed(self.kinds.items()) if share > 0)
+        return [kind for kind, share in self.kinds.items() if share > 0][-1]
 
     def _draw_span(self, frame: Tensor, generator: torch.Generator) -> tuple[int, int]:
         """[start, stop) of a failure that begins in an existing frame (padding is at the end)."""

@@ -65,7 +65,9 @@ class Run:
             state["epoch"], state["step"], state["calibration"], device,
         )  # fmt: skip
 
-    def open(self, root: str | os.PathLike[str] | None, split: str, sample: str | os.PathLike[str] | None = None) -> AffWild2:
+    def open(
+        self, root: str | os.PathLike[str] | None, split: str, sample: str | os.PathLike[str] | None = None
+    ) -> AffWild2:
         """A split of the data set at `root` (default: the one trained on) with the model's modalities."""
         data = AffWild2(self.data if root is None else root, split, modalities=self.names, sample_file=sample)
         want = dict(zip(self.names, self.model.in_dims))
@@ -138,10 +140,15 @@ def _held_out(halves: Sequence[Evidence], kappa: float, names: Sequence[str]) ->
     confidence = []
     for ours, theirs in (halves, halves[::-1]):
         fitted = fit_calibration(*theirs, kappa=kappa)
-        confidence.append(calibrated_confidence(ours.reliability.double(), ours.stage.double(), *(p.double() for p in fitted)))
+        confidence.append(
+            calibrated_confidence(ours.reliability.double(), ours.stage.double(), *(p.double() for p in fitted))
+        )
     r, whole = torch.cat(confidence), _join(halves)
     return _errors(
-        [reliability_diagram(r[:, m], whole.squared_error[:, m], whole.mask[:, m], kappa=kappa) for m in range(len(names))],
+        [
+            reliability_diagram(r[:, m], whole.squared_error[:, m], whole.mask[:, m], kappa=kappa)
+            for m in range(len(names))
+        ],
         names,
     )
 
@@ -157,9 +164,7 @@ class Evaluation:
     after: list[ReliabilityDiagram]
 
 
-def evaluate_clips(
-    run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (1, 1), chunk: int = 3000
-) -> Evaluation:
+def evaluate_clips(run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (1, 1), chunk: int = 3000) -> Evaluation:
     """Score annotated `clips` (iterated twice), and compare confidence with error before and after calibration."""
     scores, predictions = evaluate(functools.partial(run.predict, smooth=smooth, chunk=chunk), clips, run.names)
     before: list[ReliabilityDiagram] = []
@@ -224,7 +229,9 @@ def evaluate_run(
 
 def score_table(result: Mapping[str, Any]) -> Table:
     valence, arousal = result["post_processing"]["mean_filter_frames"].values()
-    smooth = "no post-processing" if valence == arousal == 1 else f"centred mean filter: valence {valence}, arousal {arousal} frames"
+    smooth = "no post-processing"
+    if (valence, arousal) != (1, 1):
+        smooth = f"centred mean filter: valence {valence}, arousal {arousal} frames (fused only)"
     return Table(
         f"Concordance on the {result['split']} split",
         ("", "CCC_V", "CCC_A", "P"),
@@ -232,9 +239,8 @@ def score_table(result: Mapping[str, Any]) -> Table:
             ("fused" if name == "fused" else f"{name}, own head", *(s[key] for key in ("CCC_V", "CCC_A", "P")))
             for name, s in result["scores"].items()
         ],
-        f"{result['valid_frames']} valid frames of {result['videos']} videos taken together; {smooth}"
-        + ("" if valence == arousal == 1 else " (fused only)")
-        + f"; epoch {result['epoch']}.",
+        f"{result['valid_frames']} valid frames of {result['videos']} videos taken together; {smooth}; "
+        f"epoch {result['epoch']}.",
     )
 
 
@@ -246,13 +252,15 @@ def calibration_table(result: Mapping[str, Any]) -> list[Table]:
     header = ["", "before", "after"]
     if error.get("held_out"):
         header.append("held out")
-        note += " After: on the frames that were fitted. Held out: each half of the videos with the other half's calibration."
+        note += "\nAfter: on the frames that were fitted. Held out: each half of the videos, fitted on the other half."
     rows = [[name, *(error[key.replace(" ", "_")][name] for key in header[1:])] for name in error["before"]]
     return [Table("Expected calibration error of the confidence", header, rows, note)]
 
 
 def training_pictures(run: Run) -> list[Picture]:
-    text = "Training: loss and its parts, and concordance. Training P is lower than it looks harder: its windows hold rehearsed failures."
+    text = (
+        "Training: loss and its parts, and concordance. The training windows hold rehearsed failures, validation none."
+    )
     return [Picture("training", text, plot_training(read_log(run.path / LOG)))]
 
 
@@ -260,9 +268,9 @@ def calibration_pictures(run: Run, found: Evaluation) -> list[Picture]:
     if not found.before:
         return []
     text = (
-        "Reliability diagram: frames in 15 equal groups by the confidence of a modality, against the reliability that the "
-        f"errors of its own head show, 1 / (1 + mean squared error / kappa²), kappa = {run.model.kappa:g}. On the diagonal "
-        "confidence is what it claims."
+        "Reliability diagram: frames in 15 equal groups by the confidence of a modality, against the reliability that "
+        f"the errors of its own head show, 1 / (1 + mean squared error / kappa²), kappa = {run.model.kappa:g}. On the "
+        "diagonal confidence is what it claims."
     )
     return [Picture("reliability", text, plot_reliability(found.before, found.after, run.names))]
 
@@ -279,7 +287,7 @@ def clip_pictures(
             present=present, best_weights=None if best_weights is None else best_weights[clip.name],
         )  # fmt: skip
         text = (
-            f"{clip.name}: prediction and annotation, each modality's weight and confidence (bars at the foot: missing), "
+            f"{clip.name}: prediction and annotation, each modality's weight and confidence (bars: missing), "
             "and the posterior of the interaction stage."
         )
         pictures.append(Picture(f"video-{clip.name}", text, figure))

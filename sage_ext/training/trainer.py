@@ -7,8 +7,8 @@
 
 Whatever happens in an epoch is a function of the configuration, the data and the last checkpoint: the order of the
 windows and the rehearsed failures are drawn from generators seeded by (seed, epoch) and (seed, step), dropout from the
-global generator whose state is in the checkpoint. So on the CPU a run that is killed at any moment and resumed ends with
-the same bits, `log.csv` included, as one that was left alone.
+global generator whose state is in the checkpoint. So on the CPU a run that is killed at any moment and resumed ends
+with the same bits, `log.csv` included, as one that was left alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -256,7 +257,9 @@ class Training:
             return
         size = path.stat().st_size if path.exists() else 0
         if size < self.log_bytes:
-            raise RunError(f"{path}: {size} bytes, but the checkpoint was made with {self.log_bytes}; cannot continue it")
+            raise RunError(
+                f"{path}: {size} bytes, but the checkpoint was made with {self.log_bytes}; cannot continue it"
+            )
         with open(path, "r+b") as file:
             file.truncate(self.log_bytes)
 
@@ -279,7 +282,8 @@ class Training:
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "order", self.epoch))
         order = torch.randperm(len(self.windows), generator=generator).tolist()
         size = self.config.batch_size
-        batches = [order[i * size : (i + 1) * size] for i in range(self.per_epoch)]  # the last, incomplete one is left out
+        # The last, incomplete batch is left out (unless it is the only one).
+        batches = [order[i * size : (i + 1) * size] for i in range(self.per_epoch)]
         # The loader draws its workers' base seed from the generator given here, not from the global one.
         return DataLoader(
             self.windows,
@@ -351,8 +355,8 @@ class Training:
 
 
 def open_data(config: TrainConfig) -> dict[str, AffWild2]:
-    """The training and validation splits, all modalities: rehearsed failures are drawn over all the data set has, so that
-    a model of some of them trains on the same failures. ValueError for a modality the data set lacks."""
+    """The training and validation splits, all modalities: rehearsed failures are drawn over all the data set has, so
+    that a model of some of them trains on the same failures. ValueError for a modality the data set lacks."""
     data = {split: AffWild2(config.data, split) for split in ("train", "validation")}
     have = data["train"].modalities
     if dict(data["validation"].modalities) != dict(have):
@@ -371,7 +375,7 @@ def data_shape(data: Mapping[str, AffWild2]) -> dict[str, Any]:
         frames = valid = 0
         for clip in clips:
             digest.update(f"{clip.name} {clip.num_frames} ".encode())
-            digest.update(clip.labels.tobytes())
+            digest.update(np.ascontiguousarray(clip.labels).tobytes())
             frames, valid = frames + clip.num_frames, valid + int(clip.valid.sum())
         shape[split] = {"clips": len(clips), "frames": frames, "valid": valid, "annotations": digest.hexdigest()[:16]}
     return shape

@@ -9,7 +9,9 @@ from sage_ext.training.trainer import TrainConfig
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "set"
-    write_dataset(root, seed=3, train=6, validation=4, test=4, frames=(120, 260), modalities={"audio": 12, "visual": 16})
+    write_dataset(
+        root, seed=3, train=6, validation=4, test=4, frames=(120, 260), modalities={"audio": 12, "visual": 16}
+    )
     return root
 
 

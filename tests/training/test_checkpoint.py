@@ -21,8 +21,17 @@ def make_state(seed=0):
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(7, 5, generator=g)
     return {
-        "model": {"w": weight, "half": weight.bfloat16(), "t": weight.T, "flag": torch.tensor(True), "none": torch.zeros(0, 3)},
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 1: {}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]},
+        "model": {
+            "w": weight,
+            "half": weight.bfloat16(),
+            "t": weight.T,
+            "flag": torch.tensor(True),
+            "none": torch.zeros(0, 3),
+        },
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}],
+        },
         "rng": torch.get_rng_state(),
         "numbers": {"third": 1 / 3, "inf": -math.inf, "big": 2**62, "text": "naïve\n", "none": None, "yes": True},
         "moments": None,
@@ -57,6 +66,7 @@ def test_round_trip_is_exact(tmp_path):
 
 def test_optimizer_state_survives(tmp_path):
     """AdamW's own state dict has integer keys and tensors inside lists; it must load and go on identically."""
+
     def make():
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
@@ -92,7 +102,9 @@ def test_every_truncation_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, make_state())
     whole = path.read_bytes()
-    for size in sorted({0, 1, 7, 8, 9, 100, *np.random.default_rng(0).integers(0, len(whole), 40).tolist(), len(whole) - 1}):
+    for size in sorted(
+        {0, 1, 7, 8, 9, 100, *np.random.default_rng(0).integers(0, len(whole), 40).tolist(), len(whole) - 1}
+    ):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"a\.safetensors"):
             load_checkpoint(path)

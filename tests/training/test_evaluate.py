@@ -44,7 +44,9 @@ def test_score_is_over_the_concatenated_valid_frames(data):
     assert got["CCC_V"] == pytest.approx(want[0], abs=1e-12)
     assert got["CCC_A"] == pytest.approx(want[1], abs=1e-12)
     assert got["P"] == pytest.approx(sum(want) / 2, abs=1e-12)
-    per_video = np.mean([[numpy_ccc(said[c.name][v][:, k], c.labels[v][:, k]) for k in range(2)] for c, v in zip(clips, valid)])
+    per_video = np.mean(
+        [[numpy_ccc(said[c.name][v][:, k], c.labels[v][:, k]) for k in range(2)] for c, v in zip(clips, valid)]
+    )
     assert abs(per_video - got["P"]) > 0.02
 
 
@@ -104,7 +106,7 @@ def test_centred_windows_are_averaged_per_frame(data, window, hop):
     total = clip.num_frames
     last = max(total - window, 0)
     sums, counts = np.zeros((total, 2)), np.zeros((total, 1))
-    for start in [s for s in range(0, last, hop)] + [last]:
+    for start in [*range(0, last, hop), last]:
         stop = min(start + window, total)
         item = clip_tensors(clip, names, start, stop)
         with torch.no_grad():

@@ -183,7 +183,9 @@ def test_rates_and_lengths():
 def test_every_kind_occurs_in_proportion():
     batch = make_batch(rows=3000, frames=20, dims=(3, 3), pad=False)
     batch["present"][:] = True
-    batch["features"] = {n: 3 + torch.randn(3000, 20, 3, generator=torch.Generator().manual_seed(1)) for n in ("a", "b")}
+    batch["features"] = {
+        n: 3 + torch.randn(3000, 20, 3, generator=torch.Generator().manual_seed(1)) for n in ("a", "b")
+    }
     out = rehearse(batch, probability=1.0, whole=1.0, kinds={"zero": 1, "freeze": 2, "drop": 1})
     counts = dict.fromkeys(KINDS, 0)
     for m, name in enumerate(batch["features"]):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -134,9 +135,9 @@ _PROGRAM = "import sys; from sage_ext.cli import main; sys.exit(main(sys.argv[1:
 
 def _train_process(data, run, *more):
     arguments = [
-        "train", "--data", str(data), "--run", str(run), "--dim", "8", "--stages", "2", "--blocks", "2", "--window", "60",
-        "--hop", "20", "--batch-size", "4", "--epochs", "10", "--lr", "3e-3", "--threads", "1", "--checkpoint-every", "3",
-        *more,
+        "train", "--data", str(data), "--run", str(run), "--dim", "8", "--stages", "2", "--blocks", "2",
+        "--window", "60", "--hop", "20", "--batch-size", "4", "--epochs", "10", "--lr", "3e-3", "--threads", "1",
+        "--checkpoint-every", "3", *more,
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.PIPE
@@ -275,7 +276,9 @@ def test_resume_with_another_configuration_or_data(tiny, tmp_path, data):
     with pytest.raises(RunError, match="rehearsal"):
         quiet(dataclasses.replace(tiny, epochs=1, rehearsal=Rehearsal(probability=0.1)), run, resume=True)
     other = tmp_path / "other"
-    write_dataset(other, seed=4, train=6, validation=4, test=0, frames=(120, 260), modalities={"audio": 12, "visual": 16})
+    write_dataset(
+        other, seed=4, train=6, validation=4, test=0, frames=(120, 260), modalities={"audio": 12, "visual": 16}
+    )
     with pytest.raises(RunError, match="other data"):
         quiet(dataclasses.replace(tiny, epochs=1, data=str(other)), run, resume=True)
 
@@ -332,7 +335,9 @@ def test_one_modality_trains_on_the_same_failures(tiny, tmp_path, monkeypatch):
     def spy(tag):
         def inner(self, batch):
             features, present, frame = real(self, batch)
-            seen.setdefault(tag, []).append((features["visual"].clone(), present[..., self.names.index("visual")].clone()))
+            seen.setdefault(tag, []).append(
+                (features["visual"].clone(), present[..., self.names.index("visual")].clone())
+            )
             return features, present, frame
 
         return inner
@@ -352,7 +357,7 @@ def test_learning_rate():
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9] == max(rates) == pytest.approx(1e-3)
-    assert all(b < a for a, b in zip(rates[10:], rates[11:]))
+    assert all(b < a for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(1e-3 / 50, rel=0.05)
     assert all(rate > 0 for rate in (learning_rate(config, step, 3) for step in range(3)))
 
@@ -362,7 +367,8 @@ def test_learning_rate():
     [
         ({"window": 1}, "window"), ({"hop": 400}, "hop"), ({"batch_size": 0}, "batch_size"), ({"lr": 0.0}, "lr"),
         ({"lr": math.nan}, "lr"), ({"epochs": 0}, "epochs"), ({"max_steps": 0}, "max_steps"), ({"seed": -1}, "seed"),
-        ({"unimodal_weight": -1.0}, "unimodal_weight"), ({"threads": 0}, "threads"), ({"grad_clip": math.inf}, "grad_clip"),
+        ({"unimodal_weight": -1.0}, "unimodal_weight"), ({"threads": 0}, "threads"),
+        ({"grad_clip": math.inf}, "grad_clip"),
     ],
 )  # fmt: skip
 def test_bad_configuration(bad, message):
