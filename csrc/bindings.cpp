@@ -15,6 +15,10 @@
 
 namespace py = pybind11;
 
+#if defined(SAGE_SIMT)
+void bind_simt(py::module_ m);  // tests/simt/control.cpp
+#endif
+
 namespace {
 
 using Address = uintptr_t;
@@ -253,5 +257,8 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
 #endif
 #if defined(SAGE_WITH_CUDA)
   SAGE_BIND(m.def_submodule("cuda"), sage::cuda);
+#endif
+#if defined(SAGE_SIMT)
+  bind_simt(m.def_submodule("simt"));
 #endif
 }

@@ -48,9 +48,17 @@ struct StageFilterBackward {
   void* grad_emission;         // (B, T, S)
   void* grad_transition;       // (S, S)
   void* grad_initial;          // (B, S) or null; summed over B by the caller where one row served all
-  double* workspace;           // stage_filter_workspace(batch, stages) doubles
+  double* workspace;           // stage_filter_workspace() doubles
 };
-inline int64_t stage_filter_workspace(int64_t batch, int stages) { return batch * stages * stages; }
+// A GPU cuts long sequences, by their length alone, into chunks of this many frames (the last one up to twice as many).
+constexpr int64_t kStageChunkFrames = 256, kStageWholeFrames = 1024;
+inline int64_t stage_cuda_chunks(int64_t frames) {
+  return frames <= kStageWholeFrames ? 1 : frames / kStageChunkFrames;
+}
+// (S, S) flows of each sequence or, on a GPU, each chunk
+inline int64_t stage_filter_workspace(int64_t batch, int64_t frames, int stages) {
+  return batch * stage_cuda_chunks(frames) * stages * stages;
+}
 
 // ---------------------------------------------------------------------------- reliability_fusion (spec 1.2)
 struct FusionForward {
@@ -96,9 +104,15 @@ inline int64_t fusion_chunk_rows(int64_t rows) {
   return per < kFusionChunkRows ? kFusionChunkRows : (per + kFusionChunkRows - 1) / kFusionChunkRows * kFusionChunkRows;
 }
 inline int64_t fusion_chunks(int64_t rows) { return (rows + fusion_chunk_rows(rows) - 1) / fusion_chunk_rows(rows); }
+// On a GPU a chunk is the rows of one block.
+inline int64_t fusion_cuda_chunk_rows(int64_t rows) {
+  const int64_t per = (rows + 1023) / 1024;
+  return per < 32 ? 32 : (per + 31) / 32 * 32;
+}
 inline int64_t fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages, bool norm) {
-  // a chunk's sums in double, and beside them its running sums in the arithmetic type
-  return 2 * fusion_chunks(rows) * fusion_param_count(dim, modalities, stages, norm);
+  // CPU: a chunk's sums in double, and beside them its running sums in the arithmetic type; GPU: a chunk's sums
+  const int64_t per = fusion_cuda_chunk_rows(rows), cpu = 2 * fusion_chunks(rows), cuda = (rows + per - 1) / per;
+  return (cpu > cuda ? cpu : cuda) * fusion_param_count(dim, modalities, stages, norm);
 }
 
 // ------------------------------------------------------------------------------------------ ccc (spec 1.3)
@@ -156,15 +170,16 @@ struct TemporalForward {
   double* workspace;       // temporal_workspace() doubles, on every backend
 };
 
-// Frames of the window stack, and doubles of workspace: lanes in eights, 6 moments a stacked frame, and for backward 5
-// slopes and a decay a frame.
+// Frames of the CPU's window stack, and doubles of workspace, enough for every backend: lanes in eights, 6 moments a
+// frame of the window mode (a GPU keeps all of them); for backward 5 slopes and a decay a frame, or, in window mode, the
+// slopes and their running sums.
 inline int64_t temporal_stack(int64_t frames, int64_t window, int64_t history) {
   return window == 0 ? 0 : window < history + frames ? window : history + frames;
 }
 inline int64_t temporal_workspace(int64_t batch, int64_t frames, int channels, int64_t window, int64_t history,
                                   bool backward) {
   const int64_t lanes = (batch * channels + 7) / 8 * 8;
-  return lanes * 6 * (temporal_stack(frames, window, history) + (backward ? frames : 0));
+  return lanes * (window ? 6 * (history + frames) + (backward ? 10 * frames : 0) : backward ? 6 * frames : 0);
 }
 
 struct TemporalBackward {

@@ -91,39 +91,11 @@ template <class A> void weigh(const FusionForward& q, const Calibration<A>& c, G
   for (int m = 0; m < q.modalities; ++m) g.weight[m] = select(g.any_present, g.weight[m] / total, zero);
 }
 
-template <class T, class A> SAGE_FN void statistics(const T* x, int64_t dim, A eps, A& mean, A& rstd) {
-  using V = Lanes<A>;
-  constexpr int W = V::width;
-  const int64_t full = dim / W * W, unrolled = dim / (4 * W) * (4 * W);
-  const int tail = int(dim - full);
-  V s[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
-  int64_t d = 0;
-  for (; d < unrolled; d += 4 * W)
-    for (int k = 0; k < 4; ++k) s[k] += load(x + d + k * W);
-  for (; d < full; d += W) s[0] += load(x + d);
-  if (tail) s[1] += load(x + d, tail);
-  mean = sum((s[0] + s[1]) + (s[2] + s[3])) / A(dim);
-  const V mu(mean);
-  for (int k = 0; k < 4; ++k) s[k] = V(A(0));
-  for (d = 0; d < unrolled; d += 4 * W)
-    for (int k = 0; k < 4; ++k) {
-      const V c = load(x + d + k * W) - mu;
-      s[k] = fma(c, c, s[k]);
-    }
-  for (; d < full; d += W) {
-    const V c = load(x + d) - mu;
-    s[0] = fma(c, c, s[0]);
-  }
-  if (tail) {
-    const V c = select(first<A>(tail), load(x + d, tail) - mu, V(A(0)));
-    s[1] = fma(c, c, s[1]);
-  }
-  const A variance = sum((s[0] + s[1]) + (s[2] + s[3])) / A(dim);
-  rstd = A(1) / A(__builtin_sqrt(double(variance + eps)));
-}
+SAGE_FN float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
+SAGE_FN double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
 
-// What the feature loops need of one row. An absent modality has weight and scale 0 and borrows the row of one that is
-// present, so that it is never read; rows without any modality are not here.
+// What the feature loops need of one row. An absent modality has weight, scale and shift 0 and borrows the row of one
+// that is present, so that its own is never read; rows without any modality are not among these.
 template <class T, class A> struct Row {
   int64_t row;
   const T* x[kMaxModalities];
@@ -131,71 +103,118 @@ template <class T, class A> struct Row {
   bool present[kMaxModalities];
 };
 
-// The rows of a block that have a modality, with their statistics. Returns how many.
-template <class T, class A, bool Norm>
-int read_rows(const FusionForward& q, int64_t row, int rows, const Gate<A>& g, bool have_stats, Row<T, A>* out) {
-  const int M = q.modalities;
+// The rows of a block that have a modality. Returns how many.
+template <class T, class A>
+int live_rows(const FusionForward& q, int64_t row, int rows, const Gate<A>& g, Row<T, A>* out) {
   int count = 0;
   for (int l = 0; l < rows; ++l) {
     if (!g.any_present.v[l]) continue;
     Row<T, A>& r = out[count++];
     r.row = row + l;
     const T* borrowed = nullptr;
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < q.modalities; ++m) {
       r.present[m] = g.present[m].v[l] != 0;
       r.weight[m] = g.weight[m][l];
       r.x[m] = (const T*)q.values[m] + r.row * q.row_stride[m];
+      r.scale[m] = r.shift[m] = 0;
       if (r.present[m] && !borrowed) borrowed = r.x[m];
     }
-    for (int m = 0; m < M; ++m) {
-      A mean = 0, rstd = 0;
-      A* stats = q.stats ? (A*)q.stats + (r.row * M + m) * 2 : nullptr;
+    for (int m = 0; m < q.modalities; ++m)
       if (!r.present[m]) r.x[m] = borrowed;
-      if (Norm) {
-        if (have_stats) mean = stats[0], rstd = stats[1];
-        else if (r.present[m]) statistics(r.x[m], q.dim, A(q.eps), mean, rstd);
-        if (stats && !have_stats) stats[0] = mean, stats[1] = rstd;
-      }
-      r.scale[m] = rstd;
-      r.shift[m] = -mean * rstd;
-    }
   }
   return count;
 }
 
-template <class T, class A, bool Norm, int R, int K>
-SAGE_FN void mix_rows(const FusionForward& q, const Row<T, A>* rows, int modalities) {
+// scale and shift from what forward saved.
+template <class T, class A> SAGE_FN void recall(const FusionForward& q, Row<T, A>* rows, int count) {
+  for (int i = 0; i < count; ++i)
+    for (int m = 0; m < q.modalities; ++m) {
+      const A* stats = (const A*)q.stats + (rows[i].row * q.modalities + m) * 2;
+      rows[i].scale[m] = stats[1];
+      rows[i].shift[m] = -stats[0] * stats[1];
+    }
+}
+
+// LayerNorm statistics of R rows, one modality: the mean, then the squares about it.
+template <class T, class A, int R> SAGE_FN void statistics(const FusionForward& q, Row<T, A>* rows, int m) {
   using V = Lanes<A>;
   constexpr int W = V::width;
+  V s[R][2];
+  A mean[R], variance[R];
+  for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = V(A(0));
+  int64_t d = 0;
+  for (; d + 2 * W <= q.dim; d += 2 * W)
+    for (int r = 0; r < R; ++r) {
+      s[r][0] += load(rows[r].x[m] + d);
+      s[r][1] += load(rows[r].x[m] + d + W);
+    }
+  for_each_vector<W>(q.dim - d, [&](int64_t k, auto at) {
+    for (int r = 0; r < R; ++r) s[r][0] += at.read(rows[r].x[m] + d + k);
+  });
+  for (int r = 0; r < R; ++r) mean[r] = sum(s[r][0] + s[r][1]) / A(q.dim);
+  for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = V(A(0));
+  for (d = 0; d + 2 * W <= q.dim; d += 2 * W)
+    for (int r = 0; r < R; ++r) {
+      const V a = load(rows[r].x[m] + d) - V(mean[r]), b = load(rows[r].x[m] + d + W) - V(mean[r]);
+      s[r][0] = fma(a, a, s[r][0]);
+      s[r][1] = fma(b, b, s[r][1]);
+    }
+  for_each_vector<W>(q.dim - d, [&](int64_t k, auto at) {
+    const int n = int(q.dim - d - k);
+    for (int r = 0; r < R; ++r) {
+      const V a = select(first<A>(n), at.read(rows[r].x[m] + d + k) - V(mean[r]), V(A(0)));
+      s[r][0] = fma(a, a, s[r][0]);
+    }
+  });
+  for (int r = 0; r < R; ++r) variance[r] = sum(s[r][0] + s[r][1]) / A(q.dim);
+  for (int r = 0; r < R; ++r) {
+    const bool present = rows[r].present[m];
+    const A rstd = inverse_root(variance[r] + A(q.eps));
+    rows[r].scale[m] = present ? rstd : A(0);
+    rows[r].shift[m] = present ? -mean[r] * rstd : A(0);
+    if (q.stats) {
+      A* stats = (A*)q.stats + (rows[r].row * q.modalities + m) * 2;
+      stats[0] = present ? mean[r] : A(0);
+      stats[1] = present ? rstd : A(0);
+    }
+  }
+}
+
+template <class T, class A, bool Norm, int R, int K>
+SAGE_FN void mix_rows(const FusionForward& q, Row<T, A>* rows, int modalities) {
+  using V = Lanes<A>;
   const int M = K ? K : modalities;
-  for (int64_t d = 0; d < q.dim; d += W) {
-    const int n = int(q.dim - d < W ? q.dim - d : W);
+  if (Norm)
+    for (int m = 0; m < M; ++m) statistics<T, A, R>(q, rows, m);
+  const A *gammas = (const A*)q.norm_weight, *betas = (const A*)q.norm_bias;
+  constexpr int kM = K ? K : kMaxModalities;
+  A weight[R][kM], scale[R][kM], shift[R][kM];
+  const T* x[R][kM];
+  T* to[R];
+  for (int r = 0; r < R; ++r) {
+    to[r] = (T*)q.fused + rows[r].row * q.dim;
+    for (int m = 0; m < M; ++m) {
+      x[r][m] = rows[r].x[m];
+      weight[r][m] = rows[r].weight[m];
+      scale[r][m] = rows[r].weight[m] * rows[r].scale[m];
+      shift[r][m] = rows[r].weight[m] * rows[r].shift[m];
+    }
+  }
+  const int64_t dim = q.dim;
+  for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
     V out[R];
     for (int r = 0; r < R; ++r) out[r] = V(A(0));
     for (int m = 0; m < M; ++m) {
       V gamma, beta;
-      if (Norm) {
-        const A *w = (const A*)q.norm_weight + m * q.dim + d, *b = (const A*)q.norm_bias + m * q.dim + d;
-        gamma = n == W ? load(w) : load(w, n);
-        beta = n == W ? load(b) : load(b, n);
-      }
+      if (Norm) gamma = at.read(gammas + m * dim + d), beta = at.read(betas + m * dim + d);
       for (int r = 0; r < R; ++r) {
-        const V x = n == W ? load(rows[r].x[m] + d) : load(rows[r].x[m] + d, n);
-        const V w(rows[r].weight[m]);
-        if (Norm) {
-          const V y = fma(fma(x, V(rows[r].scale[m]), V(rows[r].shift[m])), gamma, beta);
-          out[r] = fma(w, y, out[r]);
-        } else {
-          out[r] = fma(w, x, out[r]);
-        }
+        const V v = at.read(x[r][m] + d), w(weight[r][m]);
+        if (Norm) out[r] = fma(w, beta, fma(fma(v, V(scale[r][m]), V(shift[r][m])), gamma, out[r]));
+        else out[r] = fma(w, v, out[r]);
       }
     }
-    for (int r = 0; r < R; ++r) {
-      T* to = (T*)q.fused + rows[r].row * q.dim + d;
-      if (n == W) store(to, out[r]);
-      else store(to, out[r], n);
-    }
-  }
+    for (int r = 0; r < R; ++r) at.write(to[r] + d, out[r]);
+  });
 }
 
 template <class T, bool Norm>
@@ -207,7 +226,7 @@ void forward_block(const FusionForward& q, const Calibration<typename Arithmetic
   scatter((A*)q.weights + row * q.modalities, q.modalities, rows, g.weight);
   scatter((A*)q.confidence + row * q.modalities, q.modalities, rows, g.confidence);
   Row<T, A> live[Lanes<A>::width];
-  const int count = read_rows<T, A, Norm>(q, row, rows, g, false, live);
+  const int count = live_rows(q, row, rows, g, live);
   if (count < rows) {
     for (int l = 0; l < rows; ++l) {
       if (g.any_present.v[l]) continue;
@@ -250,72 +269,61 @@ template <class A> struct Partial {
 template <class T, class A, bool Norm, int R>
 SAGE_FN void back_rows(const FusionBackward& q, const Row<T, A>* rows, int m, A* gamma_sum, A* beta_sum, A* grad_weight) {
   using V = Lanes<A>;
-  constexpr int W = V::width;
   const FusionForward& f = q.forward;
   const int64_t dim = f.dim;
-  const T* grad = (const T*)q.grad_fused;
-  const A* gamma_row = Norm ? (const A*)f.norm_weight + m * dim : nullptr;
-  const A* beta_row = Norm ? (const A*)f.norm_bias + m * dim : nullptr;
-  V c0[R], c1[R], c2[R];
-  for (int r = 0; r < R; ++r) c0[r] = c1[r] = c2[r] = V(A(0));
-  for (int64_t d = 0; d < dim; d += W) {
-    const int n = int(dim - d < W ? dim - d : W);
-    V gamma(A(1)), beta, gs, bs;
-    if (Norm) {
-      gamma = n == W ? load(gamma_row + d) : load(gamma_row + d, n);
-      beta = n == W ? load(beta_row + d) : load(beta_row + d, n);
-      gs = n == W ? load(gamma_sum + d) : load(gamma_sum + d, n);
-      bs = n == W ? load(beta_sum + d) : load(beta_sum + d, n);
-    }
-    for (int r = 0; r < R; ++r) {
-      const T *gp = grad + rows[r].row * dim + d, *xp = rows[r].x[m] + d;
-      const V g = n == W ? load(gp) : load(gp, n);
-      const V x = n == W ? load(xp) : load(xp, n);
-      if (Norm) {
-        const V xhat = fma(x, V(rows[r].scale[m]), V(rows[r].shift[m]));  // g is 0 past the end
-        const V u = g * gamma, wg = g * V(rows[r].weight[m]);
-        c1[r] += u;
-        c0[r] = fma(u, xhat, c0[r]);
-        c2[r] = fma(g, beta, c2[r]);
-        gs = fma(wg, xhat, gs);
-        bs += wg;
-      } else {
-        c0[r] = fma(g, x, c0[r]);
-      }
-    }
-    if (Norm) {
-      if (n == W) store(gamma_sum + d, gs), store(beta_sum + d, bs);
-      else store(gamma_sum + d, gs, n), store(beta_sum + d, bs, n);
-    }
-  }
-  A k[R], a0[R], a1[R];
+  const A* gammas = Norm ? (const A*)f.norm_weight + m * dim : nullptr;
+  const A* betas = Norm ? (const A*)f.norm_bias + m * dim : nullptr;
+  const T *grad[R], *x[R];
+  V c0[R], c1[R], c2[R], scale[R], shift[R], weight[R];
   for (int r = 0; r < R; ++r) {
-    const A s0 = sum(c0[r]), s1 = sum(c1[r]);
-    grad_weight[r] = rows[r].present[m] ? s0 + sum(c2[r]) : A(0);
-    k[r] = rows[r].weight[m] * (Norm ? rows[r].scale[m] : A(1));
-    a0[r] = -k[r] * s0 / A(dim);
-    a1[r] = -k[r] * s1 / A(dim);
+    grad[r] = (const T*)q.grad_fused + rows[r].row * dim;
+    x[r] = rows[r].x[m];
+    c0[r] = c1[r] = c2[r] = V(A(0));
+    scale[r] = V(rows[r].scale[m]), shift[r] = V(rows[r].shift[m]), weight[r] = V(rows[r].weight[m]);
+  }
+  for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
+    if (!Norm) {
+      for (int r = 0; r < R; ++r) c0[r] = fma(at.read(grad[r] + d), at.read(x[r] + d), c0[r]);
+      return;
+    }
+    const V gamma = at.read(gammas + d), beta = at.read(betas + d);
+    V gs = at.read(gamma_sum + d), bs = at.read(beta_sum + d);
+    for (int r = 0; r < R; ++r) {
+      const V g = at.read(grad[r] + d);  // 0 past the end
+      const V xhat = fma(at.read(x[r] + d), scale[r], shift[r]);
+      const V u = g * gamma, wg = g * weight[r];
+      c1[r] += u;
+      c0[r] = fma(u, xhat, c0[r]);
+      c2[r] = fma(g, beta, c2[r]);
+      gs = fma(wg, xhat, gs);
+      bs += wg;
+    }
+    at.write(gamma_sum + d, gs);
+    at.write(beta_sum + d, bs);
+  });
+  V k[R], a0[R], a1[R];
+  for (int r = 0; r < R; ++r) {
+    const A s0 = sum(c0[r]), s1 = sum(c1[r]), s2 = sum(c2[r]);
+    const A by = rows[r].weight[m] * (Norm ? rows[r].scale[m] : A(1));
+    grad_weight[r] = rows[r].present[m] ? s0 + s2 : A(0);
+    k[r] = V(by);
+    a0[r] = V(-by * s0 / A(dim));
+    a1[r] = V(-by * s1 / A(dim));
   }
   if (!q.grad_values[m]) return;
-  for (int64_t d = 0; d < dim; d += W) {
-    const int n = int(dim - d < W ? dim - d : W);
-    V gamma(A(1));
-    if (Norm) gamma = n == W ? load(gamma_row + d) : load(gamma_row + d, n);
+  T* out[R];
+  for (int r = 0; r < R; ++r) out[r] = (T*)q.grad_values[m] + rows[r].row * dim;
+  for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
+    V gamma;
+    if (Norm) gamma = at.read(gammas + d);
     for (int r = 0; r < R; ++r) {
-      const T *gp = grad + rows[r].row * dim + d, *xp = rows[r].x[m] + d;
-      T* to = (T*)q.grad_values[m] + rows[r].row * dim + d;
-      const V g = n == W ? load(gp) : load(gp, n);
-      V y = g * V(k[r]);
-      if (Norm) {
-        const V x = n == W ? load(xp) : load(xp, n);
-        const V xhat = fma(x, V(rows[r].scale[m]), V(rows[r].shift[m]));
-        y = fma(y, gamma, fma(xhat, V(a0[r]), V(a1[r])));
-      }
-      if (!rows[r].present[m]) y = V(A(0));
-      if (n == W) store(to, y);
-      else store(to, y, n);
+      V y = at.read(grad[r] + d) * k[r];
+      if (Norm) y = fma(y, gamma, fma(fma(at.read(x[r] + d), scale[r], shift[r]), a0[r], a1[r]));
+      at.write(out[r] + d, y);
     }
-  }
+  });
+  for (int r = 0; r < R; ++r)
+    if (!rows[r].present[m]) std::memset(out[r], 0, size_t(dim) * sizeof(T));
 }
 
 // Softmax over the present modalities, then each modality's gate. grad_w, grad_c: gradients of weights and confidence.
@@ -369,7 +377,8 @@ void backward_block(const FusionBackward& q, const Calibration<typename Arithmet
 
   if (q.grad_fused) {
     Row<T, A> live[V::width];
-    const int count = read_rows<T, A, Norm>(f, row, rows, g, true, live);
+    const int count = live_rows(f, row, rows, g, live);
+    if (Norm) recall(f, live, count);
     A dot[V::width];
     for (int m = 0; m < M; ++m) {
       A *gamma_sum = Norm ? partial.norm + m * f.dim : nullptr, *beta_sum = Norm ? gamma_sum + M * f.dim : nullptr;

@@ -54,7 +54,7 @@ template <class T> struct Lanes {
   Vec v;
 
   Lanes() = default;
-  SAGE_FN Lanes(T s) : v(Vec{} + s) {}
+  SAGE_FN Lanes(T s) : v(s - Vec{}) {}  // exact for -0 too, so the compiler sees a plain broadcast
   SAGE_FN Lanes(Vec x) : v(x) {}
   SAGE_FN T operator[](int i) const { return v[i]; }
 
@@ -109,13 +109,19 @@ SAGE_FN Lanes<double> fma(Lanes<double> a, Lanes<double> b, Lanes<double> c) {
 }
 
 // Sum of all lanes, halves folded onto each other: a fixed order.
-template <class T> SAGE_FN T sum(Lanes<T> a) {
-  T x[Lanes<T>::width];
-  std::memcpy(x, &a.v, sizeof x);
-  for (int n = Lanes<T>::width / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
+template <class T, int N> struct Short { typedef T Vec __attribute__((vector_size(N * sizeof(T)))); };
+template <class T> SAGE_FN T fold(typename Short<T, 2>::Vec x) { return x[0] + x[1]; }
+template <class T> SAGE_FN T fold(typename Short<T, 4>::Vec x) {
+  return fold<T>(__builtin_shufflevector(x, x, 0, 1) + __builtin_shufflevector(x, x, 2, 3));
 }
+template <class T> SAGE_FN T fold(typename Short<T, 8>::Vec x) {
+  return fold<T>(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
+}
+template <class T> SAGE_FN T fold(typename Short<T, 16>::Vec x) {
+  return fold<T>(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+template <class T> SAGE_FN T sum(Lanes<T> a) { return fold<T>(a.v); }
 
 // ------------------------------------------------------------------------------------------------- exp and log
 // Argument reduction with a two-part ln 2, then a Taylor polynomial long enough that its remainder (noted) is under half
@@ -317,6 +323,23 @@ template <class T> SAGE_FN void store(T* p, Lanes<typename Arithmetic<T>::Type> 
   store(x, v);
   std::memcpy(p, x, size_t(n) * sizeof(T));
 }
+// Access to the vectors of a row of `dim` numbers: for_each_vector(dim, f) calls f(d, access) for each whole vector and,
+// once, for the rest.
+struct Whole {
+  template <class T> SAGE_FN auto read(const T* p) const { return load(p); }
+  template <class T, class V> SAGE_FN void write(T* p, V x) const { store(p, x); }
+};
+struct Part {
+  int n;
+  template <class T> SAGE_FN auto read(const T* p) const { return load(p, n); }
+  template <class T, class V> SAGE_FN void write(T* p, V x) const { store(p, x, n); }
+};
+template <int W, class F> SAGE_FN void for_each_vector(int64_t dim, F f) {
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) f(d, Whole{});
+  if (d < dim) f(d, Part{int(dim - d)});
+}
+
 // The first n lanes true.
 template <class T> SAGE_FN Bits<T> first(int n) {
   Bits<T> m;

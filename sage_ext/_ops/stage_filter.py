@@ -47,7 +47,7 @@ def _backward(
     grad_transition = torch.empty_like(transition) if batch else torch.zeros_like(transition)
     grad_initial = posterior.new_empty(batch, stages)
     if batch:
-        space = _door.workspace(_C.stage_filter_workspace(batch, stages), posterior)
+        space = _door.workspace(_C.stage_filter_workspace(batch, frames, stages), posterior)
         _door.kernels[posterior.device.type].stage_filter_backward(
             _door.DTYPE_CODES[posterior.dtype], batch, frames, stages, address(transition), address(initial),
             _stride(initial), address(mask), address(posterior), address(belief), address(grad_posterior),
