@@ -1,0 +1,297 @@
+// ccc and its moments on the GPU.
+//
+// Bytes: forward reads pred and target once (and a byte of mask a frame or number), backward reads both and writes one or
+// two gradients: a float32 pair costs 8 bytes forward, 12 or 16 backward. Memory is the floor; the sums are in double
+// (5 double operations and 2 conversions a pair, under half of what an H200 does while the pair arrives).
+//
+// A group's frames are cut into chunks by its length alone. A block sums one chunk; each thread sums powers of the
+// distance to the first valid frame it met, so a constant gives exact zeros and nothing cancels. Centred moments are then
+// merged in a fixed order: lanes, warps, and, in a second launch where there are several chunks, chunks.
+#include "device.cuh"
+#include "../math/concordance.h"
+
+namespace sage::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kBatch = 4;  // vectors of pred and of target that a thread has in flight
+constexpr int64_t kChunkFrames = 4096, kMaxChunks = 4096;
+constexpr int64_t kBackwardVectors = 8 * kThreads;  // a block's share of backward
+
+// Never more chunks than the CPU's, for which the workspace is made.
+int64_t chunk_frames(int64_t frames) {
+  const int64_t per = (frames + kMaxChunks - 1) / kMaxChunks;
+  return per <= kChunkFrames ? kChunkFrames : (per + 1023) / 1024 * 1024;
+}
+
+using M = Moments<double>;
+
+__device__ __forceinline__ M shuffle_down(const M& m, int by) {
+  return {__shfl_down_sync(kFull, m.count, by),  __shfl_down_sync(kFull, m.mean_p, by),
+          __shfl_down_sync(kFull, m.mean_t, by), __shfl_down_sync(kFull, m.m2_p, by),
+          __shfl_down_sync(kFull, m.m2_t, by),   __shfl_down_sync(kFull, m.c_pt, by)};
+}
+
+__device__ __forceinline__ void put(double* at, const M& m) {
+  at[0] = m.count, at[1] = m.mean_p, at[2] = m.mean_t, at[3] = m.m2_p, at[4] = m.m2_t, at[5] = m.c_pt;
+}
+__device__ __forceinline__ M get(const double* at) { return {at[0], at[1], at[2], at[3], at[4], at[5]}; }
+
+struct Shifted {  // sums of one thread, about its first valid frame
+  double shift_p, shift_t, p, t, pp, tt, pt;
+  int64_t count;
+  __device__ __forceinline__ void add(bool valid, double x, double y) {
+    if (!valid) return;
+    if (count == 0) shift_p = x, shift_t = y;
+    ++count;
+    x -= shift_p, y -= shift_t;
+    p += x, t += y;
+    pp = fma(x, x, pp), tt = fma(y, y, tt), pt = fma(x, y, pt);
+  }
+  __device__ __forceinline__ M moments() const {
+    const double n = double(count), inverse = count ? 1 / n : 0, dp = p * inverse, dt = t * inverse;
+    return {n, shift_p + dp, shift_t + dt, max(pp - p * dp, 0.0), max(tt - t * dt, 0.0), pt - p * dt};
+  }
+};
+
+// Merges the block's threads in a fixed order; the result is thread 0's. `shared`: kWarps * 6 doubles.
+__device__ __forceinline__ M merge_block(M m, double* shared) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+#pragma unroll 1  // one copy of merge: it is long
+  for (int o = kWarp / 2; o > 0; o /= 2) m = merge(m, shuffle_down(m, o));
+  if (lane == 0) put(shared + warp * 6, m);
+  __syncthreads();
+  if (threadIdx.x == 0)
+#pragma unroll 1
+    for (int w = 1; w < kWarps; ++w) m = merge(m, get(shared + w * 6));
+  return m;
+}
+
+template <class T> __device__ __forceinline__ void finish(const CccForward& q, int64_t at, const M& m) {
+  put(q.moments + at * 6, m);
+  if (q.ccc) {
+    const double denominator = concordance_denominator(m);
+    static_cast<T*>(q.ccc)[at] = T(concordance(m, m.count >= 2 && denominator > 0, denominator));
+  }
+}
+
+// Where a block of moments or gradients stands: group, first frame, frames.
+struct Span {
+  int64_t group, begin, frames;
+  __device__ __forceinline__ Span(int64_t block, int64_t chunks, int64_t per, int64_t all) {
+    group = block / chunks;
+    begin = block % chunks * per;
+    frames = all - begin < per ? all - begin : per;
+  }
+};
+
+// Is number i (channels interleaved, i / C its frame) counted?
+template <int C> __device__ __forceinline__ bool counted(const CccForward& q, int64_t i, int channels) {
+  return q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::element ? i : i / (C ? C : channels)];
+}
+
+// ---------------------------------------------------------------------------------------------------- forward
+// One or two channels, rows of 16-byte vectors: the channel of a vector's number is known at compile time.
+template <class T, int C, bool Masked>
+__global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_t chunks, int64_t per) {
+  constexpr int V = kVector<T>;
+  const Span span(blockIdx.x, chunks, per, q.frames);
+  const int64_t base = (span.group * q.frames + span.begin) * C, numbers = span.frames * C, vectors = numbers / V;
+  const T *pred = static_cast<const T*>(q.pred) + base, *target = static_cast<const T*>(q.target) + base;
+  Shifted s[C] = {};
+  const auto take = [&](int64_t i, const T* x, const T* y, int n) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      if (k < n) s[k % C].add(!Masked || counted<C>(q, base + i + k, C), double(x[k]), double(y[k]));
+  };
+  int64_t v = threadIdx.x;
+  for (; v + (kBatch - 1) * kThreads < vectors; v += kBatch * kThreads) {
+    T x[kBatch][V], y[kBatch][V];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      load_vector(pred + (v + b * kThreads) * V, V, true, x[b]);
+      load_vector(target + (v + b * kThreads) * V, V, true, y[b]);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) take((v + b * kThreads) * V, x[b], y[b], V);
+  }
+  for (; v < vectors; v += kThreads) {
+    T x[V], y[V];
+    load_vector(pred + v * V, V, true, x);
+    load_vector(target + v * V, V, true, y);
+    take(v * V, x, y, V);
+  }
+  if (threadIdx.x == kThreads - 1 && numbers % V) {
+    T x[V], y[V];
+    load_vector(pred + vectors * V, int(numbers % V), false, x);
+    load_vector(target + vectors * V, int(numbers % V), false, y);
+    take(vectors * V, x, y, int(numbers % V));
+  }
+  double* shared = shared_memory<double>();
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const M m = merge_block(s[c].moments(), shared + c * kWarps * 6);
+    if (threadIdx.x == 0) {
+      if (chunks == 1) finish<T>(q, span.group * C + c, m);
+      else put(q.workspace + (int64_t(blockIdx.x) * C + c) * 6, m);
+    }
+  }
+}
+
+// Any number of channels, any alignment: a block takes one channel of a chunk.
+template <class T>
+__global__ void __launch_bounds__(kThreads) ccc_strided_kernel(CccForward q, int64_t chunks, int64_t per) {
+  const int C = q.channels;
+  const int64_t c = blockIdx.x % unsigned(C), block = blockIdx.x / unsigned(C);
+  const Span span(block, chunks, per, q.frames);
+  const int64_t base = (span.group * q.frames + span.begin) * C + c;
+  Shifted s = {};
+  for (int64_t f = threadIdx.x; f < span.frames; f += kThreads) {
+    const int64_t i = base + f * C;
+    if (counted<0>(q, i, C)) s.add(true, double(static_cast<const T*>(q.pred)[i]), double(static_cast<const T*>(q.target)[i]));
+  }
+  const M m = merge_block(s.moments(), shared_memory<double>());
+  if (threadIdx.x == 0) {
+    if (chunks == 1) finish<T>(q, span.group * C + c, m);
+    else put(q.workspace + int64_t(blockIdx.x) * 6, m);
+  }
+}
+
+// The chunks of one (group, channel), in order.
+template <class T> __global__ void __launch_bounds__(kThreads) ccc_merge_kernel(CccForward q, int64_t chunks) {
+  const int C = q.channels;
+  const int64_t group = blockIdx.x / unsigned(C), c = blockIdx.x % unsigned(C);
+  M m = no_moments<double>();
+  for (int64_t k = threadIdx.x; k < chunks; k += kThreads) m = merge(m, get(q.workspace + ((group * chunks + k) * C + c) * 6));
+  m = merge_block(m, shared_memory<double>());
+  if (threadIdx.x == 0) finish<T>(q, blockIdx.x, m);
+}
+
+// --------------------------------------------------------------------------------------------------- backward
+// grad_pred = offset_p + slope_p (x - mean_p) + slope_c (y - mean_t), 0 where not counted; grad_target likewise.
+struct Line {
+  double mean_p, mean_t;
+  Slopes<double> s;
+  __device__ __forceinline__ double pred(double x, double y) const {
+    return fma(s.slope_p, x - mean_p, fma(s.slope_c, y - mean_t, s.offset_p));
+  }
+  __device__ __forceinline__ double target(double x, double y) const {
+    return fma(s.slope_t, y - mean_t, fma(s.slope_c, x - mean_p, s.offset_t));
+  }
+};
+
+template <class T> __device__ __forceinline__ Line line(const CccBackward& q, int64_t at) {
+  const M m = get(q.forward.moments + at * 6);
+  if (q.grad_moments) {
+    const double* g = q.grad_moments + at * 6;
+    return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
+  }
+  const double denominator = concordance_denominator(m);
+  const bool defined = m.count >= 2 && denominator > 0;
+  return {m.mean_p, m.mean_t, concordance_slopes(m, defined, denominator, double(static_cast<const T*>(q.grad_ccc)[at]))};
+}
+
+template <class T, int C>
+__global__ void __launch_bounds__(kThreads) ccc_flat_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
+  constexpr int V = kVector<T>;
+  const CccForward& f = q.forward;
+  const Span span(blockIdx.x, chunks, per, f.frames);
+  const int64_t base = (span.group * f.frames + span.begin) * C, numbers = span.frames * C;
+  Line lines[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) lines[c] = line<T>(q, span.group * C + c);
+  for (int64_t i = int64_t(threadIdx.x) * V; i < numbers; i += int64_t(kThreads) * V) {
+    const int n = int(numbers - i < V ? numbers - i : V);
+    const bool whole = n == V;
+    T x[V], y[V], gp[V], gt[V];
+    load_vector(static_cast<const T*>(f.pred) + base + i, n, whole, x);
+    load_vector(static_cast<const T*>(f.target) + base + i, n, whole, y);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const bool valid = k < n && counted<C>(f, base + i + k, C);
+      gp[k] = valid ? T(lines[k % C].pred(double(x[k]), double(y[k]))) : T(0);
+      gt[k] = valid ? T(lines[k % C].target(double(x[k]), double(y[k]))) : T(0);
+    }
+    if (q.grad_pred) store_vector(static_cast<T*>(q.grad_pred) + base + i, n, whole, gp);
+    if (q.grad_target) store_vector(static_cast<T*>(q.grad_target) + base + i, n, whole, gt);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) ccc_strided_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
+  const CccForward& f = q.forward;
+  const int C = f.channels;
+  const int64_t c = blockIdx.x % unsigned(C);
+  const Span span(blockIdx.x / unsigned(C), chunks, per, f.frames);
+  const int64_t base = (span.group * f.frames + span.begin) * C + c;
+  const Line a = line<T>(q, span.group * C + c);
+  for (int64_t k = threadIdx.x; k < span.frames; k += kThreads) {
+    const int64_t i = base + k * C;
+    const bool valid = counted<0>(f, i, C);
+    const double x = valid ? double(static_cast<const T*>(f.pred)[i]) : 0, y = valid ? double(static_cast<const T*>(f.target)[i]) : 0;
+    if (q.grad_pred) static_cast<T*>(q.grad_pred)[i] = valid ? T(a.pred(x, y)) : T(0);
+    if (q.grad_target) static_cast<T*>(q.grad_target)[i] = valid ? T(a.target(x, y)) : T(0);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- launchers
+Call call_of(const char* op, const CccForward& q, Exec exec) {
+  Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
+  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.groups, (long long)q.frames,
+           q.channels, dtype_name(q.dtype));
+  return call;
+}
+
+// Every group starts on a 16-byte boundary.
+template <class T> bool flat(const CccForward& q, const void* a, const void* b) {
+  const int64_t group = q.groups > 1 ? q.frames * q.channels * int64_t(sizeof(T)) : 0;
+  return q.channels <= 2 && aligned(q.pred, group) && aligned(q.target, group) && aligned(a, group) && aligned(b, group);
+}
+
+template <class T> void forward_all(const CccForward& q, const Call& call) {
+  const int C = q.channels;
+  const int64_t per = chunk_frames(q.frames), chunks = q.frames ? (q.frames + per - 1) / per : 1;
+  constexpr size_t kShared = kWarps * 6 * sizeof(double);
+  if (flat<T>(q, nullptr, nullptr)) {
+    const unsigned grid = grid_x(call, q.groups * chunks);
+    const bool masked = q.mask_kind != Mask::none;
+    const auto kernel = C == 1 ? (masked ? ccc_flat_kernel<T, 1, true> : ccc_flat_kernel<T, 1, false>)
+                               : (masked ? ccc_flat_kernel<T, 2, true> : ccc_flat_kernel<T, 2, false>);
+    launch(call, kernel, dim3(grid), kThreads, size_t(C) * kShared, q, chunks, per);
+  } else {
+    launch(call, ccc_strided_kernel<T>, dim3(grid_x(call, q.groups * chunks * C)), kThreads, kShared, q, chunks, per);
+  }
+  if (chunks > 1) launch(call, ccc_merge_kernel<T>, dim3(grid_x(call, q.groups * C)), kThreads, kShared, q, chunks);
+}
+
+template <class T> void backward_all(const CccBackward& q, const Call& call) {
+  const CccForward& f = q.forward;
+  const int C = f.channels;
+  if (flat<T>(f, q.grad_pred, q.grad_target)) {
+    const int64_t per = kBackwardVectors * kVector<T> / C, chunks = (f.frames + per - 1) / per;
+    const auto kernel = C == 1 ? ccc_flat_gradient_kernel<T, 1> : ccc_flat_gradient_kernel<T, 2>;
+    launch(call, kernel, dim3(grid_x(call, f.groups * chunks)), kThreads, 0, q, chunks, per);
+  } else {
+    const int64_t per = kChunkFrames, chunks = (f.frames + per - 1) / per;
+    launch(call, ccc_strided_gradient_kernel<T>, dim3(grid_x(call, f.groups * chunks * C)), kThreads, 0, q, chunks, per);
+  }
+}
+
+}  // namespace
+
+void ccc_forward(const CccForward& q, Exec exec) {
+  if (!q.groups || !q.channels) return;
+  const Call call = call_of("ccc", q, exec);
+  const DeviceGuard guard(exec.where);
+  q.dtype == DType::f64 ? forward_all<double>(q, call) : forward_all<float>(q, call);
+}
+
+void ccc_backward(const CccBackward& q, Exec exec) {
+  const CccForward& f = q.forward;
+  if (!f.groups || !f.frames || !f.channels) return;
+  const Call call = call_of("ccc backward", f, exec);
+  const DeviceGuard guard(exec.where);
+  f.dtype == DType::f64 ? backward_all<double>(q, call) : backward_all<float>(q, call);
+}
+
+}  // namespace sage::cuda

@@ -1,0 +1,247 @@
+// What the kernel files share: storage types and 16-byte vectors, warp and block primitives in a fixed order, launches.
+//
+// The dialect is plain enough for tests/simt to run the files unchanged on a CPU: whole warps and full masks in every
+// warp operation, shared memory from shared_memory() alone, launches through launch().
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+
+#include "../ops.h"
+#include "../math/scalar.h"
+
+#if !defined(SAGE_CUDA_ARCHITECTURES)
+#define SAGE_CUDA_ARCHITECTURES "?"
+#endif
+
+namespace sage::cuda {
+
+constexpr unsigned kFull = 0xffffffffu;
+constexpr int kWarp = 32;
+
+// ---------------------------------------------------------------------------------------------- storage types
+template <class T> struct Arithmetic { using Type = float; };  // what a stored type is computed in
+template <> struct Arithmetic<double> { using Type = double; };
+template <class T> using ArithmeticOf = typename Arithmetic<T>::Type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
+__device__ __forceinline__ void narrow(double x, double& y) { y = x; }
+__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+
+// 16 bytes of T as arithmetic numbers.
+template <class T> constexpr int kVector = 16 / int(sizeof(T));
+
+inline bool aligned(const void* p, int64_t stride_bytes) {
+  return (reinterpret_cast<uintptr_t>(p) | uintptr_t(stride_bytes)) % 16 == 0;
+}
+
+// p[0 .. n) widened, zeros behind them. `whole`: p is 16-byte aligned and n is the full vector.
+template <class T> __device__ __forceinline__ void load_vector(const T* p, int n, bool whole, ArithmeticOf<T>* out) {
+  constexpr int V = kVector<T>;
+  if (whole) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    T x[V];
+    memcpy(x, &bits, 16);
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = i < n ? widen(p[i]) : ArithmeticOf<T>(0);
+  }
+}
+template <class T> __device__ __forceinline__ void store_vector(T* p, int n, bool whole, const ArithmeticOf<T>* in) {
+  constexpr int V = kVector<T>;
+  T x[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) narrow(in[i], x[i]);
+  if (whole) {
+    uint4 bits;
+    memcpy(&bits, x, 16);
+    *reinterpret_cast<uint4*>(p) = bits;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i < n) p[i] = x[i];
+  }
+}
+
+// The same where vectors are whole and aligned; zeros, and nothing stored, where not `inside`.
+template <class T> __device__ __forceinline__ void load_whole(const T* p, bool inside, ArithmeticOf<T>* out) {
+  constexpr int V = kVector<T>;
+  uint4 bits = {0, 0, 0, 0};
+  if (inside) bits = *reinterpret_cast<const uint4*>(p);
+  T x[V];
+  memcpy(x, &bits, 16);
+#pragma unroll
+  for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
+}
+template <class T> __device__ __forceinline__ void store_whole(T* p, bool inside, const ArithmeticOf<T>* in) {
+  constexpr int V = kVector<T>;
+  if (!inside) return;
+  T x[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) narrow(in[i], x[i]);
+  uint4 bits;
+  memcpy(&bits, x, 16);
+  *reinterpret_cast<uint4*>(p) = bits;
+}
+template <int V, class A> __device__ __forceinline__ void load_whole_numbers(const A* p, bool inside, A* out) {
+#pragma unroll
+  for (int k = 0; k < V * int(sizeof(A)) / 16; ++k) {
+    uint4 bits = {0, 0, 0, 0};
+    if (inside) bits = reinterpret_cast<const uint4*>(p)[k];
+    memcpy(out + k * (16 / int(sizeof(A))), &bits, 16);
+  }
+}
+
+// V numbers of the arithmetic type (an affine's row), by 16-byte loads where aligned.
+template <int V, class A> __device__ __forceinline__ void load_numbers(const A* p, int n, bool whole, A* out) {
+  if (whole) {
+#pragma unroll
+    for (int k = 0; k < V * int(sizeof(A)) / 16; ++k) {
+      const uint4 bits = reinterpret_cast<const uint4*>(p)[k];
+      memcpy(out + k * (16 / int(sizeof(A))), &bits, 16);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = i < n ? p[i] : A(0);
+  }
+}
+
+// ------------------------------------------------------------------------------------------- warps and blocks
+// The block's dynamic shared memory: the only shared memory there is.
+template <class T> __device__ __forceinline__ T* shared_memory() {
+#if defined(SAGE_SIMT)
+  return static_cast<T*>(simt::shared_memory());
+#else
+  extern __shared__ __align__(16) unsigned char sage_shared_memory[];
+  return reinterpret_cast<T*>(sage_shared_memory);
+#endif
+}
+
+// Sums over each group of `lanes` (a power of two) neighbours; every lane gets the same bits.
+template <int From, int To, class A> __device__ __forceinline__ A lanes_sum(A x) {  // offsets From .. To / 2
+#pragma unroll
+  for (int o = From; o < To; o *= 2) x += __shfl_xor_sync(kFull, x, o);
+  return x;
+}
+
+// Inclusive scan over the warp: lane l gets op(x_0, ..., x_l) bracketed as Kogge and Stone's circuit has it. `up` moves
+// an item by some lanes: Item shuffle_up(const Item&, unsigned).
+template <class Item, class Op> __device__ __forceinline__ Item warp_scan(Item x, int lane, Op op) {
+#pragma unroll 1  // one copy of op: it is long
+  for (int o = 1; o < kWarp; o *= 2) {
+    const Item before = shuffle_up(x, o);
+    if (lane >= o) x = op(before, x);
+  }
+  return x;
+}
+
+// Exclusive scan over a block of Warps warps, in thread order: what came before this thread, starting from `carry`; carry
+// becomes the whole. `shared`: Warps items. Ends with a barrier, so `shared` may be used again at once.
+template <int Warps, class Item, class Op>
+__device__ __forceinline__ Item block_scan(Item x, Item& carry, Item* shared, Op op) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const Item through = warp_scan(x, lane, op);
+  if (lane == kWarp - 1) shared[warp] = through;
+  __syncthreads();
+  const Item left = shuffle_up(through, 1);
+  Item before = carry;
+#pragma unroll 1
+  for (int w = 0; w < Warps; ++w) {
+    if (w == warp) before = carry;
+    carry = op(carry, shared[w]);
+  }
+  if (lane) before = op(before, left);
+  __syncthreads();
+  return before;
+}
+
+// -------------------------------------------------------------------------------------------------- launching
+// The caller's device for the time of one call.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    ok_ = cudaGetDevice(&before_) == cudaSuccess;
+    if (ok_ && before_ != device) changed_ = cudaSetDevice(device) == cudaSuccess;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool ok_ = false, changed_ = false;
+};
+
+struct Call {  // one op on one device and stream; text goes into its error
+  int device;
+  cudaStream_t stream;
+  char text[160];  // "op (shape) dtype"
+};
+
+inline const char* dtype_name(DType d) {
+  const char* names[] = {"float32", "float64", "float16", "bfloat16"};
+  return names[int(d)];
+}
+
+[[noreturn]] inline void raise(const Call& call, cudaError_t error) {
+  char why[400];
+  int driver = 0, runtime = 0, major = 0, minor = 0;
+  if (error == cudaErrorInsufficientDriver) {
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    snprintf(why, sizeof why,
+             "the NVIDIA driver serves CUDA %d.%d and is older than the CUDA %d.%d runtime that sage_ext was built with: "
+             "update the driver, or build sage_ext with an older CUDA toolkit",
+             driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+  } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
+    snprintf(why, sizeof why,
+             "this build of sage_ext has kernels for architectures %s, the device has compute capability %d.%d: rebuild "
+             "with CMAKE_CUDA_ARCHITECTURES=%d%d",
+             SAGE_CUDA_ARCHITECTURES, major, minor, major, minor);
+  } else {
+    snprintf(why, sizeof why, "%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
+  }
+  char message[640];
+  snprintf(message, sizeof message, "sage_ext: %s on cuda:%d: %s", call.text, call.device, why);
+  cudaGetLastError();  // a launch error is not left for somebody else's check
+  throw std::runtime_error(message);
+}
+
+template <class... P, class... A>
+void launch(const Call& call, void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, A... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess) raise(call, error);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = call.stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  if (error != cudaSuccess) raise(call, error);
+}
+
+// Blocks in x for `work` of them: the grid's limit is far above any tensor that fits a device, but not above any int64.
+inline unsigned grid_x(const Call& call, int64_t work) {
+  if (work > 0x7fffffff) raise(call, cudaErrorInvalidConfiguration);
+  return unsigned(work);
+}
+
+}  // namespace sage::cuda

@@ -1,0 +1,102 @@
+"""Builds the CUDA kernels for CPU emulation: the unchanged csrc/cuda/*.cu, through g++ and the shim headers.
+
+    python tests/simt/build.py [--sanitize]        prints the module's path
+
+Objects are kept under build/simt by the hash of everything that goes into them, so only what changed is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "simt"
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+BUILD_INFO = '#define SAGE_BUILD_INFO "{\\"simt\\": true}"\n'
+
+
+def compiler() -> list[str]:
+    return os.environ.get("CXX", "g++").split()
+
+
+def _includes(csrc: Path) -> list[str]:
+    import pybind11
+
+    return [
+        f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{csrc}", f"-I{CACHE}", f"-isystem{pybind11.get_include()}",
+        f"-isystem{sysconfig.get_paths()['include']}",
+    ]  # fmt: skip
+
+
+def _headers(csrc: Path) -> list[Path]:
+    found = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.rglob("*.h")]
+    return sorted(p for p in found if "cpu" not in p.parts)
+
+
+def _write(path: Path, write) -> Path:
+    """`write(temporary)`, then the rename: another process never sees half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    write(temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(str(c) for c in command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
+    command = [*compiler(), *FLAGS, *flags, *_includes(csrc)]
+    digest = hashlib.sha256(repr([c for c in command if not c.startswith(f"-I{csrc}")]).encode())
+    for path in [source, *_headers(csrc)]:
+        digest.update(path.name.encode() + path.read_bytes())
+    out = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+    if not out.exists():
+        _write(out, lambda to: _run([*command, "-x", "c++", "-c", source, "-o", to]))
+    return out
+
+
+def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | None = None, name: str = "_C_simt",
+          kernels: Sequence[Path] | None = None) -> Path:  # fmt: skip
+    """The module's path. `csrc`: another copy of the sources; `bindings`, `kernels`: other sources than the project's."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not (CACHE / "build_info.h").exists():
+        _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
+    flags = [*(SANITIZE if sanitize else []), "-DSAGE_SIMT", "-DSAGE_WITH_CUDA", "-DSAGE_CUDA_ONLY", f"-DSAGE_MODULE_NAME={name}"]
+    sources = [HERE / "simt.cpp", bindings or csrc / "bindings.cpp", HERE / "control.cpp"]
+    sources += sorted((csrc / "cuda").glob("*.cu")) if kernels is None else list(kernels)
+    objects = [compile_object(s, csrc, flags) for s in sources]
+    digest = hashlib.sha256(repr([o.name for o in objects]).encode()).hexdigest()[:20]
+    folder = CACHE / f"{name}-{digest}"
+    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not module.exists():
+        folder.mkdir(exist_ok=True)
+        _write(module, lambda to: _run([*compiler(), "-shared", *(SANITIZE if sanitize else []), *objects, "-o", to]))
+    return module
+
+
+def load(path: Path, name: str = "_C_simt"):
+    """Imports a built module by its path."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitize", action="store_true", help="under AddressSanitizer and UndefinedBehaviorSanitizer")
+    print(build(parser.parse_args().sanitize))

@@ -1,0 +1,336 @@
+#include "simt.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <sys/mman.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+simt::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStack = 512 << 10;
+#else
+constexpr size_t kStack = 64 << 10;
+#endif
+
+// ------------------------------------------------------------------------------------------------ context switch
+#if defined(__x86_64__)
+extern "C" void simt_switch(void** save, void* to);
+asm(R"(
+.text
+.type simt_switch, @function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch, .-simt_switch
+)");
+struct Context {
+  void* sp = nullptr;
+  void start(char* stack, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack + kStack - 64);
+    *--top = nullptr;  // entry's return address: it never returns; keeps the stack aligned as after a call
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    sp = top;
+  }
+};
+void switch_context(Context& from, Context& to) { simt_switch(&from.sp, to.sp); }
+#else
+struct Context {
+  ucontext_t u;
+  void start(char* stack, void (*entry)()) {
+    getcontext(&u);
+    u.uc_stack.ss_sp = stack;
+    u.uc_stack.ss_size = kStack;
+    u.uc_link = nullptr;
+    makecontext(&u, entry, 0);
+  }
+};
+void switch_context(Context& from, Context& to) { swapcontext(&from.u, &to.u); }
+#endif
+
+// --------------------------------------------------------------------------------------------------- one block
+struct Warp {
+  uint32_t runnable = 0, finished = 0, waiting = 0, at_block = 0;
+  Barrier kind = kNone;
+  unsigned mask = 0;
+  int generation = 0;
+  uint64_t slot[2][32];
+};
+
+struct State {
+  int order = 0;
+  uint64_t random = 1;
+  int64_t launches = 0, switches = 0;
+  const std::function<void()>* kernel = nullptr;
+  int threads = 0, warps = 0, current = -1, live = 0;
+  Warp warp[kMaxThreads / 32];
+  Context main, fiber[kMaxThreads];
+  char* stacks = nullptr;
+  void* shared = nullptr;
+  std::exception_ptr error;
+  const void* main_stack = nullptr;
+  size_t main_size = 0;
+  void* fake = nullptr;
+} g;
+
+uint64_t next_random() {  // xorshift64*
+  g.random ^= g.random >> 12, g.random ^= g.random << 25, g.random ^= g.random >> 27;
+  return g.random * 2685821657736338717ull;
+}
+
+int bit_at(uint32_t bits, int n) {  // the n-th set bit
+  while (n--) bits &= bits - 1;
+  return __builtin_ctz(bits);
+}
+
+int pick() {  // a runnable thread, or -1
+  if (g.order == 0) {
+    for (int w = 0; w < g.warps; ++w)
+      if (g.warp[w].runnable) return w * 32 + __builtin_ctz(g.warp[w].runnable);
+    return -1;
+  }
+  if (g.order == 1) {
+    for (int w = g.warps - 1; w >= 0; --w)
+      if (g.warp[w].runnable) return w * 32 + 31 - __builtin_clz(g.warp[w].runnable);
+    return -1;
+  }
+  const int from = int(next_random() % unsigned(g.warps));
+  for (int k = 0; k < g.warps; ++k) {
+    const int w = (from + k) % g.warps;
+    if (uint32_t r = g.warp[w].runnable) return w * 32 + bit_at(r, int(next_random() % unsigned(__builtin_popcount(r))));
+  }
+  return -1;
+}
+
+void place(int thread) {
+  g.current = thread;
+  const unsigned t = unsigned(thread);
+  threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+}
+
+void enter(int thread, Context& from, bool dying) {
+  ++g.switches;
+  place(thread);
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(dying ? nullptr : &fake, g.stacks + size_t(thread) * kStack, kStack);
+  switch_context(from, g.fiber[thread]);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  (void)dying;
+  switch_context(from, g.fiber[thread]);
+#endif
+}
+
+void leave(Context& from, bool dying) {  // to the scheduler's own stack
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(dying ? nullptr : &fake, g.main_stack, g.main_size);
+  switch_context(from, g.main);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  (void)dying;
+  switch_context(from, g.main);
+#endif
+}
+
+void yield(bool dying) {
+  const int self = g.current;
+  const int next = g.error ? -1 : pick();
+  if (next == self) return;
+  if (next < 0) leave(g.fiber[self], dying);
+  else enter(next, g.fiber[self], dying);
+  // back on this fiber: whoever switched here has placed it
+}
+
+void body() {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+  if (!g.main_stack) g.main_stack = bottom, g.main_size = size;
+#endif
+  try {
+    (*g.kernel)();
+  } catch (...) {
+    if (!g.error) g.error = std::current_exception();
+  }
+  Warp& w = g.warp[g.current / 32];
+  w.runnable &= ~(1u << g.current % 32);
+  w.finished |= 1u << g.current % 32;
+  --g.live;
+  yield(true);
+  std::abort();
+}
+
+const char* name_of(Barrier kind) {
+  static const char* names[] = {"nothing", "__syncthreads", "__syncwarp", "a shuffle", "a vote"};
+  return names[kind];
+}
+
+std::string stuck() {
+  std::string s = "threads wait at barriers that the others never reach:";
+  for (int w = 0; w < g.warps; ++w) {
+    const Warp& x = g.warp[w];
+    char line[160];
+    std::snprintf(line, sizeof line, " [warp %d: %d at __syncthreads, %d at %s, %d finished]", w,
+                  __builtin_popcount(x.at_block), __builtin_popcount(x.waiting), name_of(x.kind),
+                  __builtin_popcount(x.finished));
+    if (w < 4) s += line;
+  }
+  return s;
+}
+
+void release_block() {
+  for (int w = 0; w < g.warps; ++w) g.warp[w].runnable = g.warp[w].at_block, g.warp[w].at_block = 0;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+void run_block(size_t shared_bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, shared_bytes ? shared_bytes : 1)) throw std::bad_alloc();
+  std::unique_ptr<void, Free> held(memory);
+  std::memset(memory, 0xff, shared_bytes ? shared_bytes : 1);
+  g.shared = memory;
+  g.live = g.threads;
+  g.error = nullptr;
+  for (int w = 0; w < g.warps; ++w) {
+    g.warp[w] = Warp{};
+    g.warp[w].runnable = 0xffffffffu;
+  }
+  for (int t = 0; t < g.threads; ++t) g.fiber[t].start(g.stacks + size_t(t) * kStack, body);
+  const int first = pick();
+  enter(first, g.main, false);
+  if (g.error) std::rethrow_exception(g.error);
+  if (g.live) throw std::runtime_error("simt: " + stuck());
+}
+
+std::mutex one_at_a_time;
+
+}  // namespace
+
+void set_order(int order) {
+  g.order = order;
+  g.random = uint64_t(order) * 0x9e3779b97f4a7c15ull + 1;
+}
+int64_t launches() { return g.launches; }
+int64_t switches() { return g.switches; }
+void* shared_memory() { return g.shared; }
+int lane() { return g.current % 32; }
+void fail(const char* message) { throw std::runtime_error(std::string("simt: ") + message); }
+
+void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel) {
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  const unsigned threads = block.x * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || threads % 32) fail("a block must have whole warps, up to 1024 threads");
+  if (!g.stacks) {
+    void* p = mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    g.stacks = static_cast<char*>(p);
+  }
+  ++g.launches;
+  g.kernel = &kernel;
+  g.threads = int(threads), g.warps = int(threads / 32);
+  blockDim = block, gridDim = grid;
+  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
+  // Order of the blocks: up, down, or a random rotation with a random odd stride's nearest coprime neighbour.
+  int64_t step = 1, start = 0;
+  if (g.order >= 2 && blocks > 2) {
+    start = int64_t(next_random() % uint64_t(blocks));
+    step = 1 + int64_t(next_random() % uint64_t(blocks - 1));
+    const auto gcd = [](int64_t a, int64_t b) {
+      while (b) {
+        const int64_t r = a % b;
+        a = b, b = r;
+      }
+      return a;
+    };
+    while (gcd(step, blocks) != 1) ++step;
+  }
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t b = g.order == 1 ? blocks - 1 - i : (start + i * step) % blocks;
+    blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
+    run_block(shared_bytes);
+  }
+  g.kernel = nullptr;
+}
+
+void wait(Barrier kind, unsigned mask) {
+  const int self = g.current;
+  Warp& w = g.warp[self / 32];
+  const uint32_t bit = 1u << self % 32;
+  if (kind == kBlock) {
+    w.runnable &= ~bit;
+    w.at_block |= bit;
+    int there = 0;
+    for (int k = 0; k < g.warps; ++k) there += __builtin_popcount(g.warp[k].at_block);
+    if (there == g.threads) release_block();
+    yield(false);
+    return;
+  }
+  if (mask != 0xffffffffu) fail("warp operations of this project take the full mask");
+  if (w.waiting && w.kind != kind) fail("lanes of one warp meet at different operations");
+  w.kind = kind;
+  w.waiting |= bit;
+  w.runnable &= ~bit;
+  if (w.waiting == mask) {
+    ++w.generation;
+    w.runnable = mask;
+    w.waiting = 0;
+  }
+  yield(false);
+}
+
+uint64_t exchange(Barrier kind, unsigned mask, uint64_t mine, int source_lane) {
+  Warp& w = g.warp[g.current / 32];
+  const int parity = w.generation & 1;  // a lane cannot come back to this half before all have left it
+  w.slot[parity][g.current % 32] = mine;
+  wait(kind, mask);
+  return w.slot[parity][source_lane & 31];
+}
+
+unsigned ballot(unsigned mask, bool mine) {
+  Warp& w = g.warp[g.current / 32];
+  const int parity = w.generation & 1;
+  w.slot[parity][g.current % 32] = mine;
+  wait(kVote, mask);
+  unsigned bits = 0;
+  for (int l = 0; l < 32; ++l) bits |= unsigned(w.slot[parity][l] & 1) << l;
+  return bits;
+}
+
+}  // namespace simt
