@@ -111,6 +111,8 @@ def ordered_features(
             raise TypeError(f"{what}[{label}] is {x.dtype}, {what}[{labels[0]}] is {tensors[0].dtype}")
         if x.device != tensors[0].device:
             raise ValueError(f"{what}[{label}] is on {x.device}, {what}[{labels[0]}] is on {tensors[0].device}")
+    if tensors[0].dim() == 3 and tensors[0].shape[1] == 0:
+        raise ValueError(f"{what}: expected at least one frame, got {tuple(tensors[0].shape)}")
     return tensors
 
 
@@ -274,6 +276,7 @@ class ReliabilityFusion(nn.Module):
     The calibration `log_temperature` and `bias`, both (M, S), are buffers: saved with the module, never trained by an
     optimiser; `sage_ext.calibration` fits them after training.
 
+    A chunk's state keeps its autograd graph: under training in chunks, detach it where gradients should stop.
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
 
@@ -304,22 +307,13 @@ class ReliabilityFusion(nn.Module):
 
         self.typicality = Typicality(modalities)
         self.evidence = nn.ModuleList(nn.Sequential(nn.Linear(d, evidence_dim), nn.GELU()) for d in self.in_dims)
-        self.reliability = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, evidence_dim), nn.GELU(), nn.Linear(evidence_dim, stages))
-            for _ in self.in_dims
-        )
-        self.emission = nn.Sequential(
-            nn.Linear(modalities * width, evidence_dim), nn.GELU(), nn.Linear(evidence_dim, stages)
-        )
-        with torch.no_grad():
-            # Stages begin apart, each trusting modalities in turn, and equally believed: if they began alike, the one
-            # that happened to fit best would take all the belief, and the others would never learn.
-            for m, head in enumerate(self.reliability):
-                trusted = torch.arange(stages) % modalities == m
-                head[-1].weight.mul_(0.3)
-                head[-1].bias.copy_(torch.where(trusted, 1.0, -1.0) if modalities > 1 else torch.zeros(stages))
-            self.emission[-1].weight.zero_()
-            self.emission[-1].bias.zero_()
+        # Stages begin apart, each trusting modalities in turn, and equally believed: if they began alike, the one that
+        # happened to fit best would take all the belief, and the others would never learn.
+        leaning = torch.where(torch.arange(stages) % modalities == torch.arange(modalities)[:, None], 1.0, -1.0)
+        if modalities == 1:
+            leaning = torch.zeros(1, stages)
+        self.reliability = nn.ModuleList(_mlp(width, evidence_dim, lean, 0.3) for lean in leaning)
+        self.emission = _mlp(modalities * width, evidence_dim, torch.zeros(stages), 0.0)
         # Stages last for seconds, not frames: P(stay) = 0.95 before training.
         self.transition = nn.Parameter(torch.eye(stages) * math.log(19.0 * max(stages - 1, 1)))
         self.sharpening = nn.Parameter(torch.zeros(()))
@@ -446,6 +440,15 @@ class ReliabilityFusion(nn.Module):
                 yield blank_missing(x, valid), valid
 
         self.typicality.fit(prepared())
+
+
+def _mlp(width: int, hidden: int, bias: Tensor, scale: float) -> nn.Sequential:
+    """Linear, GELU, Linear; the last begins with `bias` and `scale` times the usual weights."""
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, len(bias))
+    with torch.no_grad():
+        last.weight.mul_(scale)
+        last.bias.copy_(bias)
+    return nn.Sequential(first, nn.GELU(), last)
 
 
 class UniformFusion(nn.Module):

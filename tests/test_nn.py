@@ -339,6 +339,7 @@ def test_repr_names_what_matters():
         (lambda m, f, p, k: m({**f, "visual": f["visual"][:, :5]}), ValueError, "leading shape"),
         (lambda m, f, p, k: m({**f, "visual": f["visual"].double()}), TypeError, "is torch.float64"),
         (lambda m, f, p, k: m({**f, "visual": f["visual"].to("meta")}), ValueError, "is on meta"),
+        (lambda m, f, p, k: m({n: v[:, :0] for n, v in f.items()}), ValueError, r"at least one frame, got \(3, 0, 6\)"),
         (lambda m, f, p, k: m(f, p.float()), TypeError, "present must be bool"),
         (lambda m, f, p, k: m(f, p.tolist()), TypeError, "present must be a bool tensor"),
         (lambda m, f, p, k: m(f, p[..., :1]), ValueError, r"present must be \(3, 40, 2\), got \(3, 40, 1\)"),
