@@ -1,6 +1,7 @@
-// The pybind11 module _C: addresses, sizes and codes in, kernels called with the GIL released, nothing else. It knows
-// nothing of torch; sage_ext/_ops turns tensors into these arguments, in this order. One submodule a backend, each with
-// the same functions. `where` is a thread count (cpu) or a device index (cuda), `stream` the caller's CUDA stream or 0.
+// The pybind11 module _C: addresses, sizes and codes in, kernels called with the GIL released, nothing else.
+// It knows nothing of torch; sage_ext/_ops turns tensors into these arguments, in this order. One submodule a
+// backend, each with the same functions. `where` is a thread count (cpu) or a device index (cuda), `stream`
+// the caller's CUDA stream or 0.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -40,9 +41,11 @@ DType dtype_of(int code) {
 
 Exec exec_of(int where, Address stream) { return {where, at(stream)}; }
 
-template <class Params> using Launcher = void (*)(const Params&, Exec);
+template <class Params>
+using Launcher = void (*)(const Params&, Exec);
 
-template <class Params> void launch(Launcher<Params> op, const Params& q, Exec exec) {
+template <class Params>
+void launch(Launcher<Params> op, const Params& q, Exec exec) {
   py::gil_scoped_release release;
   op(q, exec);
 }
@@ -53,10 +56,10 @@ void check(bool fits, const char* message) {
 
 // values: one (address, row stride) a modality.
 sage::FusionForward fusion_params(int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
-                                  const py::tuple& strides, Address reliability, Address stage, Address log_temperature,
-                                  Address bias, Address sharpness, Address present, Address norm_weight,
-                                  Address norm_bias, double eps, Address fused, Address weights, Address confidence,
-                                  Address stats) {
+                                  const py::tuple& strides, Address reliability, Address stage,
+                                  Address log_temperature, Address bias, Address sharpness, Address present,
+                                  Address norm_weight, Address norm_bias, double eps, Address fused,
+                                  Address weights, Address confidence, Address stats) {
   const int modalities = static_cast<int>(values.size());
   check(modalities >= 1 && modalities <= sage::kMaxModalities && stages >= 1 && stages <= sage::kMaxStages,
         "reliability_fusion: 1..8 modalities and 1..16 stages");
@@ -68,7 +71,8 @@ sage::FusionForward fusion_params(int dtype, int64_t rows, int64_t dim, int stag
     q.row_stride[m] = strides[m].cast<int64_t>();
   }
   q.reliability = need("reliability_fusion", "reliability", reliability, rows);
-  q.stage = at(stage), q.log_temperature = at(log_temperature), q.bias = at(bias), q.sharpness = at(sharpness);
+  q.stage = at(stage), q.log_temperature = at(log_temperature), q.bias = at(bias),
+  q.sharpness = at(sharpness);
   q.present = static_cast<const uint8_t*>(at(present));
   q.norm_weight = at(norm_weight), q.norm_bias = at(norm_bias);
   check(!q.norm_weight == !q.norm_bias, "reliability_fusion: norm_weight and norm_bias go together");
@@ -78,8 +82,9 @@ sage::FusionForward fusion_params(int dtype, int64_t rows, int64_t dim, int stag
   return q;
 }
 
-sage::CccForward ccc_params(int dtype, int64_t groups, int64_t frames, int channels, Address pred, Address target,
-                            Address mask, int mask_kind, Address moments, Address ccc, Address workspace) {
+sage::CccForward ccc_params(int dtype, int64_t groups, int64_t frames, int channels, Address pred,
+                            Address target, Address mask, int mask_kind, Address moments, Address ccc,
+                            Address workspace) {
   check(mask_kind >= 0 && mask_kind <= 2, "ccc: mask kind");
   sage::CccForward q = {};
   q.dtype = dtype_of(dtype);
@@ -95,14 +100,15 @@ sage::CccForward ccc_params(int dtype, int64_t groups, int64_t frames, int chann
 }
 
 sage::TemporalForward temporal_params(int dtype, int64_t batch, int64_t frames, int channels, Address pred,
-                                      Address target, Address mask, int mask_kind, int64_t window, double decay,
-                                      int64_t history, Address state_in, Address workspace) {
+                                      Address target, Address mask, int mask_kind, int64_t window,
+                                      double decay, int64_t history, Address state_in, Address workspace) {
   check(mask_kind >= 0 && mask_kind <= 2, "temporal_ccc: mask kind");
   sage::TemporalForward q = {};
   q.dtype = dtype_of(dtype);
   q.batch = batch, q.frames = frames, q.channels = channels;
   const int64_t numbers = batch * frames * channels;
-  q.pred = need("temporal_ccc", "pred", pred, numbers), q.target = need("temporal_ccc", "target", target, numbers);
+  q.pred = need("temporal_ccc", "pred", pred, numbers),
+  q.target = need("temporal_ccc", "target", target, numbers);
   q.mask = static_cast<const uint8_t*>(need("temporal_ccc", "mask", mask, mask_kind ? numbers : 0));
   q.mask_kind = static_cast<sage::Mask>(mask_kind);
   q.window = window, q.decay = decay, q.history = history;
@@ -111,64 +117,67 @@ sage::TemporalForward temporal_params(int dtype, int64_t batch, int64_t frames, 
   return q;
 }
 
-template <Launcher<sage::StageFilterForward> stage_filter_forward, Launcher<sage::StageFilterBackward> stage_filter_backward,
+template <Launcher<sage::StageFilterForward> stage_filter_forward,
+          Launcher<sage::StageFilterBackward> stage_filter_backward,
           Launcher<sage::FusionForward> fusion_forward, Launcher<sage::FusionBackward> fusion_backward,
           Launcher<sage::CccForward> ccc_forward, Launcher<sage::CccBackward> ccc_backward,
-          Launcher<sage::TemporalForward> temporal_forward, Launcher<sage::TemporalBackward> temporal_backward>
+          Launcher<sage::TemporalForward> temporal_forward,
+          Launcher<sage::TemporalBackward> temporal_backward>
 void bind_backend(py::module_ m) {
-  m.def("stage_filter_forward",
-        [](int dtype, int64_t batch, int64_t frames, int stages, Address emission, Address transition, Address initial,
-           int64_t initial_stride, Address mask, Address posterior, Address belief, Address final_belief, int where,
-           Address stream) {
-          check(stages >= 1 && stages <= sage::kMaxStages, "stage_filter: 1..16 stages");
-          const int64_t numbers = batch * frames;
-          launch(stage_filter_forward,
-                 sage::StageFilterForward{dtype_of(dtype), batch, frames, stages,
-                                          need("stage_filter", "emission", emission, numbers),
-                                          need("stage_filter", "transition", transition, 1), at(initial), initial_stride,
-                                          static_cast<const uint8_t*>(at(mask)),
-                                          need("stage_filter", "posterior", posterior, numbers), at(belief),
-                                          need("stage_filter", "final", final_belief, batch)},
-                 exec_of(where, stream));
-        });
-  m.def("stage_filter_backward",
-        [](int dtype, int64_t batch, int64_t frames, int stages, Address transition, Address initial,
-           int64_t initial_stride, Address mask, Address posterior, Address belief, Address grad_posterior,
-           Address grad_final, Address grad_emission, Address grad_transition, Address grad_initial, Address workspace,
-           int where, Address stream) {
-          check(stages >= 1 && stages <= sage::kMaxStages, "stage_filter: 1..16 stages");
-          const int64_t numbers = batch * frames;
-          launch(stage_filter_backward,
-                 sage::StageFilterBackward{dtype_of(dtype), batch, frames, stages,
-                                           need("stage_filter_backward", "transition", transition, 1), at(initial),
-                                           initial_stride, static_cast<const uint8_t*>(at(mask)),
-                                           need("stage_filter_backward", "posterior", posterior, numbers),
-                                           need("stage_filter_backward", "belief", belief, numbers), at(grad_posterior),
-                                           at(grad_final),
-                                           need("stage_filter_backward", "grad_emission", grad_emission, numbers),
-                                           need("stage_filter_backward", "grad_transition", grad_transition, 1),
-                                           at(grad_initial), static_cast<double*>(at(workspace))},
-                 exec_of(where, stream));
-        });
+  m.def("stage_filter_forward", [](int dtype, int64_t batch, int64_t frames, int stages, Address emission,
+                                   Address transition, Address initial, int64_t initial_stride, Address mask,
+                                   Address posterior, Address belief, Address final_belief, int where,
+                                   Address stream) {
+    check(stages >= 1 && stages <= sage::kMaxStages, "stage_filter: 1..16 stages");
+    const int64_t numbers = batch * frames;
+    launch(stage_filter_forward,
+           sage::StageFilterForward{
+               dtype_of(dtype), batch, frames, stages, need("stage_filter", "emission", emission, numbers),
+               need("stage_filter", "transition", transition, 1), at(initial), initial_stride,
+               static_cast<const uint8_t*>(at(mask)), need("stage_filter", "posterior", posterior, numbers),
+               at(belief), need("stage_filter", "final", final_belief, batch)},
+           exec_of(where, stream));
+  });
+  m.def("stage_filter_backward", [](int dtype, int64_t batch, int64_t frames, int stages, Address transition,
+                                    Address initial, int64_t initial_stride, Address mask, Address posterior,
+                                    Address belief, Address grad_posterior, Address grad_final,
+                                    Address grad_emission, Address grad_transition, Address grad_initial,
+                                    Address workspace, int where, Address stream) {
+    check(stages >= 1 && stages <= sage::kMaxStages, "stage_filter: 1..16 stages");
+    const int64_t numbers = batch * frames;
+    launch(stage_filter_backward,
+           sage::StageFilterBackward{dtype_of(dtype), batch, frames, stages,
+                                     need("stage_filter_backward", "transition", transition, 1), at(initial),
+                                     initial_stride, static_cast<const uint8_t*>(at(mask)),
+                                     need("stage_filter_backward", "posterior", posterior, numbers),
+                                     need("stage_filter_backward", "belief", belief, numbers),
+                                     at(grad_posterior), at(grad_final),
+                                     need("stage_filter_backward", "grad_emission", grad_emission, numbers),
+                                     need("stage_filter_backward", "grad_transition", grad_transition, 1),
+                                     at(grad_initial), static_cast<double*>(at(workspace))},
+           exec_of(where, stream));
+  });
   m.def("fusion_forward", [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
-                             const py::tuple& strides, Address reliability, Address stage, Address log_temperature,
-                             Address bias, Address sharpness, Address present, Address norm_weight, Address norm_bias,
-                             double eps, Address fused, Address weights, Address confidence, Address stats, int where,
-                             Address stream) {
+                             const py::tuple& strides, Address reliability, Address stage,
+                             Address log_temperature, Address bias, Address sharpness, Address present,
+                             Address norm_weight, Address norm_bias, double eps, Address fused,
+                             Address weights, Address confidence, Address stats, int where, Address stream) {
     launch(fusion_forward,
-           fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature, bias, sharpness,
-                         present, norm_weight, norm_bias, eps, fused, weights, confidence, stats),
+           fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature, bias,
+                         sharpness, present, norm_weight, norm_bias, eps, fused, weights, confidence, stats),
            exec_of(where, stream));
   });
   m.def("fusion_backward", [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
-                              const py::tuple& strides, Address reliability, Address stage, Address log_temperature,
-                              Address bias, Address sharpness, Address present, Address norm_weight, Address norm_bias,
-                              double eps, Address weights, Address stats, Address grad_fused, Address grad_weights,
+                              const py::tuple& strides, Address reliability, Address stage,
+                              Address log_temperature, Address bias, Address sharpness, Address present,
+                              Address norm_weight, Address norm_bias, double eps, Address weights,
+                              Address stats, Address grad_fused, Address grad_weights,
                               Address grad_confidence, const py::tuple& grad_values, Address grad_reliability,
-                              Address grad_stage, Address grad_params, Address workspace, int where, Address stream) {
+                              Address grad_stage, Address grad_params, Address workspace, int where,
+                              Address stream) {
     sage::FusionBackward q = {};
-    q.forward = fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature, bias,
-                              sharpness, present, norm_weight, norm_bias, eps, 0, weights, 0, stats);
+    q.forward = fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature,
+                              bias, sharpness, present, norm_weight, norm_bias, eps, 0, weights, 0, stats);
     q.grad_fused = at(grad_fused), q.grad_weights = at(grad_weights), q.grad_confidence = at(grad_confidence);
     for (int i = 0; i < q.forward.modalities; ++i) q.grad_values[i] = at(grad_values[i].cast<Address>());
     q.grad_reliability = need("reliability_fusion_backward", "grad_reliability", grad_reliability, rows);
@@ -177,52 +186,55 @@ void bind_backend(py::module_ m) {
     q.workspace = static_cast<double*>(at(workspace));
     launch(fusion_backward, q, exec_of(where, stream));
   });
-  m.def("ccc_forward", [](int dtype, int64_t groups, int64_t frames, int channels, Address pred, Address target,
-                          Address mask, int mask_kind, Address moments, Address ccc, Address workspace, int where,
-                          Address stream) {
-    launch(ccc_forward,
-           ccc_params(dtype, groups, frames, channels, pred, target, mask, mask_kind, moments, ccc, workspace),
-           exec_of(where, stream));
+  m.def("ccc_forward", [](int dtype, int64_t groups, int64_t frames, int channels, Address pred,
+                          Address target, Address mask, int mask_kind, Address moments, Address ccc,
+                          Address workspace, int where, Address stream) {
+    launch(
+        ccc_forward,
+        ccc_params(dtype, groups, frames, channels, pred, target, mask, mask_kind, moments, ccc, workspace),
+        exec_of(where, stream));
   });
-  m.def("ccc_backward", [](int dtype, int64_t groups, int64_t frames, int channels, Address pred, Address target,
-                           Address mask, int mask_kind, Address moments, Address grad_ccc, Address grad_moments,
-                           Address grad_pred, Address grad_target, int where, Address stream) {
+  m.def("ccc_backward", [](int dtype, int64_t groups, int64_t frames, int channels, Address pred,
+                           Address target, Address mask, int mask_kind, Address moments, Address grad_ccc,
+                           Address grad_moments, Address grad_pred, Address grad_target, int where,
+                           Address stream) {
     sage::CccBackward q = {};
     q.forward = ccc_params(dtype, groups, frames, channels, pred, target, mask, mask_kind, moments, 0, 0);
     q.grad_ccc = at(grad_ccc), q.grad_moments = static_cast<const double*>(at(grad_moments));
-    check(!q.grad_ccc != !q.grad_moments || groups * channels == 0, "ccc_backward: one of grad_ccc and grad_moments");
+    check(!q.grad_ccc != !q.grad_moments || groups * channels == 0,
+          "ccc_backward: one of grad_ccc and grad_moments");
     q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
     launch(ccc_backward, q, exec_of(where, stream));
   });
-  m.def("temporal_forward", [](int dtype, int64_t batch, int64_t frames, int channels, Address pred, Address target,
-                               Address mask, int mask_kind, int64_t window, double decay, int64_t history,
-                               Address state_in, int64_t history_out, Address state_out, Address rho, Address defined,
-                               Address workspace, int where, Address stream) {
-    sage::TemporalForward q = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind, window,
-                                              decay, history, state_in, workspace);
+  m.def("temporal_forward", [](int dtype, int64_t batch, int64_t frames, int channels, Address pred,
+                               Address target, Address mask, int mask_kind, int64_t window, double decay,
+                               int64_t history, Address state_in, int64_t history_out, Address state_out,
+                               Address rho, Address defined, Address workspace, int where, Address stream) {
+    sage::TemporalForward q = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind,
+                                              window, decay, history, state_in, workspace);
     const int64_t numbers = batch * frames * channels;
     q.history_out = history_out, q.state_out = static_cast<double*>(at(state_out));
     q.rho = need("temporal_ccc", "rho", rho, numbers);
     q.defined = static_cast<uint8_t*>(need("temporal_ccc", "defined", defined, numbers));
     launch(temporal_forward, q, exec_of(where, stream));
   });
-  m.def("temporal_backward", [](int dtype, int64_t batch, int64_t frames, int channels, Address pred, Address target,
-                                Address mask, int mask_kind, int64_t window, double decay, int64_t history,
-                                Address state_in, Address grad_rho, Address grad_pred, Address grad_target,
-                                Address workspace, int where, Address stream) {
-    sage::TemporalBackward q = {};
-    q.forward = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind, window, decay, history,
-                                state_in, workspace);
-    q.grad_rho = need("temporal_ccc_backward", "grad_rho", grad_rho, batch * frames * channels);
-    q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
-    launch(temporal_backward, q, exec_of(where, stream));
-  });
+  m.def("temporal_backward",
+        [](int dtype, int64_t batch, int64_t frames, int channels, Address pred, Address target, Address mask,
+           int mask_kind, int64_t window, double decay, int64_t history, Address state_in, Address grad_rho,
+           Address grad_pred, Address grad_target, Address workspace, int where, Address stream) {
+          sage::TemporalBackward q = {};
+          q.forward = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind, window,
+                                      decay, history, state_in, workspace);
+          q.grad_rho = need("temporal_ccc_backward", "grad_rho", grad_rho, batch * frames * channels);
+          q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
+          launch(temporal_backward, q, exec_of(where, stream));
+        });
 }
 
-#define SAGE_BIND(module, backend)                                                                              \
-  bind_backend<backend::stage_filter_forward, backend::stage_filter_backward, backend::fusion_forward,          \
-               backend::fusion_backward, backend::ccc_forward, backend::ccc_backward, backend::temporal_forward, \
-               backend::temporal_backward>(module)
+#define SAGE_BIND(module, backend)                                                                     \
+  bind_backend<backend::stage_filter_forward, backend::stage_filter_backward, backend::fusion_forward, \
+               backend::fusion_backward, backend::ccc_forward, backend::ccc_backward,                  \
+               backend::temporal_forward, backend::temporal_backward>(module)
 
 }  // namespace
 
@@ -241,14 +253,16 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   m.def("isa_variants", [] {  // (name, built, supported by this machine)
     py::list all;
     for (int i = 0; i < 3; ++i)
-      all.append(py::make_tuple(sage::cpu::kIsaNames[i], sage::cpu::isa_built(i), sage::cpu::isa_supported(i)));
+      all.append(
+          py::make_tuple(sage::cpu::kIsaNames[i], sage::cpu::isa_built(i), sage::cpu::isa_supported(i)));
     return all;
   });
   m.def("isa", [] { return sage::cpu::kIsaNames[sage::cpu::isa()]; });
   m.def("set_isa", [](const std::string& name) {
     for (int i = 0; i < 3; ++i) {
       if (name != sage::cpu::kIsaNames[i]) continue;
-      if (!sage::cpu::isa_built(i)) throw std::invalid_argument("CPU kernels for " + name + " are not in this build");
+      if (!sage::cpu::isa_built(i))
+        throw std::invalid_argument("CPU kernels for " + name + " are not in this build");
       if (!sage::cpu::isa_supported(i)) throw std::invalid_argument("this machine has no " + name);
       return sage::cpu::set_isa(i);
     }

@@ -1,6 +1,7 @@
 // The one list of entry points: a params struct an op, and beside each other its cpu:: and cuda:: launchers.
-// Everything below this header is plain C++: raw pointers, sizes, no torch, no Python, no STL in the interfaces.
-// All tensors are dense and row-major unless a stride says otherwise; a null pointer is an absent optional argument.
+// Everything below this header is plain C++: raw pointers, sizes, no torch, no Python, no STL in the
+// interfaces. All tensors are dense and row-major unless a stride says otherwise; a null pointer is an absent
+// optional argument.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -50,7 +51,8 @@ struct StageFilterBackward {
   void* grad_initial;          // (B, S) or null; summed over B by the caller where one row served all
   double* workspace;           // stage_filter_workspace() doubles
 };
-// A GPU cuts long sequences, by their length alone, into chunks of this many frames (the last one up to twice as many).
+// A GPU cuts long sequences, by their length alone, into chunks of this many frames (the last one up to twice
+// as many).
 constexpr int64_t kStageChunkFrames = 256, kStageWholeFrames = 1024;
 inline int64_t stage_cuda_chunks(int64_t frames) {
   return frames <= kStageWholeFrames ? 1 : frames / kStageChunkFrames;
@@ -65,16 +67,16 @@ struct FusionForward {
   DType dtype;  // of values, norm_weight, norm_bias... see gate_dtype()
   int64_t rows, dim;
   int modalities, stages;
-  const void* values[kMaxModalities];     // (N, D) each
-  int64_t row_stride[kMaxModalities];     // elements from row to row of values[m]
-  const void* reliability;                // (N, M, S)   gating tensors: f64 for f64 values, else f32
-  const void* stage;                      // (N, S) or null: uniform
-  const void* log_temperature;            // (M, S) or null: 0
-  const void* bias;                       // (M, S) or null: 0
-  const void* sharpness;                  // (M,) or null: 1
-  const uint8_t* present;                 // (N, M) or null: all
-  const void* norm_weight;                // (M, D), gating dtype, or null: no normalisation (both or neither)
-  const void* norm_bias;                  // (M, D)
+  const void* values[kMaxModalities];  // (N, D) each
+  int64_t row_stride[kMaxModalities];  // elements from row to row of values[m]
+  const void* reliability;             // (N, M, S)   gating tensors: f64 for f64 values, else f32
+  const void* stage;                   // (N, S) or null: uniform
+  const void* log_temperature;         // (M, S) or null: 0
+  const void* bias;                    // (M, S) or null: 0
+  const void* sharpness;               // (M,) or null: 1
+  const uint8_t* present;              // (N, M) or null: all
+  const void* norm_weight;             // (M, D), gating dtype, or null: no normalisation (both or neither)
+  const void* norm_bias;               // (M, D)
   double eps;
   void* fused;       // (N, D)
   void* weights;     // (N, M)
@@ -88,11 +90,11 @@ struct FusionBackward {
   const void* grad_weights;     // (N, M) or null: zero
   const void* grad_confidence;  // (N, M) or null: zero
   void* grad_values[kMaxModalities];  // (N, D) dense each; null: not wanted
-  void* grad_reliability;       // (N, M, S)
-  void* grad_stage;             // (N, S) or null
-  void* grad_params;            // fusion_param_count() numbers: norm_weight, norm_bias (M, D) each if given,
-                                // then log_temperature, bias (M, S), sharpness (M,)
-  double* workspace;            // fusion_workspace() doubles
+  void* grad_reliability;             // (N, M, S)
+  void* grad_stage;                   // (N, S) or null
+  void* grad_params;  // fusion_param_count() numbers: norm_weight, norm_bias (M, D) each if given,
+                      // then log_temperature, bias (M, S), sharpness (M,)
+  double* workspace;  // fusion_workspace() doubles
 };
 inline int64_t fusion_param_count(int64_t dim, int modalities, int stages, bool norm) {
   return modalities * ((norm ? 2 * dim : 0) + 2 * stages + 1);
@@ -101,17 +103,22 @@ inline int64_t fusion_param_count(int64_t dim, int modalities, int stages, bool 
 constexpr int64_t kFusionChunks = 64, kFusionChunkRows = 64;
 inline int64_t fusion_chunk_rows(int64_t rows) {
   int64_t per = (rows + kFusionChunks - 1) / kFusionChunks;
-  return per < kFusionChunkRows ? kFusionChunkRows : (per + kFusionChunkRows - 1) / kFusionChunkRows * kFusionChunkRows;
+  return per < kFusionChunkRows ? kFusionChunkRows
+                                : (per + kFusionChunkRows - 1) / kFusionChunkRows * kFusionChunkRows;
 }
-inline int64_t fusion_chunks(int64_t rows) { return (rows + fusion_chunk_rows(rows) - 1) / fusion_chunk_rows(rows); }
+inline int64_t fusion_chunks(int64_t rows) {
+  return (rows + fusion_chunk_rows(rows) - 1) / fusion_chunk_rows(rows);
+}
 // On a GPU a chunk is the rows of one block.
 inline int64_t fusion_cuda_chunk_rows(int64_t rows) {
   const int64_t per = (rows + 1023) / 1024;
   return per < 32 ? 32 : (per + 31) / 32 * 32;
 }
 inline int64_t fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages, bool norm) {
-  // CPU: a chunk's sums in double, and beside them its running sums in the arithmetic type; GPU: a chunk's sums
-  const int64_t per = fusion_cuda_chunk_rows(rows), cpu = 2 * fusion_chunks(rows), cuda = (rows + per - 1) / per;
+  // CPU: a chunk's sums in double, and beside them its running sums in the arithmetic type; GPU: a chunk's
+  // sums
+  const int64_t per = fusion_cuda_chunk_rows(rows), cpu = 2 * fusion_chunks(rows),
+                cuda = (rows + per - 1) / per;
   return (cpu > cuda ? cpu : cuda) * fusion_param_count(dim, modalities, stages, norm);
 }
 
@@ -119,7 +126,7 @@ inline int64_t fusion_workspace(int64_t rows, int64_t dim, int modalities, int s
 enum class Mask : int { none = 0, frame = 1, element = 2 };  // mask of (frames,) or (frames, C)
 
 struct CccForward {
-  DType dtype;  // of pred and target: f32 or f64
+  DType dtype;             // of pred and target: f32 or f64
   int64_t groups, frames;  // groups of `frames` consecutive frames
   int channels;
   const void* pred;    // (G, F, C)
@@ -170,14 +177,14 @@ struct TemporalForward {
   double* workspace;       // temporal_workspace() doubles, on every backend
 };
 
-// Frames of the CPU's window stack, and doubles of workspace, enough for every backend: lanes in eights, 6 moments a
-// frame of the window mode (a GPU keeps all of them); for backward 5 slopes and a decay a frame, or, in window mode, the
-// slopes and their running sums.
+// Frames of the CPU's window stack, and doubles of workspace, enough for every backend: lanes in eights, 6
+// moments a frame of the window mode (a GPU keeps all of them); for backward 5 slopes and a decay a frame,
+// or, in window mode, the slopes and their running sums.
 inline int64_t temporal_stack(int64_t frames, int64_t window, int64_t history) {
   return window == 0 ? 0 : window < history + frames ? window : history + frames;
 }
-inline int64_t temporal_workspace(int64_t batch, int64_t frames, int channels, int64_t window, int64_t history,
-                                  bool backward) {
+inline int64_t temporal_workspace(int64_t batch, int64_t frames, int channels, int64_t window,
+                                  int64_t history, bool backward) {
   const int64_t lanes = (batch * channels + 7) / 8 * 8;
   return lanes * (window ? 6 * (history + frames) + (backward ? 10 * frames : 0) : backward ? 6 * frames : 0);
 }
@@ -190,22 +197,28 @@ struct TemporalBackward {
 };
 
 // X(op, Params): every kernel entry point of the library.
-#define SAGE_OPS(X)                              \
-  X(stage_filter_forward, StageFilterForward)    \
-  X(stage_filter_backward, StageFilterBackward)  \
-  X(fusion_forward, FusionForward)               \
-  X(fusion_backward, FusionBackward)             \
-  X(ccc_forward, CccForward)                     \
-  X(ccc_backward, CccBackward)                   \
-  X(temporal_forward, TemporalForward)           \
+#define SAGE_OPS(X)                             \
+  X(stage_filter_forward, StageFilterForward)   \
+  X(stage_filter_backward, StageFilterBackward) \
+  X(fusion_forward, FusionForward)              \
+  X(fusion_backward, FusionBackward)            \
+  X(ccc_forward, CccForward)                    \
+  X(ccc_backward, CccBackward)                  \
+  X(temporal_forward, TemporalForward)          \
   X(temporal_backward, TemporalBackward)
 
 #define SAGE_DECLARE(op, Params) void op(const Params&, Exec);
 namespace cpu {
 SAGE_OPS(SAGE_DECLARE)
-namespace baseline { SAGE_OPS(SAGE_DECLARE) }
-namespace avx2 { SAGE_OPS(SAGE_DECLARE) }
-namespace avx512 { SAGE_OPS(SAGE_DECLARE) }
+namespace baseline {
+SAGE_OPS(SAGE_DECLARE)
+}
+namespace avx2 {
+SAGE_OPS(SAGE_DECLARE)
+}
+namespace avx512 {
+SAGE_OPS(SAGE_DECLARE)
+}
 }  // namespace cpu
 namespace cuda {
 SAGE_OPS(SAGE_DECLARE)

@@ -413,7 +413,9 @@ def _temporal_ccc(
             raise TypeError(f"state: expected dtype torch.float64, got {state.dtype}")
         if window is None:
             _shape("state", state, (batch, channels, 8), "(B, C, 8)")
-        elif state.dim() != 4 or state.shape[:2] != (batch, channels) or state.shape[3] != 3 or state.shape[2] >= window:
+        elif (
+            state.dim() != 4 or state.shape[:2] != (batch, channels) or state.shape[3] != 3 or state.shape[2] >= window
+        ):
             raise ValueError(
                 f"state: expected shape (B, C, L, 3) = ({batch}, {channels}, at most {window - 1}, 3), "
                 f"got {tuple(state.shape)}"

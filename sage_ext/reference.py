@@ -193,8 +193,10 @@ def temporal_ccc_chunk(
     x, y = pred.double(), target.double()
     valid = torch.ones_like(x) if mask is None else _expand_mask(mask, x).double()
     x, y = torch.where(valid > 0, x, 0.0), torch.where(valid > 0, y, 0.0)
-    run = _sliding if window is not None else _running
-    moments, seen, state = run(x, y, valid, window if window is not None else halflife, state)
+    if window is not None:
+        moments, seen, state = _sliding(x, y, valid, window, state)
+    else:
+        moments, seen, state = _running(x, y, valid, halflife, state)
     defined = (seen >= 2) & (_denominator(moments) > 0)
     return _concordance(moments, defined).to(pred.dtype), state, defined
 
@@ -230,7 +232,9 @@ def _running(
     for x_t, y_t, valid_t in zip(x.unbind(1), y.unbind(1), valid.unbind(1)):
         age = gap + 1
         decay = torch.ones_like(age) if halflife is None else 0.5 ** (age / halflife)
-        aged = torch.cat([moments[..., :1] * decay[..., None], moments[..., 1:3], moments[..., 3:] * decay[..., None]], -1)
+        aged = torch.cat(
+            [moments[..., :1] * decay[..., None], moments[..., 1:3], moments[..., 3:] * decay[..., None]], -1
+        )
         zero = torch.zeros_like(x_t)
         frame = torch.stack([torch.ones_like(x_t), x_t, y_t, zero, zero, zero], -1)
         moments = torch.where(valid_t[..., None] > 0, merge_moments(aged, frame), moments)

@@ -1,6 +1,7 @@
-// ccc and its moments on the CPU. One pass over pred, target and mask forward, one backward: 8 bytes a float32 pair in,
-// 4 or 8 out. Each group is cut into chunks of kCccChunkFrames; a chunk sums, in double, powers of the distance to its
-// first valid frame (so a constant gives exact zeros), and the chunks' centred moments are merged in order.
+// ccc and its moments on the CPU. One pass over pred, target and mask forward, one backward: 8 bytes a
+// float32 pair in, 4 or 8 out. Each group is cut into chunks of kCccChunkFrames; a chunk sums, in double,
+// powers of the distance to its first valid frame (so a constant gives exact zeros), and the chunks' centred
+// moments are merged in order.
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
@@ -13,7 +14,8 @@ using V = Lanes<double>;
 constexpr int W = V::width;
 constexpr int64_t kSerialNumbers = 32768;  // a smaller problem stays on one thread
 
-template <class T> struct Data {  // pred, target and mask of one chunk, and how its frames are addressed
+template <class T>
+struct Data {  // pred, target and mask of one chunk, and how its frames are addressed
   const T *pred, *target;
   const uint8_t* mask;  // of the chunk's first frame
   Mask kind;
@@ -31,8 +33,10 @@ SAGE_FN Bits<double> nonzero(uint64_t bytes) {  // byte l of `bytes` -> lane l
   return {__builtin_convertvector(b, Wide) != 0};
 }
 
-// Flat numbers i .. i + n of a chunk, C channels interleaved (C divides W, i is a multiple of W): the lanes' validity.
-template <int C, class T> SAGE_FN Bits<double> flat_mask(const Data<T>& x, int64_t i, int n) {
+// Flat numbers i .. i + n of a chunk, C channels interleaved (C divides W, i is a multiple of W): the lanes'
+// validity.
+template <int C, class T>
+SAGE_FN Bits<double> flat_mask(const Data<T>& x, int64_t i, int n) {
   uint64_t bytes = 0;
   if (x.kind == Mask::none) return first<double>(n);
   if (x.kind == Mask::element || C == 1) {
@@ -51,13 +55,15 @@ template <int C, class T> SAGE_FN Bits<double> flat_mask(const Data<T>& x, int64
   }
   return nonzero(bytes) & first<double>(n);
 }
-template <class T> SAGE_FN V load_some(const T* p, int n) {
+template <class T>
+SAGE_FN V load_some(const T* p, int n) {
   if (n == W) return load_double(p);
   T x[W] = {};
   std::memcpy(x, p, size_t(n) * sizeof(T));
   return load_double(x);
 }
-template <class T> SAGE_FN void store_some(T* p, V v, int n) {
+template <class T>
+SAGE_FN void store_some(T* p, V v, int n) {
   if (n == W) return store_double(p, v);
   T x[W];
   store_double(x, v);
@@ -82,7 +88,8 @@ struct Sums {
 // Lanes l = c, c + step, ... of the sums -> centred moments of channel c.
 inline void finish(const Sums& s, int c, int step, double shift_p, double shift_t, double* out) {
   double n = 0, p = 0, t = 0, pp = 0, tt = 0, pt = 0;
-  for (int l = c; l < W; l += step) n += s.n[l], p += s.p[l], t += s.t[l], pp += s.pp[l], tt += s.tt[l], pt += s.pt[l];
+  for (int l = c; l < W; l += step)
+    n += s.n[l], p += s.p[l], t += s.t[l], pp += s.pp[l], tt += s.tt[l], pt += s.pt[l];
   const double inverse = n > 0 ? 1 / n : 0, dp = p * inverse, dt = t * inverse;
   const double m2_p = pp - p * dp, m2_t = tt - t * dt;
   out[0] = n;
@@ -93,7 +100,8 @@ inline void finish(const Sums& s, int c, int step, double shift_p, double shift_
   out[5] = pt - p * dt;
 }
 
-template <class T> void shifts(const Data<T>& x, int64_t frames, double* p, double* t) {
+template <class T>
+void shifts(const Data<T>& x, int64_t frames, double* p, double* t) {
   for (int c = 0; c < x.channels; ++c) {
     int64_t f = 0;
     while (f < frames && !x.valid(f, c)) ++f;
@@ -102,7 +110,8 @@ template <class T> void shifts(const Data<T>& x, int64_t frames, double* p, doub
   }
 }
 
-template <int C, class T> void flat_moments(const Data<T>& x, int64_t frames, double* out) {
+template <int C, class T>
+void flat_moments(const Data<T>& x, int64_t frames, double* out) {
   double p0[C], t0[C];
   shifts(x, frames, p0, t0);
   V shift_p, shift_t;
@@ -111,18 +120,21 @@ template <int C, class T> void flat_moments(const Data<T>& x, int64_t frames, do
   const int64_t numbers = frames * C, full = numbers / W * W;
   if (x.kind == Mask::none) {
     const Bits<double> all = first<double>(W);
-    for (int64_t i = 0; i < full; i += W) s.add(all, load_double(x.pred + i) - shift_p, load_double(x.target + i) - shift_t);
+    for (int64_t i = 0; i < full; i += W)
+      s.add(all, load_double(x.pred + i) - shift_p, load_double(x.target + i) - shift_t);
   } else {
     for (int64_t i = 0; i < full; i += W)
       s.add(flat_mask<C>(x, i, W), load_double(x.pred + i) - shift_p, load_double(x.target + i) - shift_t);
   }
   if (const int n = int(numbers - full))
-    s.add(flat_mask<C>(x, full, n), load_some(x.pred + full, n) - shift_p, load_some(x.target + full, n) - shift_t);
+    s.add(flat_mask<C>(x, full, n), load_some(x.pred + full, n) - shift_p,
+          load_some(x.target + full, n) - shift_t);
   for (int c = 0; c < C; ++c) finish(s, c, C, p0[c], t0[c], out + c * 6);
 }
 
 // Any number of channels: one at a time, lanes along the frames.
-template <class T> void strided_moments(const Data<T>& x, int64_t frames, double* out) {
+template <class T>
+void strided_moments(const Data<T>& x, int64_t frames, double* out) {
   for (int c = 0; c < x.channels; ++c) {
     int64_t f0 = 0;
     while (f0 < frames && !x.valid(f0, c)) ++f0;
@@ -143,7 +155,8 @@ template <class T> void strided_moments(const Data<T>& x, int64_t frames, double
   }
 }
 
-template <class T> Data<T> chunk(const CccForward& q, int64_t group, int64_t frame) {
+template <class T>
+Data<T> chunk(const CccForward& q, int64_t group, int64_t frame) {
   const int64_t at = group * q.frames + frame;
   const int C = q.channels;
   return {(const T*)q.pred + at * C, (const T*)q.target + at * C,
@@ -152,7 +165,8 @@ template <class T> Data<T> chunk(const CccForward& q, int64_t group, int64_t fra
 
 SAGE_FN Moments<double> read(const double* m) { return {m[0], m[1], m[2], m[3], m[4], m[5]}; }
 
-template <class T> void forward_all(const CccForward& q, int threads) {
+template <class T>
+void forward_all(const CccForward& q, int threads) {
   const int C = q.channels;
   const int64_t chunks = ccc_chunks(q.frames);
   const bool serial = q.groups * q.frames * C < kSerialNumbers;
@@ -161,16 +175,20 @@ template <class T> void forward_all(const CccForward& q, int threads) {
     const int64_t frames = q.frames - begin < kCccChunkFrames ? q.frames - begin : kCccChunkFrames;
     const Data<T> x = chunk<T>(q, i / chunks, begin);
     double* out = q.workspace + i * C * 6;
-    if (C == 1) flat_moments<1>(x, frames, out);
-    else if (C == 2) flat_moments<2>(x, frames, out);
-    else strided_moments(x, frames, out);
+    if (C == 1)
+      flat_moments<1>(x, frames, out);
+    else if (C == 2)
+      flat_moments<2>(x, frames, out);
+    else
+      strided_moments(x, frames, out);
   });
   for (int64_t g = 0; g < q.groups; ++g) {
     for (int c = 0; c < C; ++c) {
       Moments<double> m = no_moments<double>();
       for (int64_t k = 0; k < chunks; ++k) m = merge(m, read(q.workspace + ((g * chunks + k) * C + c) * 6));
       double* out = q.moments + (g * C + c) * 6;
-      out[0] = m.count, out[1] = m.mean_p, out[2] = m.mean_t, out[3] = m.m2_p, out[4] = m.m2_t, out[5] = m.c_pt;
+      out[0] = m.count, out[1] = m.mean_p, out[2] = m.mean_t, out[3] = m.m2_p, out[4] = m.m2_t,
+      out[5] = m.c_pt;
       if (q.ccc) {
         const double denominator = concordance_denominator(m);
         ((T*)q.ccc)[g * C + c] = T(concordance(m, m.count >= 2 && denominator > 0, denominator));
@@ -179,10 +197,15 @@ template <class T> void forward_all(const CccForward& q, int threads) {
   }
 }
 
-// grad_pred = offset_p + slope_p (x - mean_p) + slope_c (y - mean_t), 0 where not counted; grad_target likewise.
-struct Line { double mean_p, mean_t; Slopes<double> s; };
+// grad_pred = offset_p + slope_p (x - mean_p) + slope_c (y - mean_t), 0 where not counted; grad_target
+// likewise.
+struct Line {
+  double mean_p, mean_t;
+  Slopes<double> s;
+};
 
-template <class T> SAGE_FN Line line(const CccBackward& q, int64_t at) {
+template <class T>
+SAGE_FN Line line(const CccBackward& q, int64_t at) {
   const Moments<double> m = read(q.forward.moments + at * 6);
   if (q.grad_moments) {
     const double* g = q.grad_moments + at * 6;
@@ -190,7 +213,8 @@ template <class T> SAGE_FN Line line(const CccBackward& q, int64_t at) {
   }
   const double denominator = concordance_denominator(m);
   const bool defined = m.count >= 2 && denominator > 0;
-  return {m.mean_p, m.mean_t, concordance_slopes(m, defined, denominator, double(((const T*)q.grad_ccc)[at]))};
+  return {m.mean_p, m.mean_t,
+          concordance_slopes(m, defined, denominator, double(((const T*)q.grad_ccc)[at]))};
 }
 
 template <int C, class T>
@@ -219,7 +243,8 @@ void flat_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_
 }
 
 template <class T>
-void strided_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_pred, T* grad_target, int c) {
+void strided_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_pred, T* grad_target,
+                      int c) {
   const Line& a = *lines;
   for (int64_t f = 0; f < frames; ++f) {
     const int64_t i = f * x.channels + c;
@@ -230,7 +255,8 @@ void strided_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* gr
   }
 }
 
-template <class T> void backward_all(const CccBackward& q, int threads) {
+template <class T>
+void backward_all(const CccBackward& q, int threads) {
   const CccForward& f = q.forward;
   const int C = f.channels;
   const int64_t chunks = ccc_chunks(f.frames);
@@ -245,8 +271,10 @@ template <class T> void backward_all(const CccBackward& q, int threads) {
     if (C <= 2) {
       Line lines[2];
       for (int c = 0; c < C; ++c) lines[c] = line<T>(q, group * C + c);
-      if (C == 1) flat_gradient<1>(x, frames, lines, grad_pred, grad_target);
-      else flat_gradient<2>(x, frames, lines, grad_pred, grad_target);
+      if (C == 1)
+        flat_gradient<1>(x, frames, lines, grad_pred, grad_target);
+      else
+        flat_gradient<2>(x, frames, lines, grad_pred, grad_target);
     } else {
       for (int c = 0; c < C; ++c) {
         const Line a = line<T>(q, group * C + c);

@@ -1,7 +1,8 @@
 #include "dispatch.h"
 #include "../ops.h"
 
-// CMakeLists.txt defines SAGE_X86_ISAS where the compiler targets x86-64; elsewhere the baseline serves alone.
+// CMakeLists.txt defines SAGE_X86_ISAS where the compiler targets x86-64; elsewhere the baseline serves
+// alone.
 namespace sage::cpu {
 
 bool isa_built(int isa) {
@@ -14,7 +15,8 @@ bool isa_built(int isa) {
 
 bool isa_supported(int isa) {
 #if defined(SAGE_X86_ISAS)
-  if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == 1)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == 2)
     return isa_supported(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -34,11 +36,11 @@ int isa() { return chosen; }
 void set_isa(int isa) { chosen = isa; }
 
 #if defined(SAGE_X86_ISAS)
-#define SAGE_DISPATCH(op, Params)                   \
-  void op(const Params& q, Exec exec) {             \
-    if (chosen == 2) return avx512::op(q, exec);    \
-    if (chosen == 1) return avx2::op(q, exec);      \
-    baseline::op(q, exec);                          \
+#define SAGE_DISPATCH(op, Params)                \
+  void op(const Params& q, Exec exec) {          \
+    if (chosen == 2) return avx512::op(q, exec); \
+    if (chosen == 1) return avx2::op(q, exec);   \
+    baseline::op(q, exec);                       \
   }
 #else
 #define SAGE_DISPATCH(op, Params) \

@@ -1,9 +1,10 @@
 // reliability_fusion on the CPU.
 //
-// A block is `width` rows. Its gate (M*S sigmoids and M logarithms a row) runs with a lane a row; its features run with
-// lanes along D, a few rows at a time so that the LayerNorm's affine is loaded once for all of them.
-// Bytes from the contract: forward reads M D and writes D numbers a row, backward reads (M + 1) D and writes M D; the
-// floor is the time to copy those. Statistics are two passes over a row that the first pass brought into L1.
+// A block is `width` rows. Its gate (M*S sigmoids and M logarithms a row) runs with a lane a row; its
+// features run with lanes along D, a few rows at a time so that the LayerNorm's affine is loaded once for all
+// of them. Bytes from the contract: forward reads M D and writes D numbers a row, backward reads (M + 1) D
+// and writes M D; the floor is the time to copy those. Statistics are two passes over a row that the first
+// pass brought into L1.
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
@@ -21,7 +22,8 @@ constexpr int64_t kFlushRows = 256;  // parameter gradients: float sums this lon
 constexpr int64_t kSerialRows = 96;  // fewer stay on one thread
 constexpr int64_t kTaskRows = 64;
 
-template <class A> struct Calibration {  // per (m, s)
+template <class A>
+struct Calibration {  // per (m, s)
   A scale[kMaxModalities * kMaxStages], bias[kMaxModalities * kMaxStages], sharpness[kMaxModalities];
 
   explicit Calibration(const FusionForward& q) {
@@ -33,32 +35,39 @@ template <class A> struct Calibration {  // per (m, s)
   }
 };
 
-template <class A> struct Gate {  // of one block, a lane a row
+template <class A>
+struct Gate {  // of one block, a lane a row
   using V = Lanes<A>;
   V raw[kMaxModalities * kMaxStages], logit[kMaxModalities * kMaxStages], stage[kMaxStages];
   Bits<A> present[kMaxModalities], any_present;
   V confidence[kMaxModalities], log_odds[kMaxModalities], weight[kMaxModalities];
 };
 
-// x[k] <- base[row * count + k] for a block of rows; rows past the end repeat the last one and are never stored.
-template <class A> SAGE_FN void gather(const A* base, int count, int rows, Lanes<A>* x) {
+// x[k] <- base[row * count + k] for a block of rows; rows past the end repeat the last one and are never
+// stored.
+template <class A>
+SAGE_FN void gather(const A* base, int count, int rows, Lanes<A>* x) {
   for (int k = 0; k < count; ++k) {
     A column[Lanes<A>::width];
     for (int l = 0; l < Lanes<A>::width; ++l) column[l] = base[int64_t(l < rows ? l : rows - 1) * count + k];
     x[k] = load(column);
   }
 }
-template <class A> SAGE_FN void scatter(A* base, int count, int rows, const Lanes<A>* x) {
+template <class A>
+SAGE_FN void scatter(A* base, int count, int rows, const Lanes<A>* x) {
   for (int l = 0; l < rows; ++l)
     for (int k = 0; k < count; ++k) base[int64_t(l) * count + k] = x[k][l];
 }
 
-template <class A> void read_gate(const FusionForward& q, const Calibration<A>& c, int64_t row, int rows, Gate<A>& g) {
+template <class A>
+void read_gate(const FusionForward& q, const Calibration<A>& c, int64_t row, int rows, Gate<A>& g) {
   using V = Lanes<A>;
   const int M = q.modalities, S = q.stages;
   gather((const A*)q.reliability + row * M * S, M * S, rows, g.raw);
-  if (q.stage) gather((const A*)q.stage + row * S, S, rows, g.stage);
-  else for (int s = 0; s < S; ++s) g.stage[s] = V(A(1) / A(S));
+  if (q.stage)
+    gather((const A*)q.stage + row * S, S, rows, g.stage);
+  else
+    for (int s = 0; s < S; ++s) g.stage[s] = V(A(1) / A(S));
   g.any_present = Bits<A>{};
   for (int m = 0; m < M; ++m) {
     A seen[V::width];
@@ -73,7 +82,8 @@ template <class A> void read_gate(const FusionForward& q, const Calibration<A>& 
   }
 }
 
-template <class A> void weigh(const FusionForward& q, const Calibration<A>& c, Gate<A>& g) {
+template <class A>
+void weigh(const FusionForward& q, const Calibration<A>& c, Gate<A>& g) {
   using V = Lanes<A>;
   const V zero(A(0)), lowest(A(-3e38));
   V peak = lowest, total = zero;
@@ -94,9 +104,10 @@ template <class A> void weigh(const FusionForward& q, const Calibration<A>& c, G
 SAGE_FN float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
 SAGE_FN double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
 
-// What the feature loops need of one row. An absent modality has weight, scale and shift 0 and borrows the row of one
-// that is present, so that its own is never read; rows without any modality are not among these.
-template <class T, class A> struct Row {
+// What the feature loops need of one row. An absent modality has weight, scale and shift 0 and borrows the
+// row of one that is present, so that its own is never read; rows without any modality are not among these.
+template <class T, class A>
+struct Row {
   int64_t row;
   const T* x[kMaxModalities];
   A weight[kMaxModalities], scale[kMaxModalities], shift[kMaxModalities];  // xhat = x * scale + shift
@@ -126,7 +137,8 @@ int live_rows(const FusionForward& q, int64_t row, int rows, const Gate<A>& g, R
 }
 
 // scale and shift from what forward saved.
-template <class T, class A> SAGE_FN void recall(const FusionForward& q, Row<T, A>* rows, int count) {
+template <class T, class A>
+SAGE_FN void recall(const FusionForward& q, Row<T, A>* rows, int count) {
   for (int i = 0; i < count; ++i)
     for (int m = 0; m < q.modalities; ++m) {
       const A* stats = (const A*)q.stats + (rows[i].row * q.modalities + m) * 2;
@@ -136,7 +148,8 @@ template <class T, class A> SAGE_FN void recall(const FusionForward& q, Row<T, A
 }
 
 // LayerNorm statistics of R rows, one modality: the mean, then the squares about it.
-template <class T, class A, int R> SAGE_FN void statistics(const FusionForward& q, Row<T, A>* rows, int m) {
+template <class T, class A, int R>
+SAGE_FN void statistics(const FusionForward& q, Row<T, A>* rows, int m) {
   using V = Lanes<A>;
   constexpr int W = V::width;
   V s[R][2];
@@ -209,8 +222,10 @@ SAGE_FN void mix_rows(const FusionForward& q, Row<T, A>* rows, int modalities) {
       if (Norm) gamma = at.read(gammas + m * dim + d), beta = at.read(betas + m * dim + d);
       for (int r = 0; r < R; ++r) {
         const V v = at.read(x[r][m] + d), w(weight[r][m]);
-        if (Norm) out[r] = fma(w, beta, fma(fma(v, V(scale[r][m]), V(shift[r][m])), gamma, out[r]));
-        else out[r] = fma(w, v, out[r]);
+        if (Norm)
+          out[r] = fma(w, beta, fma(fma(v, V(scale[r][m]), V(shift[r][m])), gamma, out[r]));
+        else
+          out[r] = fma(w, v, out[r]);
       }
     }
     for (int r = 0; r < R; ++r) at.write(to[r] + d, out[r]);
@@ -218,7 +233,8 @@ SAGE_FN void mix_rows(const FusionForward& q, Row<T, A>* rows, int modalities) {
 }
 
 template <class T, bool Norm>
-void forward_block(const FusionForward& q, const Calibration<typename Arithmetic<T>::Type>& c, int64_t row, int rows) {
+void forward_block(const FusionForward& q, const Calibration<typename Arithmetic<T>::Type>& c, int64_t row,
+                   int rows) {
   using A = typename Arithmetic<T>::Type;
   Gate<A> g;
   read_gate(q, c, row, rows, g);
@@ -231,7 +247,8 @@ void forward_block(const FusionForward& q, const Calibration<typename Arithmetic
     for (int l = 0; l < rows; ++l) {
       if (g.any_present.v[l]) continue;
       std::memset((T*)q.fused + (row + l) * q.dim, 0, size_t(q.dim) * sizeof(T));
-      if (q.stats) std::memset((A*)q.stats + (row + l) * q.modalities * 2, 0, size_t(q.modalities) * 2 * sizeof(A));
+      if (q.stats)
+        std::memset((A*)q.stats + (row + l) * q.modalities * 2, 0, size_t(q.modalities) * 2 * sizeof(A));
     }
   }
   int i = 0;
@@ -244,7 +261,8 @@ void forward_block(const FusionForward& q, const Calibration<typename Arithmetic
   }
 }
 
-template <class T, bool Norm> void forward_all(const FusionForward& q, int threads) {
+template <class T, bool Norm>
+void forward_all(const FusionForward& q, int threads) {
   using A = typename Arithmetic<T>::Type;
   constexpr int W = Lanes<A>::width;
   const Calibration<A> c(q);
@@ -257,17 +275,21 @@ template <class T, bool Norm> void forward_all(const FusionForward& q, int threa
 }
 
 // -------------------------------------------------------------------------------------------------- backward
-// Parameter gradients of one chunk of rows. norm[] holds float sums of norm_weight (M, D) then norm_bias (M, D).
-template <class A> struct Partial {
+// Parameter gradients of one chunk of rows. norm[] holds float sums of norm_weight (M, D) then norm_bias (M,
+// D).
+template <class A>
+struct Partial {
   A* norm;
-  Lanes<A> log_temperature[kMaxModalities * kMaxStages], bias[kMaxModalities * kMaxStages], sharpness[kMaxModalities];
+  Lanes<A> log_temperature[kMaxModalities * kMaxStages], bias[kMaxModalities * kMaxStages],
+      sharpness[kMaxModalities];
 };
 
 // Features of R rows, one modality: d fused -> d values, d weight, d affine.
 //   xhat = x scale + shift;  u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
 //   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D);  d gamma = w g xhat;  d beta = w g
 template <class T, class A, bool Norm, int R>
-SAGE_FN void back_rows(const FusionBackward& q, const Row<T, A>* rows, int m, A* gamma_sum, A* beta_sum, A* grad_weight) {
+SAGE_FN void back_rows(const FusionBackward& q, const Row<T, A>* rows, int m, A* gamma_sum, A* beta_sum,
+                       A* grad_weight) {
   using V = Lanes<A>;
   const FusionForward& f = q.forward;
   const int64_t dim = f.dim;
@@ -326,7 +348,8 @@ SAGE_FN void back_rows(const FusionBackward& q, const Row<T, A>* rows, int m, A*
     if (!rows[r].present[m]) std::memset(out[r], 0, size_t(dim) * sizeof(T));
 }
 
-// Softmax over the present modalities, then each modality's gate. grad_w, grad_c: gradients of weights and confidence.
+// Softmax over the present modalities, then each modality's gate. grad_w, grad_c: gradients of weights and
+// confidence.
 template <class A>
 void gate_backward(const FusionBackward& q, const Calibration<A>& c, int64_t row, int rows, const Gate<A>& g,
                    Lanes<A>* grad_w, const Lanes<A>* grad_c, Partial<A>& partial) {
@@ -346,7 +369,8 @@ void gate_backward(const FusionBackward& q, const Calibration<A>& c, int64_t row
     const V grad_r = select(counted, grad_c[m], zero);
     partial.sharpness[m] = fma(grad_score, g.log_odds[m], partial.sharpness[m]);
     V* grad_l = grad_logit + m * S;
-    reliability_backward(S, g.logit + m * S, g.stage, grad_r, grad_score * V(c.sharpness[m]), grad_l, grad_stage);
+    reliability_backward(S, g.logit + m * S, g.stage, grad_r, grad_score * V(c.sharpness[m]), grad_l,
+                         grad_stage);
     for (int s = 0; s < S; ++s) {
       const int i = m * S + s;
       partial.bias[i] += grad_l[s];
@@ -359,8 +383,8 @@ void gate_backward(const FusionBackward& q, const Calibration<A>& c, int64_t row
 }
 
 template <class T, bool Norm>
-void backward_block(const FusionBackward& q, const Calibration<typename Arithmetic<T>::Type>& c, int64_t row, int rows,
-                    Partial<typename Arithmetic<T>::Type>& partial) {
+void backward_block(const FusionBackward& q, const Calibration<typename Arithmetic<T>::Type>& c, int64_t row,
+                    int rows, Partial<typename Arithmetic<T>::Type>& partial) {
   using A = typename Arithmetic<T>::Type;
   using V = Lanes<A>;
   const FusionForward& f = q.forward;
@@ -370,10 +394,14 @@ void backward_block(const FusionBackward& q, const Calibration<typename Arithmet
   weigh(f, c, g);
 
   V grad_w[kMaxModalities], grad_c[kMaxModalities];
-  if (q.grad_weights) gather((const A*)q.grad_weights + row * M, M, rows, grad_w);
-  else for (int m = 0; m < M; ++m) grad_w[m] = V(A(0));
-  if (q.grad_confidence) gather((const A*)q.grad_confidence + row * M, M, rows, grad_c);
-  else for (int m = 0; m < M; ++m) grad_c[m] = V(A(0));
+  if (q.grad_weights)
+    gather((const A*)q.grad_weights + row * M, M, rows, grad_w);
+  else
+    for (int m = 0; m < M; ++m) grad_w[m] = V(A(0));
+  if (q.grad_confidence)
+    gather((const A*)q.grad_confidence + row * M, M, rows, grad_c);
+  else
+    for (int m = 0; m < M; ++m) grad_c[m] = V(A(0));
 
   if (q.grad_fused) {
     Row<T, A> live[V::width];
@@ -381,7 +409,8 @@ void backward_block(const FusionBackward& q, const Calibration<typename Arithmet
     if (Norm) recall(f, live, count);
     A dot[V::width];
     for (int m = 0; m < M; ++m) {
-      A *gamma_sum = Norm ? partial.norm + m * f.dim : nullptr, *beta_sum = Norm ? gamma_sum + M * f.dim : nullptr;
+      A *gamma_sum = Norm ? partial.norm + m * f.dim : nullptr,
+        *beta_sum = Norm ? gamma_sum + M * f.dim : nullptr;
       int i = 0;
       for (; i + kTile <= count; i += kTile)
         back_rows<T, A, Norm, kTile>(q, live + i, m, gamma_sum, beta_sum, dot + i);
@@ -399,7 +428,8 @@ void backward_block(const FusionBackward& q, const Calibration<typename Arithmet
   gate_backward(q, c, row, rows, g, grad_w, grad_c, partial);
 }
 
-template <class T, bool Norm> void backward_all(const FusionBackward& q, int threads) {
+template <class T, bool Norm>
+void backward_all(const FusionBackward& q, int threads) {
   using A = typename Arithmetic<T>::Type;
   constexpr int W = Lanes<A>::width;
   const FusionForward& f = q.forward;
@@ -408,7 +438,7 @@ template <class T, bool Norm> void backward_all(const FusionBackward& q, int thr
   const int64_t affine = Norm ? 2 * M * f.dim : 0;
   const int64_t params = fusion_param_count(f.dim, M, S, Norm);
   const int64_t chunks = fusion_chunks(f.rows), per = fusion_chunk_rows(f.rows);
-  double* sums = q.workspace;                   // (chunks, params)
+  double* sums = q.workspace;                       // (chunks, params)
   A* floats = (A*)(q.workspace + chunks * params);  // (chunks, affine)
   parallel_for(chunks, f.rows < kSerialRows ? 1 : threads, [&](int64_t i) {
     double* total = sums + i * params;
@@ -444,12 +474,16 @@ template <class T, bool Norm> void backward_all(const FusionBackward& q, int thr
 
 }  // namespace
 
-#define SAGE_BY_TYPE(q, f, call)                                      \
-  switch ((f).dtype) {                                                \
-    case DType::f32: return (f).norm_weight ? call<float, true>(q, exec.where) : call<float, false>(q, exec.where);    \
-    case DType::f64: return (f).norm_weight ? call<double, true>(q, exec.where) : call<double, false>(q, exec.where);  \
-    case DType::f16: return (f).norm_weight ? call<f16, true>(q, exec.where) : call<f16, false>(q, exec.where);        \
-    case DType::bf16: return (f).norm_weight ? call<bf16, true>(q, exec.where) : call<bf16, false>(q, exec.where);     \
+#define SAGE_BY_TYPE(q, f, call)                                                                       \
+  switch ((f).dtype) {                                                                                 \
+    case DType::f32:                                                                                   \
+      return (f).norm_weight ? call<float, true>(q, exec.where) : call<float, false>(q, exec.where);   \
+    case DType::f64:                                                                                   \
+      return (f).norm_weight ? call<double, true>(q, exec.where) : call<double, false>(q, exec.where); \
+    case DType::f16:                                                                                   \
+      return (f).norm_weight ? call<f16, true>(q, exec.where) : call<f16, false>(q, exec.where);       \
+    case DType::bf16:                                                                                  \
+      return (f).norm_weight ? call<bf16, true>(q, exec.where) : call<bf16, false>(q, exec.where);     \
   }
 
 void fusion_forward(const FusionForward& q, Exec exec) { SAGE_BY_TYPE(q, q, forward_all) }

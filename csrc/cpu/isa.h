@@ -1,9 +1,10 @@
-// SIMD lanes: one source, compiled once for each instruction set (SAGE_ISA names the variant; CMakeLists.txt sets the
-// flags). Lanes<T> is a thin wrapper over GCC/Clang vector types, so that the formulas of csrc/math/ read as scalar code
-// and serve CPU lanes and CUDA threads alike. Everything here has internal linkage or lives in the variant's namespace.
+// SIMD lanes: one source, compiled once for each instruction set (SAGE_ISA names the variant; CMakeLists.txt
+// sets the flags). Lanes<T> is a thin wrapper over GCC/Clang vector types, so that the formulas of csrc/math/
+// read as scalar code and serve CPU lanes and CUDA threads alike. Everything here has internal linkage or
+// lives in the variant's namespace.
 //
-// Contraction is off (-ffp-contract=off) and fma() explicit: a row's bits then depend on its own numbers alone, never on
-// where the compiler unrolled a loop.
+// Contraction is off (-ffp-contract=off) and fma() explicit: a row's bits then depend on its own numbers
+// alone, never on where the compiler unrolled a loop.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -22,22 +23,30 @@
 
 namespace sage::cpu::SAGE_ISA {
 
-struct f16 { uint16_t bits; };
-struct bf16 { uint16_t bits; };
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
 
-template <class T> struct Traits;
-template <> struct Traits<float> {
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
   typedef float Vec __attribute__((vector_size(SAGE_VECTOR_BYTES)));
   typedef int32_t Int __attribute__((vector_size(SAGE_VECTOR_BYTES)));
   static constexpr int mantissa = 23;
 };
-template <> struct Traits<double> {
+template <>
+struct Traits<double> {
   typedef double Vec __attribute__((vector_size(SAGE_VECTOR_BYTES)));
   typedef int64_t Int __attribute__((vector_size(SAGE_VECTOR_BYTES)));
   static constexpr int mantissa = 52;
 };
 
-template <class T> struct Bits {  // a lane-wise truth value: all ones or all zeros
+template <class T>
+struct Bits {  // a lane-wise truth value: all ones or all zeros
   using Int = typename Traits<T>::Int;
   Int v;
   friend SAGE_FN Bits operator&(Bits a, Bits b) { return {a.v & b.v}; }
@@ -45,7 +54,8 @@ template <class T> struct Bits {  // a lane-wise truth value: all ones or all ze
   friend SAGE_FN Bits operator~(Bits a) { return {~a.v}; }
 };
 
-template <class T> struct Lanes {
+template <class T>
+struct Lanes {
   using Scalar = T;
   using Vec = typename Traits<T>::Vec;
   using Int = typename Traits<T>::Int;
@@ -63,21 +73,43 @@ template <class T> struct Lanes {
   friend SAGE_FN Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
   friend SAGE_FN Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
   friend SAGE_FN Lanes operator-(Lanes a) { return -a.v; }
-  SAGE_FN Lanes& operator+=(Lanes b) { v += b.v; return *this; }
-  SAGE_FN Lanes& operator-=(Lanes b) { v -= b.v; return *this; }
-  SAGE_FN Lanes& operator*=(Lanes b) { v *= b.v; return *this; }
+  SAGE_FN Lanes& operator+=(Lanes b) {
+    v += b.v;
+    return *this;
+  }
+  SAGE_FN Lanes& operator-=(Lanes b) {
+    v -= b.v;
+    return *this;
+  }
+  SAGE_FN Lanes& operator*=(Lanes b) {
+    v *= b.v;
+    return *this;
+  }
   friend SAGE_FN Mask operator<(Lanes a, Lanes b) { return {a.v < b.v}; }
   friend SAGE_FN Mask operator>(Lanes a, Lanes b) { return {a.v > b.v}; }
   friend SAGE_FN Mask operator<=(Lanes a, Lanes b) { return {a.v <= b.v}; }
   friend SAGE_FN Mask operator>=(Lanes a, Lanes b) { return {a.v >= b.v}; }
 };
 
-template <class T> SAGE_FN Lanes<T> select(Bits<T> m, Lanes<T> a, Lanes<T> b) { return m.v ? a.v : b.v; }
-template <class T> SAGE_FN Lanes<T> max(Lanes<T> a, Lanes<T> b) { return select(a > b, a, b); }
-template <class T> SAGE_FN Lanes<T> min(Lanes<T> a, Lanes<T> b) { return select(a < b, a, b); }
-template <class T> SAGE_FN Lanes<T> abs(Lanes<T> a) { return max(a, -a); }
+template <class T>
+SAGE_FN Lanes<T> select(Bits<T> m, Lanes<T> a, Lanes<T> b) {
+  return m.v ? a.v : b.v;
+}
+template <class T>
+SAGE_FN Lanes<T> max(Lanes<T> a, Lanes<T> b) {
+  return select(a > b, a, b);
+}
+template <class T>
+SAGE_FN Lanes<T> min(Lanes<T> a, Lanes<T> b) {
+  return select(a < b, a, b);
+}
+template <class T>
+SAGE_FN Lanes<T> abs(Lanes<T> a) {
+  return max(a, -a);
+}
 
-template <class T> SAGE_FN bool any(Bits<T> m) {
+template <class T>
+SAGE_FN bool any(Bits<T> m) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)m.v, (__m512i)m.v) != 0;
 #elif defined(__AVX2__)
@@ -109,32 +141,48 @@ SAGE_FN Lanes<double> fma(Lanes<double> a, Lanes<double> b, Lanes<double> c) {
 }
 
 // Sum of all lanes, halves folded onto each other: a fixed order.
-template <class T, int N> struct Short { typedef T Vec __attribute__((vector_size(N * sizeof(T)))); };
-template <class T> SAGE_FN T fold(typename Short<T, 2>::Vec x) { return x[0] + x[1]; }
-template <class T> SAGE_FN T fold(typename Short<T, 4>::Vec x) {
+template <class T, int N>
+struct Short {
+  typedef T Vec __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T>
+SAGE_FN T fold(typename Short<T, 2>::Vec x) {
+  return x[0] + x[1];
+}
+template <class T>
+SAGE_FN T fold(typename Short<T, 4>::Vec x) {
   return fold<T>(__builtin_shufflevector(x, x, 0, 1) + __builtin_shufflevector(x, x, 2, 3));
 }
-template <class T> SAGE_FN T fold(typename Short<T, 8>::Vec x) {
+template <class T>
+SAGE_FN T fold(typename Short<T, 8>::Vec x) {
   return fold<T>(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
 }
-template <class T> SAGE_FN T fold(typename Short<T, 16>::Vec x) {
+template <class T>
+SAGE_FN T fold(typename Short<T, 16>::Vec x) {
   return fold<T>(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
                  __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
 }
-template <class T> SAGE_FN T sum(Lanes<T> a) { return fold<T>(a.v); }
+template <class T>
+SAGE_FN T sum(Lanes<T> a) {
+  return fold<T>(a.v);
+}
 
-// ------------------------------------------------------------------------------------------------- exp and log
-// Argument reduction with a two-part ln 2, then a Taylor polynomial long enough that its remainder (noted) is under half
-// an ulp. exp flushes to 0 below the smallest normal number and overflows to infinity half a power of two early.
-template <class T> struct MathConstants;
-template <> struct MathConstants<float> {
+// ------------------------------------------------------------------------------------------------- exp and
+// log Argument reduction with a two-part ln 2, then a Taylor polynomial long enough that its remainder
+// (noted) is under half an ulp. exp flushes to 0 below the smallest normal number and overflows to infinity
+// half a power of two early.
+template <class T>
+struct MathConstants;
+template <>
+struct MathConstants<float> {
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f, round = 12582912.0f;
   static constexpr float exp_min = -87.33654f, exp_max = 88.376f, min_normal = 1.17549435e-38f;
   static constexpr int exp_degree = 7;  // 0.347^8 / 8! = 5e-9
   static constexpr int log_degree = 5;  // 0.04^6 / 13 = 3e-10
   static constexpr int32_t two_thirds = 0x3f2aaaab;
 };
-template <> struct MathConstants<double> {
+template <>
+struct MathConstants<double> {
   static constexpr double ln2_hi = 6.93147180369123816490e-01, ln2_lo = 1.90821492927058770002e-10;
   static constexpr double round = 6755399441055744.0, exp_min = -708.39, exp_max = 709.43;
   static constexpr double min_normal = 2.2250738585072014e-308;
@@ -144,20 +192,23 @@ template <> struct MathConstants<double> {
 };
 
 constexpr double inverse_factorial(int k) { return k == 0 ? 1.0 : inverse_factorial(k - 1) / k; }
-template <class T> struct ExpSeries {
+template <class T>
+struct ExpSeries {
   T c[MathConstants<T>::exp_degree + 1];
   constexpr ExpSeries() : c() {
     for (int k = 0; k <= MathConstants<T>::exp_degree; ++k) c[k] = T(inverse_factorial(k));
   }
 };
-template <class T> struct LogSeries {  // 2 atanh(s) = 2 s (1 + s^2/3 + s^4/5 + ...)
+template <class T>
+struct LogSeries {  // 2 atanh(s) = 2 s (1 + s^2/3 + s^4/5 + ...)
   T c[MathConstants<T>::log_degree + 1];
   constexpr LogSeries() : c() {
     for (int k = 0; k <= MathConstants<T>::log_degree; ++k) c[k] = T(1.0 / (2 * k + 1));
   }
 };
 
-template <class T> SAGE_FN Lanes<T> exp(Lanes<T> x) {
+template <class T>
+SAGE_FN Lanes<T> exp(Lanes<T> x) {
   using C = MathConstants<T>;
   using L = Lanes<T>;
   using Int = typename L::Int;
@@ -178,7 +229,8 @@ template <class T> SAGE_FN Lanes<T> exp(Lanes<T> x) {
   return select(x <= x, y, x);  // NaN
 }
 
-template <class T> SAGE_FN Lanes<T> log(Lanes<T> x) {
+template <class T>
+SAGE_FN Lanes<T> log(Lanes<T> x) {
   using C = MathConstants<T>;
   using L = Lanes<T>;
   using Int = typename L::Int;
@@ -202,25 +254,32 @@ template <class T> SAGE_FN Lanes<T> log(Lanes<T> x) {
   r = select(x > L(T(0)), r, select(x < L(T(0)), L(T(__builtin_nan(""))), L(-T(__builtin_inf()))));
   return select(x < L(T(__builtin_inf())), r, x);  // +inf and NaN
 }
-template <class T> SAGE_FN Lanes<T> sqrt(Lanes<T> x);
-template <> SAGE_FN Lanes<float> sqrt(Lanes<float> x) {
+template <class T>
+SAGE_FN Lanes<T> sqrt(Lanes<T> x);
+template <>
+SAGE_FN Lanes<float> sqrt(Lanes<float> x) {
   for (int i = 0; i < Lanes<float>::width; ++i) x.v[i] = __builtin_sqrtf(x.v[i]);
   return x;
 }
-template <> SAGE_FN Lanes<double> sqrt(Lanes<double> x) {
+template <>
+SAGE_FN Lanes<double> sqrt(Lanes<double> x) {
   for (int i = 0; i < Lanes<double>::width; ++i) x.v[i] = __builtin_sqrt(x.v[i]);
   return x;
 }
 
 // ------------------------------------------------------------------------------------------------- memory
-// Loads and stores of `width` consecutive numbers, converting to and from the arithmetic type; `n` < width touches the
-// first n alone and reads 0 for the rest.
-template <class A> SAGE_FN Lanes<A> load(const A* p) {
+// Loads and stores of `width` consecutive numbers, converting to and from the arithmetic type; `n` < width
+// touches the first n alone and reads 0 for the rest.
+template <class A>
+SAGE_FN Lanes<A> load(const A* p) {
   Lanes<A> x;
   std::memcpy(&x.v, p, sizeof x.v);
   return x;
 }
-template <class A> SAGE_FN void store(A* p, Lanes<A> x) { std::memcpy(p, &x.v, sizeof x.v); }
+template <class A>
+SAGE_FN void store(A* p, Lanes<A> x) {
+  std::memcpy(p, &x.v, sizeof x.v);
+}
 
 SAGE_FN Lanes<double> load_double(const double* p) { return load(p); }
 SAGE_FN Lanes<double> load_double(const float* p) {
@@ -278,7 +337,7 @@ SAGE_FN uint16_t float_to_half(float f) {
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;
   if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
-  if (bits < 0x38800000) {                       // subnormal: adding 0.5 aligns the result's last bit with 2^-24
+  if (bits < 0x38800000) {  // subnormal: adding 0.5 aligns the result's last bit with 2^-24
     float a;
     std::memcpy(&a, &bits, 4);
     a += 0.5f;
@@ -310,38 +369,60 @@ SAGE_FN void store(f16* p, Lanes<float> x) {
 #endif
 }
 
-template <class T> struct Arithmetic { using Type = float; };  // what a stored type is computed in
-template <> struct Arithmetic<double> { using Type = double; };
+template <class T>
+struct Arithmetic {
+  using Type = float;
+};  // what a stored type is computed in
+template <>
+struct Arithmetic<double> {
+  using Type = double;
+};
 
-template <class T> SAGE_FN Lanes<typename Arithmetic<T>::Type> load(const T* p, int n) {
+template <class T>
+SAGE_FN Lanes<typename Arithmetic<T>::Type> load(const T* p, int n) {
   T x[Lanes<typename Arithmetic<T>::Type>::width] = {};
   std::memcpy(x, p, size_t(n) * sizeof(T));
   return load(x);
 }
-template <class T> SAGE_FN void store(T* p, Lanes<typename Arithmetic<T>::Type> v, int n) {
+template <class T>
+SAGE_FN void store(T* p, Lanes<typename Arithmetic<T>::Type> v, int n) {
   T x[Lanes<typename Arithmetic<T>::Type>::width];
   store(x, v);
   std::memcpy(p, x, size_t(n) * sizeof(T));
 }
-// Access to the vectors of a row of `dim` numbers: for_each_vector(dim, f) calls f(d, access) for each whole vector and,
-// once, for the rest.
+// Access to the vectors of a row of `dim` numbers: for_each_vector(dim, f) calls f(d, access) for each whole
+// vector and, once, for the rest.
 struct Whole {
-  template <class T> SAGE_FN auto read(const T* p) const { return load(p); }
-  template <class T, class V> SAGE_FN void write(T* p, V x) const { store(p, x); }
+  template <class T>
+  SAGE_FN auto read(const T* p) const {
+    return load(p);
+  }
+  template <class T, class V>
+  SAGE_FN void write(T* p, V x) const {
+    store(p, x);
+  }
 };
 struct Part {
   int n;
-  template <class T> SAGE_FN auto read(const T* p) const { return load(p, n); }
-  template <class T, class V> SAGE_FN void write(T* p, V x) const { store(p, x, n); }
+  template <class T>
+  SAGE_FN auto read(const T* p) const {
+    return load(p, n);
+  }
+  template <class T, class V>
+  SAGE_FN void write(T* p, V x) const {
+    store(p, x, n);
+  }
 };
-template <int W, class F> SAGE_FN void for_each_vector(int64_t dim, F f) {
+template <int W, class F>
+SAGE_FN void for_each_vector(int64_t dim, F f) {
   int64_t d = 0;
   for (; d + W <= dim; d += W) f(d, Whole{});
   if (d < dim) f(d, Part{int(dim - d)});
 }
 
 // The first n lanes true.
-template <class T> SAGE_FN Bits<T> first(int n) {
+template <class T>
+SAGE_FN Bits<T> first(int n) {
   Bits<T> m;
   for (int i = 0; i < Lanes<T>::width; ++i) m.v[i] = i < n ? -1 : 0;
   return m;

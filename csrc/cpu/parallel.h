@@ -1,6 +1,6 @@
-// parallel_for over independent tasks. The thread count is the caller's (torch's) and small work stays on one thread: a
-// forked worker that torch runs with one thread never touches the OpenMP pool it inherited. Tasks are cut by the problem
-// alone, never by the thread count, so results do not depend on it.
+// parallel_for over independent tasks. The thread count is the caller's (torch's) and small work stays on one
+// thread: a forked worker that torch runs with one thread never touches the OpenMP pool it inherited. Tasks
+// are cut by the problem alone, never by the thread count, so results do not depend on it.
 #pragma once
 #include <cstdint>
 

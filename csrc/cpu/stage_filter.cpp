@@ -1,6 +1,7 @@
-// stage_filter on the CPU. A lane is a sequence: `width` sequences advance together, frame by frame, each with its own
-// numbers only, so a sequence's bits do not depend on its neighbours. Forward moves 2 B T S numbers (3 with the log-belief
-// that backward wants); the time is the serial chain of one frame (S log, S + 1 exp, one division), not memory.
+// stage_filter on the CPU. A lane is a sequence: `width` sequences advance together, frame by frame, each
+// with its own numbers only, so a sequence's bits do not depend on its neighbours. Forward moves 2 B T S
+// numbers (3 with the log-belief that backward wants); the time is the serial chain of one frame (S log, S +
+// 1 exp, one division), not memory.
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
@@ -11,7 +12,8 @@ namespace {
 
 constexpr int kFlushFrames = 64;  // transition gradients: float sums this long, then double
 
-template <class T> struct Transition {
+template <class T>
+struct Transition {
   T log_a[kMaxStages * kMaxStages], a[kMaxStages * kMaxStages];
 
   Transition(const T* logits, int stages) {
@@ -30,7 +32,8 @@ template <class T> struct Transition {
 };
 
 // `width` sequences from `first`; lanes past the last sequence repeat it and are never stored.
-template <class T> struct Group {
+template <class T>
+struct Group {
   using V = Lanes<T>;
   int64_t sequence[V::width];
   int count;
@@ -60,10 +63,13 @@ template <class T> struct Group {
 
 // log_softmax(initial), and its exponential
 template <class T>
-SAGE_FN void start(const Group<T>& group, const T* initial, int64_t stride, int stages, Lanes<T>* belief, Lanes<T>* p) {
+SAGE_FN void start(const Group<T>& group, const T* initial, int64_t stride, int stages, Lanes<T>* belief,
+                   Lanes<T>* p) {
   using V = Lanes<T>;
-  if (initial) group.gather(initial, stride, 0, stages, belief);
-  else for (int s = 0; s < stages; ++s) belief[s] = V(T(0));
+  if (initial)
+    group.gather(initial, stride, 0, stages, belief);
+  else
+    for (int s = 0; s < stages; ++s) belief[s] = V(T(0));
   V peak = belief[0], total(T(0));
   for (int s = 1; s < stages; ++s) peak = max(peak, belief[s]);
   for (int s = 0; s < stages; ++s) {
@@ -78,7 +84,8 @@ SAGE_FN void start(const Group<T>& group, const T* initial, int64_t stride, int 
   }
 }
 
-template <class T, int S> void forward_group(const StageFilterForward& q, const Transition<T>& matrix, int64_t first) {
+template <class T, int S>
+void forward_group(const StageFilterForward& q, const Transition<T>& matrix, int64_t first) {
   using V = Lanes<T>;
   const int stages = S ? S : q.stages;
   const Group<T> group(first, q.batch);
@@ -98,7 +105,8 @@ template <class T, int S> void forward_group(const StageFilterForward& q, const 
   group.scatter((T*)q.final_belief, stages, 0, stages, belief);
 }
 
-template <class T, int S> void backward_group(const StageFilterBackward& q, const Transition<T>& matrix, int64_t first) {
+template <class T, int S>
+void backward_group(const StageFilterBackward& q, const Transition<T>& matrix, int64_t first) {
   using V = Lanes<T>;
   const int stages = S ? S : q.stages;
   const Group<T> group(first, q.batch);
@@ -109,8 +117,10 @@ template <class T, int S> void backward_group(const StageFilterBackward& q, cons
     flow[k] = V(T(0));
     for (int l = 0; l < group.count; ++l) q.workspace[group.sequence[l] * stages * stages + k] = 0;
   }
-  if (q.grad_final) group.gather((const T*)q.grad_final, stages, 0, stages, grad);
-  else for (int s = 0; s < stages; ++s) grad[s] = V(T(0));
+  if (q.grad_final)
+    group.gather((const T*)q.grad_final, stages, 0, stages, grad);
+  else
+    for (int s = 0; s < stages; ++s) grad[s] = V(T(0));
 
   if (q.frames > 0) group.gather((const T*)q.posterior, stride, (q.frames - 1) * stages, stages, p_now);
   for (int64_t t = q.frames - 1; t >= 0; --t) {
@@ -133,7 +143,8 @@ template <class T, int S> void backward_group(const StageFilterBackward& q, cons
     for (int s = 0; s < stages; ++s) p_now[s] = p[s];
     if (t % kFlushFrames == 0) {
       for (int k = 0; k < stages * stages; ++k) {
-        for (int l = 0; l < group.count; ++l) q.workspace[group.sequence[l] * stages * stages + k] += flow[k][l];
+        for (int l = 0; l < group.count; ++l)
+          q.workspace[group.sequence[l] * stages * stages + k] += flow[k][l];
         flow[k] = V(T(0));
       }
     }
@@ -147,13 +158,15 @@ template <class T, int S> void backward_group(const StageFilterBackward& q, cons
   }
 }
 
-template <class T, int S> void forward_all(const StageFilterForward& q, int threads) {
+template <class T, int S>
+void forward_all(const StageFilterForward& q, int threads) {
   const Transition<T> matrix((const T*)q.transition, q.stages);
   const int64_t groups = (q.batch + Lanes<T>::width - 1) / Lanes<T>::width;
   parallel_for(groups, threads, [&](int64_t i) { forward_group<T, S>(q, matrix, i * Lanes<T>::width); });
 }
 
-template <class T, int S> void backward_all(const StageFilterBackward& q, int threads) {
+template <class T, int S>
+void backward_all(const StageFilterBackward& q, int threads) {
   const Transition<T> matrix((const T*)q.transition, q.stages);
   const int64_t groups = (q.batch + Lanes<T>::width - 1) / Lanes<T>::width;
   parallel_for(groups, threads, [&](int64_t i) { backward_group<T, S>(q, matrix, i * Lanes<T>::width); });

@@ -1,9 +1,9 @@
-// temporal_ccc on the CPU. A lane is a (sequence, channel); `width` of them advance together. Cost is linear in T: the
-// cumulative and half-life modes push a frame into running moments; the window mode merges two stacks, the moments of the
-// current block of `window` frames so far and of the tail of the block before, so that nothing is ever subtracted and a
-// constant window has variance exactly 0. Backward recomputes the moments, turns each frame's gradient into five slopes
-// (math/concordance.h) and sums, for every frame, the slopes of all the frames that saw it: a reverse scan with the same
-// decay, or the same two stacks.
+// temporal_ccc on the CPU. A lane is a (sequence, channel); `width` of them advance together. Cost is linear
+// in T: the cumulative and half-life modes push a frame into running moments; the window mode merges two
+// stacks, the moments of the current block of `window` frames so far and of the tail of the block before, so
+// that nothing is ever subtracted and a constant window has variance exactly 0. Backward recomputes the
+// moments, turns each frame's gradient into five slopes (math/concordance.h) and sums, for every frame, the
+// slopes of all the frames that saw it: a reverse scan with the same decay, or the same two stacks.
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
@@ -17,9 +17,12 @@ constexpr int W = V::width;
 constexpr int kMoments = 6;
 constexpr int kSlopes = kTemporalCoefficients + 1;  // and the decay that a valid frame applied
 
-struct Frame { V x, y, valid; };  // x = y = 0 where not valid
+struct Frame {
+  V x, y, valid;
+};  // x = y = 0 where not valid
 
-template <class T> struct Group {  // lanes of (sequence, channel) from `first`; lanes past the end repeat the last
+template <class T>
+struct Group {  // lanes of (sequence, channel) from `first`; lanes past the end repeat the last
   int64_t number[W], sequence[W], channel[W];
   int count;
 
@@ -39,8 +42,8 @@ template <class T> struct Group {  // lanes of (sequence, channel) from `first`;
     Frame f;
     for (int l = 0; l < W; ++l) {
       const int64_t i = at(q, l, t);
-      const bool valid = q.mask_kind == Mask::none ||
-                         q.mask[q.mask_kind == Mask::frame ? sequence[l] * q.frames + t : i];
+      const bool valid =
+          q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::frame ? sequence[l] * q.frames + t : i];
       f.x.v[l] = valid ? double(((const T*)q.pred)[i]) : 0;
       f.y.v[l] = valid ? double(((const T*)q.target)[i]) : 0;
       f.valid.v[l] = valid ? 1 : 0;
@@ -67,12 +70,12 @@ SAGE_FN Moments<V> get(const double* at) {
   return {load(at), load(at + W), load(at + 2 * W), load(at + 3 * W), load(at + 4 * W), load(at + 5 * W)};
 }
 
-// Running moments of the cumulative and half-life modes. The past decays when a valid frame arrives, by the frames gone
-// since the last one: a long gap changes nothing and underflows nothing.
+// Running moments of the cumulative and half-life modes. The past decays when a valid frame arrives, by the
+// frames gone since the last one: a long gap changes nothing and underflows nothing.
 struct Running {
   Moments<V> m;
-  V seen, gap;       // valid frames so far; frames since the last valid one
-  V decay;           // what the newest valid frame applied to the past; 1 at other frames
+  V seen, gap;  // valid frames so far; frames since the last valid one
+  V decay;      // what the newest valid frame applied to the past; 1 at other frames
 
   SAGE_FN void step(const Frame& f, double rate, double log_rate) {
     const V one(1.0), zero(0.0);
@@ -87,15 +90,18 @@ struct Running {
   }
 };
 
-template <class T> SAGE_FN Running start(const TemporalForward& q, const Group<T>& g) {
+template <class T>
+SAGE_FN Running start(const TemporalForward& q, const Group<T>& g) {
   V s[kTemporalState];
   for (int k = 0; k < kTemporalState; ++k)
     for (int l = 0; l < W; ++l) s[k].v[l] = q.state_in ? q.state_in[g.number[l] * kTemporalState + k] : 0;
   return {{s[1], s[2], s[3], s[4], s[5], s[6]}, s[0], s[7], V(1.0)};
 }
 
-// Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for t = 0 .. T - 1.
-template <class T, class Visit> SAGE_FN void scan(const TemporalForward& q, const Group<T>& g, double* stack, Visit visit) {
+// Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for t = 0 .. T
+// - 1.
+template <class T, class Visit>
+SAGE_FN void scan(const TemporalForward& q, const Group<T>& g, double* stack, Visit visit) {
   if (!q.window) {
     Running r = start(q, g);
     const double log_rate = q.decay < 1 ? __builtin_log(q.decay) : 0;
@@ -143,7 +149,8 @@ template <class T, class Visit> SAGE_FN void scan(const TemporalForward& q, cons
     }
 }
 
-template <class T> void forward_group(const TemporalForward& q, int64_t first, double* stack) {
+template <class T>
+void forward_group(const TemporalForward& q, int64_t first, double* stack) {
   const Group<T> g(q, first);
   scan(q, g, stack, [&](int64_t t, const Frame&, const Moments<V>& m, V seen, V) {
     const V denominator = concordance_denominator(m);
@@ -157,7 +164,9 @@ template <class T> void forward_group(const TemporalForward& q, int64_t first, d
   });
 }
 
-struct Slope { V a[kTemporalCoefficients]; };  // offset_p, offset_t, slope_p, slope_t, slope_c, about the lane's origin
+struct Slope {
+  V a[kTemporalCoefficients];
+};  // offset_p, offset_t, slope_p, slope_t, slope_c, about the lane's origin
 
 SAGE_FN Slope get_slope(const double* at) {
   Slope s;
@@ -171,7 +180,8 @@ SAGE_FN void add(Slope& s, const Slope& b) {
   for (int k = 0; k < kTemporalCoefficients; ++k) s.a[k] += b.a[k];
 }
 
-template <class T> void backward_group(const TemporalBackward& q, int64_t first, double* stack, double* slopes) {
+template <class T>
+void backward_group(const TemporalBackward& q, int64_t first, double* stack, double* slopes) {
   const TemporalForward& f = q.forward;
   const Group<T> g(f, first);
   const V zero(0.0);
@@ -189,11 +199,12 @@ template <class T> void backward_group(const TemporalBackward& q, int64_t first,
     const Slopes<V> s = concordance_slopes(m, defined, denominator, grad);
     const V mp = m.mean_p - origin_p, mt = m.mean_t - origin_t;
     double* at = slopes + t * kSlopes * W;
-    put_slope(at, {{s.offset_p - s.slope_p * mp - s.slope_c * mt, s.offset_t - s.slope_t * mt - s.slope_c * mp,
-                    s.slope_p, s.slope_t, s.slope_c}});
+    put_slope(at, {{s.offset_p - s.slope_p * mp - s.slope_c * mt,
+                    s.offset_t - s.slope_t * mt - s.slope_c * mp, s.slope_p, s.slope_t, s.slope_c}});
     store(at + kTemporalCoefficients * W, decay);
   });
-  // Slopes before the first valid frame are zero (nothing is defined there), so their missing origin is no matter.
+  // Slopes before the first valid frame are zero (nothing is defined there), so their missing origin is no
+  // matter.
   const auto emit = [&](int64_t t, const Slope& s) {
     const Frame e = g.frame(f, t);
     const V x = e.x - origin_p, y = e.y - origin_t;
@@ -216,8 +227,8 @@ template <class T> void backward_group(const TemporalBackward& q, int64_t first,
     }
     return;
   }
-  // Frame t was seen by t .. t + window - 1: the rest of its own block and the start of the next, whose slopes have by
-  // then been replaced with their running sums.
+  // Frame t was seen by t .. t + window - 1: the rest of its own block and the start of the next, whose
+  // slopes have by then been replaced with their running sums.
   const int64_t window = f.window;
   for (int64_t begin = (f.frames - 1) / window * window; begin >= 0; begin -= window) {
     const int64_t end = begin + window < f.frames ? begin + window : f.frames;
@@ -238,12 +249,17 @@ template <class T> void backward_group(const TemporalBackward& q, int64_t first,
 }
 
 int64_t groups(const TemporalForward& q) { return (q.batch * q.channels + W - 1) / W; }
-int64_t stack_doubles(const TemporalForward& q) { return temporal_stack(q.frames, q.window, q.history) * kMoments * W; }
-
-template <class T> void forward_all(const TemporalForward& q, int threads) {
-  parallel_for(groups(q), threads, [&](int64_t i) { forward_group<T>(q, i * W, q.workspace + i * stack_doubles(q)); });
+int64_t stack_doubles(const TemporalForward& q) {
+  return temporal_stack(q.frames, q.window, q.history) * kMoments * W;
 }
-template <class T> void backward_all(const TemporalBackward& q, int threads) {
+
+template <class T>
+void forward_all(const TemporalForward& q, int threads) {
+  parallel_for(groups(q), threads,
+               [&](int64_t i) { forward_group<T>(q, i * W, q.workspace + i * stack_doubles(q)); });
+}
+template <class T>
+void backward_all(const TemporalBackward& q, int threads) {
   const int64_t stack = stack_doubles(q.forward), slopes = q.forward.frames * kSlopes * W;
   parallel_for(groups(q.forward), threads, [&](int64_t i) {
     double* at = q.forward.workspace + i * (stack + slopes);

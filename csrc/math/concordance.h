@@ -7,15 +7,20 @@
 
 namespace sage {
 
-template <class V> struct Moments { V count, mean_p, mean_t, m2_p, m2_t, c_pt; };
+template <class V>
+struct Moments {
+  V count, mean_p, mean_t, m2_p, m2_t, c_pt;
+};
 
-template <class V> SAGE_FN Moments<V> no_moments() {
+template <class V>
+SAGE_FN Moments<V> no_moments() {
   const V zero(typename ScalarOf<V>::Type(0));
   return {zero, zero, zero, zero, zero, zero};
 }
 
 // Chan, Golub & LeVeque 1979. An empty side changes nothing.
-template <class V> SAGE_FN Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
+template <class V>
+SAGE_FN Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
   using T = typename ScalarOf<V>::Type;
   const V zero(T(0));
   const V count = a.count + b.count;
@@ -32,7 +37,8 @@ template <class V> SAGE_FN Moments<V> merge(const Moments<V>& a, const Moments<V
 }
 
 // The same with one more frame (x, y) of weight `valid`, 0 or 1; the past is first scaled by `decay`.
-template <class V> SAGE_FN Moments<V> push(const Moments<V>& a, V decay, V valid, V x, V y) {
+template <class V>
+SAGE_FN Moments<V> push(const Moments<V>& a, V decay, V valid, V x, V y) {
   using T = typename ScalarOf<V>::Type;
   const V zero(T(0));
   const V past = a.count * decay, count = past + valid;
@@ -49,13 +55,15 @@ template <class V> SAGE_FN Moments<V> push(const Moments<V>& a, V decay, V valid
           fma(a.c_pt, decay, dp * dt * cross)};
 }
 
-template <class V> SAGE_FN V concordance_denominator(const Moments<V>& m) {
+template <class V>
+SAGE_FN V concordance_denominator(const Moments<V>& m) {
   const V gap = m.mean_p - m.mean_t;
   return m.m2_p + m.m2_t + m.count * gap * gap;
 }
 
 // ccc is defined where two frames count and the denominator is above 0; elsewhere it is 0.
-template <class V, class Mask> SAGE_FN V concordance(const Moments<V>& m, Mask defined, V denominator) {
+template <class V, class Mask>
+SAGE_FN V concordance(const Moments<V>& m, Mask defined, V denominator) {
   using T = typename ScalarOf<V>::Type;
   return select(defined, (m.c_pt + m.c_pt) / denominator, V(T(0)));
 }
@@ -63,10 +71,13 @@ template <class V, class Mask> SAGE_FN V concordance(const Moments<V>& m, Mask d
 // Adjoint with respect to the data. For a frame (x, y) of weight w:
 //   d ccc / dx = w (offset_p + slope_p (x - mean_p) + slope_c (y - mean_t))
 //   d ccc / dy = w (offset_t + slope_t (y - mean_t) + slope_c (x - mean_p))
-template <class V> struct Slopes { V offset_p, offset_t, slope_p, slope_t, slope_c; };
+template <class V>
+struct Slopes {
+  V offset_p, offset_t, slope_p, slope_t, slope_c;
+};
 
-template <class V> SAGE_FN Slopes<V> moments_slopes(V grad_mean_p, V grad_mean_t, V grad_m2_p, V grad_m2_t,
-                                                    V grad_c, V count) {
+template <class V>
+SAGE_FN Slopes<V> moments_slopes(V grad_mean_p, V grad_mean_t, V grad_m2_p, V grad_m2_t, V grad_c, V count) {
   using T = typename ScalarOf<V>::Type;
   const V zero(T(0));
   const V inverse = select(count > zero, V(T(1)) / count, zero);
@@ -77,9 +88,10 @@ template <class V, class Mask>
 SAGE_FN Slopes<V> concordance_slopes(const Moments<V>& m, Mask defined, V denominator, V grad) {
   using T = typename ScalarOf<V>::Type;
   const V zero(T(0));
-  const V scale = select(defined, (grad + grad) / denominator, zero);          // d ccc / d C_pt
-  const V down = select(defined, -(scale * (m.c_pt / denominator)), zero);     // d ccc / d denominator
-  const V gap = down * (m.mean_p - m.mean_t);  // d / d mean_p = 2 n gap; the n cancels against d mean / dx = w / n
+  const V scale = select(defined, (grad + grad) / denominator, zero);       // d ccc / d C_pt
+  const V down = select(defined, -(scale * (m.c_pt / denominator)), zero);  // d ccc / d denominator
+  const V gap =
+      down * (m.mean_p - m.mean_t);  // d / d mean_p = 2 n gap; the n cancels against d mean / dx = w / n
   return {gap + gap, -(gap + gap), down + down, down + down, scale};
 }
 

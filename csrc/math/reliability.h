@@ -5,10 +5,11 @@
 //   n    = sum_s stage[s] sigmoid(-l[s])                            its complement, without cancellation
 //   g    = log r - log n                                            log-odds
 //
-// V is a float, a double or a row of lanes. Where r or n is too small for plain arithmetic the sums are taken relative to
-// the best possible stage (stage[s] > 0), in log space; the largest ratio kept is exp(60), as in reference.py.
-// l and stage are anything with [s]: an array, or a reader of memory. `Across` says how the stages of one modality are
-// spread: over nobody (Alone, the CPU), or over neighbouring CUDA threads that each take every step-th stage.
+// V is a float, a double or a row of lanes. Where r or n is too small for plain arithmetic the sums are taken
+// relative to the best possible stage (stage[s] > 0), in log space; the largest ratio kept is exp(60), as in
+// reference.py. l and stage are anything with [s]: an array, or a reader of memory. `Across` says how the
+// stages of one modality are spread: over nobody (Alone, the CPU), or over neighbouring CUDA threads that
+// each take every step-th stage.
 #pragma once
 #include "scalar.h"
 
@@ -17,17 +18,28 @@ namespace sage {
 struct Alone {
   static constexpr int first = 0, step = 1;
   SAGE_FN int count(int stages) const { return stages; }
-  template <class V> SAGE_FN V sum(V x) const { return x; }
-  template <class V> SAGE_FN V max(V x) const { return x; }
-  template <class Mask> SAGE_FN bool any(Mask m) const {
+  template <class V>
+  SAGE_FN V sum(V x) const {
+    return x;
+  }
+  template <class V>
+  SAGE_FN V max(V x) const {
+    return x;
+  }
+  template <class Mask>
+  SAGE_FN bool any(Mask m) const {
     using sage::any;  // and, by its type, that of lanes
     return any(m);
   }
 };
 
-template <class V> struct SigmoidPair { V p, n; };  // sigmoid(l), sigmoid(-l)
+template <class V>
+struct SigmoidPair {
+  V p, n;
+};  // sigmoid(l), sigmoid(-l)
 
-template <class V> SAGE_FN SigmoidPair<V> sigmoid_pair(V l) {
+template <class V>
+SAGE_FN SigmoidPair<V> sigmoid_pair(V l) {
   using T = typename ScalarOf<V>::Type;
   const V e = exp(-abs(l));
   const V large = V(T(1)) / (V(T(1)) + e), small = e * large;
@@ -36,20 +48,25 @@ template <class V> SAGE_FN SigmoidPair<V> sigmoid_pair(V l) {
 }
 
 // log sigmoid(l) = min(l, 0) - log(1 + exp(-|l|))
-template <class V> SAGE_FN V log_sigmoid(V l) {
+template <class V>
+SAGE_FN V log_sigmoid(V l) {
   using T = typename ScalarOf<V>::Type;
   return min(l, V(T(0))) - log(V(T(1)) + exp(-abs(l)));
 }
 
-constexpr double kMaxLogRatio = 60.0;    // reference.MAX_LOG_RATIO
-constexpr double kPlainLimit = 1e-26;    // about exp(-60): above it plain sums keep every ratio under exp(60)
+constexpr double kMaxLogRatio = 60.0;  // reference.MAX_LOG_RATIO
+constexpr double kPlainLimit = 1e-26;  // about exp(-60): above it plain sums keep every ratio under exp(60)
 
 // log sum_s stage[s] exp(log_p(sign * l[s])) by its peak, for the rare frames that plain sums cannot hold.
 // peak and z are kept for backward: d g / d stage[s] = exp(min(log_p - peak, 60)) / z.
-template <class V> struct LogMixture { V peak, z; };
+template <class V>
+struct LogMixture {
+  V peak, z;
+};
 
 template <class V, class L, class W, class Across = Alone>
-SAGE_FN LogMixture<V> log_mixture(int stages, const L& l, const W& stage, int sign, const Across& across = {}) {
+SAGE_FN LogMixture<V> log_mixture(int stages, const L& l, const W& stage, int sign,
+                                  const Across& across = {}) {
   using T = typename ScalarOf<V>::Type;
   const V lowest(T(-3e38));
   V peak = lowest;
@@ -67,7 +84,10 @@ SAGE_FN LogMixture<V> log_mixture(int stages, const L& l, const W& stage, int si
   return {peak, across.sum(z)};
 }
 
-template <class V> struct Confidence { V r, n; };  // and its complement
+template <class V>
+struct Confidence {
+  V r, n;
+};  // and its complement
 
 template <class V, class L, class W, class Across>
 SAGE_FN Confidence<V> confidence(int stages, const L& l, const W& stage, const Across& across) {
@@ -81,7 +101,10 @@ SAGE_FN Confidence<V> confidence(int stages, const L& l, const W& stage, const A
   return {across.sum(r), across.sum(n)};
 }
 
-template <class V> struct Reliability { V confidence, log_odds; };
+template <class V>
+struct Reliability {
+  V confidence, log_odds;
+};
 
 template <class V, class L, class W, class Across = Alone>
 SAGE_FN Reliability<V> reliability(int stages, const L& l, const W& stage, const Across& across = {}) {
@@ -90,19 +113,22 @@ SAGE_FN Reliability<V> reliability(int stages, const L& l, const W& stage, const
   V g = log(c.r / c.n);
   const auto extreme = min(c.r, c.n) < V(T(kPlainLimit));
   if (across.any(extreme)) {
-    const LogMixture<V> a = log_mixture<V>(stages, l, stage, 1, across), b = log_mixture<V>(stages, l, stage, -1, across);
+    const LogMixture<V> a = log_mixture<V>(stages, l, stage, 1, across),
+                        b = log_mixture<V>(stages, l, stage, -1, across);
     g = select(extreme, (a.peak + log(a.z)) - (b.peak + log(b.z)), g);
   }
   return {c.r, g};
 }
-template <class V> SAGE_FN Reliability<V> reliability(int stages, const V* l, const V* stage) {
+template <class V>
+SAGE_FN Reliability<V> reliability(int stages, const V* l, const V* stage) {
   return reliability<V, const V*, const V*>(stages, l, stage);
 }
 
-// Adjoint: gradients of r and g to those of l[s] and stage[s], handed to emit(s, grad of l[s], grad of stage[s]).
+// Adjoint: gradients of r and g to those of l[s] and stage[s], handed to emit(s, grad of l[s], grad of
+// stage[s]).
 template <class V, class L, class W, class Across, class Emit>
-SAGE_FN void reliability_adjoint(int stages, const L& l, const W& stage, V grad_r, V grad_g, const Across& across,
-                                 Emit&& emit) {
+SAGE_FN void reliability_adjoint(int stages, const L& l, const W& stage, V grad_r, V grad_g,
+                                 const Across& across, Emit&& emit) {
   using T = typename ScalarOf<V>::Type;
   const Confidence<V> c = confidence<V>(stages, l, stage, across);
   const auto extreme = min(c.r, c.n) < V(T(kPlainLimit));

@@ -1,5 +1,7 @@
-// The number a formula is written in: a float or double of one CUDA thread, or a row of CPU lanes (cpu/isa.h). Both offer
-// + - * / < > and exp, log, fma, abs, min, max, select(mask, a, b), any(mask); here are those of plain numbers.
+// The number a formula is written in: a float or double of one CUDA thread, or a row of CPU lanes
+// (cpu/isa.h). Both offer
+// + - * / < > and exp, log, fma, abs, min, max, select(mask, a, b), any(mask); here are those of plain
+// numbers.
 #pragma once
 #include <cmath>
 
@@ -11,9 +13,18 @@
 
 namespace sage {
 
-template <class V> struct ScalarOf { using Type = typename V::Scalar; };
-template <> struct ScalarOf<float> { using Type = float; };
-template <> struct ScalarOf<double> { using Type = double; };
+template <class V>
+struct ScalarOf {
+  using Type = typename V::Scalar;
+};
+template <>
+struct ScalarOf<float> {
+  using Type = float;
+};
+template <>
+struct ScalarOf<double> {
+  using Type = double;
+};
 
 SAGE_FN float select(bool m, float a, float b) { return m ? a : b; }
 SAGE_FN double select(bool m, double a, double b) { return m ? a : b; }

@@ -3,8 +3,9 @@
 //   prior[j]  = logsumexp_i(belief[i] + A[i][j])        A = log_softmax(transition)
 //   belief'   = log_softmax(prior + emission)
 //
-// The sum runs over probabilities p = exp(belief), P = exp(A): S*S multiply-adds and S logarithms instead of S*S
-// exponentials. Where a sum is so small that terms lost to underflow could matter it is taken again in log space.
+// The sum runs over probabilities p = exp(belief), P = exp(A): S*S multiply-adds and S logarithms instead of
+// S*S exponentials. Where a sum is so small that terms lost to underflow could matter it is taken again in
+// log space.
 #pragma once
 #include "../ops.h"
 #include "scalar.h"
@@ -24,7 +25,8 @@ SAGE_FN V stage_prior_exact(int stages, const V* belief, const Matrix* log_a, in
 
 // belief, p: of the last frame in, of this frame out. emission: this frame's evidence (zeros where masked).
 template <class V, class Matrix>
-SAGE_FN void stage_step(int stages, const Matrix* log_a, const Matrix* a, const V* emission, V* belief, V* p) {
+SAGE_FN void stage_step(int stages, const Matrix* log_a, const Matrix* a, const V* emission, V* belief,
+                        V* p) {
   using T = typename ScalarOf<V>::Type;
   V next[kMaxStages];
   V peak;
@@ -50,12 +52,12 @@ SAGE_FN void stage_step(int stages, const Matrix* log_a, const Matrix* a, const 
   }
 }
 
-// Adjoint of one frame. In: last frame's belief and p, this frame's p (p_now), and grad_belief of this frame (all that
-// reaches its log-belief). Out: grad_u, the gradient of prior + emission (so of the emission where the frame counts);
-// grad_belief of the last frame; grad_log_a added to.
+// Adjoint of one frame. In: last frame's belief and p, this frame's p (p_now), and grad_belief of this frame
+// (all that reaches its log-belief). Out: grad_u, the gradient of prior + emission (so of the emission where
+// the frame counts); grad_belief of the last frame; grad_log_a added to.
 template <class V, class Matrix>
-SAGE_FN void stage_step_backward(int stages, const Matrix* log_a, const Matrix* a, const V* belief, const V* p,
-                                 const V* p_now, V* grad_belief, V* grad_u, V* grad_log_a) {
+SAGE_FN void stage_step_backward(int stages, const Matrix* log_a, const Matrix* a, const V* belief,
+                                 const V* p, const V* p_now, V* grad_belief, V* grad_u, V* grad_log_a) {
   using T = typename ScalarOf<V>::Type;
   V total(T(0));
   for (int j = 0; j < stages; ++j) total += grad_belief[j];

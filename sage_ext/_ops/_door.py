@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import _C
@@ -53,6 +54,8 @@ def fast(*tensors: Tensor | None) -> bool:
     """Whether the direct door is safe: plain eager, and every tensor exactly a dense tensor of a device with kernels."""
     if torch.compiler.is_compiling():
         return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     if (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -65,6 +68,25 @@ def fast(*tensors: Tensor | None) -> bool:
         if type(t) not in _PLAIN or t.layout is not torch.strided or t.device.type not in kernels or t.is_neg():
             return False
     return True
+
+
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    """Neither door knows a forward-mode derivative; PyTorch would take it for zero."""
+    if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "sage_ext has no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)"
+        )
+
+
+def backward_door(
+    direct: Callable[..., Any], registered: Callable[..., Any], *grads: Tensor | None
+) -> Callable[..., Any]:
+    """Which of the two runs a backward that began at the direct door, given the gradients that came in.
+
+    With `create_graph` it is the registered op, whose own backward says that there are no second derivatives. (PyTorch's
+    `once_differentiable` would make a constant of a gradient whose cotangent needs none: a penalty on it is then ignored.)
+    """
+    return direct if not torch.is_grad_enabled() and fast(*grads) else registered
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from . import _door
@@ -70,12 +69,12 @@ class _Ccc(torch.autograd.Function):
         return moments if of_moments else ccc
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         pred, target, mask, moments = ctx.saved_tensors
         need_pred, need_target = ctx.needs_input_grad[:2]
         grads = (None, grad) if ctx.of_moments else (grad, None)
-        gp, gt = _backward(*grads, pred, target, mask, moments, need_pred, need_target)
+        run = _door.backward_door(_backward, _backward_op, grad)
+        gp, gt = run(*grads, pred, target, mask, moments, need_pred, need_target)
         return gp if need_pred else None, gt if need_target else None, None, None
 
 
@@ -130,12 +129,16 @@ _moments_op = _door.register(
 def ccc(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """(G, F, C) -> (G, C)"""
     if _door.fast(pred, target, mask):
-        return _Ccc.apply(pred, target, mask, False) if _door.needs_grad(pred, target) else _forward(pred, target, mask)[0]
+        return (
+            _Ccc.apply(pred, target, mask, False) if _door.needs_grad(pred, target) else _forward(pred, target, mask)[0]
+        )
     return _ccc_op(pred, target, mask)[0]
 
 
 def ccc_moments(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """(G, F, C) -> (G, C, 6) float64"""
     if _door.fast(pred, target, mask):
-        return _Ccc.apply(pred, target, mask, True) if _door.needs_grad(pred, target) else _forward(pred, target, mask)[1]
+        return (
+            _Ccc.apply(pred, target, mask, True) if _door.needs_grad(pred, target) else _forward(pred, target, mask)[1]
+        )
     return _moments_op(pred, target, mask)

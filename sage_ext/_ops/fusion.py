@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from . import _door
@@ -165,12 +164,12 @@ class _ReliabilityFusion(torch.autograd.Function):
         return fused, weights, confidence
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_fused: Tensor | None, grad_weights: Tensor | None, grad_conf: Tensor | None) -> Any:
         stats, *tensors = ctx.saved_tensors
         gate, values = tensors[:8], tensors[8:]
         needs = ctx.needs_input_grad[9:]
-        grads = _backward(grad_fused, grad_weights, grad_conf, values, *gate, ctx.eps, stats, needs)
+        run = _door.backward_door(_backward, _backward_op, grad_fused, grad_weights, grad_conf)
+        grads = run(grad_fused, grad_weights, grad_conf, values, *gate, ctx.eps, stats, needs)
         grad_values, *grad_gate = _distribute(grads, (values, *gate), needs)
         return None, *grad_gate[:-1], *grad_values
 

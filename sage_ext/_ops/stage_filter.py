@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from . import _door
@@ -76,10 +75,10 @@ class _StageFilter(torch.autograd.Function):
         return posterior, final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_posterior: Tensor | None, grad_final: Tensor | None) -> Any:
         transition, initial, mask, posterior, belief = ctx.saved_tensors
-        ge, gt, gi = _backward(grad_posterior, grad_final, transition, initial, mask, posterior, belief)
+        run = _door.backward_door(_backward, _backward_op, grad_posterior, grad_final)
+        ge, gt, gi = run(grad_posterior, grad_final, transition, initial, mask, posterior, belief)
         return ge, gt, _grad_initial(initial, gi), None
 
 

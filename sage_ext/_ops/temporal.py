@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from . import _door
@@ -84,10 +83,10 @@ class _TemporalCcc(torch.autograd.Function):
         return rho, new_state, defined
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rho: Tensor, *_: Any) -> Any:
         need_pred, need_target = ctx.needs_input_grad[:2]
-        gp, gt = _backward(grad_rho, *ctx.saved_tensors, *ctx.mode, need_pred, need_target)
+        run = _door.backward_door(_backward, _backward_op, grad_rho)
+        gp, gt = run(grad_rho, *ctx.saved_tensors, *ctx.mode, need_pred, need_target)
         return gp if need_pred else None, gt if need_target else None, None, None, None, None
 
 

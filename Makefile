@@ -1,0 +1,32 @@
+# make demo | make test | make lint | make bench: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
+# creates the virtual environment, installs torch if it is absent, builds the kernels, and runs.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+READY = $(VENV)/.sage-ready
+
+.PHONY: demo test lint bench clean
+demo: $(READY)
+	$(BIN)/sage-ext demo --out demo-run --overwrite
+
+test: $(READY)
+	$(BIN)/pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+bench: $(READY)
+	$(BIN)/python benchmarks/report.py
+
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)" numpy
+	$(BIN)/pip install -q -e ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf build $(READY)
