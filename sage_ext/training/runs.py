@@ -30,7 +30,7 @@ from ..data.windows import clip_tensors
 from ..files import write_atomic
 from ..models.sage import SAGE
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .evaluate import ClipPrediction, evaluate, mean_filter, predict_clip
 from .trainer import BEST, LOG, RunError, read_config
 
@@ -58,8 +58,11 @@ class Run:
         if not (path / BEST).exists():
             raise RunError(f"{path}: no {BEST}: no epoch is finished yet")
         state = load_checkpoint(path / BEST)
-        model = SAGE.from_config(state["model_config"])
-        model.load_state_dict(state["model"])
+        try:
+            model = SAGE.from_config(state["model_config"])
+            model.load_state_dict(state["model"])
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{path / BEST}: written by a version with another model ({error})") from error
         return cls(
             path, model.to(device).eval(), state["modalities"], config.data, config.window, config.hop,
             state["epoch"], state["step"], state["calibration"], device,

@@ -33,7 +33,7 @@ from ..data.windows import Windows, collate
 from ..files import write_atomic
 from ..functional import ccc_from_moments, ccc_moments
 from ..models.sage import SAGE, SAGELoss
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .evaluate import evaluate, predict_clip
 from .progress import Progress
 from .rehearsal import Rehearsal
@@ -222,8 +222,11 @@ class Training:
 
     def load(self) -> None:
         state = load_checkpoint(self.run / LAST)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.run / LAST}: written by a version with another model ({error})") from error
         self.loss_sum = state["running"]["loss_sum"].to(self.device)
         self.moments = state["running"]["moments"]
         if self.moments is not None:
