@@ -531,6 +531,8 @@ def test_frame_borders_do_not_leak_over_a_long_video():
     resampled = Resampled(rows, 89.91, 29.97)
     assert resampled.shape == (frames, 1)
     np.testing.assert_array_equal(resampled[:][:, 0], np.arange(frames))
+    rows[np.arange(len(rows)) // 3 % 2 == 1] = np.nan  # nothing of its neighbours reaches an absent frame
+    np.testing.assert_array_equal(np.isnan(resampled[:][:, 0]), np.arange(frames) % 2 == 1)
 
 
 def test_rates_and_fps(tmp_path):
@@ -631,7 +633,7 @@ def test_test_split_is_the_sample_file(root):
     assert AffWild2(root, "test", sample_file=sample(root / "x.txt", rows[3:])).names == ["a"]
 
 
-def test_submission_round_trip(tmp_path):
+def test_submission_round_trip(tmp_path, monkeypatch):
     """Videos interleaved, frames out of order and left out, five-digit overflow: the sample's rows as they stand."""
     rows = ["b/00002.jpg,0,0", "a b/00001.jpg,0,0", "b/00001.jpg,-5,x", "c_left/100000.jpg", "a b/00003.jpg,0,0"]
     path = sample(tmp_path / "sample.txt", rows)
@@ -644,7 +646,15 @@ def test_submission_round_trip(tmp_path):
     }
     out = tmp_path / "out.txt"
     out.write_text("what stood there before")
+    replaced = []
+
+    def replace(source, target):
+        replaced.append((Path(target).read_text(), len(Path(source).read_text().split("\n"))))
+        Path(source).rename(target)
+
+    monkeypatch.setattr(affwild2.os, "replace", replace)
     write_submission(out, path, predictions)
+    assert replaced == [("what stood there before", len(rows) + 2)]  # whole, beside it, then in its place
     lines = out.read_text().split("\n")
     assert lines[0] == "image_location,valence,arousal"
     assert lines[-1] == ""
