@@ -57,6 +57,7 @@ class Progress:
     def epoch(self, row: Mapping[str, float], better: bool) -> None:
         if self.live:
             sys.stderr.write("\r" + " " * self.width + "\r")
+            self.width = 0
         self._line(
             f"epoch {int(row['epoch']) + 1:3d}/{self.epochs}  loss {row['loss']:.3f}  train P {row['train_P']:.3f}  "
             f"validation CCC_V {row['val_CCC_V']:.3f}  CCC_A {row['val_CCC_A']:.3f}  P {row['val_P']:.3f}"
