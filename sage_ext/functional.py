@@ -256,17 +256,10 @@ def _pair(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
     return pred.to(dtype), target.to(dtype)
 
 
-def _grouped(pred: Tensor, target: Tensor, mask: Tensor | None, pool: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(B, T, C) or (T, C) -> (G, F, C), the mask (G, F) or (G, F, C)."""
+def _pooled(pool: str) -> bool:
     if pool not in ("batch", "sequence"):
         raise ValueError(f"pool: expected 'batch' or 'sequence', got {pool!r}")
-    if pred.dim() == 3 and pool == "sequence":
-        return pred, target, mask
-    frames = pred.shape[0] if pred.dim() == 2 else pred.shape[0] * pred.shape[1]
-    shape = (1, frames, pred.shape[-1])
-    if mask is not None:
-        mask = mask.reshape(shape if mask.dim() == pred.dim() else shape[:2])
-    return pred.reshape(shape), target.reshape(shape), mask
+    return pool == "batch"
 
 
 def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch") -> Tensor:
@@ -287,13 +280,11 @@ def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str =
     Raises:
         TypeError: a non-tensor or a wrong dtype. ValueError: shapes, devices or ``pool``.
     """
-    dims = pred.dim() if isinstance(pred, Tensor) else 0
     pred, target = _pair(pred, target, mask)
-    x, y, m = _grouped(pred, target, mask, pool)
+    pooled = _pooled(pool)
     if not _door.has_kernels(pred.device):
         return reference.ccc(pred, target, mask, pool=pool)
-    out = concordance.ccc(x, y, m)
-    return out if dims == 3 and pool == "sequence" else out[0]
+    return concordance.ccc(pred, target, mask, pooled)
 
 
 def ccc_moments(
@@ -310,12 +301,11 @@ def ccc_moments(
     Raises:
         TypeError: a non-tensor or a wrong dtype. ValueError: shapes, devices or ``pool``.
     """
-    dims = pred.dim() if isinstance(pred, Tensor) else 0
     pred, target = _pair(pred, target, mask)
-    x, y, m = _grouped(pred, target, mask, pool)
+    pooled = _pooled(pool)
     if state is not None:
         _moments("state", state)
-        if dims == 3 and pool == "sequence":
+        if pred.dim() == 3 and not pooled:
             _shape("state", state, (pred.shape[0], pred.shape[2], 6), "(B, C, 6)")
         else:
             _shape("state", state, (pred.shape[-1], 6), "(C, 6)")
@@ -323,9 +313,7 @@ def ccc_moments(
     if not _door.has_kernels(pred.device):
         moments = reference.ccc_moments(pred, target, mask, pool=pool)
     else:
-        moments = concordance.ccc_moments(x, y, m)
-        if not (dims == 3 and pool == "sequence"):
-            moments = moments[0]
+        moments = concordance.ccc_moments(pred, target, mask, pooled)
     return moments if state is None else merge_moments(state, moments)
 
 

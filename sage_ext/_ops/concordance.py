@@ -1,10 +1,13 @@
-"""ccc and ccc_moments (spec 1.3): (pred, target, mask?) -> (ccc, moments), one kernel pair for both.
+"""ccc and ccc_moments (spec 1.3): (pred, target, mask?, pooled) -> (ccc, moments), one kernel pair for both.
 
-pred and target come as (G, F, C): G groups of F frames; mask as (G, F) or (G, F, C).
+pred and target are (..., T, C), mask (..., T) or (..., T, C). pooled: all frames are one group, and ccc is (C,), moments
+(C, 6); else a group a sequence, (..., C) and (..., C, 6). The reshaping is done here, inside the op: as operations of
+their own its views would cost autograd more than the kernels take on a small batch.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,11 +23,20 @@ def mask_kind(mask: Tensor | None, pred: Tensor) -> int:
     return 0 if mask is None else 1 if mask.dim() < pred.dim() else 2
 
 
-def _forward(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _groups(pred: Tensor, pooled: bool) -> tuple[int, int, int, tuple[int, ...]]:
+    """(groups, frames a group, channels, leading shape of the results)"""
+    shape = pred.shape
+    lead: tuple[int, ...] = () if pooled else tuple(shape[:-2])
+    groups = math.prod(lead)
+    frames = math.prod(shape[:-1]) if pooled else shape[-2]
+    return groups, frames, shape[-1], lead
+
+
+def _forward(pred: Tensor, target: Tensor, mask: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
     pred, target, mask = pred.contiguous(), target.contiguous(), dense(mask)
-    groups, frames, channels = pred.shape
-    moments = torch.empty(groups, channels, 6, dtype=torch.float64, device=pred.device)
-    ccc = pred.new_empty(groups, channels)
+    groups, frames, channels, lead = _groups(pred, pooled)
+    moments = torch.empty((*lead, channels, 6), dtype=torch.float64, device=pred.device)
+    ccc = pred.new_empty((*lead, channels))
     if groups and channels:
         space = _door.workspace(_C.ccc_workspace(groups, frames, channels), pred)
         _door.kernels[pred.device.type].ccc_forward(
@@ -41,14 +53,15 @@ def _backward(
     target: Tensor,
     mask: Tensor | None,
     moments: Tensor,
+    pooled: bool,
     need_pred: bool,
     need_target: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     pred, target, mask, moments = pred.contiguous(), target.contiguous(), dense(mask), moments.contiguous()
     grad_ccc, grad_moments = dense(grad_ccc), dense(grad_moments)
-    groups, frames, channels = pred.shape
-    grad_pred = pred.new_empty(pred.shape if need_pred else 0)
-    grad_target = pred.new_empty(pred.shape if need_target else 0)
+    groups, frames, channels, _ = _groups(pred, pooled)
+    grad_pred = torch.empty_like(pred) if need_pred else None
+    grad_target = torch.empty_like(pred) if need_target else None
     if pred.numel():
         _door.kernels[pred.device.type].ccc_backward(
             _door.DTYPE_CODES[pred.dtype], groups, frames, channels, address(pred), address(target), address(mask),
@@ -59,39 +72,64 @@ def _backward(
 
 
 class _Ccc(torch.autograd.Function):
-    """Differentiable in one of its two outputs: `of_moments` says which (the other is marked so)."""
+    """`of_moments` says which of the two results is wanted."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, mask: Tensor | None, of_moments: bool) -> Any:
-        ccc, moments = _forward(pred, target, mask)
+    def forward(ctx: Any, pred: Tensor, target: Tensor, mask: Tensor | None, pooled: bool, of_moments: bool) -> Tensor:
+        ccc, moments = _forward(pred, target, mask, pooled)
         ctx.save_for_backward(pred, target, mask, moments)
-        ctx.of_moments = of_moments
+        ctx.mode = pooled, of_moments
         return moments if of_moments else ccc
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         pred, target, mask, moments = ctx.saved_tensors
+        pooled, of_moments = ctx.mode
         need_pred, need_target = ctx.needs_input_grad[:2]
-        grads = (None, grad) if ctx.of_moments else (grad, None)
+        grads = (None, grad) if of_moments else (grad, None)
         run = _door.backward_door(_backward, _backward_op, grad)
-        gp, gt = run(*grads, pred, target, mask, moments, need_pred, need_target)
-        return gp if need_pred else None, gt if need_target else None, None, None
+        gp, gt = run(*grads, pred, target, mask, moments, pooled, need_pred, need_target)
+        return gp if need_pred else None, gt if need_target else None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------- torch.library
+def _backward_impl(*args: Any) -> tuple[Tensor, Tensor]:
+    """An operator cannot return None: an empty tensor stands for a gradient that is not needed."""
+    pred = args[2]
+    grad_pred, grad_target = _backward(*args)
+    return (
+        pred.new_empty(0) if grad_pred is None else grad_pred,
+        pred.new_empty(0) if grad_target is None else grad_target,
+    )
+
+
+def _fake_backward(
+    grad_ccc: Any, grad_moments: Any, pred: Tensor, target: Any, mask: Any, moments: Any, pooled: bool,
+    need_pred: bool, need_target: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return pred.new_empty(pred.shape if need_pred else 0), pred.new_empty(pred.shape if need_target else 0)
+
+
+def _fake_moments(pred: Tensor, pooled: bool) -> Tensor:
+    lead = () if pooled else pred.shape[:-2]
+    return torch.empty((*lead, pred.shape[-1], 6), dtype=torch.float64, device=pred.device)
+
+
+def _fake(pred: Tensor, target: Tensor, mask: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
+    moments = _fake_moments(pred, pooled)
+    return pred.new_empty(moments.shape[:-1]), moments
+
+
 _backward_op = _door.register(
     "ccc_backward(Tensor? grad_ccc, Tensor? grad_moments, Tensor pred, Tensor target, Tensor? mask, Tensor moments, "
-    "bool need_pred, bool need_target) -> (Tensor, Tensor)",
-    _backward,
-    lambda grad_ccc, grad_moments, pred, target, mask, moments, need_pred, need_target: (
-        pred.new_empty(pred.shape if need_pred else 0),
-        pred.new_empty(pred.shape if need_target else 0),
-    ),
+    "bool pooled, bool need_pred, bool need_target) -> (Tensor, Tensor)",
+    _backward_impl,
+    _fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    pred, target, mask = inputs
+    pred, target, mask, ctx.pooled = inputs
     ctx.save_for_backward(pred, target, mask, output if isinstance(output, Tensor) else output[1])
 
 
@@ -100,45 +138,39 @@ def _autograd_of(of_moments: bool) -> Any:
         pred, target, mask, moments = ctx.saved_tensors
         need_pred, need_target = ctx.needs_input_grad[:2]
         grads = (None, grad) if of_moments else (grad, None)
-        gp, gt = _backward_op(*grads, pred, target, mask, moments, need_pred, need_target)
-        return gp if need_pred else None, gt if need_target else None, None
+        gp, gt = _backward_op(*grads, pred, target, mask, moments, ctx.pooled, need_pred, need_target)
+        return gp if need_pred else None, gt if need_target else None, None, None
 
     return autograd
 
 
-def _empty_moments(pred: Tensor) -> Tensor:
-    return torch.empty(pred.shape[0], pred.shape[2], 6, dtype=torch.float64, device=pred.device)
-
-
 _ccc_op = _door.register(
-    "ccc(Tensor pred, Tensor target, Tensor? mask) -> (Tensor, Tensor)",
+    "ccc(Tensor pred, Tensor target, Tensor? mask, bool pooled) -> (Tensor, Tensor)",
     _forward,
-    lambda pred, target, mask: (pred.new_empty(pred.shape[0], pred.shape[2]), _empty_moments(pred)),
+    _fake,
     _autograd_of(False),
     _setup_context,
 )
 _moments_op = _door.register(
-    "ccc_moments(Tensor pred, Tensor target, Tensor? mask) -> Tensor",
-    lambda pred, target, mask: _forward(pred, target, mask)[1],
-    lambda pred, target, mask: _empty_moments(pred),
+    "ccc_moments(Tensor pred, Tensor target, Tensor? mask, bool pooled) -> Tensor",
+    lambda pred, target, mask, pooled: _forward(pred, target, mask, pooled)[1],
+    lambda pred, target, mask, pooled: _fake_moments(pred, pooled),
     _autograd_of(True),
     _setup_context,
 )
 
 
-def ccc(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """(G, F, C) -> (G, C)"""
-    if _door.fast(pred, target, mask):
-        return (
-            _Ccc.apply(pred, target, mask, False) if _door.needs_grad(pred, target) else _forward(pred, target, mask)[0]
-        )
-    return _ccc_op(pred, target, mask)[0]
+def ccc(pred: Tensor, target: Tensor, mask: Tensor | None, pooled: bool) -> Tensor:
+    if not _door.fast(pred, target, mask):
+        return _ccc_op(pred, target, mask, pooled)[0]
+    if _door.needs_grad(pred, target):
+        return _Ccc.apply(pred, target, mask, pooled, False)
+    return _forward(pred, target, mask, pooled)[0]
 
 
-def ccc_moments(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """(G, F, C) -> (G, C, 6) float64"""
-    if _door.fast(pred, target, mask):
-        return (
-            _Ccc.apply(pred, target, mask, True) if _door.needs_grad(pred, target) else _forward(pred, target, mask)[1]
-        )
-    return _moments_op(pred, target, mask)
+def ccc_moments(pred: Tensor, target: Tensor, mask: Tensor | None, pooled: bool) -> Tensor:
+    if not _door.fast(pred, target, mask):
+        return _moments_op(pred, target, mask, pooled)
+    if _door.needs_grad(pred, target):
+        return _Ccc.apply(pred, target, mask, pooled, True)
+    return _forward(pred, target, mask, pooled)[1]
