@@ -47,11 +47,11 @@ def close(a, b, tol=1e-5, fields=FIELDS):
 
 
 # -------------------------------------------------------------------------------------------------------------- chunks
-@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
-@settings(max_examples=12, deadline=None)
+@pytest.mark.parametrize("options", [{}, {"fusion": "uniform"}, {"fused_blocks": 0}, {"fused_blocks": 4}])
+@settings(max_examples=8, deadline=None)
 @given(points=st.lists(st.integers(1, FRAMES - 1), max_size=6), seed=st.integers(0, 1000))
-def test_chunks_equal_the_whole(fusion, points, seed):
-    model = build(fusion=fusion)
+def test_chunks_equal_the_whole(options, points, seed):
+    model = build(**options)
     features, present = draw(seed)
     mask = torch.ones(BATCH, FRAMES, dtype=torch.bool)
     mask[0, 50:] = False
@@ -78,8 +78,9 @@ def test_frame_by_frame_equals_the_whole_and_state_is_tensors():
             torch.cat([getattr(s, field) for s in steps], 1), getattr(whole, field), atol=1e-5, rtol=1e-5
         )
     assert isinstance(state, SAGEState)
-    assert [tuple(h.shape) for h in state.history] == [(BATCH, 2, 4 * 2**i, 12) for i in range(4)]
-    assert all(isinstance(x, torch.Tensor) for x in (*state.history, *state.fusion))
+    assert [tuple(h.shape) for h in state.history] == [(BATCH, 2, 4, 12), (BATCH, 2, 8, 12)]
+    assert [tuple(h.shape) for h in state.fused] == [(BATCH, 16, 12), (BATCH, 32, 12)]
+    assert all(isinstance(x, torch.Tensor) for x in (*state.history, *state.fused, *state.fusion))
 
 
 def test_causal_ignores_the_future_and_centred_does_not():
@@ -96,8 +97,9 @@ def test_causal_ignores_the_future_and_centred_does_not():
     assert a.state is None
 
 
-def test_receptive_field_is_as_documented():
-    model = build(fusion="uniform")
+@pytest.mark.parametrize("fused_blocks", [0, 2])
+def test_receptive_field_is_as_documented(fused_blocks):
+    model = build(fusion="uniform", fused_blocks=fused_blocks)
     features, _ = draw(batch=1)
     x = {k: v.requires_grad_() for k, v in features.items()}
     model(x).prediction[0, -1].sum().backward()
@@ -228,7 +230,7 @@ def test_statistics_errors():
 
 # ------------------------------------------------------------------------------------------------------------- config
 def test_config_rebuilds_the_model():
-    model = build(causal=False, fusion="uniform", kappa=0.4, kernel_size=3, blocks=2, num_targets=3)
+    model = build(causal=False, fusion="uniform", kappa=0.4, kernel_size=3, blocks=2, fused_blocks=1, num_targets=3)
     config = json.loads(json.dumps(model.config))
     other = SAGE.from_config(config)
     assert other.config == model.config
@@ -246,12 +248,12 @@ def test_config_names_every_constructor_argument():
 
 # ------------------------------------------------------------------------------------------------- compile and friends
 def test_compiles_in_one_graph():
-    model = build(blocks=2)
+    """With state; training compiled, below, is without."""
+    model = build(blocks=2, fused_blocks=1)
     features, present = draw()
+    state = model(features, present).state
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    first = compiled(features, present)
-    close(first, model(features, present))
-    close(compiled(features, present, None, first.state), model(features, present, None, first.state))
+    close(compiled(features, present, None, state), model(features, present, None, state))
 
 
 @pytest.mark.slow
@@ -262,7 +264,7 @@ def test_compiles_with_inductor():
 
 
 def test_trains_compiled():
-    model = build(dropout=0.0, blocks=1).train()
+    model = build(dropout=0.0, blocks=2, fused_blocks=1).train()
     features, present = draw()
     labels = torch.rand(BATCH, FRAMES, 2) - 0.5
     grads = []
@@ -275,7 +277,7 @@ def test_trains_compiled():
 
 
 def test_exports_with_dynamic_batch_and_time():
-    model = build(blocks=2)
+    model = build(blocks=2, fused_blocks=1)
     features, present = draw()
     batch, frames = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("frames", min=32, max=4096)
     shape = {0: batch, 1: frames}
@@ -288,7 +290,7 @@ def test_exports_with_dynamic_batch_and_time():
 
 
 def test_exports_the_step_with_state():
-    model = build(blocks=2)
+    model = build(blocks=2, fused_blocks=1)
     features, present = draw()
     state = model(features, present).state
     step = ({k: v[:, :1] for k, v in features.items()}, present[:, :1], None, state)
@@ -389,6 +391,7 @@ def test_nothing_annotated_gives_zero_gradient():
         (lambda m, f, p: build(dropout=1.0), ValueError, "dropout must be in"),
         (lambda m, f, p: build(causal=1), TypeError, "causal must be bool"),
         (lambda m, f, p: build(blocks=0), ValueError, "blocks must be in"),
+        (lambda m, f, p: build(fused_blocks=5), ValueError, r"fused_blocks must be in \[0, 4\], got 5"),
         (lambda m, f, p: build(kappa=-1.0), ValueError, "kappa must be positive"),
         (lambda m, f, p: build(fusion="uniform").assess(f, p), ValueError, "no reliability to assess"),
         (lambda m, f, p: SAGELoss(unimodal=-1), ValueError, "unimodal must be a finite weight"),

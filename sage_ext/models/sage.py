@@ -30,7 +30,10 @@ DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean
 class SAGEState(NamedTuple):
     """What a causal `SAGE` carries from one chunk to the next. All tensors; a new sequence starts from zeros."""
 
-    history: tuple[Tensor, ...]  # a block: (B, M, (kernel_size - 1) * dilation, dim) last inputs of its convolution
+    history: tuple[
+        Tensor, ...
+    ]  # a modality block: (B, M, (kernel_size - 1) * dilation, dim) its convolution's last inputs
+    fused: tuple[Tensor, ...]  # a block after fusion: (B, (kernel_size - 1) * dilation, dim) likewise
     fusion: FusionState | None  # None with uniform weights
 
 
@@ -127,8 +130,10 @@ class SAGE(nn.Module):
     """Stage-Adaptive Gated Estimation of valence and arousal from several modalities.
 
     Per modality: standardised features -> Linear -> causal (or centred) dilated depthwise-separable temporal
-    convolutions -> `ReliabilityFusion` -> head -> tanh; an auxiliary head a modality gives the unimodal predictions
-    against which its confidence is trained and calibrated. Typicality reads the standardised inputs.
+    convolutions -> `ReliabilityFusion` -> the widest of the convolutions -> head -> tanh; an auxiliary head a modality
+    gives the unimodal predictions against which its confidence is trained and calibrated. Typicality reads the
+    standardised inputs. Long averages come after the fusion because they should not mix reliable frames with
+    unreliable ones before those are told apart.
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
     frame of the training data; whatever the tensor holds there, NaN included, reaches nothing.
@@ -138,8 +143,9 @@ class SAGE(nn.Module):
         dim: width of encoders, fusion and head.
         stages: number of latent interaction stages, 1 to 16.
         num_targets: C, 2 for valence and arousal.
-        blocks: temporal blocks a modality, with dilations 1, 2, 4, ...; the receptive field is
+        blocks: temporal blocks on the way from input to head, with dilations 1, 2, 4, ...; the receptive field is
             `1 + (kernel_size - 1) * (2**blocks - 1)` frames (61 with the defaults).
+        fused_blocks: how many of them, the widest, follow the fusion; the others run in each modality.
         kernel_size: taps of each convolution.
         dropout: probability, in projections and blocks.
         causal: False centres the convolutions (offline use: no state, no streaming).
@@ -158,6 +164,7 @@ class SAGE(nn.Module):
         stages: int = 4,
         num_targets: int = 2,
         blocks: int = 4,
+        fused_blocks: int = 2,
         kernel_size: int = 5,
         dropout: float = 0.1,
         causal: bool = True,
@@ -170,6 +177,7 @@ class SAGE(nn.Module):
         check_int("dim", dim, 1)
         check_int("num_targets", num_targets, 1)
         check_int("blocks", blocks, 1, 12)
+        check_int("fused_blocks", fused_blocks, 0, blocks)
         check_int("kernel_size", kernel_size, 1)
         if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
@@ -183,6 +191,7 @@ class SAGE(nn.Module):
             "stages": stages,
             "num_targets": num_targets,
             "blocks": blocks,
+            "fused_blocks": fused_blocks,
             "kernel_size": kernel_size,
             "dropout": dropout,
             "causal": causal,
@@ -194,7 +203,8 @@ class SAGE(nn.Module):
         for m, d in enumerate(self.in_dims):
             self.register_buffer(f"input_mean_{m}", torch.zeros(d))
             self.register_buffer(f"input_scale_{m}", torch.ones(d))
-        self.encoders = nn.ModuleList(Encoder(d, dim, blocks, kernel_size, dropout, causal) for d in self.in_dims)
+        own = blocks - fused_blocks
+        self.encoders = nn.ModuleList(Encoder(d, dim, own, kernel_size, dropout, causal) for d in self.in_dims)
         self.unimodal = nn.ModuleList(nn.Linear(dim, num_targets) for _ in self.in_dims)
         encoded = [dim] * len(self.in_dims)
         self.fusion: ReliabilityFusion | UniformFusion
@@ -202,6 +212,10 @@ class SAGE(nn.Module):
             self.fusion = ReliabilityFusion(encoded, dim, stages=stages, evidence_dim=evidence_dim)
         else:
             self.fusion = UniformFusion(encoded, dim)
+        self.fused_blocks = nn.ModuleList(
+            TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(own, blocks)
+        )
+        self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), ChannelDropout(dropout), nn.Linear(dim, num_targets))
 
     @classmethod
@@ -317,13 +331,17 @@ class SAGE(nn.Module):
         x = self._standardise(x, valid)
         encoded, history = self.encode(x, mask, None if state is None else state.history)
         result = self.fusion(encoded, valid, None, None if state is None else state.fusion, typicality_inputs=x)
+        fused, tails = result.fused, []
+        for i, block in enumerate(self.fused_blocks):
+            fused, tail = block(fused, mask, None if state is None else state.fused[i])
+            tails.append(tail)
         return SAGEOutput(
-            _bounded(self.head(result.fused)),
+            _bounded(self.head(self.norm(fused))),
             self._unimodal(encoded),
             result.weights,
             result.confidence,
             result.stage,
-            SAGEState(history, result.state) if self.causal else None,
+            SAGEState(history, tuple(tails), result.state) if self.causal else None,
         )
 
     def assess(
