@@ -495,9 +495,9 @@ def _check_mask(path: Path, features: Path, count: int) -> None:
 
 
 def _snap(position: Any) -> Any:
-    """Rounds what is within 1e-9 of a whole number, so that i * rate / fps does not fall short of its border."""
+    """Rounds what is within 1e-12 (relative) of a whole number, so that i * rate / fps does not fall short of its border."""
     whole = np.round(position)
-    return np.where(np.abs(position - whole) < 1e-9 * np.maximum(1, np.abs(whole)), whole, position)
+    return np.where(np.abs(position - whole) < 1e-12 * np.maximum(1, np.abs(whole)), whole, position)
 
 
 # --------------------------------------------------------------------------------------------------------- submission

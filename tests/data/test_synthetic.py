@@ -100,6 +100,20 @@ def test_presence_is_the_truth(clips):
     assert ((share > 0.9) & (share < 0.9999)).all()
 
 
+@pytest.mark.parametrize(("index", "modality", "kept"), [(0, "visual", 50), (6, "visual", 48), (7, "audio", 53)])
+def test_odd_lengths_shift_nothing(tmp_path, index, modality, kept):
+    rows = np.repeat(np.arange(50, dtype=np.float32)[:, None], 2, axis=1)
+    track = synthetic._Track(rows.copy(), rows, rows[:, 0], np.arange(50) != 20)
+    (tmp_path / "features" / modality).mkdir(parents=True)
+    synthetic._write_features(tmp_path, False, modality, "clip", track, index)
+    written = np.load(tmp_path / "features" / modality / "clip.npy")
+    expected = np.minimum(np.arange(kept), 49.0)
+    if not (tmp_path / "features" / modality / "clip.mask.npy").exists():
+        expected[20] = np.nan
+    np.testing.assert_array_equal(written[:, 0], expected)
+    np.testing.assert_array_equal(np.flatnonzero(~track.present), [20, 48, 49] if kept == 48 else [20])
+
+
 def test_presence_by_images(tmp_path):
     write_dataset(tmp_path / "data", train=5, validation=0, test=0, frames=(300, 400), images=True, seed=1)
     data = AffWild2(tmp_path / "data", "train")
@@ -179,13 +193,20 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     write_dataset(tmp_path / "empty", **small)
     assert len(AffWild2(tmp_path / "empty", "train")) == 2
 
+    seen = []
+    monkeypatch.setattr(
+        synthetic.os, "replace", lambda a, b: seen.append((len(list(a.rglob("*.npz"))), b.exists())) or a.rename(b)
+    )
+    write_dataset(tmp_path / "new", **small)
+    assert seen == [(2, False)]  # whole before it has the name
+
     def full_disk(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(synthetic, "_write_annotation", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_dataset(tmp_path / "broken", **small)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full", "new"]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 16])
@@ -262,6 +283,29 @@ def test_of_two_persons_the_track_follows_the_speaker(tmp_path):
         error = (own["noisy"][:, 0] - own["latents"]) ** 2
         assert 0.8 < (error[speaks].mean() / own["variance"][speaks, 0].mean()) < 1.25
         assert 0.7 < (error[listens].mean() / own["variance"][listens, 0].mean()) < 1.4  # the other person's affect
+
+
+def test_occlusion_is_noise_and_quiet(monkeypatch):
+    """A covered face says little (variance of a burst) and does so faintly; a burst says as little, loudly."""
+    world = synthetic._World(SyntheticSpec())
+    inside = slice(100, 200)
+
+    def record(kind: tuple[int, int]) -> synthetic._Track:
+        def spans(rng, frames, share, lengths):
+            return np.isin(np.arange(frames), np.arange(100, 200)) & (lengths == kind)
+
+        monkeypatch.setattr(synthetic, "_spans", spans)
+        rng = np.random.default_rng(0)
+        source, stage = synthetic._latents(rng, 300), np.ones(300, np.int64)  # the face is good while listening
+        return synthetic._record(world, rng, 1, source, stage, is_view=True)
+
+    occluded, burst = record((30, 90)), record((15, 60))
+    np.testing.assert_allclose(occluded.variance[inside], 4.5**2)
+    np.testing.assert_allclose(burst.variance[inside], 4.5**2 + 0.3**2)
+    np.testing.assert_allclose(occluded.variance[:100], 0.3**2)
+    np.testing.assert_array_equal(occluded.rows[:100], burst.rows[:100])
+    spread = [track.rows[inside].var(axis=0).mean() for track in (occluded, burst)]
+    assert spread[0] < 0.6 * spread[1]
 
 
 def test_affect_is_smooth_and_varied(many):
