@@ -208,7 +208,7 @@ class Typicality(nn.Module):
         average = pooled[..., 0] / torch.where(exists, pooled[..., 1], 1.0)
         # An absent frame has no typicality even if its window reaches back to frames that do.
         exists = exists & (here > 0).unsqueeze(-1)
-        tail = (energy[:, frames:], counted[:, frames:], torch.cat([v[:, -1] for v in x], -1) if frames else last)
+        tail = (energy[:, frames:], counted[:, frames:], torch.cat([v[:, -1] for v in x], -1))
         return average, exists, tail
 
     def forward(

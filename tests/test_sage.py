@@ -1,5 +1,6 @@
 """SAGE: chunks, padding, missing data, statistics, compile and export, its loss, and that it learns."""
 
+import copy
 import json
 import math
 from itertools import pairwise
@@ -313,6 +314,20 @@ def test_autocast_predicts_in_float32():
         loss, _ = SAGELoss()(model(features, present), labels, None, present)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype):
+    full = build()
+    features, present = draw()
+    model = copy.deepcopy(full).to(dtype).train()
+    out = model({k: v.to(dtype) for k, v in features.items()}, present)
+    assert {getattr(out, f).dtype for f in FIELDS} == {torch.float32}
+    SAGELoss()(out, torch.rand(BATCH, FRAMES, 2) - 0.5, None, present)[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    reference = full(features, present)
+    got = model.eval()({k: v.to(dtype) for k, v in features.items()}, present)
+    torch.testing.assert_close(got.prediction, reference.prediction, atol=0.05, rtol=0)
 
 
 def test_double_precision_throughout():
