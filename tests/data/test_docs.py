@@ -66,7 +66,7 @@ def test_commands(tmp_path, monkeypatch):
     for line in lines:
         arguments = shlex.split(line)[1:]
         if arguments[0] == "train":
-            arguments += ["--max-steps", "2", "--dim", "8", "--blocks", "1", "--threads", "1", "--quiet"]
+            arguments += ["--max-steps", "2", "--dim", "8", "--threads", "1", "--quiet"]
         if arguments[0] == "evaluate":
             arguments = arguments[: arguments.index("--report")]  # pictures are tested elsewhere
         assert cli.main(arguments) == 0, line
