@@ -149,7 +149,7 @@ def merge_moments(a: Tensor, b: Tensor) -> Tensor:
 
 def ccc_from_moments(moments: Tensor) -> Tensor:
     """(..., C, 6) -> (..., C): Lin's concordance; 0 with gradient 0 where it is undefined."""
-    return _concordance(moments, (moments[..., 0] >= 2) & (_denominator(moments) > 0))
+    return _concordance(moments, (moments[..., 0] >= 2) & ~(_denominator(moments) <= 0))
 
 
 def _denominator(moments: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def temporal_ccc_chunk(
         moments, seen, state = _sliding(x, y, valid, window, state)
     else:
         moments, seen, state = _running(x, y, valid, halflife, state)
-    defined = (seen >= 2) & (_denominator(moments) > 0)
+    defined = (seen >= 2) & ~(_denominator(moments) <= 0)
     return _concordance(moments, defined).to(pred.dtype), state, defined
 
 

@@ -95,8 +95,8 @@ inline void finish(const Sums& s, int c, int step, double shift_p, double shift_
   out[0] = n;
   out[1] = n > 0 ? shift_p + dp : 0;
   out[2] = n > 0 ? shift_t + dt : 0;
-  out[3] = m2_p > 0 ? m2_p : 0;
-  out[4] = m2_t > 0 ? m2_t : 0;
+  out[3] = m2_p < 0 ? 0 : m2_p;
+  out[4] = m2_t < 0 ? 0 : m2_t;
   out[5] = pt - p * dt;
 }
 
@@ -191,7 +191,7 @@ void forward_all(const CccForward& q, int threads) {
       out[5] = m.c_pt;
       if (q.ccc) {
         const double denominator = concordance_denominator(m);
-        ((T*)q.ccc)[g * C + c] = T(concordance(m, m.count >= 2 && denominator > 0, denominator));
+        ((T*)q.ccc)[g * C + c] = T(concordance(m, concordance_defined(m.count, denominator), denominator));
       }
     }
   }
@@ -212,7 +212,7 @@ SAGE_FN Line line(const CccBackward& q, int64_t at) {
     return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
   }
   const double denominator = concordance_denominator(m);
-  const bool defined = m.count >= 2 && denominator > 0;
+  const bool defined = concordance_defined(m.count, denominator);
   return {m.mean_p, m.mean_t,
           concordance_slopes(m, defined, denominator, double(((const T*)q.grad_ccc)[at]))};
 }

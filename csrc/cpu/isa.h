@@ -96,6 +96,10 @@ SAGE_FN Lanes<T> select(Bits<T> m, Lanes<T> a, Lanes<T> b) {
   return m.v ? a.v : b.v;
 }
 template <class T>
+SAGE_FN Bits<T> negate(Bits<T> m) {
+  return ~m;
+}
+template <class T>
 SAGE_FN Lanes<T> max(Lanes<T> a, Lanes<T> b) {
   return select(a > b, a, b);
 }

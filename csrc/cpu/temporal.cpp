@@ -154,7 +154,7 @@ void forward_group(const TemporalForward& q, int64_t first, double* stack) {
   const Group<T> g(q, first);
   scan(q, g, stack, [&](int64_t t, const Frame&, const Moments<V>& m, V seen, V) {
     const V denominator = concordance_denominator(m);
-    const auto defined = (seen >= V(2.0)) & (denominator > V(0.0));
+    const auto defined = concordance_defined(seen, denominator);
     const V rho = concordance(m, defined, denominator);
     for (int l = 0; l < g.count; ++l) {
       const int64_t i = g.at(q, l, t);
@@ -195,7 +195,7 @@ void backward_group(const TemporalBackward& q, int64_t first, double* stack, dou
     V grad;
     for (int l = 0; l < W; ++l) grad.v[l] = double(((const T*)q.grad_rho)[g.at(f, l, t)]);
     const V denominator = concordance_denominator(m);
-    const auto defined = (seen >= V(2.0)) & (denominator > zero);
+    const auto defined = concordance_defined(seen, denominator);
     const Slopes<V> s = concordance_slopes(m, defined, denominator, grad);
     const V mp = m.mean_p - origin_p, mt = m.mean_t - origin_t;
     double* at = slopes + t * kSlopes * W;

@@ -50,7 +50,7 @@ struct Shifted {  // sums of one thread, about its first valid frame
   }
   __device__ __forceinline__ M moments() const {
     const double n = double(count), inverse = count ? 1 / n : 0, dp = p * inverse, dt = t * inverse;
-    return {n, shift_p + dp, shift_t + dt, max(pp - p * dp, 0.0), max(tt - t * dt, 0.0), pt - p * dt};
+    return {n, shift_p + dp, shift_t + dt, max(0.0, pp - p * dp), max(0.0, tt - t * dt), pt - p * dt};
   }
 };
 
@@ -71,7 +71,7 @@ template <class T> __device__ __forceinline__ void finish(const CccForward& q, i
   put(q.moments + at * 6, m);
   if (q.ccc) {
     const double denominator = concordance_denominator(m);
-    static_cast<T*>(q.ccc)[at] = T(concordance(m, m.count >= 2 && denominator > 0, denominator));
+    static_cast<T*>(q.ccc)[at] = T(concordance(m, concordance_defined(m.count, denominator), denominator));
   }
 }
 
@@ -91,13 +91,14 @@ template <int C> __device__ __forceinline__ bool counted(const CccForward& q, in
 }
 
 // ---------------------------------------------------------------------------------------------------- forward
-// One or two channels, rows of 16-byte vectors: the channel of a vector's number is known at compile time.
+// One or two channels, in vectors of 16 bytes: the channel of a vector's number is known at compile time.
 template <class T, int C, bool Masked>
 __global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_t chunks, int64_t per) {
   constexpr int V = kVector<T>;
   const Span span(blockIdx.x, chunks, per, q.frames);
   const int64_t base = (span.group * q.frames + span.begin) * C, numbers = span.frames * C, vectors = numbers / V;
   const T *pred = static_cast<const T*>(q.pred) + base, *target = static_cast<const T*>(q.target) + base;
+  const bool whole = aligned(pred, 0) && aligned(target, 0);  // the same vectors either way, so the same bits
   Shifted s[C] = {};
   const auto take = [&](int64_t i, const T* x, const T* y, int n) {
 #pragma unroll
@@ -109,16 +110,16 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_
     T x[kBatch][V], y[kBatch][V];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      load_vector(pred + (v + b * kThreads) * V, V, true, x[b]);
-      load_vector(target + (v + b * kThreads) * V, V, true, y[b]);
+      load_vector(pred + (v + b * kThreads) * V, V, whole, x[b]);
+      load_vector(target + (v + b * kThreads) * V, V, whole, y[b]);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) take((v + b * kThreads) * V, x[b], y[b], V);
   }
   for (; v < vectors; v += kThreads) {
     T x[V], y[V];
-    load_vector(pred + v * V, V, true, x);
-    load_vector(target + v * V, V, true, y);
+    load_vector(pred + v * V, V, whole, x);
+    load_vector(target + v * V, V, whole, y);
     take(v * V, x, y, V);
   }
   if (threadIdx.x == kThreads - 1 && numbers % V) {
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_
   }
 }
 
-// Any number of channels, any alignment: a block takes one channel of a chunk.
+// Any number of channels: a block takes one channel of a chunk.
 template <class T>
 __global__ void __launch_bounds__(kThreads) ccc_strided_kernel(CccForward q, int64_t chunks, int64_t per) {
   const int C = q.channels;
@@ -187,7 +188,7 @@ template <class T> __device__ __forceinline__ Line line(const CccBackward& q, in
     return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
   }
   const double denominator = concordance_denominator(m);
-  const bool defined = m.count >= 2 && denominator > 0;
+  const bool defined = concordance_defined(m.count, denominator);
   return {m.mean_p, m.mean_t, concordance_slopes(m, defined, denominator, double(static_cast<const T*>(q.grad_ccc)[at]))};
 }
 
@@ -197,23 +198,27 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_gradient_kernel(CccBackward
   const CccForward& f = q.forward;
   const Span span(blockIdx.x, chunks, per, f.frames);
   const int64_t base = (span.group * f.frames + span.begin) * C, numbers = span.frames * C;
+  const T *pred = static_cast<const T*>(f.pred) + base, *target = static_cast<const T*>(f.target) + base;
+  T* const grad_pred = q.grad_pred ? static_cast<T*>(q.grad_pred) + base : nullptr;
+  T* const grad_target = q.grad_target ? static_cast<T*>(q.grad_target) + base : nullptr;
+  const bool all_whole = aligned(pred, 0) && aligned(target, 0) && aligned(grad_pred, 0) && aligned(grad_target, 0);
   Line lines[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) lines[c] = line<T>(q, span.group * C + c);
   for (int64_t i = int64_t(threadIdx.x) * V; i < numbers; i += int64_t(kThreads) * V) {
     const int n = int(numbers - i < V ? numbers - i : V);
-    const bool whole = n == V;
+    const bool whole = n == V && all_whole;
     T x[V], y[V], gp[V], gt[V];
-    load_vector(static_cast<const T*>(f.pred) + base + i, n, whole, x);
-    load_vector(static_cast<const T*>(f.target) + base + i, n, whole, y);
+    load_vector(pred + i, n, whole, x);
+    load_vector(target + i, n, whole, y);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const bool valid = k < n && counted<C>(f, base + i + k, C);
       gp[k] = valid ? T(lines[k % C].pred(double(x[k]), double(y[k]))) : T(0);
       gt[k] = valid ? T(lines[k % C].target(double(x[k]), double(y[k]))) : T(0);
     }
-    if (q.grad_pred) store_vector(static_cast<T*>(q.grad_pred) + base + i, n, whole, gp);
-    if (q.grad_target) store_vector(static_cast<T*>(q.grad_target) + base + i, n, whole, gt);
+    if (grad_pred) store_vector(grad_pred + i, n, whole, gp);
+    if (grad_target) store_vector(grad_target + i, n, whole, gt);
   }
 }
 
@@ -242,17 +247,11 @@ Call call_of(const char* op, const CccForward& q, Exec exec) {
   return call;
 }
 
-// Every group starts on a 16-byte boundary.
-template <class T> bool flat(const CccForward& q, const void* a, const void* b) {
-  const int64_t group = q.groups > 1 ? q.frames * q.channels * int64_t(sizeof(T)) : 0;
-  return q.channels <= 2 && aligned(q.pred, group) && aligned(q.target, group) && aligned(a, group) && aligned(b, group);
-}
-
 template <class T> void forward_all(const CccForward& q, const Call& call) {
   const int C = q.channels;
   const int64_t per = chunk_frames(q.frames), chunks = q.frames ? (q.frames + per - 1) / per : 1;
   constexpr size_t kShared = kWarps * 6 * sizeof(double);
-  if (flat<T>(q, nullptr, nullptr)) {
+  if (C <= 2) {
     const unsigned grid = grid_x(call, q.groups * chunks);
     const bool masked = q.mask_kind != Mask::none;
     const auto kernel = C == 1 ? (masked ? ccc_flat_kernel<T, 1, true> : ccc_flat_kernel<T, 1, false>)
@@ -267,7 +266,7 @@ template <class T> void forward_all(const CccForward& q, const Call& call) {
 template <class T> void backward_all(const CccBackward& q, const Call& call) {
   const CccForward& f = q.forward;
   const int C = f.channels;
-  if (flat<T>(f, q.grad_pred, q.grad_target)) {
+  if (C <= 2) {
     const int64_t per = kBackwardVectors * kVector<T> / C, chunks = (f.frames + per - 1) / per;
     const auto kernel = C == 1 ? ccc_flat_gradient_kernel<T, 1> : ccc_flat_gradient_kernel<T, 2>;
     launch(call, kernel, dim3(grid_x(call, f.groups * chunks)), kThreads, 0, q, chunks, per);

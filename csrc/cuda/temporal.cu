@@ -201,7 +201,7 @@ __device__ __forceinline__ void scan(const TemporalForward& q, const Lane<T>& la
     }
 }
 
-__device__ __forceinline__ bool is_defined(double seen, double denominator) { return seen >= 2 && denominator > 0; }
+__device__ __forceinline__ bool is_defined(double seen, double denominator) { return concordance_defined(seen, denominator); }
 
 template <class T, bool Window> __global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalForward q) {
   const Lane<T> lane(q);

@@ -61,7 +61,14 @@ SAGE_FN V concordance_denominator(const Moments<V>& m) {
   return m.m2_p + m.m2_t + m.count * gap * gap;
 }
 
-// ccc is defined where two frames count and the denominator is above 0; elsewhere it is 0.
+// ccc is defined where two frames count and the denominator is not 0; elsewhere it is 0. A denominator that is NaN counts
+// as defined: a model that has diverged must not look like one that is uncorrelated.
+template <class V>
+SAGE_FN auto concordance_defined(V count, V denominator) {
+  using T = typename ScalarOf<V>::Type;
+  return (count >= V(T(2))) & negate(denominator <= V(T(0)));
+}
+
 template <class V, class Mask>
 SAGE_FN V concordance(const Moments<V>& m, Mask defined, V denominator) {
   using T = typename ScalarOf<V>::Type;

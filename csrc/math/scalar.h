@@ -29,6 +29,7 @@ struct ScalarOf<double> {
 SAGE_FN float select(bool m, float a, float b) { return m ? a : b; }
 SAGE_FN double select(bool m, double a, double b) { return m ? a : b; }
 SAGE_FN bool any(bool m) { return m; }
+SAGE_FN bool negate(bool m) { return !m; }
 SAGE_FN float max(float a, float b) { return a > b ? a : b; }
 SAGE_FN double max(double a, double b) { return a > b ? a : b; }
 SAGE_FN float min(float a, float b) { return a < b ? a : b; }
