@@ -41,7 +41,7 @@ __device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2
 // 16 bytes of T as arithmetic numbers.
 template <class T> constexpr int kVector = 16 / int(sizeof(T));
 
-inline bool aligned(const void* p, int64_t stride_bytes) {
+__host__ __device__ __forceinline__ bool aligned(const void* p, int64_t stride_bytes) {
   return (reinterpret_cast<uintptr_t>(p) | uintptr_t(stride_bytes)) % 16 == 0;
 }
 
@@ -75,32 +75,50 @@ template <class T> __device__ __forceinline__ void store_vector(T* p, int n, boo
   }
 }
 
-// The same where vectors are whole and aligned; zeros, and nothing stored, where not `inside`.
-template <class T> __device__ __forceinline__ void load_whole(const T* p, bool inside, ArithmeticOf<T>* out) {
-  constexpr int V = kVector<T>;
+// A whole vector, by one load where `fast` (aligned), else by its numbers: the same bits. Zeros, and nothing stored, where
+// not `inside`.
+template <class T> __device__ __forceinline__ uint4 load_bits(const T* p, bool inside, bool fast) {
   uint4 bits = {0, 0, 0, 0};
-  if (inside) bits = *reinterpret_cast<const uint4*>(p);
-  T x[V];
+  if (inside) {
+    if (fast) {
+      bits = *reinterpret_cast<const uint4*>(p);
+    } else {
+      T x[kVector<T>];
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) x[i] = p[i];
+      memcpy(&bits, x, 16);
+    }
+  }
+  return bits;
+}
+template <class T> __device__ __forceinline__ void load_whole(const T* p, bool inside, bool fast, ArithmeticOf<T>* out) {
+  const uint4 bits = load_bits(p, inside, fast);
+  T x[kVector<T>];
   memcpy(x, &bits, 16);
 #pragma unroll
-  for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
+  for (int i = 0; i < kVector<T>; ++i) out[i] = widen(x[i]);
 }
-template <class T> __device__ __forceinline__ void store_whole(T* p, bool inside, const ArithmeticOf<T>* in) {
+template <class T> __device__ __forceinline__ void store_whole(T* p, bool inside, bool fast, const ArithmeticOf<T>* in) {
   constexpr int V = kVector<T>;
   if (!inside) return;
   T x[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) narrow(in[i], x[i]);
-  uint4 bits;
-  memcpy(&bits, x, 16);
-  *reinterpret_cast<uint4*>(p) = bits;
-}
-template <int V, class A> __device__ __forceinline__ void load_whole_numbers(const A* p, bool inside, A* out) {
+  if (fast) {
+    uint4 bits;
+    memcpy(&bits, x, 16);
+    *reinterpret_cast<uint4*>(p) = bits;
+  } else {
 #pragma unroll
-  for (int k = 0; k < V * int(sizeof(A)) / 16; ++k) {
-    uint4 bits = {0, 0, 0, 0};
-    if (inside) bits = reinterpret_cast<const uint4*>(p)[k];
-    memcpy(out + k * (16 / int(sizeof(A))), &bits, 16);
+    for (int i = 0; i < V; ++i) p[i] = x[i];
+  }
+}
+template <int V, class A> __device__ __forceinline__ void load_whole_numbers(const A* p, bool inside, bool fast, A* out) {
+  constexpr int W = kVector<A>;
+#pragma unroll
+  for (int k = 0; k < V / W; ++k) {
+    const uint4 bits = load_bits(p + k * W, inside, fast);
+    memcpy(out + k * W, &bits, 16);
   }
 }
 

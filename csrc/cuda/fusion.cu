@@ -10,9 +10,8 @@
 //   backward  32 lanes a row, so a lane owns D / 32 columns and keeps their sums for norm_weight and norm_bias in
 //             registers over all of its rows; the rows of a block are a chunk, whose sums go to workspace in double, and a
 //             second launch adds the chunks in order
-// Rows too wide for registers, or not made of aligned 16-byte vectors, take the `wide` kernels, which read values again
-// from cache. Which kernel and which lane serves what is decided by dtype, M, D and alignment alone: a row's bits depend on
-// nothing else, and a slice of a tensor's rows is aligned as the tensor is.
+// Rows too wide for registers, or no multiple of 16 bytes, take the `wide` kernels, which read values again from cache.
+// Which kernel and which lane serves what is decided by dtype, M and D alone: a row's bits depend on nothing else.
 #include "device.cuh"
 #include "../math/reliability.h"
 
@@ -23,6 +22,9 @@ constexpr int kForwardWarps = 4, kBackwardWarps = 8;
 constexpr int kRows = 4, kGateLanes = kWarp / kRows;  // of a warp's gate; 8 lanes serve 8 modalities
 constexpr int kForwardVectors = 4;                    // vectors of a row that a lane holds
 constexpr int64_t kForwardBlocks = 1 << 16;           // more rows come round again
+
+// Whether values can lie so far from zero that their mean's rounding shows beside their spread.
+template <class T> constexpr bool kDrifts = sizeof(T) >= 4;
 
 // Which tensors may be read 16 bytes at a time: bit m values[m], then
 constexpr unsigned kFusedWhole = 1u << 8, kAffineWhole = 1u << 9;  // and grad_values[m]: bit 16 + m
@@ -148,7 +150,7 @@ template <class A> __device__ __forceinline__ void write_gate(const FusionForwar
 }
 
 // --------------------------------------------------------------------------------------------------------- forward
-template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWarp, 5) fusion_kernel(FusionForward q, unsigned) {
+template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWarp, 4) fusion_kernel(FusionForward q, unsigned whole) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>, K = kForwardVectors;
   const Tables<A> tables = read_tables(q, shared_memory<A>());
@@ -178,31 +180,41 @@ template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWar
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const int d = (k * G + l) * V;
-          load_whole(from + d, here && d < D, x[k]);
+          load_whole(from + d, here && d < D, whole >> m & 1, x[k]);
         }
-        A scale = w, shift = A(0);  // w LayerNorm(x) = (x scale + shift) gamma + w beta
+        A scale = w;  // w LayerNorm(x) = (x - mean) scale gamma + w beta; x - mean takes x's place
         if (norm) {
-          A sum(0), squares(0);
+          A sum(0), drift(0), squares(0);
 #pragma unroll
           for (int k = 0; k < K; ++k)
 #pragma unroll
             for (int i = 0; i < V; ++i) sum += x[k][i];
-          const A mean = lanes_sum<1, G>(sum) / count;
+          A mean = lanes_sum<1, G>(sum) / count;
 #pragma unroll
           for (int k = 0; k < K; ++k)
 #pragma unroll
             for (int i = 0; i < V; ++i) {
-              const A c = (k * G + l) * V < D ? x[k][i] - mean : A(0);
-              squares = fma(c, c, squares);
+              x[k][i] = (k * G + l) * V < D ? x[k][i] - mean : A(0);
+              if (kDrifts<T>) drift += x[k][i];
+              squares = fma(x[k][i], x[k][i], squares);
             }
-          const A rstd = A(1) / sqrt(lanes_sum<1, G>(squares) / count + A(q.eps));
+          A variance = lanes_sum<1, G>(squares) / count;
+          if (kDrifts<T>) {  // the mean's own rounding
+            drift = lanes_sum<1, G>(drift) / count;
+            variance = max(fma(-drift, drift, variance), A(0));
+            mean += drift;
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+#pragma unroll
+              for (int i = 0; i < V; ++i) x[k][i] -= drift;
+          }
+          const A rstd = A(1) / sqrt(variance + A(q.eps));
           if (q.stats && inside && l == 0) {
             A* stats = static_cast<A*>(q.stats) + (row * M + m) * 2;
             stats[0] = here ? mean : A(0);
             stats[1] = here ? rstd : A(0);
           }
           scale = w * rstd;
-          shift = -mean * scale;
         }
         if (!here) continue;  // no shuffle follows in this round
 #pragma unroll
@@ -210,10 +222,10 @@ template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWar
           const int d = (k * G + l) * V;
           if (norm) {
             A gamma[V], beta[V];
-            load_whole_numbers<V>(static_cast<const A*>(q.norm_weight) + m * D + d, d < D, gamma);
-            load_whole_numbers<V>(static_cast<const A*>(q.norm_bias) + m * D + d, d < D, beta);
+            load_whole_numbers<V>(static_cast<const A*>(q.norm_weight) + m * D + d, d < D, whole & kAffineWhole, gamma);
+            load_whole_numbers<V>(static_cast<const A*>(q.norm_bias) + m * D + d, d < D, whole & kAffineWhole, beta);
 #pragma unroll
-            for (int i = 0; i < V; ++i) out[k][i] = fma(w, beta[i], fma(fma(x[k][i], scale, shift), gamma[i], out[k][i]));
+            for (int i = 0; i < V; ++i) out[k][i] = fma(w, beta[i], fma(x[k][i] * scale, gamma[i], out[k][i]));
           } else {
 #pragma unroll
             for (int i = 0; i < V; ++i) out[k][i] = fma(w, x[k][i], out[k][i]);
@@ -226,7 +238,7 @@ template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWar
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const int d = (k * G + l) * V;
-          store_whole(static_cast<T*>(q.fused) + row * D + d, d < D, out[k]);
+          store_whole(static_cast<T*>(q.fused) + row * D + d, d < D, whole & kFusedWhole, out[k]);
         }
       }
     }
@@ -234,7 +246,7 @@ template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWar
 }
 
 // Any D and alignment: a warp a row, its values read once for the mean, once for the variance, once to be mixed.
-template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp) fusion_wide_kernel(FusionForward q, unsigned whole) {
+template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp, 4) fusion_wide_kernel(FusionForward q, unsigned whole) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
   const Tables<A> tables = read_tables(q, shared_memory<A>());
@@ -245,14 +257,14 @@ template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp) fusi
   for (int64_t row = int64_t(blockIdx.x) * kForwardWarps + threadIdx.x / kWarp; row < q.rows; row += step) {
     const Gate<A> gate(q, tables, row, row + 1);
     write_gate(q, gate);
-    A scale(0), shift(0);  // of modality m: lane m's
+    A mean_of(0), scale_of(0);  // of modality m: lane m's
     for (int m = 0; m < M; ++m) {
       const A w = __shfl_sync(kFull, gate.weight, gate.lane_of(0, m));
       const bool here = __shfl_sync(kFull, int(gate.present), gate.lane_of(0, m)) != 0;
       const T* from = static_cast<const T*>(q.values[m]) + row * q.row_stride[m];
       A mean(0), rstd = A(1);
       if (norm) {
-        A sum(0), squares(0), x[V];
+        A sum(0), drift(0), squares(0), x[V];
         for (int64_t d = lane * V; here && d < D; d += kWarp * V) {
           const int n = int(D - d < V ? D - d : V);
           load_vector(from + d, n, n == V && whole >> m & 1, x);
@@ -266,17 +278,21 @@ template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp) fusi
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const A c = i < n ? x[i] - mean : A(0);
+            drift += c;
             squares = fma(c, c, squares);
           }
         }
-        rstd = A(1) / sqrt(lanes_sum<1, kWarp>(squares) / A(D) + A(q.eps));
+        drift = lanes_sum<1, kWarp>(drift) / A(D);
+        const A variance = max(fma(-drift, drift, lanes_sum<1, kWarp>(squares) / A(D)), A(0));
+        mean += drift;
+        rstd = A(1) / sqrt(variance + A(q.eps));
       }
       if (q.stats && lane == 0) {
         A* stats = static_cast<A*>(q.stats) + (row * M + m) * 2;
         stats[0] = norm && here ? mean : A(0);
         stats[1] = norm && here ? rstd : A(0);
       }
-      if (lane == m) scale = w * rstd, shift = -mean * scale;
+      if (lane == m) mean_of = mean, scale_of = w * rstd;
     }
     for (int64_t from = 0; from < D; from += kWarp * V) {
       const int64_t d = from + lane * V;
@@ -287,7 +303,7 @@ template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp) fusi
       for (int m = 0; m < M; ++m) {
         const A w = __shfl_sync(kFull, gate.weight, gate.lane_of(0, m));
         const bool here = __shfl_sync(kFull, int(gate.present), gate.lane_of(0, m)) != 0;
-        const A a = __shfl_sync(kFull, scale, m), b = __shfl_sync(kFull, shift, m);
+        const A mean = __shfl_sync(kFull, mean_of, m), scale = __shfl_sync(kFull, scale_of, m);
         if (!here) continue;  // the same for the whole warp
         A x[V];
         load_vector(static_cast<const T*>(q.values[m]) + row * q.row_stride[m] + d, n, n == V && whole >> m & 1, x);
@@ -297,7 +313,7 @@ template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp) fusi
           load_numbers<V>(static_cast<const A*>(q.norm_weight) + m * D + d, n, fast, gamma);
           load_numbers<V>(static_cast<const A*>(q.norm_bias) + m * D + d, n, fast, beta);
 #pragma unroll
-          for (int i = 0; i < V; ++i) out[i] = fma(w, beta[i], fma(fma(x[i], a, b), gamma[i], out[i]));
+          for (int i = 0; i < V; ++i) out[i] = fma(w, beta[i], fma((x[i] - mean) * scale, gamma[i], out[i]));
         } else {
 #pragma unroll
           for (int i = 0; i < V; ++i) out[i] = fma(w, x[i], out[i]);
@@ -309,11 +325,11 @@ template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp) fusi
 }
 
 // -------------------------------------------------------------------------------------------------------- backward
-// A row, one modality:  xhat = x scale + shift;  u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
+// A row, one modality:  xhat = (x - mean) scale;  u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
 //   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D);  d gamma = w g xhat;  d beta = w g
 // Without the norm: c0 = sum g x, d weight = c0, d x = w g.
 template <class A> struct Affine {  // of d x = g gamma k + xhat a0 + a1
-  A scale, shift, weight, k, a0, a1;
+  A mean, scale, weight, k, a0, a1;
 };
 
 // The gate's sums, one row of them for each of a warp's four, and at the end their total for the block's chunk.
@@ -335,7 +351,7 @@ template <class A> __device__ __forceinline__ void finish_gate(const A* sums, in
 }
 
 template <class T, int MM, int K>
-__global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel(FusionBackward q, unsigned, int64_t per) {
+__global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
   const FusionForward& f = q.forward;
@@ -366,35 +382,35 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const int d = (k * kWarp + lane) * V;
-        load_whole(static_cast<const T*>(q.grad_fused) + row * D + d, q.grad_fused && d < D, g[k]);
+        load_whole(static_cast<const T*>(q.grad_fused) + row * D + d, q.grad_fused && d < D, whole & kFusedWhole, g[k]);
       }
 #pragma unroll
       for (int m = 0; m < MM; ++m) {
         if (m >= M) continue;  // the same for all
         const A w = __shfl_sync(kFull, gate.weight, gate.lane_of(r, m));
         const bool here = __shfl_sync(kFull, int(gate.present), gate.lane_of(r, m)) != 0;
-        A scale(1), shift(0);
+        A mean(0), scale(1);
         if (norm) {
           const A* stats = static_cast<const A*>(f.stats) + (row * M + m) * 2;
+          mean = stats[0];
           scale = stats[1];
-          shift = -stats[0] * scale;
         }
         A xhat[K][V], u[K][V], c0(0), c1(0), c2(0);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const int d = (k * kWarp + lane) * V;
-          load_whole(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, here && d < D, xhat[k]);
+          load_whole(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, here && d < D, whole >> m & 1, xhat[k]);
         }
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const int d = (k * kWarp + lane) * V;
           if (norm) {
             A gamma[V], beta[V];
-            load_whole_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, d < D, gamma);
-            load_whole_numbers<V>(static_cast<const A*>(f.norm_bias) + m * D + d, d < D, beta);
+            load_whole_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, d < D, whole & kAffineWhole, gamma);
+            load_whole_numbers<V>(static_cast<const A*>(f.norm_bias) + m * D + d, d < D, whole & kAffineWhole, beta);
 #pragma unroll
             for (int i = 0; i < V; ++i) {  // g is 0 past the end
-              const A h = fma(xhat[k][i], scale, shift), wg = g[k][i] * w;
+              const A h = (xhat[k][i] - mean) * scale, wg = g[k][i] * w;
               xhat[k][i] = h;
               u[k][i] = g[k][i] * gamma[i];
               c1 += u[k][i];
@@ -422,7 +438,7 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel
           A y[V];
 #pragma unroll
           for (int i = 0; i < V; ++i) y[i] = here ? fma(u[k][i], k0, fma(xhat[k][i], a0, a1)) : A(0);
-          store_whole(static_cast<T*>(q.grad_values[m]) + row * D + d, d < D, y);
+          store_whole(static_cast<T*>(q.grad_values[m]) + row * D + d, d < D, whole >> (16 + m) & 1, y);
         }
       }
     }
@@ -456,7 +472,7 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel
 // Any M, D and alignment. A block takes 8 rows at a time: a warp a row for its dots, then a thread a vector of columns for all 8, adding
 // its columns' sums to the chunk's in workspace.
 template <class T>
-__global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_wide_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
+__global__ void __launch_bounds__(kBackwardWarps * kWarp, 2) fusion_wide_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
   const FusionForward& f = q.forward;
@@ -479,11 +495,11 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_wide_gradient_k
       for (int m = 0; m < M; ++m) {
         const A w = __shfl_sync(kFull, gate.weight, gate.lane_of(0, m));
         const bool here = __shfl_sync(kFull, int(gate.present), gate.lane_of(0, m)) != 0;
-        A scale(1), shift(0), c0(0), c1(0), c2(0);
+        A mean(0), scale(1), c0(0), c1(0), c2(0);
         if (norm) {
           const A* stats = static_cast<const A*>(f.stats) + (row * M + m) * 2;
+          mean = stats[0];
           scale = stats[1];
-          shift = -stats[0] * scale;
         }
         if (here && q.grad_fused)
           for (int64_t d = lane * V; d < D; d += kWarp * V) {
@@ -500,7 +516,7 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_wide_gradient_k
               for (int i = 0; i < V; ++i) {
                 const A u = g[i] * gamma[i];
                 c1 += u;
-                c0 = fma(u, fma(x[i], scale, shift), c0);
+                c0 = fma(u, (x[i] - mean) * scale, c0);
                 c2 = fma(g[i], beta[i], c2);
               }
             } else {
@@ -511,7 +527,7 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_wide_gradient_k
         c0 = lanes_sum<1, kWarp>(c0), c1 = lanes_sum<1, kWarp>(c1), c2 = lanes_sum<1, kWarp>(c2);
         if (here && gate.serves(0, m)) grad_w += c0 + c2;
         const A k = here ? w * scale : A(0);
-        if (lane == 0) rows[warp * M + m] = {scale, shift, w, k, norm ? -k * c0 / A(D) : A(0), -k * c1 / A(D)};
+        if (lane == 0) rows[warp * M + m] = {mean, scale, w, k, norm ? -k * c0 / A(D) : A(0), -k * c1 / A(D)};
       }
       gate_backward(q, tables, gate, grad_w, given(q.grad_confidence, gate, M), gate_sums(sums, gate, size));
     }
@@ -535,7 +551,7 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_wide_gradient_k
                       here && q.grad_fused && n == V && whole & kFusedWhole, g);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            const A h = fma(x[i], a.scale, a.shift), wg = g[i] * a.weight;
+            const A h = (x[i] - a.mean) * a.scale, wg = g[i] * a.weight;
             gamma_sum[i] = fma(wg, h, gamma_sum[i]);
             beta_sum[i] += wg;
             y[i] = here ? fma(g[i] * gamma[i], a.k, fma(h, a.a0, a.a1)) : A(0);
@@ -591,19 +607,12 @@ template <class T> unsigned whole_bits(const FusionForward& q, const void* row_o
   return bits;
 }
 
-// Rows of whole, aligned vectors: what the register kernels take.
-template <class T> bool all_whole(const FusionForward& q, unsigned whole, bool backward) {
-  bool all = q.dim % kVector<T> == 0 && whole & kFusedWhole && whole & kAffineWhole;
-  for (int m = 0; m < q.modalities; ++m) all = all && whole >> m & 1 && (!backward || whole >> (16 + m) & 1);
-  return all;
-}
-
 template <class T> void forward_all(const FusionForward& q, const Call& call) {
   using A = ArithmeticOf<T>;
   constexpr int kHeld = kForwardVectors * kVector<T>;  // numbers of a row that a lane holds
   const unsigned whole = whole_bits<T>(q, q.fused);
   const size_t shared = size_t(table_size(q.modalities, q.stages)) * sizeof(A);
-  const bool narrow = sizeof(T) < 8 && q.dim <= kWarp * kHeld && all_whole<T>(q, whole, false);
+  const bool narrow = sizeof(T) < 8 && q.dim <= kWarp * kHeld && q.dim % kVector<T> == 0;
   const int64_t per = narrow ? kForwardWarps * kRows : kForwardWarps;
   const int64_t blocks = (q.rows + per - 1) / per;
   const dim3 grid(unsigned(blocks < kForwardBlocks ? blocks : kForwardBlocks));
@@ -631,7 +640,7 @@ template <class T> void backward_all(const FusionBackward& q, const Call& call) 
   void (*kernel)(FusionBackward, unsigned, int64_t) = nullptr;
   if constexpr (sizeof(T) < 8) {
     constexpr int K = 8 / kVector<T>;  // vectors a lane for 256 columns
-    if (!all_whole<T>(f, whole, true)) kernel = nullptr;
+    if (f.dim % kVector<T>) kernel = nullptr;
     else if (f.modalities <= 2 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 2, K>;
     else if (f.modalities <= 2 && f.dim <= 2 * kHeld) kernel = fusion_gradient_kernel<T, 2, 2 * K>;
     else if (f.modalities <= 4 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 4, K>;

@@ -131,7 +131,7 @@ template <class T> __device__ __forceinline__ T* summary(void* buffer, const Cut
 // ------------------------------------------------------------------------------------------------------ forward
 enum class Pass { whole, summarise, replay };
 
-template <class T, int L> __global__ void __launch_bounds__(kWarp) stage_filter_kernel(StageFilterForward q, Cut cut, Pass pass) {
+template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForward q, Cut cut, Pass pass) {
   constexpr int kAhead = kFramesAhead<T, L>;
   const int S = q.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
@@ -262,7 +262,7 @@ template <class T, int L> __global__ void __launch_bounds__(kWarp) stage_filter_
 }
 
 // Launch 2: a group a sequence, chunk after chunk.
-template <class T, int L> __global__ void __launch_bounds__(kWarp) stage_filter_chain_kernel(StageFilterForward q, Cut cut) {
+template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilterForward q, Cut cut) {
   const int S = q.stages;
   const Job<L> job(q.batch, 1, 1);
   const int j = job.stage;
@@ -300,7 +300,7 @@ template <class T, int L> __global__ void __launch_bounds__(kWarp) stage_filter_
 // As stage_step_backward, a lane a stage. Starts of a chunk's summary: gradient 0 arriving with the outputs' own gradients
 // (start S), or unit gradient i arriving without them (start i < S). `flows`: (B, chunks, S, S) of workspace.
 template <class T, int L>
-__global__ void __launch_bounds__(kWarp) stage_filter_gradient_kernel(StageFilterBackward q, Cut cut, Pass pass) {
+__global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_kernel(StageFilterBackward q, Cut cut, Pass pass) {
   constexpr int kAhead = kFramesAhead<T, L>;
   const int S = q.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kWarp) stage_filter_gradient_kernel(StageFilte
     static_cast<T*>(q.grad_initial)[job.sequence * S + j] = grad - first_p * sum_of<L>(grads);
 }
 
-template <class T, int L> __global__ void __launch_bounds__(kWarp) stage_filter_gradient_chain_kernel(StageFilterBackward q, Cut cut) {
+template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_chain_kernel(StageFilterBackward q, Cut cut) {
   const int S = q.stages;
   const Job<L> job(q.batch, 1, 1);
   const int j = job.stage;

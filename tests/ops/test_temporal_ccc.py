@@ -100,6 +100,11 @@ def test_a_long_halflife_is_cumulative(backend):
         torch.testing.assert_close(rho_of(inputs, {"halflife": endless}), rho_of(inputs, {}), rtol=1e-10, atol=1e-12)
 
 
+def repeats(backend, values, first):
+    """To the bit frame by frame (CPU); a GPU's scan brackets the same sums differently from frame to frame."""
+    return (values == first).all() if backend.name == "cpu" else ((values - first).abs() <= 1e-14).all()
+
+
 def test_an_invalid_frame_repeats_the_last_value(backend):
     """Cumulative and half-life: nothing new, and ageing scales all weights alike. Before two valid frames: 0."""
     inputs = pair_inputs(Random(7, torch.float64, backend.device), 1, 40, 1)
@@ -108,8 +113,8 @@ def test_an_invalid_frame_repeats_the_last_value(backend):
     for mode in ({}, {"halflife": 3.0}):
         rho = rho_of(inputs, mode)[0, :, 0]
         assert (rho[:9] == 0).all()
-        assert (rho[10:30] == rho[10]).all()
-        assert (rho[30:] == rho[30]).all()
+        assert repeats(backend, rho[10:30], rho[10])
+        assert repeats(backend, rho[30:], rho[30])
         assert rho[9] != rho[10]
 
 
@@ -125,7 +130,7 @@ def test_huge_gaps_do_not_wear_out_the_weights(backend, gap, halflife):
     inputs["mask"] = torch.ones(1, gap + 25, dtype=torch.bool, device=backend.device)
     inputs["mask"][:, 20 : 20 + gap] = False
     rho, state = functional.temporal_ccc(**inputs, halflife=halflife)
-    assert (rho[0, 20 : 20 + gap] == rho[0, 19]).all()
+    assert repeats(backend, rho[0, 20 : 20 + gap], rho[0, 19])
     assert torch.isfinite(rho).all()
     assert torch.isfinite(state).all()
     if gap / halflife > 1000:  # all before the gap weighs nothing: as if the stream began after it

@@ -18,8 +18,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "simt"
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+DEFINES = ["-DSAGE_SIMT", "-DSAGE_WITH_CUDA", "-DSAGE_CUDA_ONLY"]
 BUILD_INFO = '#define SAGE_BUILD_INFO "{\\"simt\\": true}"\n'
 
 
@@ -72,7 +82,7 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
     CACHE.mkdir(parents=True, exist_ok=True)
     if not (CACHE / "build_info.h").exists():
         _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
-    flags = [*(SANITIZE if sanitize else []), "-DSAGE_SIMT", "-DSAGE_WITH_CUDA", "-DSAGE_CUDA_ONLY", f"-DSAGE_MODULE_NAME={name}"]
+    flags = [*(SANITIZE if sanitize else []), *DEFINES, f"-DSAGE_MODULE_NAME={name}"]
     sources = [HERE / "simt.cpp", bindings or csrc / "bindings.cpp", HERE / "control.cpp"]
     sources += sorted((csrc / "cuda").glob("*.cu")) if kernels is None else list(kernels)
     objects = [compile_object(s, csrc, flags) for s in sources]
@@ -90,7 +100,8 @@ def load(path: Path, name: str = "_C_simt"):
     import importlib.util
 
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
