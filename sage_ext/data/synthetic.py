@@ -66,6 +66,7 @@ class SyntheticSpec:
     stages: int = 4
     modalities: Mapping[str, int] = field(default_factory=lambda: {"audio": 32, "visual": 64})
     images: bool = False
+    centred: bool = False
 
 
 def write_dataset(
@@ -80,6 +81,7 @@ def write_dataset(
     stages: int = 4,
     modalities: Mapping[str, int] | None = None,
     images: bool = False,
+    centred: bool = False,
 ) -> SyntheticSpec:
     """Writes a data set below `root`, which must not exist or be empty. The same arguments give the same bytes.
 
@@ -91,15 +93,25 @@ def write_dataset(
     modalities               name -> D (at least 8); "audio" is shared by the persons of a video
     images                   also writes empty cropped_aligned/<video>/<frame>.jpg files and lets the missing ones,
                              instead of NaN rows, say where there is no face (for reader tests: one file a frame)
+    centred                  zero is the middle of the embeddings (by default it is far out, as for real ones): a zeroed
+                             modality then looks like an ordinary one
 
     Layout as `affwild2` describes, and truth/<name>.npz, which training never reads: stage (T,), reliability (T, M),
     variance (T, M), latents (T, 2), noisy (T, M, 2), present (T, M), labels (T, 2, without the -5), modalities (M,).
     Raises FileExistsError where root holds something, ValueError for arguments out of range.
     """
     spec = SyntheticSpec(
-        seed, train, validation, test, (int(frames[0]), int(frames[1])), float(difficulty), stages,
-        dict(modalities) if modalities is not None else {"audio": 32, "visual": 64}, images,
-    )  # fmt: skip
+        seed=seed,
+        train=train,
+        validation=validation,
+        test=test,
+        frames=(int(frames[0]), int(frames[1])),
+        difficulty=float(difficulty),
+        stages=stages,
+        modalities={"audio": 32, "visual": 64} if modalities is None else dict(modalities),
+        images=images,
+        centred=centred,
+    )
     _check(spec)
     root = Path(os.path.abspath(root))
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -152,7 +164,7 @@ class _World:
         leave = 1 / np.array([_DWELL[s % len(_DWELL)] for s in range(spec.stages)])
         self.transition = np.repeat(leave[:, None] / max(1, spec.stages - 1), spec.stages, axis=1)  # (S, S)
         np.fill_diagonal(self.transition, 1 - leave if spec.stages > 1 else 1.0)
-        self.maps = [_Map(rng, dim, spec.stages) for dim in spec.modalities.values()]
+        self.maps = [_Map(rng, dim, spec.stages, spec.centred) for dim in spec.modalities.values()]
 
     def stage_path(self, rng: np.random.Generator, frames: int) -> np.ndarray:
         cumulative = self.transition.cumsum(axis=1)[:, :-1].tolist()
@@ -166,7 +178,7 @@ class _World:
 class _Map:
     """Latents and stage -> embedding of one modality."""
 
-    def __init__(self, rng: np.random.Generator, dim: int, stages: int):
+    def __init__(self, rng: np.random.Generator, dim: int, stages: int, centred: bool):
         inward = rng.standard_normal((_LATENTS, _HIDDEN))
         self.inward = 0.8 * inward / np.linalg.norm(inward, axis=0)
         self.stage = 0.5 * rng.standard_normal((stages, _HIDDEN))
@@ -174,14 +186,19 @@ class _Map:
         spectrum = np.arange(1, _HIDDEN + 1) ** -0.25  # a few strong directions: correlated dimensions
         self.outward = rng.standard_normal((_HIDDEN, dim)) * spectrum[:, None] / np.sqrt(np.sum(spectrum**2) / 4)
         self.mean = 1.5 * rng.standard_normal(dim)
+        if centred:
+            seen = rng.standard_normal((4096, _LATENTS))
+            self.mean = -np.einsum("tk,kd->d", self.hidden(seen, rng.integers(stages, size=4096)), self.outward) / 4096
         dead = rng.choice(dim, size=max(2, dim // 12), replace=False)
         self.constant, self.zero = dead[::2], dead[1::2]
 
+    def hidden(self, seen: np.ndarray, stage: np.ndarray) -> np.ndarray:
+        # einsum, not BLAS: the same bits whatever the number of threads
+        return np.tanh(np.einsum("tl,lk->tk", seen, self.inward) + self.stage[stage] + self.bias)
+
     def __call__(self, rng: np.random.Generator, seen: np.ndarray, stage: np.ndarray) -> np.ndarray:
         """seen (T, 6), stage (T,) -> (T, D) float32."""
-        # einsum, not BLAS: the same bits whatever the number of threads
-        hidden = np.tanh(np.einsum("tl,lk->tk", seen, self.inward) + self.stage[stage] + self.bias)
-        rows = np.einsum("tk,kd->td", hidden, self.outward) + self.mean
+        rows = np.einsum("tk,kd->td", self.hidden(seen, stage), self.outward) + self.mean
         rows += _OFFSET * rng.standard_normal(rows.shape[1])  # this video's voice or face
         rows += 0.1 * rng.standard_normal(rows.shape)
         rows[:, self.constant], rows[:, self.zero] = self.mean[self.constant], 0

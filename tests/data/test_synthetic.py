@@ -156,7 +156,7 @@ def test_spec_is_kept(tmp_path):
         modalities={"audio": 9, "face": 8, "text": 10},
     )  # fmt: skip
     assert read_spec(tmp_path / "data") == spec
-    assert spec == SyntheticSpec(7, 2, 1, 0, (20, 30), 0.5, 2, {"audio": 9, "face": 8, "text": 10}, False)
+    assert spec == SyntheticSpec(7, 2, 1, 0, (20, 30), 0.5, 2, {"audio": 9, "face": 8, "text": 10}, False, False)
     assert AffWild2(tmp_path / "data", "train").modalities == {"audio": 9, "face": 8, "text": 10}
 
 
@@ -445,6 +445,14 @@ def test_embeddings_are_like_real_ones(clips):
         assert share[: len(share) // 4].sum() > 0.5 * share.sum()
         between = np.stack([part[:, ~dead].mean(axis=0) for part in parts]).var(axis=0).mean()
         assert between > 0.02 * alive.var(axis=0).mean()
+
+
+def test_centred_embeddings(tmp_path):
+    write_dataset(tmp_path / "data", train=12, validation=0, test=0, centred=True)
+    items = load(tmp_path / "data", "train")
+    for m, name in enumerate(("audio", "visual")):
+        rows = np.concatenate([i["features"][name].numpy()[i["present"][:, m].numpy()] for i in items])
+        assert np.linalg.norm(rows.mean(axis=0)) < 0.25 * np.sqrt(rows.var(axis=0).sum())
 
 
 def test_difficulty(tmp_path):
