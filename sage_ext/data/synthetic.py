@@ -324,9 +324,8 @@ def _write_video(
     tracks: list[list[_Track]] = [[] for _ in names]
     for m, modality in enumerate(world.names):
         if modality == SHARED and len(names) == 2:
-            own = (
-                np.array([1.0, 0.0, 0.5])[np.minimum(first, 2)] if dialogue else np.full(frames, 0.5)
-            )  # share of _left
+            # the share of _left in the track: all, none, half
+            own = np.array([1.0, 0.0, 0.5])[np.minimum(first, 2)] if dialogue else np.full(frames, 0.5)
             heard = np.where(first < 2, 0, first) if dialogue else first  # that somebody speaks, not who
             mix = own[:, None] * latents[0] + (1 - own)[:, None] * latents[1]
             track = _record(world, rng, m, mix, heard, is_view=False)
