@@ -1,6 +1,7 @@
 """reliability_fusion (spec 1.2): (values, gate...) -> (fused, weights, confidence, stats).
 
-`stats` (N, M, 2) holds each row's LayerNorm mean and 1/std for backward: with the inputs, all that is saved.
+`stats` (N, M, 2) holds each row's LayerNorm mean and 1/std for backward: with the inputs, all that is saved. Without a
+LayerNorm it is empty.
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ def _forward(values: Sequence[Tensor], *gate: Any, want_stats: bool = True) -> t
     arguments, held = _arguments(values, *gate)
     first, reliability = values[0], gate[0]
     lead = reliability.shape[:-1]
-    fused = first.new_empty(first.shape)
-    weights, confidence = reliability.new_empty(lead), reliability.new_empty(lead)
-    stats = reliability.new_empty((*lead, 2)) if want_stats else None
+    fused = torch.empty_like(first, memory_format=torch.contiguous_format)
+    weights = reliability.new_empty(lead)
+    confidence = torch.empty_like(weights)
+    stats = reliability.new_empty((*lead, 2) if gate[6] is not None else 0) if want_stats else None
     if arguments[1]:
         _door.kernels[first.device.type].fusion_forward(
             *arguments, address(fused), address(weights), address(confidence), address(stats), *_door.placement(first)
@@ -175,13 +177,14 @@ class _ReliabilityFusion(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------- torch.library
-def _fake(values: Sequence[Tensor], reliability: Tensor, *_: Any) -> Any:
+def _fake(values: Sequence[Tensor], reliability: Tensor, *rest: Any) -> Any:
     lead = reliability.shape[:-1]
+    norm_weight = rest[5]
     return (
         values[0].new_empty(values[0].shape),
         reliability.new_empty(lead),
         reliability.new_empty(lead),
-        reliability.new_empty((*lead, 2)),
+        reliability.new_empty((*lead, 2) if norm_weight is not None else 0),
     )
 
 
