@@ -83,7 +83,7 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
     if not (CACHE / "build_info.h").exists():
         _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
     flags = [*(SANITIZE if sanitize else []), *DEFINES, f"-DSAGE_MODULE_NAME={name}"]
-    sources = [HERE / "simt.cpp", bindings or csrc / "bindings.cpp", HERE / "control.cpp"]
+    sources = [HERE / "simt.cpp", HERE / "control.cpp", bindings or csrc / "bindings.cpp"]
     sources += sorted((csrc / "cuda").glob("*.cu")) if kernels is None else list(kernels)
     objects = [compile_object(s, csrc, flags) for s in sources]
     digest = hashlib.sha256(repr([o.name for o in objects]).encode()).hexdigest()[:20]
@@ -93,6 +93,13 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
         folder.mkdir(exist_ok=True)
         _write(module, lambda to: _run([*compiler(), "-shared", *(SANITIZE if sanitize else []), *objects, "-o", to]))
     return module
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """For a Python process that loads a sanitized module: the sanitizer's library first, leaks (Python's own) aside."""
+    found = subprocess.run([*compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    options = {"ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {**os.environ, **options, "LD_PRELOAD": found.stdout.strip()}
 
 
 def load(path: Path, name: str = "_C_simt"):

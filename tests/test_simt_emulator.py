@@ -1,0 +1,123 @@
+"""The emulator that stands in for a GPU is itself tested: right kernels pass, each planted mistake is caught."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from simt import build
+
+pytestmark = pytest.mark.skipif(shutil.which(build.compiler()[0]) is None, reason="no C++ compiler")
+HERE = Path(__file__).parent / "simt"
+ORDERS = (0, 1, 2, 3)
+N = 128
+
+
+def planted_module(sanitize: bool) -> Path:
+    return build.build(sanitize, bindings=HERE / "planted.cpp", name="planted", kernels=[HERE / "planted.cu"])
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return build.load(planted_module(False), "planted")
+
+
+def results(planted, which: int) -> list[torch.Tensor]:
+    x = torch.arange(1.0, N + 1)
+    found = []
+    for order in ORDERS:
+        planted.simt.set_order(order)
+        out = torch.full((N,), float("nan"))
+        planted.planted(which, x.data_ptr(), out.data_ptr())
+        found.append(out)
+    return found
+
+
+WANTED = {
+    "reverse": lambda x: x.flip(0),
+    "swap": lambda x: x.view(-1, 2).flip(1).reshape(-1),
+    "rounds": lambda x: 6 * x.roll(-40),
+    "read": lambda x: x,
+    "shared": lambda x: x,
+    "write": lambda x: x,
+}
+
+
+@pytest.mark.parametrize(
+    ("which", "name"), [(0, "reverse"), (2, "swap"), (4, "rounds"), (6, "read"), (8, "shared"), (12, "write")]
+)
+def test_right_kernels_give_the_same_under_every_order(planted, which, name):
+    for out in results(planted, which):
+        assert torch.equal(out, WANTED[name](torch.arange(1.0, N + 1)))
+
+
+@pytest.mark.parametrize(("which", "name"), [(1, "reverse"), (3, "swap"), (5, "rounds"), (13, "write")], ids=str)
+def test_a_missing_barrier_or_write_shows(planted, which, name):
+    """Under at least two of the orders: orders 0 and 1 are each other's mirror."""
+    wrong = [not torch.equal(out, WANTED[name](torch.arange(1.0, N + 1))) for out in results(planted, which)]
+    assert sum(wrong) >= 2
+
+
+def test_unwritten_output_and_shared_memory_are_nan(planted):
+    assert all(out[77].isnan() and out.isnan().sum() == 1 for out in results(planted, 13))
+    assert all(out.isnan().all() for out in results(planted, 16))
+
+
+@pytest.mark.parametrize("which", [14, 15])
+def test_a_barrier_that_not_all_reach_is_an_error(planted, which):
+    with pytest.raises(RuntimeError, match="never reach"):
+        results(planted, which)
+
+
+@pytest.mark.parametrize(("which", "why"), [(17, "whole warps"), (18, "Configuration"), (19, "refused")])
+def test_launches_beyond_the_limits_are_refused(planted, which, why):
+    with pytest.raises(RuntimeError, match=why):
+        results(planted, which)
+
+
+SANITIZED = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+from simt import build
+planted = build.load(sys.argv[2], "planted")
+x = (ctypes.c_float * 128)(*range(128))   # its own heap block: red zones on both sides
+out = (ctypes.c_float * 128)()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.aligned_alloc.restype = ctypes.c_void_p
+p, o = libc.aligned_alloc(16, 512), libc.aligned_alloc(16, 512)
+ctypes.memmove(p, x, 512)
+planted.planted(int(sys.argv[3]), p, o)
+print("done")
+"""
+
+
+@pytest.mark.parametrize(("wrong", "right", "why"), [(7, 6, "heap-buffer-overflow"), (9, 8, "heap-buffer-overflow"), (11, 10, "misaligned")])  # fmt: skip
+def test_sanitizers_catch_reads_out_of_bounds_and_misaligned(wrong, right, why):
+    module = planted_module(True)
+
+    def run(which: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", SANITIZED, str(HERE.parent), str(module), str(which)]
+        return subprocess.run(command, env=build.sanitizer_environment(), capture_output=True, text=True)
+
+    good, bad = run(right), run(wrong)
+    assert good.returncode == 0, good.stderr
+    assert "done" in good.stdout
+    assert bad.returncode != 0
+    assert why in bad.stderr
+
+
+@pytest.mark.slow
+def test_op_tests_under_the_sanitizers():
+    """The kernels' op tests once more, in a build under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    env = {**build.sanitizer_environment(), "SAGE_TEST_SIMT": "sanitize", "OMP_NUM_THREADS": "1"}
+    chosen = ["tests/test_simt_kernels.py", "tests/ops/test_values.py", "-k", "simt and not gradcheck"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
+    done = subprocess.run(command, env=env, cwd=build.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+    assert os.environ.get("SAGE_TEST_SIMT") != "sanitize"
