@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -25,7 +26,7 @@ settings.load_profile("sage_ext")
 
 
 def load_simt() -> ModuleType | None:
-    """The CUDA kernels compiled for CPU emulation (tests/simt), as a table of functions like `_C.cpu`.
+    """The CUDA kernels compiled for CPU emulation (tests/simt): `.cuda` is a table of functions like `_C.cpu`.
 
     Built where it is not yet (under a minute, then cached). SAGE_TEST_SIMT: 0 does without, `sanitize` takes the build
     under AddressSanitizer and UndefinedBehaviorSanitizer. None without a compiler.
@@ -33,10 +34,12 @@ def load_simt() -> ModuleType | None:
     choice = os.environ.get("SAGE_TEST_SIMT", "1")
     if choice == "0" or shutil.which(build.compiler()[0]) is None:
         return None
-    return build.load(build.build(sanitize=choice == "sanitize")).cuda
+    csrc = Path(os.environ.get("SAGE_TEST_SIMT_CSRC", build.ROOT / "csrc"))  # tests/simt/mutate.py: a copy with a mistake
+    return build.load(build.build(sanitize=choice == "sanitize", csrc=csrc))
 
 
-SIMT = load_simt()
+SIMT_MODULE = load_simt()
+SIMT = None if SIMT_MODULE is None else SIMT_MODULE.cuda
 CUDA = "cuda" in _door.kernels and torch.cuda.is_available()
 
 

@@ -96,7 +96,10 @@ print("done")
 """
 
 
-@pytest.mark.parametrize(("wrong", "right", "why"), [(7, 6, "heap-buffer-overflow"), (9, 8, "heap-buffer-overflow"), (11, 10, "misaligned")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "right", "why"),
+    [(7, 6, "heap-buffer-overflow"), (9, 8, "heap-buffer-overflow"), (11, 10, "misaligned")],
+)
 def test_sanitizers_catch_reads_out_of_bounds_and_misaligned(wrong, right, why):
     module = planted_module(True)
 

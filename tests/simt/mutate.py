@@ -1,0 +1,68 @@
+"""Takes each __syncthreads() and __syncwarp() out of the kernels in turn: the tests must notice every time.
+
+    python tests/simt/mutate.py [FILE...]       exit status 1 if a mutant survives
+
+Each mutant is a copy of csrc/ with one statement blanked, built for emulation and put under tests/test_simt_kernels.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import build
+
+BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
+
+
+def mutants(files: list[str]) -> list[tuple[Path, int, int]]:
+    """(file, line, offset) of every barrier."""
+    found = []
+    for path in sorted((build.ROOT / "csrc" / "cuda").glob("*.cu*")):
+        if files and path.name not in files:
+            continue
+        text = path.read_text()
+        found += [(path, text.count("\n", 0, m.start()) + 1, m.start()) for m in BARRIER.finditer(text)]
+    return found
+
+
+def survives(path: Path, offset: int) -> tuple[bool, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = Path(folder) / "csrc"
+        shutil.copytree(build.ROOT / "csrc", csrc)
+        text = path.read_text()
+        match = BARRIER.match(text, offset)
+        assert match is not None
+        (csrc / "cuda" / path.name).write_text(text[:offset] + ";" + text[match.end() :])
+        tests = ["tests/test_simt_kernels.py", "-q", "-x", "-p", "no:cacheprovider"]
+        env = {**os.environ, "SAGE_TEST_SIMT_CSRC": str(csrc), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *tests], env=env, cwd=build.ROOT, capture_output=True, text=True
+        )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout + done.stderr)
+    failed = re.search(r"^FAILED \S+::(.*?)( - .*)?$", done.stdout, re.MULTILINE)
+    return done.returncode == 0, failed.group(1) if failed else ""
+
+
+def main() -> int:
+    all_mutants = mutants(sys.argv[1:])
+    alive = 0
+    for path, line, offset in all_mutants:
+        started = time.time()
+        survived, caught_by = survives(path, offset)
+        alive += survived
+        verdict = "SURVIVED" if survived else f"caught by {caught_by}"
+        print(f"{path.name}:{line}: {verdict} ({time.time() - started:.0f} s)", flush=True)
+    print(f"{len(all_mutants)} barriers, {alive} survived")
+    return 1 if alive or not all_mutants else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
