@@ -231,7 +231,7 @@ def test_statistics_errors():
 
 # ------------------------------------------------------------------------------------------------------------- config
 def test_config_rebuilds_the_model():
-    model = build(causal=False, fusion="uniform", kappa=0.4, kernel_size=3, blocks=2, fused_blocks=1, num_targets=3)
+    model = build(causal=False, fusion="uniform", kappa=0.4, kernel_size=3, blocks=2, num_targets=3)
     config = json.loads(json.dumps(model.config))
     other = SAGE.from_config(config)
     assert other.config == model.config
@@ -239,6 +239,11 @@ def test_config_rebuilds_the_model():
     features, present = draw()
     close(other.eval()(features, present), model(features, present), tol=0)
     assert model(features, present).prediction.shape == (BATCH, FRAMES, 3)
+
+
+def test_half_the_blocks_follow_the_fusion():
+    assert [build(blocks=n).config["fused_blocks"] for n in (1, 2, 4, 5)] == [0, 1, 2, 2]
+    assert len(build(blocks=5).fused_blocks) == 2
 
 
 def test_config_names_every_constructor_argument():
@@ -250,7 +255,7 @@ def test_config_names_every_constructor_argument():
 # ------------------------------------------------------------------------------------------------- compile and friends
 def test_compiles_in_one_graph():
     """With state; training compiled, below, is without."""
-    model = build(blocks=2, fused_blocks=1)
+    model = build(blocks=2)
     features, present = draw()
     state = model(features, present).state
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -265,7 +270,7 @@ def test_compiles_with_inductor():
 
 
 def test_trains_compiled():
-    model = build(dropout=0.0, blocks=2, fused_blocks=1).train()
+    model = build(dropout=0.0, blocks=2).train()
     features, present = draw()
     labels = torch.rand(BATCH, FRAMES, 2) - 0.5
     grads = []
@@ -278,7 +283,7 @@ def test_trains_compiled():
 
 
 def test_exports_with_dynamic_batch_and_time():
-    model = build(blocks=2, fused_blocks=1)
+    model = build(blocks=2)
     features, present = draw()
     batch, frames = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("frames", min=32, max=4096)
     shape = {0: batch, 1: frames}
@@ -291,7 +296,7 @@ def test_exports_with_dynamic_batch_and_time():
 
 
 def test_exports_the_step_with_state():
-    model = build(blocks=2, fused_blocks=1)
+    model = build(blocks=2)
     features, present = draw()
     state = model(features, present).state
     step = ({k: v[:, :1] for k, v in features.items()}, present[:, :1], None, state)

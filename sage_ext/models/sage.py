@@ -145,7 +145,7 @@ class SAGE(nn.Module):
         num_targets: C, 2 for valence and arousal.
         blocks: temporal blocks on the way from input to head, with dilations 1, 2, 4, ...; the receptive field is
             `1 + (kernel_size - 1) * (2**blocks - 1)` frames (61 with the defaults).
-        fused_blocks: how many of them, the widest, follow the fusion; the others run in each modality.
+        fused_blocks: how many of them, the widest, follow the fusion; the others run in each modality. Default: half.
         kernel_size: taps of each convolution.
         dropout: probability, in projections and blocks.
         causal: False centres the convolutions (offline use: no state, no streaming).
@@ -164,7 +164,7 @@ class SAGE(nn.Module):
         stages: int = 4,
         num_targets: int = 2,
         blocks: int = 4,
-        fused_blocks: int = 2,
+        fused_blocks: int | None = None,
         kernel_size: int = 5,
         dropout: float = 0.1,
         causal: bool = True,
@@ -177,6 +177,8 @@ class SAGE(nn.Module):
         check_int("dim", dim, 1)
         check_int("num_targets", num_targets, 1)
         check_int("blocks", blocks, 1, 12)
+        if fused_blocks is None:
+            fused_blocks = blocks // 2
         check_int("fused_blocks", fused_blocks, 0, blocks)
         check_int("kernel_size", kernel_size, 1)
         if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
