@@ -405,6 +405,10 @@ struct Whole {
   SAGE_FN void write(T* p, V x) const {
     store(p, x);
   }
+  template <class T>
+  SAGE_FN Lanes<T> keep(Lanes<T> x) const {
+    return x;
+  }
 };
 struct Part {
   int n;
@@ -416,6 +420,8 @@ struct Part {
   SAGE_FN void write(T* p, V x) const {
     store(p, x, n);
   }
+  template <class T>
+  SAGE_FN Lanes<T> keep(Lanes<T> x) const;  // 0 in the lanes past the end
 };
 template <int W, class F>
 SAGE_FN void for_each_vector(int64_t dim, F f) {
@@ -430,6 +436,11 @@ SAGE_FN Bits<T> first(int n) {
   Bits<T> m;
   for (int i = 0; i < Lanes<T>::width; ++i) m.v[i] = i < n ? -1 : 0;
   return m;
+}
+
+template <class T>
+SAGE_FN Lanes<T> Part::keep(Lanes<T> x) const {
+  return select(first<T>(n), x, Lanes<T>(T(0)));
 }
 
 }  // namespace sage::cpu::SAGE_ISA

@@ -51,7 +51,10 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def fast(*tensors: Tensor | None) -> bool:
-    """Whether the direct door is safe: plain eager, and every tensor exactly a dense tensor of a device with kernels."""
+    """Whether the direct door is safe: plain eager, and every tensor exactly a dense tensor.
+
+    The caller has seen that they share a device, and that it has kernels.
+    """
     if torch.compiler.is_compiling():
         return False
     if forward_ad._current_level >= 0:
@@ -62,10 +65,11 @@ def fast(*tensors: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
+    strided = torch.strided
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.device.type not in kernels or t.is_neg():
+        if type(t) not in _PLAIN or t.layout is not strided or t.is_meta or t.is_neg():
             return False
     return True
 
