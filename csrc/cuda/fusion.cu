@@ -5,13 +5,15 @@
 //
 // A warp takes four rows at a time. Their gates run together, 8 lanes a row, those spread over the modalities and what is
 // left of them over the stages. Then come the features:
-//   forward   8, 16 or 32 lanes a row (more rows side by side, fewer shuffles a row), a row of one modality in registers,
+//   forward   8 (halves), 16 or 32 lanes a row (more rows side by side, fewer shuffles a row), a row of one modality in registers,
 //             LayerNorm by two passes over the registers, M vectors mixed into registers, one store
 //   backward  32 lanes a row, so a lane owns D / 32 columns and keeps their sums for norm_weight and norm_bias in
 //             registers over all of its rows; the rows of a block are a chunk, whose sums go to workspace in double, and a
 //             second launch adds the chunks in order
 // Rows too wide for registers, or no multiple of 16 bytes, take the `wide` kernels, which read values again from cache.
 // Which kernel and which lane serves what is decided by dtype, M and D alone: a row's bits depend on nothing else.
+#include <type_traits>
+
 #include "device.cuh"
 #include "../math/reliability.h"
 
@@ -618,10 +620,8 @@ template <class T> void forward_all(const FusionForward& q, const Call& call) {
   const dim3 grid(unsigned(blocks < kForwardBlocks ? blocks : kForwardBlocks));
   void (*kernel)(FusionForward, unsigned) = fusion_wide_kernel<T>;
   if constexpr (sizeof(T) < 8) {
-    if (!narrow) kernel = fusion_wide_kernel<T>;
-    else if (q.dim <= 8 * kHeld) kernel = fusion_kernel<T, 8>;
-    else if (q.dim <= 16 * kHeld) kernel = fusion_kernel<T, 16>;
-    else kernel = fusion_kernel<T, 32>;
+    constexpr int kFew = 4 * int(sizeof(T));  // lanes for 256 columns
+    if (narrow) kernel = q.dim <= kFew * kHeld ? fusion_kernel<T, kFew> : fusion_kernel<T, kWarp>;
   }
   launch(call, kernel, grid, kForwardWarps * kWarp, shared, q, whole);
 }
@@ -640,10 +640,12 @@ template <class T> void backward_all(const FusionBackward& q, const Call& call) 
   void (*kernel)(FusionBackward, unsigned, int64_t) = nullptr;
   if constexpr (sizeof(T) < 8) {
     constexpr int K = 8 / kVector<T>;  // vectors a lane for 256 columns
-    if (f.dim % kVector<T>) kernel = nullptr;
-    else if (f.modalities <= 2 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 2, K>;
-    else if (f.modalities <= 2 && f.dim <= 2 * kHeld) kernel = fusion_gradient_kernel<T, 2, 2 * K>;
-    else if (f.modalities <= 4 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 4, K>;
+    const bool narrow = f.dim % kVector<T> == 0;
+    if (narrow && f.modalities <= 2 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 2, K>;
+    if constexpr (!std::is_same<T, __half>::value) {  // float16 does with fewer kernels: each costs build time
+      if (narrow && f.modalities <= 2 && f.dim > kHeld && f.dim <= 2 * kHeld) kernel = fusion_gradient_kernel<T, 2, 2 * K>;
+      if (narrow && f.modalities > 2 && f.modalities <= 4 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 4, K>;
+    }
   }
   if (kernel) {
     shared += norm ? size_t(2 * f.modalities * f.dim) * sizeof(double) : 0;
