@@ -1,0 +1,50 @@
+"""Every CUDA kernel once on small problems, forward and backward: what compute-sanitizer watches (gpu_session.sh)."""
+
+from __future__ import annotations
+
+import torch
+
+from sage_ext import functional as F
+
+
+def grads(outputs, inputs) -> None:
+    outputs = [o for o in outputs if o.requires_grad]
+    for g in torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True):
+        assert g is None or torch.isfinite(g).all()
+
+
+def main() -> None:
+    def randn(*shape, dtype=torch.float32):
+        return torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
+
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        for modalities, dim in ((2, 64), (2, 512), (3, 256), (2, 7), (5, 1032)):
+            gate = torch.float64 if dtype == torch.float64 else torch.float32
+            values = [randn(75, dim, dtype=dtype) for _ in range(modalities)]
+            r, w, b = (
+                randn(75, modalities, 4, dtype=gate),
+                randn(modalities, dim, dtype=gate),
+                randn(modalities, dim, dtype=gate),
+            )
+            present = torch.rand(75, modalities, device="cuda") > 0.2
+            grads(F.reliability_fusion(values, r, present=present, norm_weight=w, norm_bias=b), [*values, r, w, b])
+    for dtype in (torch.float32, torch.float64):
+        for stages in (4, 6):
+            for frames in (40, 1100):
+                e, t = randn(3, frames, stages, dtype=dtype), randn(stages, stages, dtype=dtype)
+                grads(F.stage_filter(e, t), [e, t])
+        for channels in (1, 2, 3):
+            for frames in (301, 9001):
+                p, y = randn(2, frames, channels, dtype=dtype), randn(2, frames, channels, dtype=dtype)
+                mask = torch.rand(2, frames, device="cuda") > 0.2
+                for m in (None, mask):
+                    grads([F.ccc(p, y, m)], [p, y])
+        for mode in ({}, {"halflife": 30.0}, {"window": 50}):
+            p, y = randn(2, 700, 2, dtype=dtype), randn(2, 700, 2, dtype=dtype)
+            grads(F.temporal_ccc(p, y, **mode), [p, y])
+    torch.cuda.synchronize()
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()
