@@ -67,7 +67,8 @@ __device__ __forceinline__ M merge_block(M m, double* shared) {
   return m;
 }
 
-template <class T> __device__ __forceinline__ void finish(const CccForward& q, int64_t at, const M& m) {
+template <class T>
+__device__ __forceinline__ void finish(const CccForward& q, int64_t at, const M& m) {
   put(q.moments + at * 6, m);
   if (q.ccc) {
     const double denominator = concordance_denominator(m);
@@ -86,7 +87,8 @@ struct Span {
 };
 
 // Is number i (channels interleaved, i / C its frame) counted?
-template <int C> __device__ __forceinline__ bool counted(const CccForward& q, int64_t i, int channels) {
+template <int C>
+__device__ __forceinline__ bool counted(const CccForward& q, int64_t i, int channels) {
   return q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::element ? i : i / (C ? C : channels)];
 }
 
@@ -96,7 +98,8 @@ template <class T, int C, bool Masked>
 __global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_t chunks, int64_t per) {
   constexpr int V = kVector<T>;
   const Span span(blockIdx.x, chunks, per, q.frames);
-  const int64_t base = (span.group * q.frames + span.begin) * C, numbers = span.frames * C, vectors = numbers / V;
+  const int64_t base = (span.group * q.frames + span.begin) * C, numbers = span.frames * C,
+                vectors = numbers / V;
   const T *pred = static_cast<const T*>(q.pred) + base, *target = static_cast<const T*>(q.target) + base;
   const bool whole = aligned(pred, 0) && aligned(target, 0);  // the same vectors either way, so the same bits
   Shifted s[C] = {};
@@ -133,8 +136,10 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_
   for (int c = 0; c < C; ++c) {
     const M m = merge_block(s[c].moments(), shared + c * kWarps * 6);
     if (threadIdx.x == 0) {
-      if (chunks == 1) finish<T>(q, span.group * C + c, m);
-      else put(q.workspace + (int64_t(blockIdx.x) * C + c) * 6, m);
+      if (chunks == 1)
+        finish<T>(q, span.group * C + c, m);
+      else
+        put(q.workspace + (int64_t(blockIdx.x) * C + c) * 6, m);
     }
   }
 }
@@ -149,21 +154,26 @@ __global__ void __launch_bounds__(kThreads) ccc_strided_kernel(CccForward q, int
   Shifted s = {};
   for (int64_t f = threadIdx.x; f < span.frames; f += kThreads) {
     const int64_t i = base + f * C;
-    if (counted<0>(q, i, C)) s.add(true, double(static_cast<const T*>(q.pred)[i]), double(static_cast<const T*>(q.target)[i]));
+    if (counted<0>(q, i, C))
+      s.add(true, double(static_cast<const T*>(q.pred)[i]), double(static_cast<const T*>(q.target)[i]));
   }
   const M m = merge_block(s.moments(), shared_memory<double>());
   if (threadIdx.x == 0) {
-    if (chunks == 1) finish<T>(q, span.group * C + c, m);
-    else put(q.workspace + int64_t(blockIdx.x) * 6, m);
+    if (chunks == 1)
+      finish<T>(q, span.group * C + c, m);
+    else
+      put(q.workspace + int64_t(blockIdx.x) * 6, m);
   }
 }
 
 // The chunks of one (group, channel), in order.
-template <class T> __global__ void __launch_bounds__(kThreads) ccc_merge_kernel(CccForward q, int64_t chunks) {
+template <class T>
+__global__ void __launch_bounds__(kThreads) ccc_merge_kernel(CccForward q, int64_t chunks) {
   const int C = q.channels;
   const int64_t group = blockIdx.x / unsigned(C), c = blockIdx.x % unsigned(C);
   M m = no_moments<double>();
-  for (int64_t k = threadIdx.x; k < chunks; k += kThreads) m = merge(m, get(q.workspace + ((group * chunks + k) * C + c) * 6));
+  for (int64_t k = threadIdx.x; k < chunks; k += kThreads)
+    m = merge(m, get(q.workspace + ((group * chunks + k) * C + c) * 6));
   m = merge_block(m, shared_memory<double>());
   if (threadIdx.x == 0) finish<T>(q, blockIdx.x, m);
 }
@@ -181,7 +191,8 @@ struct Line {
   }
 };
 
-template <class T> __device__ __forceinline__ Line line(const CccBackward& q, int64_t at) {
+template <class T>
+__device__ __forceinline__ Line line(const CccBackward& q, int64_t at) {
   const M m = get(q.forward.moments + at * 6);
   if (q.grad_moments) {
     const double* g = q.grad_moments + at * 6;
@@ -189,11 +200,13 @@ template <class T> __device__ __forceinline__ Line line(const CccBackward& q, in
   }
   const double denominator = concordance_denominator(m);
   const bool defined = concordance_defined(m.count, denominator);
-  return {m.mean_p, m.mean_t, concordance_slopes(m, defined, denominator, double(static_cast<const T*>(q.grad_ccc)[at]))};
+  return {m.mean_p, m.mean_t,
+          concordance_slopes(m, defined, denominator, double(static_cast<const T*>(q.grad_ccc)[at]))};
 }
 
 template <class T, int C>
-__global__ void __launch_bounds__(kThreads) ccc_flat_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
+__global__ void __launch_bounds__(kThreads)
+    ccc_flat_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
   constexpr int V = kVector<T>;
   const CccForward& f = q.forward;
   const Span span(blockIdx.x, chunks, per, f.frames);
@@ -201,7 +214,8 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_gradient_kernel(CccBackward
   const T *pred = static_cast<const T*>(f.pred) + base, *target = static_cast<const T*>(f.target) + base;
   T* const grad_pred = q.grad_pred ? static_cast<T*>(q.grad_pred) + base : nullptr;
   T* const grad_target = q.grad_target ? static_cast<T*>(q.grad_target) + base : nullptr;
-  const bool all_whole = aligned(pred, 0) && aligned(target, 0) && aligned(grad_pred, 0) && aligned(grad_target, 0);
+  const bool all_whole =
+      aligned(pred, 0) && aligned(target, 0) && aligned(grad_pred, 0) && aligned(grad_target, 0);
   Line lines[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) lines[c] = line<T>(q, span.group * C + c);
@@ -223,7 +237,8 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_gradient_kernel(CccBackward
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) ccc_strided_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
+__global__ void __launch_bounds__(kThreads)
+    ccc_strided_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
   const CccForward& f = q.forward;
   const int C = f.channels;
   const int64_t c = blockIdx.x % unsigned(C);
@@ -233,7 +248,8 @@ __global__ void __launch_bounds__(kThreads) ccc_strided_gradient_kernel(CccBackw
   for (int64_t k = threadIdx.x; k < span.frames; k += kThreads) {
     const int64_t i = base + k * C;
     const bool valid = counted<0>(f, i, C);
-    const double x = valid ? double(static_cast<const T*>(f.pred)[i]) : 0, y = valid ? double(static_cast<const T*>(f.target)[i]) : 0;
+    const double x = valid ? double(static_cast<const T*>(f.pred)[i]) : 0,
+                 y = valid ? double(static_cast<const T*>(f.target)[i]) : 0;
     if (q.grad_pred) static_cast<T*>(q.grad_pred)[i] = valid ? T(a.pred(x, y)) : T(0);
     if (q.grad_target) static_cast<T*>(q.grad_target)[i] = valid ? T(a.target(x, y)) : T(0);
   }
@@ -242,12 +258,13 @@ __global__ void __launch_bounds__(kThreads) ccc_strided_gradient_kernel(CccBackw
 // --------------------------------------------------------------------------------------------------- launchers
 Call call_of(const char* op, const CccForward& q, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
-  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.groups, (long long)q.frames,
-           q.channels, dtype_name(q.dtype));
+  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.groups,
+           (long long)q.frames, q.channels, dtype_name(q.dtype));
   return call;
 }
 
-template <class T> void forward_all(const CccForward& q, const Call& call) {
+template <class T>
+void forward_all(const CccForward& q, const Call& call) {
   const int C = q.channels;
   const int64_t per = chunk_frames(q.frames), chunks = q.frames ? (q.frames + per - 1) / per : 1;
   constexpr size_t kShared = kWarps * 6 * sizeof(double);
@@ -258,12 +275,15 @@ template <class T> void forward_all(const CccForward& q, const Call& call) {
                                : (masked ? ccc_flat_kernel<T, 2, true> : ccc_flat_kernel<T, 2, false>);
     launch(call, kernel, dim3(grid), kThreads, size_t(C) * kShared, q, chunks, per);
   } else {
-    launch(call, ccc_strided_kernel<T>, dim3(grid_x(call, q.groups * chunks * C)), kThreads, kShared, q, chunks, per);
+    launch(call, ccc_strided_kernel<T>, dim3(grid_x(call, q.groups * chunks * C)), kThreads, kShared, q,
+           chunks, per);
   }
-  if (chunks > 1) launch(call, ccc_merge_kernel<T>, dim3(grid_x(call, q.groups * C)), kThreads, kShared, q, chunks);
+  if (chunks > 1)
+    launch(call, ccc_merge_kernel<T>, dim3(grid_x(call, q.groups * C)), kThreads, kShared, q, chunks);
 }
 
-template <class T> void backward_all(const CccBackward& q, const Call& call) {
+template <class T>
+void backward_all(const CccBackward& q, const Call& call) {
   const CccForward& f = q.forward;
   const int C = f.channels;
   if (C <= 2) {
@@ -272,7 +292,8 @@ template <class T> void backward_all(const CccBackward& q, const Call& call) {
     launch(call, kernel, dim3(grid_x(call, f.groups * chunks)), kThreads, 0, q, chunks, per);
   } else {
     const int64_t per = kChunkFrames, chunks = (f.frames + per - 1) / per;
-    launch(call, ccc_strided_gradient_kernel<T>, dim3(grid_x(call, f.groups * chunks * C)), kThreads, 0, q, chunks, per);
+    launch(call, ccc_strided_gradient_kernel<T>, dim3(grid_x(call, f.groups * chunks * C)), kThreads, 0, q,
+           chunks, per);
   }
 }
 

@@ -25,9 +25,16 @@ constexpr unsigned kFull = 0xffffffffu;
 constexpr int kWarp = 32;
 
 // ---------------------------------------------------------------------------------------------- storage types
-template <class T> struct Arithmetic { using Type = float; };  // what a stored type is computed in
-template <> struct Arithmetic<double> { using Type = double; };
-template <class T> using ArithmeticOf = typename Arithmetic<T>::Type;
+template <class T>
+struct Arithmetic {
+  using Type = float;
+};  // what a stored type is computed in
+template <>
+struct Arithmetic<double> {
+  using Type = double;
+};
+template <class T>
+using ArithmeticOf = typename Arithmetic<T>::Type;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -39,14 +46,16 @@ __device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
 // 16 bytes of T as arithmetic numbers.
-template <class T> constexpr int kVector = 16 / int(sizeof(T));
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));
 
 __host__ __device__ __forceinline__ bool aligned(const void* p, int64_t stride_bytes) {
   return (reinterpret_cast<uintptr_t>(p) | uintptr_t(stride_bytes)) % 16 == 0;
 }
 
 // p[0 .. n) widened, zeros behind them. `whole`: p is 16-byte aligned and n is the full vector.
-template <class T> __device__ __forceinline__ void load_vector(const T* p, int n, bool whole, ArithmeticOf<T>* out) {
+template <class T>
+__device__ __forceinline__ void load_vector(const T* p, int n, bool whole, ArithmeticOf<T>* out) {
   constexpr int V = kVector<T>;
   if (whole) {
     const uint4 bits = *reinterpret_cast<const uint4*>(p);
@@ -59,7 +68,8 @@ template <class T> __device__ __forceinline__ void load_vector(const T* p, int n
     for (int i = 0; i < V; ++i) out[i] = i < n ? widen(p[i]) : ArithmeticOf<T>(0);
   }
 }
-template <class T> __device__ __forceinline__ void store_vector(T* p, int n, bool whole, const ArithmeticOf<T>* in) {
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, int n, bool whole, const ArithmeticOf<T>* in) {
   constexpr int V = kVector<T>;
   T x[V];
 #pragma unroll
@@ -77,7 +87,8 @@ template <class T> __device__ __forceinline__ void store_vector(T* p, int n, boo
 
 // A whole vector, by one load where `fast` (aligned), else by its numbers: the same bits. Zeros, and nothing stored, where
 // not `inside`.
-template <class T> __device__ __forceinline__ uint4 load_bits(const T* p, bool inside, bool fast) {
+template <class T>
+__device__ __forceinline__ uint4 load_bits(const T* p, bool inside, bool fast) {
   uint4 bits = {0, 0, 0, 0};
   if (inside) {
     if (fast) {
@@ -91,14 +102,16 @@ template <class T> __device__ __forceinline__ uint4 load_bits(const T* p, bool i
   }
   return bits;
 }
-template <class T> __device__ __forceinline__ void load_whole(const T* p, bool inside, bool fast, ArithmeticOf<T>* out) {
+template <class T>
+__device__ __forceinline__ void load_whole(const T* p, bool inside, bool fast, ArithmeticOf<T>* out) {
   const uint4 bits = load_bits(p, inside, fast);
   T x[kVector<T>];
   memcpy(x, &bits, 16);
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) out[i] = widen(x[i]);
 }
-template <class T> __device__ __forceinline__ void store_whole(T* p, bool inside, bool fast, const ArithmeticOf<T>* in) {
+template <class T>
+__device__ __forceinline__ void store_whole(T* p, bool inside, bool fast, const ArithmeticOf<T>* in) {
   constexpr int V = kVector<T>;
   if (!inside) return;
   T x[V];
@@ -113,7 +126,8 @@ template <class T> __device__ __forceinline__ void store_whole(T* p, bool inside
     for (int i = 0; i < V; ++i) p[i] = x[i];
   }
 }
-template <int V, class A> __device__ __forceinline__ void load_whole_numbers(const A* p, bool inside, bool fast, A* out) {
+template <int V, class A>
+__device__ __forceinline__ void load_whole_numbers(const A* p, bool inside, bool fast, A* out) {
   constexpr int W = kVector<A>;
 #pragma unroll
   for (int k = 0; k < V / W; ++k) {
@@ -123,7 +137,8 @@ template <int V, class A> __device__ __forceinline__ void load_whole_numbers(con
 }
 
 // V numbers of the arithmetic type (an affine's row), by 16-byte loads where aligned.
-template <int V, class A> __device__ __forceinline__ void load_numbers(const A* p, int n, bool whole, A* out) {
+template <int V, class A>
+__device__ __forceinline__ void load_numbers(const A* p, int n, bool whole, A* out) {
   if (whole) {
 #pragma unroll
     for (int k = 0; k < V * int(sizeof(A)) / 16; ++k) {
@@ -138,7 +153,8 @@ template <int V, class A> __device__ __forceinline__ void load_numbers(const A* 
 
 // ------------------------------------------------------------------------------------------- warps and blocks
 // The block's dynamic shared memory: the only shared memory there is.
-template <class T> __device__ __forceinline__ T* shared_memory() {
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
 #if defined(SAGE_SIMT)
   return static_cast<T*>(simt::shared_memory());
 #else
@@ -148,7 +164,8 @@ template <class T> __device__ __forceinline__ T* shared_memory() {
 }
 
 // Sums over each group of `lanes` (a power of two) neighbours; every lane gets the same bits.
-template <int From, int To, class A> __device__ __forceinline__ A lanes_sum(A x) {  // offsets From .. To / 2
+template <int From, int To, class A>
+__device__ __forceinline__ A lanes_sum(A x) {  // offsets From .. To / 2
 #pragma unroll
   for (int o = From; o < To; o *= 2) x += __shfl_xor_sync(kFull, x, o);
   return x;
@@ -156,7 +173,8 @@ template <int From, int To, class A> __device__ __forceinline__ A lanes_sum(A x)
 
 // Inclusive scan over the warp: lane l gets op(x_0, ..., x_l) bracketed as Kogge and Stone's circuit has it. `up` moves
 // an item by some lanes: Item shuffle_up(const Item&, unsigned).
-template <class Item, class Op> __device__ __forceinline__ Item warp_scan(Item x, int lane, Op op) {
+template <class Item, class Op>
+__device__ __forceinline__ Item warp_scan(Item x, int lane, Op op) {
 #pragma unroll 1  // one copy of op: it is long
   for (int o = 1; o < kWarp; o *= 2) {
     const Item before = shuffle_up(x, o);
@@ -221,15 +239,20 @@ inline const char* dtype_name(DType d) {
   if (error == cudaErrorInsufficientDriver) {
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
-    snprintf(why, sizeof why,
-             "the NVIDIA driver serves CUDA %d.%d and is older than the CUDA %d.%d runtime that sage_ext was built with: "
-             "update the driver, or build sage_ext with an older CUDA toolkit",
-             driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    if (!driver)
+      snprintf(why, sizeof why, "no NVIDIA driver is loaded");
+    else
+      snprintf(why, sizeof why,
+               "the NVIDIA driver serves CUDA %d.%d and is older than the CUDA %d.%d runtime that sage_ext "
+               "was built with: "
+               "update the driver, or build sage_ext with an older CUDA toolkit",
+               driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
   } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
     snprintf(why, sizeof why,
-             "this build of sage_ext has kernels for architectures %s, the device has compute capability %d.%d: rebuild "
+             "this build of sage_ext has kernels for architectures %s, the device has compute capability "
+             "%d.%d: rebuild "
              "with CMAKE_CUDA_ARCHITECTURES=%d%d",
              SAGE_CUDA_ARCHITECTURES, major, minor, major, minor);
   } else {
@@ -242,9 +265,11 @@ inline const char* dtype_name(DType d) {
 }
 
 template <class... P, class... A>
-void launch(const Call& call, void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, A... arguments) {
+void launch(const Call& call, void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes,
+            A... arguments) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) raise(call, error);
   }
   cudaLaunchConfig_t config = {};

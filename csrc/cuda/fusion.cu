@@ -26,18 +26,23 @@ constexpr int kForwardVectors = 4;                    // vectors of a row that a
 constexpr int64_t kForwardBlocks = 1 << 16;           // more rows come round again
 
 // Whether values can lie so far from zero that their mean's rounding shows beside their spread.
-template <class T> constexpr bool kDrifts = sizeof(T) >= 4;
+template <class T>
+constexpr bool kDrifts = sizeof(T) >= 4;
 
 // Which tensors may be read 16 bytes at a time: bit m values[m], then
 constexpr unsigned kFusedWhole = 1u << 8, kAffineWhole = 1u << 9;  // and grad_values[m]: bit 16 + m
 
 // -------------------------------------------------------------------------------------------------------- the gate
-template <class A> struct Tables {  // in shared memory: per (m, s) exp(-log_temperature) and bias, per m sharpness
+template <class A>
+struct Tables {  // in shared memory: per (m, s) exp(-log_temperature) and bias, per m sharpness
   const A *scale, *bias, *sharpness;
 };
-__host__ __device__ __forceinline__ int table_size(int modalities, int stages) { return modalities * (2 * stages + 1); }
+__host__ __device__ __forceinline__ int table_size(int modalities, int stages) {
+  return modalities * (2 * stages + 1);
+}
 
-template <class A> __device__ __forceinline__ Tables<A> read_tables(const FusionForward& q, A* shared) {
+template <class A>
+__device__ __forceinline__ Tables<A> read_tables(const FusionForward& q, A* shared) {
   const int count = q.modalities * q.stages;
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
     shared[i] = q.log_temperature ? exp(-static_cast<const A*>(q.log_temperature)[i]) : A(1);
@@ -48,12 +53,16 @@ template <class A> __device__ __forceinline__ Tables<A> read_tables(const Fusion
   return {shared, shared + count, shared + 2 * count};
 }
 
-template <class A> struct Logits {  // of one row and modality; zeros where absent and past the last stage
+template <class A>
+struct Logits {  // of one row and modality; zeros where absent and past the last stage
   const A *raw, *scale, *bias;
   int stages;
-  __device__ __forceinline__ A operator[](int s) const { return raw && s < stages ? fma(raw[s], scale[s], bias[s]) : A(0); }
+  __device__ __forceinline__ A operator[](int s) const {
+    return raw && s < stages ? fma(raw[s], scale[s], bias[s]) : A(0);
+  }
 };
-template <class A> struct StageRow {
+template <class A>
+struct StageRow {
   const A* at;
   A uniform;
   int stages;
@@ -62,11 +71,13 @@ template <class A> struct StageRow {
 struct Spread {  // stages first, first + step, ... are this lane's
   int first, step;
   __device__ __forceinline__ int count(int stages) const { return (stages + step - 1) / step; }
-  template <class A> __device__ __forceinline__ A sum(A x) const {
+  template <class A>
+  __device__ __forceinline__ A sum(A x) const {
     for (int o = 1; o < step; o *= 2) x += __shfl_xor_sync(kFull, x, o);
     return x;
   }
-  template <class A> __device__ __forceinline__ A max(A x) const {
+  template <class A>
+  __device__ __forceinline__ A max(A x) const {
     for (int o = 1; o < step; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
     return x;
   }
@@ -74,7 +85,8 @@ struct Spread {  // stages first, first + step, ... are this lane's
 };
 
 // Four rows from `base`, of those below `end`: 8 lanes a row, `lanes` of them a modality, all of which hold its results.
-template <class A> struct Gate {
+template <class A>
+struct Gate {
   int lane, lanes, m;
   int64_t row;
   bool real, present, any_present;
@@ -92,9 +104,12 @@ template <class A> struct Gate {
     const bool inside = row < end;
     real = inside && m < M;
     present = real && (!q.present || q.present[row * M + m]);
+    any_present = __ballot_sync(kFull, present) >> lane / kGateLanes * kGateLanes & 0xffu;
     across = {lane % lanes, lanes};
-    logit = {present ? static_cast<const A*>(q.reliability) + (row * M + m) * S : nullptr, t.scale + m * S, t.bias + m * S, S};
-    stage = {inside && q.stage ? static_cast<const A*>(q.stage) + row * S : nullptr, A(1) / A(S), S};
+    logit = {present ? static_cast<const A*>(q.reliability) + (row * M + m) * S : nullptr, t.scale + m * S,
+             t.bias + m * S, S};
+    // a frame with no modality does not need a stage
+    stage = {any_present && q.stage ? static_cast<const A*>(q.stage) + row * S : nullptr, A(1) / A(S), S};
 
     const Reliability<A> r = reliability<A>(S, logit, stage, across);
     confidence = present ? r.confidence : A(0);
@@ -103,7 +118,6 @@ template <class A> struct Gate {
     A peak = present ? score : A(-3e38);
     for (int o = lanes; o < kGateLanes; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
     weight = present ? exp(score - peak) : A(0);
-    any_present = __ballot_sync(kFull, present) >> lane / kGateLanes * kGateLanes & 0xffu;
     const A total = over_modalities(weight);
     weight = any_present ? weight / total : A(0);
   }
@@ -112,47 +126,58 @@ template <class A> struct Gate {
     for (int o = lanes; o < kGateLanes; o *= 2) x += __shfl_xor_sync(kFull, x, o);
     return x;
   }
-  __device__ __forceinline__ int lane_of(int r, int modality) const { return r * kGateLanes + modality * lanes; }
-  __device__ __forceinline__ bool serves(int r, int modality) const { return lane / kGateLanes == r && m == modality; }
+  __device__ __forceinline__ int lane_of(int r, int modality) const {
+    return r * kGateLanes + modality * lanes;
+  }
+  __device__ __forceinline__ bool serves(int r, int modality) const {
+    return lane / kGateLanes == r && m == modality;
+  }
   __device__ __forceinline__ bool first() const { return across.first == 0; }
 };
 
 // Gradients of one modality's weight and confidence -> those of the gate's inputs. `sums`: this lane's own row of
 // (2 S M + M) running sums in shared memory: log_temperature, bias, sharpness.
 template <class A>
-__device__ __forceinline__ void gate_backward(const FusionBackward& q, const Tables<A>& t, const Gate<A>& g, A grad_w, A grad_c, A* sums) {
+__device__ __forceinline__ void gate_backward(const FusionBackward& q, const Tables<A>& t, const Gate<A>& g,
+                                              A grad_w, A grad_c, A* sums) {
   const int M = q.forward.modalities, S = q.forward.stages;
   grad_w = g.present ? grad_w : A(0);
   const A mean = g.over_modalities(g.weight * grad_w);
   const A grad_score = g.present ? g.weight * (grad_w - mean) : A(0);
   if (g.present && g.first()) sums[2 * M * S + g.m] += grad_score * g.log_odds;
   const A sharpness = g.real ? t.sharpness[g.m] : A(0);
-  reliability_adjoint<A>(S, g.logit, g.stage, g.present ? grad_c : A(0), grad_score * sharpness, g.across, [&](int s, A to_logit, A to_stage) {
-    const bool inside = s < S;
-    const int i = g.m * S + s;
-    A to_raw(0);
-    if (g.present && inside) {
-      to_raw = to_logit * t.scale[i];
-      sums[i] -= to_raw * g.logit.raw[s];
-      sums[M * S + i] += to_logit;
-    }
-    if (g.real && inside) static_cast<A*>(q.grad_reliability)[(g.row * M + g.m) * S + s] = to_raw;
-    const A all = g.over_modalities(g.present ? to_stage : A(0));
-    if (q.grad_stage && g.real && g.m == 0 && inside) static_cast<A*>(q.grad_stage)[g.row * S + s] = all;
-  });
+  reliability_adjoint<A>(S, g.logit, g.stage, g.present ? grad_c : A(0), grad_score * sharpness, g.across,
+                         [&](int s, A to_logit, A to_stage) {
+                           const bool inside = s < S;
+                           const int i = g.m * S + s;
+                           A to_raw(0);
+                           if (g.present && inside) {
+                             to_raw = to_logit * t.scale[i];
+                             sums[i] -= to_raw * g.logit.raw[s];
+                             sums[M * S + i] += to_logit;
+                           }
+                           if (g.real && inside)
+                             static_cast<A*>(q.grad_reliability)[(g.row * M + g.m) * S + s] = to_raw;
+                           const A all = g.over_modalities(g.present ? to_stage : A(0));
+                           if (q.grad_stage && g.real && g.m == 0 && inside)
+                             static_cast<A*>(q.grad_stage)[g.row * S + s] = all;
+                         });
 }
 
-template <class A> __device__ __forceinline__ A given(const void* p, const Gate<A>& g, int modalities) {
+template <class A>
+__device__ __forceinline__ A given(const void* p, const Gate<A>& g, int modalities) {
   return p && g.real ? static_cast<const A*>(p)[g.row * modalities + g.m] : A(0);
 }
-template <class A> __device__ __forceinline__ void write_gate(const FusionForward& q, const Gate<A>& g) {
+template <class A>
+__device__ __forceinline__ void write_gate(const FusionForward& q, const Gate<A>& g) {
   if (!g.real || !g.first()) return;
   static_cast<A*>(q.weights)[g.row * q.modalities + g.m] = g.weight;
   static_cast<A*>(q.confidence)[g.row * q.modalities + g.m] = g.confidence;
 }
 
 // --------------------------------------------------------------------------------------------------------- forward
-template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWarp, 4) fusion_kernel(FusionForward q, unsigned whole) {
+template <class T, int G>
+__global__ void __launch_bounds__(kForwardWarps* kWarp, 4) fusion_kernel(FusionForward q, unsigned whole) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>, K = kForwardVectors;
   const Tables<A> tables = read_tables(q, shared_memory<A>());
@@ -160,7 +185,8 @@ template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWar
   const bool norm = q.norm_weight != nullptr;
   const A count = A(D);
   const int64_t step = int64_t(gridDim.x) * kForwardWarps * kRows;
-  for (int64_t base = (int64_t(blockIdx.x) * kForwardWarps + threadIdx.x / kWarp) * kRows; base < q.rows; base += step) {
+  for (int64_t base = (int64_t(blockIdx.x) * kForwardWarps + threadIdx.x / kWarp) * kRows; base < q.rows;
+       base += step) {
     const Gate<A> gate(q, tables, base, q.rows);
     write_gate(q, gate);
 #pragma unroll 1
@@ -224,10 +250,13 @@ template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWar
           const int d = (k * G + l) * V;
           if (norm) {
             A gamma[V], beta[V];
-            load_whole_numbers<V>(static_cast<const A*>(q.norm_weight) + m * D + d, d < D, whole & kAffineWhole, gamma);
-            load_whole_numbers<V>(static_cast<const A*>(q.norm_bias) + m * D + d, d < D, whole & kAffineWhole, beta);
+            load_whole_numbers<V>(static_cast<const A*>(q.norm_weight) + m * D + d, d < D,
+                                  whole & kAffineWhole, gamma);
+            load_whole_numbers<V>(static_cast<const A*>(q.norm_bias) + m * D + d, d < D, whole & kAffineWhole,
+                                  beta);
 #pragma unroll
-            for (int i = 0; i < V; ++i) out[k][i] = fma(w, beta[i], fma(x[k][i] * scale, gamma[i], out[k][i]));
+            for (int i = 0; i < V; ++i)
+              out[k][i] = fma(w, beta[i], fma(x[k][i] * scale, gamma[i], out[k][i]));
           } else {
 #pragma unroll
             for (int i = 0; i < V; ++i) out[k][i] = fma(w, x[k][i], out[k][i]);
@@ -248,7 +277,9 @@ template <class T, int G> __global__ void __launch_bounds__(kForwardWarps * kWar
 }
 
 // Any D and alignment: a warp a row, its values read once for the mean, once for the variance, once to be mixed.
-template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp, 4) fusion_wide_kernel(FusionForward q, unsigned whole) {
+template <class T>
+__global__ void __launch_bounds__(kForwardWarps* kWarp, 4)
+    fusion_wide_kernel(FusionForward q, unsigned whole) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
   const Tables<A> tables = read_tables(q, shared_memory<A>());
@@ -308,7 +339,8 @@ template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp, 4) f
         const A mean = __shfl_sync(kFull, mean_of, m), scale = __shfl_sync(kFull, scale_of, m);
         if (!here) continue;  // the same for the whole warp
         A x[V];
-        load_vector(static_cast<const T*>(q.values[m]) + row * q.row_stride[m] + d, n, n == V && whole >> m & 1, x);
+        load_vector(static_cast<const T*>(q.values[m]) + row * q.row_stride[m] + d, n,
+                    n == V && whole >> m & 1, x);
         if (norm) {
           A gamma[V], beta[V];
           const bool fast = n == V && whole & kAffineWhole;
@@ -330,20 +362,27 @@ template <class T> __global__ void __launch_bounds__(kForwardWarps * kWarp, 4) f
 // A row, one modality:  xhat = (x - mean) scale;  u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
 //   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D);  d gamma = w g xhat;  d beta = w g
 // Without the norm: c0 = sum g x, d weight = c0, d x = w g.
-template <class A> struct Affine {  // of d x = g gamma k + xhat a0 + a1
+template <class A>
+struct Affine {  // of d x = g gamma k + xhat a0 + a1
   A mean, scale, weight, k, a0, a1;
 };
 
 // The gate's sums, one row of them for each of a warp's four, and at the end their total for the block's chunk.
-__host__ __device__ __forceinline__ int sum_size(int modalities, int stages) { return modalities * (2 * stages + 1); }
+__host__ __device__ __forceinline__ int sum_size(int modalities, int stages) {
+  return modalities * (2 * stages + 1);
+}
 
-template <class A> __device__ __forceinline__ A* gate_sums(A* sums, const Gate<A>& g, int size) {
+template <class A>
+__device__ __forceinline__ A* gate_sums(A* sums, const Gate<A>& g, int size) {
   return sums + (int(threadIdx.x) / kGateLanes) * size;
 }
-template <class A> __device__ __forceinline__ void clear(A* sums, int size) {
-  for (int i = int(threadIdx.x); i < kBackwardWarps * kRows * size; i += kBackwardWarps * kWarp) sums[i] = A(0);
+template <class A>
+__device__ __forceinline__ void clear(A* sums, int size) {
+  for (int i = int(threadIdx.x); i < kBackwardWarps * kRows * size; i += kBackwardWarps * kWarp)
+    sums[i] = A(0);
 }
-template <class A> __device__ __forceinline__ void finish_gate(const A* sums, int size, double* out) {
+template <class A>
+__device__ __forceinline__ void finish_gate(const A* sums, int size, double* out) {
   __syncthreads();
   for (int i = int(threadIdx.x); i < size; i += kBackwardWarps * kWarp) {
     double total = 0;
@@ -353,7 +392,8 @@ template <class A> __device__ __forceinline__ void finish_gate(const A* sums, in
 }
 
 template <class T, int MM, int K>
-__global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
+__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+    fusion_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
   const FusionForward& f = q.forward;
@@ -384,7 +424,8 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const int d = (k * kWarp + lane) * V;
-        load_whole(static_cast<const T*>(q.grad_fused) + row * D + d, q.grad_fused && d < D, whole & kFusedWhole, g[k]);
+        load_whole(static_cast<const T*>(q.grad_fused) + row * D + d, q.grad_fused && d < D,
+                   whole & kFusedWhole, g[k]);
       }
 #pragma unroll
       for (int m = 0; m < MM; ++m) {
@@ -401,15 +442,18 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const int d = (k * kWarp + lane) * V;
-          load_whole(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, here && d < D, whole >> m & 1, xhat[k]);
+          load_whole(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, here && d < D,
+                     whole >> m & 1, xhat[k]);
         }
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const int d = (k * kWarp + lane) * V;
           if (norm) {
             A gamma[V], beta[V];
-            load_whole_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, d < D, whole & kAffineWhole, gamma);
-            load_whole_numbers<V>(static_cast<const A*>(f.norm_bias) + m * D + d, d < D, whole & kAffineWhole, beta);
+            load_whole_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, d < D,
+                                  whole & kAffineWhole, gamma);
+            load_whole_numbers<V>(static_cast<const A*>(f.norm_bias) + m * D + d, d < D, whole & kAffineWhole,
+                                  beta);
 #pragma unroll
             for (int i = 0; i < V; ++i) {  // g is 0 past the end
               const A h = (xhat[k][i] - mean) * scale, wg = g[k][i] * w;
@@ -474,7 +518,8 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) fusion_gradient_kernel
 // Any M, D and alignment. A block takes 8 rows at a time: a warp a row for its dots, then a thread a vector of columns for all 8, adding
 // its columns' sums to the chunk's in workspace.
 template <class T>
-__global__ void __launch_bounds__(kBackwardWarps * kWarp, 2) fusion_wide_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
+    fusion_wide_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
   const FusionForward& f = q.forward;
@@ -507,8 +552,10 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp, 2) fusion_wide_gradien
           for (int64_t d = lane * V; d < D; d += kWarp * V) {
             const int n = int(D - d < V ? D - d : V);
             A x[V], g[V];
-            load_vector(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, n, n == V && whole >> m & 1, x);
-            load_vector(static_cast<const T*>(q.grad_fused) + row * D + d, n, n == V && whole & kFusedWhole, g);
+            load_vector(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, n,
+                        n == V && whole >> m & 1, x);
+            load_vector(static_cast<const T*>(q.grad_fused) + row * D + d, n, n == V && whole & kFusedWhole,
+                        g);
             if (norm) {
               A gamma[V], beta[V];
               const bool fast = n == V && whole & kAffineWhole;
@@ -542,7 +589,8 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp, 2) fusion_wide_gradien
 #pragma unroll
         for (int i = 0; i < V; ++i) gamma[i] = A(1), gamma_sum[i] = beta_sum[i] = A(0);
         if (norm)
-          load_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, n, n == V && whole & kAffineWhole, gamma);
+          load_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, n, n == V && whole & kAffineWhole,
+                          gamma);
         for (int r = 0; r < live; ++r) {
           const Affine<A> a = rows[r * M + m];
           const bool here = a.weight != A(0) || a.k != A(0);  // a weight of 0 has no gradient to give
@@ -559,7 +607,8 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp, 2) fusion_wide_gradien
             y[i] = here ? fma(g[i] * gamma[i], a.k, fma(h, a.a0, a.a1)) : A(0);
           }
           if (q.grad_values[m])
-            store_vector(static_cast<T*>(q.grad_values[m]) + (base + r) * D + d, n, n == V && whole >> (16 + m) & 1, y);
+            store_vector(static_cast<T*>(q.grad_values[m]) + (base + r) * D + d, n,
+                         n == V && whole >> (16 + m) & 1, y);
         }
         if (norm) {
 #pragma unroll
@@ -579,7 +628,9 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp, 2) fusion_wide_gradien
 
 // Parameter gradients: the chunks in a fixed order, 32 parameters a block.
 constexpr int kColumns = 32, kSlices = 32;
-template <class A> __global__ void __launch_bounds__(kColumns * kSlices) fusion_parameter_kernel(FusionBackward q, int64_t chunks, int64_t count) {
+template <class A>
+__global__ void __launch_bounds__(kColumns* kSlices)
+    fusion_parameter_kernel(FusionBackward q, int64_t chunks, int64_t count) {
   const int column = int(threadIdx.x) % kColumns, slice = int(threadIdx.x) / kColumns;
   const int64_t i = int64_t(blockIdx.x) * kColumns + column;
   double* shared = shared_memory<double>();
@@ -596,12 +647,13 @@ template <class A> __global__ void __launch_bounds__(kColumns * kSlices) fusion_
 // ------------------------------------------------------------------------------------------------------- launchers
 Call call_of(const char* op, const FusionForward& q, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
-  snprintf(call.text, sizeof call.text, "%s of %d x (%lld, %lld), %d stages, %s", op, q.modalities, (long long)q.rows,
-           (long long)q.dim, q.stages, dtype_name(q.dtype));
+  snprintf(call.text, sizeof call.text, "%s of %d x (%lld, %lld), %d stages, %s", op, q.modalities,
+           (long long)q.rows, (long long)q.dim, q.stages, dtype_name(q.dtype));
   return call;
 }
 
-template <class T> unsigned whole_bits(const FusionForward& q, const void* row_of_values) {
+template <class T>
+unsigned whole_bits(const FusionForward& q, const void* row_of_values) {
   const int64_t size = int64_t(sizeof(T)), affine = q.dim * int64_t(sizeof(ArithmeticOf<T>));
   unsigned bits = aligned(row_of_values, q.dim * size) ? kFusedWhole : 0;
   for (int m = 0; m < q.modalities; ++m) bits |= aligned(q.values[m], q.row_stride[m] * size) ? 1u << m : 0;
@@ -609,7 +661,8 @@ template <class T> unsigned whole_bits(const FusionForward& q, const void* row_o
   return bits;
 }
 
-template <class T> void forward_all(const FusionForward& q, const Call& call) {
+template <class T>
+void forward_all(const FusionForward& q, const Call& call) {
   using A = ArithmeticOf<T>;
   constexpr int kHeld = kForwardVectors * kVector<T>;  // numbers of a row that a lane holds
   const unsigned whole = whole_bits<T>(q, q.fused);
@@ -626,7 +679,8 @@ template <class T> void forward_all(const FusionForward& q, const Call& call) {
   launch(call, kernel, grid, kForwardWarps * kWarp, shared, q, whole);
 }
 
-template <class T> void backward_all(const FusionBackward& q, const Call& call) {
+template <class T>
+void backward_all(const FusionBackward& q, const Call& call) {
   using A = ArithmeticOf<T>;
   constexpr int kHeld = kWarp * 8;  // columns of a warp's 16-byte vectors, or of its pairs of them
   const FusionForward& f = q.forward;
@@ -642,9 +696,12 @@ template <class T> void backward_all(const FusionBackward& q, const Call& call) 
     constexpr int K = 8 / kVector<T>;  // vectors a lane for 256 columns
     const bool narrow = f.dim % kVector<T> == 0;
     if (narrow && f.modalities <= 2 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 2, K>;
-    if constexpr (!std::is_same<T, __half>::value) {  // float16 does with fewer kernels: each costs build time
-      if (narrow && f.modalities <= 2 && f.dim > kHeld && f.dim <= 2 * kHeld) kernel = fusion_gradient_kernel<T, 2, 2 * K>;
-      if (narrow && f.modalities > 2 && f.modalities <= 4 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 4, K>;
+    if constexpr (!std::is_same<T,
+                                __half>::value) {  // float16 does with fewer kernels: each costs build time
+      if (narrow && f.modalities <= 2 && f.dim > kHeld && f.dim <= 2 * kHeld)
+        kernel = fusion_gradient_kernel<T, 2, 2 * K>;
+      if (narrow && f.modalities > 2 && f.modalities <= 4 && f.dim <= kHeld)
+        kernel = fusion_gradient_kernel<T, 4, K>;
     }
   }
   if (kernel) {
@@ -655,18 +712,22 @@ template <class T> void backward_all(const FusionBackward& q, const Call& call) 
   }
   launch(call, kernel, dim3(grid_x(call, chunks)), kBackwardWarps * kWarp, shared, q, whole, per);
   const int64_t count = fusion_param_count(f.dim, f.modalities, f.stages, norm);
-  launch(call, fusion_parameter_kernel<A>, dim3(grid_x(call, (count + kColumns - 1) / kColumns)), kColumns * kSlices,
-         kColumns * kSlices * sizeof(double), q, chunks, count);
+  launch(call, fusion_parameter_kernel<A>, dim3(grid_x(call, (count + kColumns - 1) / kColumns)),
+         kColumns * kSlices, kColumns * kSlices * sizeof(double), q, chunks, count);
 }
 
 }  // namespace
 
-#define SAGE_BY_TYPE(dtype, all, q)                  \
-  switch (dtype) {                                   \
-    case DType::f32: return all<float>(q, call);     \
-    case DType::f64: return all<double>(q, call);    \
-    case DType::f16: return all<__half>(q, call);    \
-    case DType::bf16: return all<__nv_bfloat16>(q, call); \
+#define SAGE_BY_TYPE(dtype, all, q)       \
+  switch (dtype) {                        \
+    case DType::f32:                      \
+      return all<float>(q, call);         \
+    case DType::f64:                      \
+      return all<double>(q, call);        \
+    case DType::f16:                      \
+      return all<__half>(q, call);        \
+    case DType::bf16:                     \
+      return all<__nv_bfloat16>(q, call); \
   }
 
 void fusion_forward(const FusionForward& q, Exec exec) {

@@ -20,9 +20,10 @@ namespace sage::cuda {
 namespace {
 
 // Frames in flight: what registers allow.
-template <class T, int L> constexpr int kFramesAhead = L == 4 ? 8 : 8 / int(sizeof(T));
-constexpr int kFlushFrames = 64;      // transition gradients: sums this long, then double
-constexpr double kLikely = 1e-6;      // a total below this: the evidence contradicts the prior
+template <class T, int L>
+constexpr int kFramesAhead = L == 4 ? 8 : 8 / int(sizeof(T));
+constexpr int kFlushFrames = 64;  // transition gradients: sums this long, then double
+constexpr double kLikely = 1e-6;  // a total below this: the evidence contradicts the prior
 
 // ------------------------------------------------------------------------------- one job: a chunk from one start
 struct Cut {  // how a sequence is cut
@@ -33,11 +34,15 @@ struct Cut {  // how a sequence is cut
   }
 };
 
-template <class T> __device__ __forceinline__ T nothing() { return T(-1e30); }  // log 0, finite
+template <class T>
+__device__ __forceinline__ T nothing() {
+  return T(-1e30);
+}  // log 0, finite
 
 // log_softmax of the transition's rows into shared memory: log_a[S * S], and a as columns for a stage's lane (to stage j)
 // and as lines (from stage j), L numbers for each of the L lanes, zeros past S.
-template <class T, int L> __device__ __forceinline__ void read_transition(const T* logits, int S, T* log_a, T* column, T* line) {
+template <class T, int L>
+__device__ __forceinline__ void read_transition(const T* logits, int S, T* log_a, T* column, T* line) {
   for (int k = int(threadIdx.x); k < L * L; k += kWarp) column[k] = line[k] = T(0);
   __syncthreads();
   const int i = int(threadIdx.x);
@@ -57,12 +62,14 @@ template <class T, int L> __device__ __forceinline__ void read_transition(const 
 }
 
 // A lane's numbers a[0 .. L): in registers where there are few, else left in shared memory.
-template <class T, int L> struct Row {
+template <class T, int L>
+struct Row {
   const T* at;
   __device__ __forceinline__ Row(const T* table, int j) : at(table + j) {}
   __device__ __forceinline__ T operator[](int i) const { return at[i * L]; }
 };
-template <class T> struct Row<T, 4> {
+template <class T>
+struct Row<T, 4> {
   T x[4];
   __device__ __forceinline__ Row(const T* table, int j) {
 #pragma unroll
@@ -72,18 +79,21 @@ template <class T> struct Row<T, 4> {
 };
 
 // All of a group's numbers in every lane.
-template <int L, class T> __device__ __forceinline__ void gather(T x, T* all) {
+template <int L, class T>
+__device__ __forceinline__ void gather(T x, T* all) {
   const int base = int(threadIdx.x) % kWarp / L * L;
 #pragma unroll
   for (int i = 0; i < L; ++i) all[i] = __shfl_sync(kFull, x, base + i);
 }
-template <int L, class T> __device__ __forceinline__ T sum_of(const T* x) {
+template <int L, class T>
+__device__ __forceinline__ T sum_of(const T* x) {
   T total = x[0];
 #pragma unroll
   for (int i = 1; i < L; ++i) total += x[i];
   return total;
 }
-template <int L, class T> __device__ __forceinline__ T max_of(const T* x) {
+template <int L, class T>
+__device__ __forceinline__ T max_of(const T* x) {
   T peak = x[0];
 #pragma unroll
   for (int i = 1; i < L; ++i) peak = max(peak, x[i]);
@@ -91,7 +101,8 @@ template <int L, class T> __device__ __forceinline__ T max_of(const T* x) {
 }
 
 // One lane's view of a group: which sequence, chunk and start it works on, and its stage.
-template <int L> struct Job {
+template <int L>
+struct Job {
   int64_t sequence, chunk;
   int start, stage;
   bool real;  // a group past the last job repeats it and writes nothing
@@ -108,7 +119,8 @@ template <int L> struct Job {
 
 // log_softmax(initial) of a lane's stage, and its exponential.
 template <int L, class T>
-__device__ __forceinline__ void initial_belief(const T* initial, int64_t stride, int64_t sequence, int stage, int S, T& belief, T& p) {
+__device__ __forceinline__ void initial_belief(const T* initial, int64_t stride, int64_t sequence, int stage,
+                                               int S, T& belief, T& p) {
   T all[L];
   const bool inside = stage < S;
   gather<L>(inside ? (initial ? initial[sequence * stride + stage] : T(0)) : nothing<T>(), all);
@@ -124,19 +136,22 @@ __device__ __forceinline__ void initial_belief(const T* initial, int64_t stride,
 
 // Where chunk c of sequence b keeps its summary: S starts of S + 2 numbers (belief, log-likelihood in two parts), or
 // backward's S + 1 starts of S; then its true start, S numbers.
-template <class T> __device__ __forceinline__ T* summary(void* buffer, const Cut& cut, int64_t sequence, int64_t chunk, int S) {
+template <class T>
+__device__ __forceinline__ T* summary(void* buffer, const Cut& cut, int64_t sequence, int64_t chunk, int S) {
   return static_cast<T*>(buffer) + (sequence * cut.frames + cut.begin(chunk)) * S;
 }
 
 // ------------------------------------------------------------------------------------------------------ forward
 enum class Pass { whole, summarise, replay };
 
-template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForward q, Cut cut, Pass pass) {
+template <class T, int L>
+__global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForward q, Cut cut, Pass pass) {
   constexpr int kAhead = kFramesAhead<T, L>;
   const int S = q.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
   read_transition<T, L>(static_cast<const T*>(q.transition), S, log_a, columns, lines);
-  const Job<L> job(q.batch * cut.chunks * (pass == Pass::summarise ? S : 1), cut.chunks, pass == Pass::summarise ? S : 1);
+  const Job<L> job(q.batch * cut.chunks * (pass == Pass::summarise ? S : 1), cut.chunks,
+                   pass == Pass::summarise ? S : 1);
   const int j = job.stage;
   const bool inside = j < S;
   const Row<T, L> a(columns, j);  // into this stage
@@ -153,7 +168,8 @@ template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filt
   } else {
     belief = inside ? scratch[S * (S + 2) + j] : nothing<T>();
     mine = inside ? exp(belief) : T(0);
-    __syncwarp();  // all have read it before the first posterior is written over it
+    // The first posterior overwrites it only after a shuffle of every lane's number: all have been read by
+    // then.
   }
   T p[L];
   gather<L>(mine, p);
@@ -262,7 +278,8 @@ template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filt
 }
 
 // Launch 2: a group a sequence, chunk after chunk.
-template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilterForward q, Cut cut) {
+template <class T, int L>
+__global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilterForward q, Cut cut) {
   const int S = q.stages;
   const Job<L> job(q.batch, 1, 1);
   const int j = job.stage;
@@ -273,7 +290,8 @@ template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filt
     T* const s = summary<T>(q.posterior, cut, job.sequence, c, S);
     if (job.real && inside) s[S * (S + 2) + j] = belief;
     // Lane i weighs start i; likelihoods are told apart in double, however large.
-    double weight = inside ? double(belief) + double(s[j * (S + 2) + S]) + double(s[j * (S + 2) + S + 1]) : -1e300;
+    double weight =
+        inside ? double(belief) + double(s[j * (S + 2) + S]) + double(s[j * (S + 2) + S + 1]) : -1e300;
     double peak = weight;
 #pragma unroll
     for (int o = 1; o < L; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
@@ -300,7 +318,8 @@ template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filt
 // As stage_step_backward, a lane a stage. Starts of a chunk's summary: gradient 0 arriving with the outputs' own gradients
 // (start S), or unit gradient i arriving without them (start i < S). `flows`: (B, chunks, S, S) of workspace.
 template <class T, int L>
-__global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_kernel(StageFilterBackward q, Cut cut, Pass pass) {
+__global__ void __launch_bounds__(kWarp, 8)
+    stage_filter_gradient_kernel(StageFilterBackward q, Cut cut, Pass pass) {
   constexpr int kAhead = kFramesAhead<T, L>;
   const int S = q.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
@@ -311,7 +330,8 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_kernel(StageFi
   const bool inside = j < S;
   const Row<T, L> column(columns, j), line(lines, j);  // into this stage, and out of it
   const int64_t begin = cut.begin(job.chunk), end = cut.end(job.chunk);
-  T* const scratch = pass == Pass::whole ? nullptr : summary<T>(q.grad_emission, cut, job.sequence, job.chunk, S);
+  T* const scratch =
+      pass == Pass::whole ? nullptr : summary<T>(q.grad_emission, cut, job.sequence, job.chunk, S);
   const bool driven = pass != Pass::summarise || job.start == S;  // do the outputs' gradients enter?
   T grad(0);
   if (pass == Pass::whole) {
@@ -320,16 +340,24 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_kernel(StageFi
     grad = j == job.start && inside ? T(1) : T(0);
   } else {
     grad = inside ? scratch[(S + 1) * S + j] : T(0);
-    __syncwarp();  // all have read it before the first gradient is written over it
+    // The first gradient overwrites it only after a shuffle of every lane's number: all have been read by
+    // then.
   }
   const int64_t row = job.sequence * q.frames * S + j;
-  const T *posterior = static_cast<const T*>(q.posterior) + row, *beliefs = static_cast<const T*>(q.belief) + row;
-  const T* grad_posterior = q.grad_posterior && driven ? static_cast<const T*>(q.grad_posterior) + row : nullptr;
+  const T *posterior = static_cast<const T*>(q.posterior) + row,
+          *beliefs = static_cast<const T*>(q.belief) + row;
+  const T* grad_posterior =
+      q.grad_posterior && driven ? static_cast<const T*>(q.grad_posterior) + row : nullptr;
   const uint8_t* mask = q.mask ? q.mask + job.sequence * q.frames : nullptr;
   T first_belief, first_p;
-  initial_belief<L>(static_cast<const T*>(q.initial), q.initial_stride, job.sequence, j, S, first_belief, first_p);
-  const auto read_p = [&](int64_t t) { return !inside ? T(0) : t < 0 ? first_p : t >= begin - 1 ? posterior[t * S] : T(0); };
-  const auto read_g = [&](int64_t t) { return inside && grad_posterior && t >= begin ? grad_posterior[t * S] : T(0); };
+  initial_belief<L>(static_cast<const T*>(q.initial), q.initial_stride, job.sequence, j, S, first_belief,
+                    first_p);
+  const auto read_p = [&](int64_t t) {
+    return !inside ? T(0) : t < 0 ? first_p : t >= begin - 1 ? posterior[t * S] : T(0);
+  };
+  const auto read_g = [&](int64_t t) {
+    return inside && grad_posterior && t >= begin ? grad_posterior[t * S] : T(0);
+  };
 
   T flow[L];
   double flows[L];
@@ -404,7 +432,8 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_kernel(StageFi
         p_now = p_ahead[k];
       }
     }
-    if (pass != Pass::summarise && n0 % kFlushFrames == kFlushFrames - kAhead) {  // kAhead divides kFlushFrames
+    if (pass != Pass::summarise &&
+        n0 % kFlushFrames == kFlushFrames - kAhead) {  // kAhead divides kFlushFrames
 #pragma unroll
       for (int i = 0; i < L; ++i) flows[i] += double(flow[i]), flow[i] = T(0);
     }
@@ -424,7 +453,9 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_kernel(StageFi
     static_cast<T*>(q.grad_initial)[job.sequence * S + j] = grad - first_p * sum_of<L>(grads);
 }
 
-template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filter_gradient_chain_kernel(StageFilterBackward q, Cut cut) {
+template <class T, int L>
+__global__ void __launch_bounds__(kWarp, 8)
+    stage_filter_gradient_chain_kernel(StageFilterBackward q, Cut cut) {
   const int S = q.stages;
   const Job<L> job(q.batch, 1, 1);
   const int j = job.stage;
@@ -444,8 +475,11 @@ template <class T, int L> __global__ void __launch_bounds__(kWarp, 8) stage_filt
 
 // grad_transition: a block a row i. Flows of all sequences and chunks in a fixed order, then through log_softmax.
 constexpr int kSlices = 16;
-template <class T> __global__ void __launch_bounds__(kSlices * kMaxStages) stage_filter_transition_kernel(StageFilterBackward q, int64_t parts) {
-  const int S = q.stages, i = int(blockIdx.x), j = int(threadIdx.x) % kMaxStages, slice = int(threadIdx.x) / kMaxStages;
+template <class T>
+__global__ void __launch_bounds__(kSlices* kMaxStages)
+    stage_filter_transition_kernel(StageFilterBackward q, int64_t parts) {
+  const int S = q.stages, i = int(blockIdx.x), j = int(threadIdx.x) % kMaxStages,
+            slice = int(threadIdx.x) / kMaxStages;
   double* flow = shared_memory<double>();  // (kSlices, kMaxStages)
   double sum = 0;
   if (j < S)
@@ -469,40 +503,49 @@ template <class T> __global__ void __launch_bounds__(kSlices * kMaxStages) stage
 // ---------------------------------------------------------------------------------------------------- launchers
 Call call_of(const char* op, int64_t batch, int64_t frames, int stages, DType dtype, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
-  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)batch, (long long)frames, stages, dtype_name(dtype));
+  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)batch, (long long)frames,
+           stages, dtype_name(dtype));
   return call;
 }
 
-template <int L> dim3 grid_of(const Call& call, int64_t jobs) { return dim3(grid_x(call, (jobs * L + kWarp - 1) / kWarp)); }
+template <int L>
+dim3 grid_of(const Call& call, int64_t jobs) {
+  return dim3(grid_x(call, (jobs * L + kWarp - 1) / kWarp));
+}
 
-template <class T, int L> void forward_all(const StageFilterForward& q, const Call& call) {
+template <class T, int L>
+void forward_all(const StageFilterForward& q, const Call& call) {
   const int S = q.stages;
   const Cut cut = {q.frames, stage_cuda_chunks(q.frames)};
   const size_t shared = (size_t(S) * S + 2 * L * L) * sizeof(T);
   if (cut.chunks == 1)
-    return launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, shared, q, cut, Pass::whole);
+    return launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, shared, q, cut,
+                  Pass::whole);
   const int64_t jobs = q.batch * cut.chunks;
   launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs * S), kWarp, shared, q, cut, Pass::summarise);
   launch(call, stage_filter_chain_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, 0, q, cut);
   launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, q, cut, Pass::replay);
 }
 
-template <class T, int L> void backward_all(const StageFilterBackward& q, const Call& call) {
+template <class T, int L>
+void backward_all(const StageFilterBackward& q, const Call& call) {
   const int S = q.stages;
   const Cut cut = {q.frames, stage_cuda_chunks(q.frames)};
   const size_t shared = (size_t(S) * S + 2 * L * L) * sizeof(T);
   const int64_t jobs = q.batch * cut.chunks;
   if (cut.chunks == 1) {
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, shared, q, cut, Pass::whole);
+    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, shared, q, cut,
+           Pass::whole);
   } else {
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs * (S + 1)), kWarp, shared, q, cut, Pass::summarise);
+    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs * (S + 1)), kWarp, shared, q, cut,
+           Pass::summarise);
     launch(call, stage_filter_gradient_chain_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, 0, q, cut);
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, q, cut, Pass::replay);
+    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, q, cut,
+           Pass::replay);
   }
   launch(call, stage_filter_transition_kernel<T>, dim3(unsigned(S)), kSlices * kMaxStages,
          kSlices * kMaxStages * sizeof(double), q, jobs);
 }
-
 
 }  // namespace
 

@@ -24,8 +24,9 @@ constexpr int kMoments = 6, kSlopes = kTemporalCoefficients;
 using M = Moments<double>;
 
 __device__ __forceinline__ M shuffle_up(const M& m, int by) {
-  return {__shfl_up_sync(kFull, m.count, by),  __shfl_up_sync(kFull, m.mean_p, by), __shfl_up_sync(kFull, m.mean_t, by),
-          __shfl_up_sync(kFull, m.m2_p, by),   __shfl_up_sync(kFull, m.m2_t, by),   __shfl_up_sync(kFull, m.c_pt, by)};
+  return {__shfl_up_sync(kFull, m.count, by),  __shfl_up_sync(kFull, m.mean_p, by),
+          __shfl_up_sync(kFull, m.mean_t, by), __shfl_up_sync(kFull, m.m2_p, by),
+          __shfl_up_sync(kFull, m.m2_t, by),   __shfl_up_sync(kFull, m.c_pt, by)};
 }
 __device__ __forceinline__ void put(double* at, const M& m) {
   at[0] = m.count, at[1] = m.mean_p, at[2] = m.mean_t, at[3] = m.m2_p, at[4] = m.m2_t, at[5] = m.c_pt;
@@ -33,7 +34,7 @@ __device__ __forceinline__ void put(double* at, const M& m) {
 __device__ __forceinline__ M get(const double* at) { return {at[0], at[1], at[2], at[3], at[4], at[5]}; }
 
 // ------------------------------------------------------------------------------------- what is folded and merged
-struct Past {  // frames of the cumulative and half-life modes
+struct Past {                // frames of the cumulative and half-life modes
   M m;                       // weights as of the last valid frame
   double seen, gap, length;  // valid frames; frames since the last valid one; frames
 };
@@ -46,7 +47,8 @@ struct Linear {  // sum -> a + factor * sum
 };
 
 __device__ __forceinline__ Past shuffle_up(const Past& x, int by) {
-  return {shuffle_up(x.m, by), __shfl_up_sync(kFull, x.seen, by), __shfl_up_sync(kFull, x.gap, by), __shfl_up_sync(kFull, x.length, by)};
+  return {shuffle_up(x.m, by), __shfl_up_sync(kFull, x.seen, by), __shfl_up_sync(kFull, x.gap, by),
+          __shfl_up_sync(kFull, x.length, by)};
 }
 __device__ __forceinline__ Stretch shuffle_up(const Stretch& x, int by) {
   return {shuffle_up(x.m, by), __shfl_up_sync(kFull, x.edge, by)};
@@ -64,7 +66,9 @@ __device__ __forceinline__ Linear identity() { return {{0, 0, 0, 0, 0}, 1}; }
 
 struct Decay {
   double rate, log_rate;
-  __device__ __forceinline__ double over(double frames) const { return rate < 1 ? exp(frames * log_rate) : 1.0; }
+  __device__ __forceinline__ double over(double frames) const {
+    return rate < 1 ? exp(frames * log_rate) : 1.0;
+  }
 };
 
 struct JoinPast {
@@ -96,7 +100,8 @@ struct Compose {
 // A scan over n steps: extend(item, i) appends step i, visit(i, item) sees what all steps up to i come to. `carry` starts
 // it and ends as the whole. All of the block's writes to memory are visible when it returns.
 template <class Item, class Join, class Extend, class Visit>
-__device__ __forceinline__ void sweep(int64_t n, const Item& empty, Item& carry, Item* shared, Join join, Extend extend, Visit visit) {
+__device__ __forceinline__ void sweep(int64_t n, const Item& empty, Item& carry, Item* shared, Join join,
+                                      Extend extend, Visit visit) {
   const int64_t even = (n + kThreads - 1) / kThreads, run = even < 1 ? 1 : even < kRun ? even : kRun;
   for (int64_t tile = 0; tile < n; tile += run * kThreads) {
     const int64_t first = tile + run * int64_t(threadIdx.x), last = first + run < n ? first + run : n;
@@ -117,7 +122,8 @@ struct Frame {
   bool valid;
 };
 
-template <class T> struct Lane {  // one (sequence, channel)
+template <class T>
+struct Lane {  // one (sequence, channel)
   int64_t number, sequence, channel;
   __device__ __forceinline__ explicit Lane(const TemporalForward& q)
       : number(blockIdx.x), sequence(number / q.channels), channel(number % q.channels) {}
@@ -126,8 +132,10 @@ template <class T> struct Lane {  // one (sequence, channel)
   }
   __device__ __forceinline__ Frame frame(const TemporalForward& q, int64_t t) const {
     const int64_t i = at(q, t);
-    const bool valid = q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::frame ? sequence * q.frames + t : i];
-    return {valid ? double(static_cast<const T*>(q.pred)[i]) : 0, valid ? double(static_cast<const T*>(q.target)[i]) : 0, valid};
+    const bool valid =
+        q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::frame ? sequence * q.frames + t : i];
+    return {valid ? double(static_cast<const T*>(q.pred)[i]) : 0,
+            valid ? double(static_cast<const T*>(q.target)[i]) : 0, valid};
   }
   // Frame j of history and chunk together.
   __device__ __forceinline__ Frame joined(const TemporalForward& q, int64_t j) const {
@@ -153,7 +161,8 @@ __device__ __forceinline__ void extend_past(Past& past, const Frame& f, const De
 // Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for every t, each on one
 // thread. `tails`: (history + frames, 6) of workspace in window mode.
 template <class T, bool Window, class Visit>
-__device__ __forceinline__ void scan(const TemporalForward& q, const Lane<T>& lane, double* tails, Visit visit) {
+__device__ __forceinline__ void scan(const TemporalForward& q, const Lane<T>& lane, double* tails,
+                                     Visit visit) {
   if (!Window) {
     Past* shared = shared_memory<Past>();
     const Decay decay = {q.decay, q.decay < 1 ? log(q.decay) : 0};
@@ -163,9 +172,10 @@ __device__ __forceinline__ void scan(const TemporalForward& q, const Lane<T>& la
       carry = {{s[1], s[2], s[3], s[4], s[5], s[6]}, s[0], s[7], 0};
     }
     double applied = 1;
-    sweep(q.frames, empty_past(), carry, shared, JoinPast{decay},
-          [&](Past& past, int64_t t) { extend_past(past, lane.frame(q, t), decay, applied); },
-          [&](int64_t t, const Past& past) { visit(t, lane.frame(q, t), past.m, past.seen, applied); });
+    sweep(
+        q.frames, empty_past(), carry, shared, JoinPast{decay},
+        [&](Past& past, int64_t t) { extend_past(past, lane.frame(q, t), decay, applied); },
+        [&](int64_t t, const Past& past) { visit(t, lane.frame(q, t), past.m, past.seen, applied); });
     if (q.state_out && threadIdx.x == 0) {
       double* s = q.state_out + lane.number * kTemporalState;
       s[0] = carry.seen, s[7] = carry.gap;
@@ -181,18 +191,20 @@ __device__ __forceinline__ void scan(const TemporalForward& q, const Lane<T>& la
     s.m = push(s.m, 1.0, f.valid ? 1.0 : 0.0, f.x, f.y);
   };
   Stretch carry = empty_stretch();
-  sweep(total, empty_stretch(), carry, shared, JoinStretch{},
-        [&](Stretch& s, int64_t i) { extend(s, total - 1 - i, (total - 1 - i) % window == window - 1); },
-        [&](int64_t i, const Stretch& s) { put(tails + (total - 1 - i) * kMoments, s.m); });
+  sweep(
+      total, empty_stretch(), carry, shared, JoinStretch{},
+      [&](Stretch& s, int64_t i) { extend(s, total - 1 - i, (total - 1 - i) % window == window - 1); },
+      [&](int64_t i, const Stretch& s) { put(tails + (total - 1 - i) * kMoments, s.m); });
   carry = empty_stretch();
-  sweep(total, empty_stretch(), carry, shared, JoinStretch{},
-        [&](Stretch& s, int64_t j) { extend(s, j, j % window == 0); },
-        [&](int64_t j, const Stretch& s) {
-          if (j < q.history) return;
-          const bool whole = j < window || j % window == window - 1;
-          const M m = whole ? s.m : merge(get(tails + (j - window + 1) * kMoments), s.m);
-          visit(j - q.history, lane.joined(q, j), m, m.count, 1.0);
-        });
+  sweep(
+      total, empty_stretch(), carry, shared, JoinStretch{},
+      [&](Stretch& s, int64_t j) { extend(s, j, j % window == 0); },
+      [&](int64_t j, const Stretch& s) {
+        if (j < q.history) return;
+        const bool whole = j < window || j % window == window - 1;
+        const M m = whole ? s.m : merge(get(tails + (j - window + 1) * kMoments), s.m);
+        visit(j - q.history, lane.joined(q, j), m, m.count, 1.0);
+      });
   if (q.state_out)
     for (int64_t k = threadIdx.x; k < q.history_out; k += kThreads) {
       const Frame f = lane.joined(q, total - q.history_out + k);
@@ -201,9 +213,12 @@ __device__ __forceinline__ void scan(const TemporalForward& q, const Lane<T>& la
     }
 }
 
-__device__ __forceinline__ bool is_defined(double seen, double denominator) { return concordance_defined(seen, denominator); }
+__device__ __forceinline__ bool is_defined(double seen, double denominator) {
+  return concordance_defined(seen, denominator);
+}
 
-template <class T, bool Window> __global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalForward q) {
+template <class T, bool Window>
+__global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalForward q) {
   const Lane<T> lane(q);
   scan<T, Window>(q, lane, q.workspace + lane.number * kMoments * (q.history + q.frames),
                   [&](int64_t t, const Frame&, const M& m, double seen, double) {
@@ -216,7 +231,8 @@ template <class T, bool Window> __global__ void __launch_bounds__(kThreads) temp
 }
 
 // The first valid frame of the chunk, or its length.
-template <class T> __device__ __forceinline__ int64_t first_valid(const TemporalForward& q, const Lane<T>& lane) {
+template <class T>
+__device__ __forceinline__ int64_t first_valid(const TemporalForward& q, const Lane<T>& lane) {
   int64_t* shared = shared_memory<int64_t>();
   int64_t found = q.frames;
   for (int64_t tile = 0; tile < q.frames && found == q.frames; tile += kThreads) {
@@ -232,11 +248,14 @@ template <class T> __device__ __forceinline__ int64_t first_valid(const Temporal
   return found;
 }
 
-template <class T, bool Window> __global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(TemporalBackward q) {
+template <class T, bool Window>
+__global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(TemporalBackward q) {
   const TemporalForward& f = q.forward;
   const Lane<T> lane(f);
   const int64_t frames = f.frames, window = f.window;
-  double* const tails = f.workspace + lane.number * (Window ? kMoments * (f.history + frames) + 2 * kSlopes * frames : (kSlopes + 1) * frames);
+  double* const tails =
+      f.workspace + lane.number * (Window ? kMoments * (f.history + frames) + 2 * kSlopes * frames
+                                          : (kSlopes + 1) * frames);
   double* const slopes = tails + (Window ? kMoments * (f.history + frames) : 0);  // (frames, 5)
   double* const beside = slopes + kSlopes * frames;  // window: (frames, 5) running sums; else (frames) decays
 
@@ -272,40 +291,46 @@ template <class T, bool Window> __global__ void __launch_bounds__(kThreads) temp
     const double x = e.x - origin_p, y = e.y - origin_t;
     const int64_t i = lane.at(f, t);
     if (q.grad_pred) static_cast<T*>(q.grad_pred)[i] = e.valid ? T(fma(a[2], x, fma(a[4], y, a[0]))) : T(0);
-    if (q.grad_target) static_cast<T*>(q.grad_target)[i] = e.valid ? T(fma(a[3], y, fma(a[4], x, a[1]))) : T(0);
+    if (q.grad_target)
+      static_cast<T*>(q.grad_target)[i] = e.valid ? T(fma(a[3], y, fma(a[4], x, a[1]))) : T(0);
   };
   Linear carry = identity();
   if (!Window) {
-    sweep(frames, identity(), carry, shared, Compose{},
-          [&](Linear& sum, int64_t i) { extend(sum, frames - 1 - i, i ? beside[frames - i] : 1.0); },
-          [&](int64_t i, const Linear& sum) { emit(frames - 1 - i, sum.a); });
+    sweep(
+        frames, identity(), carry, shared, Compose{},
+        [&](Linear& sum, int64_t i) { extend(sum, frames - 1 - i, i ? beside[frames - i] : 1.0); },
+        [&](int64_t i, const Linear& sum) { emit(frames - 1 - i, sum.a); });
     return;
   }
   // Frame t was seen by t .. t + window - 1: the rest of its own block and the head of the next.
-  sweep(frames, identity(), carry, shared, Compose{},
-        [&](Linear& sum, int64_t t) { extend(sum, t, t % window ? 1.0 : 0.0); },
-        [&](int64_t t, const Linear& sum) {
+  sweep(
+      frames, identity(), carry, shared, Compose{},
+      [&](Linear& sum, int64_t t) { extend(sum, t, t % window ? 1.0 : 0.0); },
+      [&](int64_t t, const Linear& sum) {
 #pragma unroll
-          for (int k = 0; k < kSlopes; ++k) beside[t * kSlopes + k] = sum.a[k];
-        });
+        for (int k = 0; k < kSlopes; ++k) beside[t * kSlopes + k] = sum.a[k];
+      });
   carry = identity();
-  sweep(frames, identity(), carry, shared, Compose{},
-        [&](Linear& sum, int64_t i) { extend(sum, frames - 1 - i, (frames - 1 - i) % window == window - 1 ? 0.0 : 1.0); },
-        [&](int64_t i, const Linear& sum) {
-          const int64_t t = frames - 1 - i, last = t + window - 1 < frames - 1 ? t + window - 1 : frames - 1;
-          double a[kSlopes];
+  sweep(
+      frames, identity(), carry, shared, Compose{},
+      [&](Linear& sum, int64_t i) {
+        extend(sum, frames - 1 - i, (frames - 1 - i) % window == window - 1 ? 0.0 : 1.0);
+      },
+      [&](int64_t i, const Linear& sum) {
+        const int64_t t = frames - 1 - i, last = t + window - 1 < frames - 1 ? t + window - 1 : frames - 1;
+        double a[kSlopes];
 #pragma unroll
-          for (int k = 0; k < kSlopes; ++k)
-            a[k] = last / window > t / window ? sum.a[k] + beside[last * kSlopes + k] : sum.a[k];
-          emit(t, a);
-        });
+        for (int k = 0; k < kSlopes; ++k)
+          a[k] = last / window > t / window ? sum.a[k] + beside[last * kSlopes + k] : sum.a[k];
+        emit(t, a);
+      });
 }
 
 // --------------------------------------------------------------------------------------------------- launchers
 Call call_of(const char* op, const TemporalForward& q, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
-  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.batch, (long long)q.frames,
-           q.channels, dtype_name(q.dtype));
+  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.batch,
+           (long long)q.frames, q.channels, dtype_name(q.dtype));
   return call;
 }
 
@@ -318,8 +343,10 @@ void temporal_forward(const TemporalForward& q, Exec exec) {
   const Call call = call_of("temporal_ccc", q, exec);
   const DeviceGuard guard(exec.where);
   const dim3 grid(grid_x(call, q.batch * q.channels));
-  const auto kernel = q.dtype == DType::f64 ? (q.window ? temporal_ccc_kernel<double, true> : temporal_ccc_kernel<double, false>)
-                                            : (q.window ? temporal_ccc_kernel<float, true> : temporal_ccc_kernel<float, false>);
+  const auto kernel =
+      q.dtype == DType::f64
+          ? (q.window ? temporal_ccc_kernel<double, true> : temporal_ccc_kernel<double, false>)
+          : (q.window ? temporal_ccc_kernel<float, true> : temporal_ccc_kernel<float, false>);
   launch(call, kernel, grid, kThreads, kShared, q);
 }
 
@@ -329,9 +356,10 @@ void temporal_backward(const TemporalBackward& q, Exec exec) {
   const Call call = call_of("temporal_ccc backward", f, exec);
   const DeviceGuard guard(exec.where);
   const dim3 grid(grid_x(call, f.batch * f.channels));
-  const auto kernel = f.dtype == DType::f64
-                          ? (f.window ? temporal_ccc_gradient_kernel<double, true> : temporal_ccc_gradient_kernel<double, false>)
-                          : (f.window ? temporal_ccc_gradient_kernel<float, true> : temporal_ccc_gradient_kernel<float, false>);
+  const auto kernel = f.dtype == DType::f64 ? (f.window ? temporal_ccc_gradient_kernel<double, true>
+                                                        : temporal_ccc_gradient_kernel<double, false>)
+                                            : (f.window ? temporal_ccc_gradient_kernel<float, true>
+                                                        : temporal_ccc_gradient_kernel<float, false>);
   launch(call, kernel, grid, kThreads, kShared, q);
 }
 
