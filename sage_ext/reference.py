@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Largest log-ratio of one stage's evidence to the best possible stage's. It bounds d confidence / d stage where a stage
-# of probability zero would explain the frame better than every possible one; no value that is used depends on it.
+# Bounds d log-odds / d stage[s] by exp(60) where a stage of (next to) no probability would explain the frame better than
+# all likely ones; no value depends on it.
 MAX_LOG_RATIO = 60.0
+# Stands for a logit of -inf (an impossible stage, a forbidden transition), whose gradient is then 0 and not NaN.
+IMPOSSIBLE = -1e30
 
 
 # ---------------------------------------------------------------------------------------------------- stage_filter
@@ -24,13 +26,13 @@ def stage_filter(
 ) -> tuple[Tensor, Tensor]:
     """Forward pass of a hidden Markov model. See `sage_ext.functional.stage_filter`."""
     batch, frames, stages = emission.shape
-    log_a = F.log_softmax(transition, dim=1)
+    log_a = F.log_softmax(transition.clamp(min=IMPOSSIBLE), dim=1)
     belief = emission.new_zeros(batch, stages) if initial is None else initial.expand(batch, stages)
-    belief = F.log_softmax(belief, dim=-1)
+    belief = F.log_softmax(belief.clamp(min=IMPOSSIBLE), dim=-1)
     posterior = []
     for t in range(frames):
         prior = torch.logsumexp(belief[:, :, None] + log_a, dim=1)
-        evidence = emission[:, t]
+        evidence = emission[:, t].clamp(min=IMPOSSIBLE)
         if mask is not None:
             evidence = torch.where(mask[:, t, None], evidence, 0.0)
         belief = F.log_softmax(prior + evidence, dim=-1)
@@ -40,12 +42,10 @@ def stage_filter(
 
 # ---------------------------------------------------------------------------------------------- reliability_fusion
 def _log_mixture(stage: Tensor, log_p: Tensor) -> Tensor:
-    """log sum_s stage[s] exp(log_p[s]), with gradients that stay finite where stage[s] = 0."""
-    possible = log_p.detach().masked_fill(stage <= 0, -torch.inf)
-    peak = possible.amax(-1, keepdim=True)
-    peak = torch.where(peak.isfinite(), peak, 0.0)
-    ratio = (log_p - peak).clamp(max=MAX_LOG_RATIO).exp()
-    return peak.squeeze(-1) + (stage * ratio).sum(-1).log()
+    """log sum_s stage[s] exp(log_p[s]), with gradients that stay finite where stage[s] is 0 or next to it."""
+    total = torch.logsumexp(log_p + stage.detach().log(), -1)
+    slope = (log_p - total[..., None]).detach().clamp(max=MAX_LOG_RATIO).exp()  # d total / d stage[s]
+    return total + (slope * (stage - stage.detach())).sum(-1)
 
 
 def reliability_fusion(

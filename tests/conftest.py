@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-
 import pytest
-import torch
+from backends import BACKENDS, Backend, open_backend
 from hypothesis import HealthCheck, settings
-from simt import build
-
-from sage_ext._ops import _door
 
 settings.register_profile(
     "sage_ext",
@@ -25,53 +16,19 @@ settings.register_profile(
 settings.load_profile("sage_ext")
 
 
-def load_simt() -> ModuleType | None:
-    """The CUDA kernels compiled for CPU emulation (tests/simt): `.cuda` is a table of functions like `_C.cpu`.
-
-    Built where it is not yet (under a minute, then cached). SAGE_TEST_SIMT: 0 does without, `sanitize` takes the build
-    under AddressSanitizer and UndefinedBehaviorSanitizer. None without a compiler.
-    """
-    choice = os.environ.get("SAGE_TEST_SIMT", "1")
-    if choice == "0" or shutil.which(build.compiler()[0]) is None:
-        return None
-    csrc = Path(os.environ.get("SAGE_TEST_SIMT_CSRC", build.ROOT / "csrc"))  # tests/simt/mutate.py: a copy with a mistake
-    return build.load(build.build(sanitize=choice == "sanitize", csrc=csrc))
-
-
-SIMT_MODULE = load_simt()
-SIMT = None if SIMT_MODULE is None else SIMT_MODULE.cuda
-CUDA = "cuda" in _door.kernels and torch.cuda.is_available()
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Where an op test runs. `small`: emulated, so sizes should be a few dozen rows (`size` picks)."""
-
-    name: str
-    device: torch.device
-    small: bool
-
-    def size(self, full: int, small: int) -> int:
-        return small if self.small else full
-
-
-BACKENDS = ["cpu"] + ["simt"] * (SIMT is not None) + ["cuda"] * CUDA  # what is missing is skipped once, in test_backends
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> Backend:
-    """The kernels under test: CPU, CUDA, or CUDA under emulation (in the CPU's place for the duration of a test)."""
-    name = request.param
-    if name == "cuda":
-        return Backend(name, torch.device("cuda", torch.cuda.current_device()), False)
-    if name == "simt":
-        monkeypatch.setitem(_door.kernels, "cpu", SIMT)
-    return Backend(name, torch.device("cpu"), name == "simt")
+    """The kernels under test, each in turn."""
+    return open_backend(request.param, monkeypatch)
 
 
-@pytest.fixture
-def cpu_only(backend) -> Backend:
+@pytest.fixture(params=[name for name in BACKENDS if name != "simt"])
+def native(request, monkeypatch) -> Backend:
+    """The same for what Python does around the kernels: nothing new under emulation."""
+    return open_backend(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["cpu"])
+def cpu_only(request, monkeypatch) -> Backend:
     """For what concerns the CPU kernels alone: threads, instruction sets, fork."""
-    if backend.name != "cpu":
-        pytest.skip("about the CPU kernels")
-    return backend
+    return open_backend(request.param, monkeypatch)

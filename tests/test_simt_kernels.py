@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIMT, SIMT_MODULE
+from backends import SIMT, SIMT_MODULE
 
 from sage_ext import _C, functional, reference
 from sage_ext._ops import _door

@@ -80,6 +80,8 @@ void read_gate(const FusionForward& q, const Calibration<A>& c, int64_t row, int
       g.logit[s] = select(g.present[m], fma(g.raw[s], V(c.scale[s]), V(c.bias[s])), V(A(0)));
     }
   }
+  // A frame with no modality does not need a stage.
+  for (int s = 0; s < S; ++s) g.stage[s] = select(g.any_present, g.stage[s], V(A(1) / A(S)));
 }
 
 template <class A>

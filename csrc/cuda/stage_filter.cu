@@ -39,6 +39,12 @@ __device__ __forceinline__ T nothing() {
   return T(-1e30);
 }  // log 0, finite
 
+// A logit, of -inf taken for log 0; NaN stays.
+template <class T>
+__device__ __forceinline__ T finite(T logit) {
+  return max(nothing<T>(), logit);
+}
+
 // log_softmax of the transition's rows into shared memory: log_a[S * S], and a as columns for a stage's lane (to stage j)
 // and as lines (from stage j), L numbers for each of the L lanes, zeros past S.
 template <class T, int L>
@@ -54,7 +60,7 @@ __device__ __forceinline__ void read_transition(const T* logits, int S, T* log_a
     const double log_total = log(total);
     for (int j = 0; j < S; ++j) {
       const double l = double(row[j]) - peak - log_total;
-      log_a[i * S + j] = T(l);
+      log_a[i * S + j] = finite(T(l));
       column[i * L + j] = line[j * L + i] = T(exp(l));
     }
   }
@@ -123,14 +129,15 @@ __device__ __forceinline__ void initial_belief(const T* initial, int64_t stride,
                                                int S, T& belief, T& p) {
   T all[L];
   const bool inside = stage < S;
-  gather<L>(inside ? (initial ? initial[sequence * stride + stage] : T(0)) : nothing<T>(), all);
+  const T own = inside ? (initial ? finite(initial[sequence * stride + stage]) : T(0)) : nothing<T>();
+  gather<L>(own, all);
   const T peak = max_of<L>(all);
   T total(0);
 #pragma unroll
   for (int i = 0; i < L; ++i) total += i < S ? exp(all[i] - peak) : T(0);
   belief = nothing<T>(), p = T(0);
   if (!inside) return;
-  belief = (initial ? initial[sequence * stride + stage] : T(0)) - peak - log(total);
+  belief = own - peak - log(total);
   p = exp(belief);
 }
 
@@ -179,7 +186,7 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForwa
   const T* emission = static_cast<const T*>(q.emission) + row;
   const uint8_t* mask = q.mask ? q.mask + job.sequence * q.frames : nullptr;
   const auto read = [&](int64_t t) {
-    return inside && t < end && (!mask || mask[t]) ? emission[t * S] : T(0);
+    return inside && t < end && (!mask || mask[t]) ? finite(emission[t * S]) : T(0);
   };
   // Frames of this chunk and the longest one's: groups of a warp go through as many (only the last chunk is longer).
   int64_t most = end - begin;

@@ -6,7 +6,7 @@
 //   g    = log r - log n                                            log-odds
 //
 // V is a float, a double or a row of lanes. Where r or n is too small for plain arithmetic the sums are taken
-// relative to the best possible stage (stage[s] > 0), in log space; the largest ratio kept is exp(60), as in
+// in log space, relative to their largest term; a derivative in stage[s] is kept under exp(60), as in
 // reference.py. l and stage are anything with [s]: an array, or a reader of memory. `Across` says how the
 // stages of one modality are spread: over nobody (Alone, the CPU), or over neighbouring CUDA threads that
 // each take every step-th stage.
@@ -57,8 +57,15 @@ SAGE_FN V log_sigmoid(V l) {
 constexpr double kMaxLogRatio = 60.0;  // reference.MAX_LOG_RATIO
 constexpr double kPlainLimit = 1e-26;  // about exp(-60): above it plain sums keep every ratio under exp(60)
 
-// log sum_s stage[s] exp(log_p(sign * l[s])) by its peak, for the rare frames that plain sums cannot hold.
-// peak and z are kept for backward: d g / d stage[s] = exp(min(log_p - peak, 60)) / z.
+// log sum_s stage[s] exp(log_p[s]) = peak + log z for the rare frames that plain sums cannot hold, with
+// log_p = log sigmoid(sign * l[s]). The peak is that of the whole terms, stage[s] with it, so z is in 1 .. S.
+// Kept for backward: d / d log_p[s] = stage[s] exp(log_p - peak) / z, d / d stage[s] = exp(log_p - peak) / z.
+template <class V>
+SAGE_FN V log_stage(V stage) {  // finite where the stage is impossible
+  using T = typename ScalarOf<V>::Type;
+  return select(stage > V(T(0)), log(stage), V(T(-3e38)));
+}
+
 template <class V>
 struct LogMixture {
   V peak, z;
@@ -71,15 +78,13 @@ SAGE_FN LogMixture<V> log_mixture(int stages, const L& l, const W& stage, int si
   const V lowest(T(-3e38));
   V peak = lowest;
   for (int k = 0, s = across.first; k < across.count(stages); ++k, s += across.step) {
-    const V log_p = log_sigmoid(sign > 0 ? V(l[s]) : -V(l[s]));
-    peak = max(peak, select(V(stage[s]) > V(T(0)), log_p, lowest));
+    peak = max(peak, log_sigmoid(sign > 0 ? V(l[s]) : -V(l[s])) + log_stage(V(stage[s])));
   }
   peak = across.max(peak);
   peak = select(peak > lowest, peak, V(T(0)));
   V z(T(0));
   for (int k = 0, s = across.first; k < across.count(stages); ++k, s += across.step) {
-    const V log_p = log_sigmoid(sign > 0 ? V(l[s]) : -V(l[s]));
-    z = fma(V(stage[s]), exp(min(log_p - peak, V(T(kMaxLogRatio)))), z);
+    z += exp(log_sigmoid(sign > 0 ? V(l[s]) : -V(l[s])) + log_stage(V(stage[s])) - peak);
   }
   return {peak, across.sum(z)};
 }
@@ -140,15 +145,19 @@ SAGE_FN void reliability_adjoint(int stages, const L& l, const W& stage, V grad_
     b = log_mixture<V>(stages, l, stage, -1, across);
   }
   for (int k = 0, s = across.first; k < across.count(stages); ++k, s += across.step) {
-    const V logit(l[s]);
+    const V logit(l[s]), w(stage[s]);
     const SigmoidPair<V> q = sigmoid_pair(logit);
-    V up = q.p * inv_r, down = q.n * inv_n;  // d log r / d stage[s], d log n / d stage[s]
+    V up = q.p * inv_r, down = q.n * inv_n;      // d log r / d stage[s], d log n / d stage[s]
+    V share_up = w * up, share_down = w * down;  // d log r / d log p[s], d log n / d log n[s]
     if (slow) {
-      const V cap = V(T(kMaxLogRatio));
-      up = select(extreme, exp(min(log_sigmoid(logit) - a.peak, cap)) / a.z, up);
-      down = select(extreme, exp(min(log_sigmoid(-logit) - b.peak, cap)) / b.z, down);
+      const V cap = V(T(kMaxLogRatio)), log_w = log_stage(w);
+      const V log_up = log_sigmoid(logit) - a.peak, log_down = log_sigmoid(-logit) - b.peak;
+      up = select(extreme, exp(min(log_up, cap)) / a.z, up);
+      down = select(extreme, exp(min(log_down, cap)) / b.z, down);
+      share_up = select(extreme, exp(log_up + log_w) / a.z, share_up);
+      share_down = select(extreme, exp(log_down + log_w) / b.z, share_down);
     }
-    emit(s, V(stage[s]) * fma(grad_r, q.p * q.n, grad_g * fma(up, q.n, down * q.p)),
+    emit(s, fma(w * grad_r, q.p * q.n, grad_g * fma(share_up, q.n, share_down * q.p)),
          fma(grad_r, q.p, grad_g * (up - down)));
   }
 }

@@ -16,7 +16,8 @@ constexpr double kSafeSum = 1e-25;  // lost terms are under 2^-126 each
 
 template <class V, class Matrix>
 SAGE_FN V stage_prior_exact(int stages, const V* belief, const Matrix* log_a, int j) {
-  V peak = belief[0] + V(log_a[j]);
+  using T = typename ScalarOf<V>::Type;
+  V peak = max(V(T(-3e38)), belief[0] + V(log_a[j]));  // finite where no way leads to j: logits of -inf
   for (int i = 1; i < stages; ++i) peak = max(peak, belief[i] + V(log_a[i * stages + j]));
   V z = exp(belief[0] + V(log_a[j]) - peak);
   for (int i = 1; i < stages; ++i) z += exp(belief[i] + V(log_a[i * stages + j]) - peak);
@@ -70,7 +71,7 @@ SAGE_FN void stage_step_backward(int stages, const Matrix* log_a, const Matrix* 
     for (int i = 1; i < stages; ++i) sum = fma(p[i], V(a[i * stages + j]), sum);
     const auto lost = sum < V(T(kSafeSum));
     const bool slow = any(lost);
-    const V prior = slow ? stage_prior_exact(stages, belief, log_a, j) : V(T(0));
+    const V prior = slow ? max(V(T(-3e38)), stage_prior_exact(stages, belief, log_a, j)) : V(T(0));
     const V h = g / sum;
     for (int i = 0; i < stages; ++i) {  // w = P(stage i before | stage j now)
       V flow = p[i] * V(a[i * stages + j]) * h;

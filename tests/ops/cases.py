@@ -69,7 +69,9 @@ def fusion_inputs(
         "stage": g.simplex(*lead, s) if stage else None,
         "log_temperature": 0.3 * g.normal(m, s) if calibrated else None,
         "bias": 0.5 * g.normal(m, s) if calibrated else None,
-        "sharpness": {"each": lambda: 0.5 + g.uniform(m), "one": lambda: 0.5 + g.uniform(), None: lambda: None}[sharpness](),
+        "sharpness": {"each": lambda: 0.5 + g.uniform(m), "one": lambda: 0.5 + g.uniform(), None: lambda: None}[
+            sharpness
+        ](),
         "present": r.mask(*lead, m) if present else None,
         "norm_weight": 1 + 0.3 * g.normal(m, dim) if norm else None,
         "norm_bias": 0.3 * g.normal(m, dim) if norm else None,

@@ -110,7 +110,9 @@ def ccc(pred, target, mask=None, *, pool="batch"):
     channels = p.shape[-1]
     if p.ndim == 2 or pool == "batch":
         p, t, valid = (a.reshape(1, int(np.prod(a.shape[:-1])), channels) for a in (p, t, valid))
-    out = np.array([[_ccc(x[:, c], y[:, c], v[:, c].astype(float)) for c in range(channels)] for x, y, v in zip(p, t, valid)])
+    out = np.array(
+        [[_ccc(x[:, c], y[:, c], v[:, c].astype(float)) for c in range(channels)] for x, y, v in zip(p, t, valid)]
+    )
     out = out.reshape(p.shape[0], channels)
     return out[0] if pred.dim() == 2 or pool == "batch" else out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import SIMT
 
 from sage_ext import _C
 from sage_ext._ops import _door
@@ -24,9 +25,7 @@ def test_the_cuda_backend_has_every_kernel():
         pytest.skip("no CUDA device: no op test ran on one")
 
 
-def test_the_emulated_cuda_backend_has_every_kernel(pytestconfig):
-    from conftest import SIMT
-
+def test_the_emulated_cuda_backend_has_every_kernel():
     if SIMT is None:
         pytest.skip("the CUDA kernels were not built for emulation (tests/simt): no op test ran on them")
     assert [name for name in dir(SIMT) if not name.startswith("_")] == TABLE

@@ -317,7 +317,8 @@ def test_strided_and_expanded_inputs(backend):
         wanted, wanted_grads, cotangents = run(case(pool=pool), functional, inputs)
         for name, x in inputs.items():
             for view in (
-                x.permute(2, 0, 1).contiguous().permute(1, 2, 0), torch.stack([x, x ^ True if x.dtype == torch.bool else x * math.nan], -1)[..., 0],
+                x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+                torch.stack([x, x ^ True if x.dtype == torch.bool else x * math.nan], -1)[..., 0],
                 x.transpose(0, 1).contiguous().transpose(0, 1),
             ):  # fmt: skip
                 assert not view.is_contiguous()

@@ -22,6 +22,12 @@ DOORS = pytest.mark.parametrize("door", ["direct", "registered"])
 
 
 @pytest.fixture
+def backend(native):
+    """Not under emulation: what is tested here is Python around the kernels."""
+    return native
+
+
+@pytest.fixture
 def registered(monkeypatch):
     """Sends every call through the registered operators."""
     return lambda: monkeypatch.setattr(_door, "fast", lambda *tensors: False)
@@ -62,7 +68,21 @@ def test_every_operator_is_registered():
     assert {name for name in torch.ops.sage_ext.__dict__ if not name.startswith("_") and name != "name"} >= wanted
 
 
-@ALL
+# one or two a mode now, the rest with the slow tests: a second each
+QUICK = (
+    "stage_filter-shared",
+    "fusion-full",
+    "fusion-bare",
+    "ccc-frame",
+    "moments-sequence",
+    "window-chunk",
+    "halflife-chunk",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [c if str(c).endswith(QUICK) else pytest.param(c, marks=pytest.mark.slow) for c in CASES], ids=str
+)
 def test_opcheck(backend, case):
     inputs = case.inputs(1, torch.float32, backend.device)
     calls = registered_calls(case, inputs)
@@ -344,7 +364,11 @@ def test_functorch_grad(backend, case):
         return case.call(functions, changed)[0].sin().sum()
 
     expected = torch.func.grad(lambda x: loss(reference, x))(x)
-    for transform in (torch.func.grad, torch.func.jacrev, lambda f: lambda x: torch.func.vjp(f, x)[1](x.new_ones(()))[0]):
+    for transform in (
+        torch.func.grad,
+        torch.func.jacrev,
+        lambda f: lambda x: torch.func.vjp(f, x)[1](x.new_ones(()))[0],
+    ):
         try:
             got = transform(lambda x: loss(functional, x))(x)
         except RuntimeError as refusal:
@@ -381,7 +405,7 @@ def test_negative_views(backend, case):
 
 
 @ONE_EACH
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_jit_trace(backend, case):
     """The op is in the graph, not a constant of the numbers it was traced with."""
     first, second = (case.inputs(seed, torch.float32, backend.device) for seed in (20, 21))

@@ -64,22 +64,52 @@ CASES = [
     ("reliability_fusion", {"values": [zeros(2, 5, 6)] * 9}, ValueError, ["values", "1 to 8", "9"]),
     ("reliability_fusion", {"values": Values({1: 3.0})}, TypeError, ["values[1]", "torch.Tensor", "float"]),
     ("reliability_fusion", {"values": Values({0: zeros(2, 5, 6, dtype=I)})}, TypeError, ["values[0]", "torch.int64"]),
-    ("reliability_fusion", {"values": Values({1: zeros(2, 5, 6, dtype=D)})}, TypeError, ["values[1]", "float32", "float64"]),
-    ("reliability_fusion", {"values": Values({1: zeros(2, 5, 7)})}, ValueError, ["values[1]", "(2, 5, 6)", "(2, 5, 7)"]),
-    ("reliability_fusion", {"values": Values({1: zeros(2, 5, 6, device=META)})}, ValueError, ["values[1]", "device", "meta"]),
+    (
+        "reliability_fusion",
+        {"values": Values({1: zeros(2, 5, 6, dtype=D)})},
+        TypeError,
+        ["values[1]", "float32", "float64"],
+    ),
+    (
+        "reliability_fusion",
+        {"values": Values({1: zeros(2, 5, 7)})},
+        ValueError,
+        ["values[1]", "(2, 5, 6)", "(2, 5, 7)"],
+    ),
+    (
+        "reliability_fusion",
+        {"values": Values({1: zeros(2, 5, 6, device=META)})},
+        ValueError,
+        ["values[1]", "device", "meta"],
+    ),
     ("reliability_fusion", {"values": [zeros(), zeros()]}, ValueError, ["values[0]", "(*, D)"]),
     ("reliability_fusion", {"reliability": None}, TypeError, ["reliability", "torch.Tensor", "NoneType"]),
     ("reliability_fusion", {"reliability": zeros(2, 5, 2, 3, dtype=I)}, TypeError, ["reliability", "torch.int64"]),
     ("reliability_fusion", {"reliability": zeros(2, 5, 3)}, ValueError, ["reliability", "(*, M, S)", "(2, 5, 3)"]),
-    ("reliability_fusion", {"reliability": zeros(2, 5, 3, 3)}, ValueError, ["reliability", "(*, M, S)", "(2, 5, 3, 3)"]),
+    (
+        "reliability_fusion",
+        {"reliability": zeros(2, 5, 3, 3)},
+        ValueError,
+        ["reliability", "(*, M, S)", "(2, 5, 3, 3)"],
+    ),
     ("reliability_fusion", {"reliability": zeros(2, 5, 2, 0)}, ValueError, ["reliability", "1 to 16", "0"]),
     ("reliability_fusion", {"reliability": zeros(2, 5, 2, 17)}, ValueError, ["reliability", "1 to 16", "17"]),
-    ("reliability_fusion", {"reliability": zeros(2, 5, 2, 3, device=META)}, ValueError, ["reliability", "device", "meta"]),
+    (
+        "reliability_fusion",
+        {"reliability": zeros(2, 5, 2, 3, device=META)},
+        ValueError,
+        ["reliability", "device", "meta"],
+    ),
     ("reliability_fusion", {"stage": zeros(2, 5, 4)}, ValueError, ["stage", "(*, S)", "(2, 5, 3)", "(2, 5, 4)"]),
     ("reliability_fusion", {"stage": zeros(5, 3)}, ValueError, ["stage", "(*, S)", "(5, 3)"]),
     ("reliability_fusion", {"stage": zeros(2, 5, 3, dtype=I)}, TypeError, ["stage", "torch.int64"]),
     ("reliability_fusion", {"stage": zeros(2, 5, 3, device=META)}, ValueError, ["stage", "device", "meta"]),
-    ("reliability_fusion", {"log_temperature": zeros(3, 2)}, ValueError, ["log_temperature", "(M, S)", "(2, 3)", "(3, 2)"]),
+    (
+        "reliability_fusion",
+        {"log_temperature": zeros(3, 2)},
+        ValueError,
+        ["log_temperature", "(M, S)", "(2, 3)", "(3, 2)"],
+    ),
     ("reliability_fusion", {"log_temperature": 1.0}, TypeError, ["log_temperature", "torch.Tensor", "float"]),
     ("reliability_fusion", {"bias": zeros(3)}, ValueError, ["bias", "(M, S)", "(2, 3)", "(3,)"]),
     ("reliability_fusion", {"bias": zeros(2, 3, dtype=B)}, TypeError, ["bias", "torch.bool"]),
@@ -87,8 +117,18 @@ CASES = [
     ("reliability_fusion", {"sharpness": zeros(1)}, ValueError, ["sharpness", "()", "(M,)", "(2,)", "(1,)"]),
     ("reliability_fusion", {"sharpness": zeros(2, device=META)}, ValueError, ["sharpness", "device", "meta"]),
     ("reliability_fusion", {"present": zeros(2, 5, 2)}, TypeError, ["present", "bool", "torch.float32"]),
-    ("reliability_fusion", {"present": zeros(2, 5, 3, dtype=B)}, ValueError, ["present", "(*, M)", "(2, 5, 2)", "(2, 5, 3)"]),
-    ("reliability_fusion", {"present": zeros(2, 5, 2, dtype=B, device=META)}, ValueError, ["present", "device", "meta"]),
+    (
+        "reliability_fusion",
+        {"present": zeros(2, 5, 3, dtype=B)},
+        ValueError,
+        ["present", "(*, M)", "(2, 5, 2)", "(2, 5, 3)"],
+    ),
+    (
+        "reliability_fusion",
+        {"present": zeros(2, 5, 2, dtype=B, device=META)},
+        ValueError,
+        ["present", "device", "meta"],
+    ),
     ("reliability_fusion", {"norm_weight": None}, ValueError, ["norm_weight", "norm_bias", "both", "None"]),
     ("reliability_fusion", {"norm_bias": None}, ValueError, ["norm_bias", "norm_weight", "both", "None"]),
     ("reliability_fusion", {"norm_weight": zeros(2, 5)}, ValueError, ["norm_weight", "(M, D)", "(2, 6)", "(2, 5)"]),
@@ -137,7 +177,12 @@ CASES = [
     ("ccc_from_moments", {"moments": zeros(6, 3, dtype=D)}, ValueError, ["moments", "6", "(6, 3)"]),
     ("ccc_from_moments", {"moments": zeros(dtype=D)}, ValueError, ["moments", "6", "()"]),
     # -- temporal_ccc
-    ("temporal_ccc", {"pred": zeros(5, 3), "target": zeros(5, 3), "mask": None}, ValueError, ["pred", "(B, T, C)", "(5, 3)"]),
+    (
+        "temporal_ccc",
+        {"pred": zeros(5, 3), "target": zeros(5, 3), "mask": None},
+        ValueError,
+        ["pred", "(B, T, C)", "(5, 3)"],
+    ),
     ("temporal_ccc", {"window": 1}, ValueError, ["window", ">= 2", "1"]),
     ("temporal_ccc", {"window": 0}, ValueError, ["window", ">= 2", "0"]),
     ("temporal_ccc", {"window": -3}, ValueError, ["window", ">= 2", "-3"]),
@@ -154,9 +199,24 @@ CASES = [
     ("temporal_ccc", {"state": zeros(2, 2, 8, dtype=D)}, ValueError, ["state", "(2, 3, 8)", "(2, 2, 8)"]),
     ("temporal_ccc", {"state": zeros(2, 3, 8, dtype=D, device=META)}, ValueError, ["state", "device", "meta"]),
     ("temporal_ccc", {"state": zeros(2, 3, 4, 3, dtype=D)}, ValueError, ["state", "(2, 3, 8)", "(2, 3, 4, 3)"]),
-    ("temporal_ccc", {"state": zeros(2, 3, 8, dtype=D), "window": 4}, ValueError, ["state", "(B, C, L, 3)", "(2, 3, 8)"]),
-    ("temporal_ccc", {"state": zeros(2, 3, 4, 3, dtype=D), "window": 4}, ValueError, ["state", "at most 3", "(2, 3, 4, 3)"]),
-    ("temporal_ccc", {"state": zeros(1, 3, 3, 3, dtype=D), "window": 4}, ValueError, ["state", "(2, 3", "(1, 3, 3, 3)"]),
+    (
+        "temporal_ccc",
+        {"state": zeros(2, 3, 8, dtype=D), "window": 4},
+        ValueError,
+        ["state", "(B, C, L, 3)", "(2, 3, 8)"],
+    ),
+    (
+        "temporal_ccc",
+        {"state": zeros(2, 3, 4, 3, dtype=D), "window": 4},
+        ValueError,
+        ["state", "at most 3", "(2, 3, 4, 3)"],
+    ),
+    (
+        "temporal_ccc",
+        {"state": zeros(1, 3, 3, 3, dtype=D), "window": 4},
+        ValueError,
+        ["state", "(2, 3", "(1, 3, 3, 3)"],
+    ),
 ]
 
 
@@ -204,7 +264,9 @@ def to_device(x, device):
 def call(op, inputs):
     inputs = dict(inputs)
     if op == "reliability_fusion":
-        return functional.reliability_fusion(inputs.pop("values"), inputs.pop("reliability"), inputs.pop("stage"), **inputs)
+        return functional.reliability_fusion(
+            inputs.pop("values"), inputs.pop("reliability"), inputs.pop("stage"), **inputs
+        )
     return getattr(functional, op)(**inputs)
 
 
@@ -216,7 +278,9 @@ def test_the_good_arguments_are_good(backend, op):
 
 def test_an_error_says_which_device_was_expected(backend):
     good = GOOD["ccc"](Random(0, device=backend.device))
-    with pytest.raises(ValueError, match=re.escape(f"target: expected device {backend.device} (that of pred), got meta")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"target: expected device {backend.device} (that of pred), got meta")
+    ):
         functional.ccc(good["pred"], good["target"].to("meta"))
 
 

@@ -126,10 +126,24 @@ def test_norm_is_pytorchs_layer_norm(backend):
 
 @pytest.mark.parametrize("dim", [5, 64, 257])
 def test_layer_norm_of_values_far_from_zero(backend, dim):
-    """mean / spread of 1e4 in float32: as good as PyTorch's own LayerNorm on the same numbers (`compare`'s bound)."""
+    """mean / spread of 1e4 in float32: a mean rounded to eps * 1e4 spreads, and no squares of 1e4 to cancel."""
     inputs = fusion_inputs(Random(8, device=backend.device), (7,), 2, dim, 2, present=False)
     inputs["values"] = [1e4 + v for v in inputs["values"]]
-    compare(CASE, inputs)
+    compare(CASE, inputs, tolerance=16 * 2.0**-23 * 1e4)
+
+
+@pytest.mark.parametrize("dim", [100, 1024])
+@pytest.mark.parametrize("where", ["first", "last", "ramp"])
+def test_layer_norm_of_uneven_values(backend, dim, where):
+    """The first numbers of a row say nothing about its mean: variance must not hang on where a sum begins."""
+    inputs = fusion_inputs(Random(9, device=backend.device), (7,), 2, dim, 2, present=False)
+    for v in inputs["values"]:
+        if where == "ramp":
+            v += torch.linspace(-100, 100, dim, device=backend.device)
+        else:
+            v[:, slice(0, 16) if where == "first" else slice(-16, None)] += 1e3
+    # one-pass variance about any one number of the row loses up to D eps
+    compare(CASE, inputs, tolerance=dim * 2.0**-23)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -321,7 +335,9 @@ def test_a_one_hot_stage_picks_its_column(backend):
 @pytest.mark.parametrize("near", [-0.5, 0.5])
 def test_almost_impossible_stages(backend, tiny, far, near):
     """A stage probability down to the subnormals (a filter's posterior has them) that outvotes the likely stage."""
-    inputs = fusion_inputs(Random(20, device=backend.device), (12,), 2, 5, 3, calibrated=False, sharpness=None, present=False)
+    inputs = fusion_inputs(
+        Random(20, device=backend.device), (12,), 2, 5, 3, calibrated=False, sharpness=None, present=False
+    )
     inputs["stage"] = torch.tensor([1.0, tiny, 0.0], device=backend.device).expand(12, 3).clone()
     logit = torch.tensor([[-far, near * far, far], [1.0, -far, -far]], device=backend.device)
     inputs["reliability"] = logit.expand(12, 2, 3).clone()
@@ -345,7 +361,9 @@ def check_dtype(inputs, gradient_tolerance=None):
     """float32/float64: `compare`. Half: a float32 result rounded once, so half an ulp besides float32's own error."""
     dtype = inputs["values"][0].dtype
     if dtype not in ROUNDING:
-        return compare(CASE, inputs, tolerance=gradient_tolerance and (gradient_tolerance if dtype == torch.float32 else 1e-9))
+        return compare(
+            CASE, inputs, tolerance=gradient_tolerance and (gradient_tolerance if dtype == torch.float32 else 1e-9)
+        )
     out, grads, cotangents = run(CASE, functional, inputs)
     expected, expected_grads, _ = run(CASE, reference, converted(inputs, torch.float64), grads=cotangents)
     for (name, a), b in zip(named(out, grads).items(), named(expected, expected_grads).values(), strict=True):

@@ -152,6 +152,52 @@ def test_deterministic_transitions(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_impossible_stages_and_forbidden_transitions(backend, dtype):
+    """Logits of -inf: the belief is known at the start, a left-to-right chain, evidence that excludes a stage."""
+    r = Random(17, dtype, backend.device)
+    inputs = filter_inputs(r, 3, 6, 4)
+    inputs["initial"][:, 1:] = -math.inf
+    inputs["transition"] = inputs["transition"].masked_fill(
+        ~torch.ones(4, 4, dtype=torch.bool, device=backend.device).triu().tril(1), -math.inf
+    )
+    inputs["emission"][1, 4, 0] = -math.inf
+    inputs["mask"][1, 4] = True
+    expected, expected_final = oracles.stage_filter(**inputs)
+    out, grads, cotangents = run(CASE, functional, inputs, through=(0,))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert error(out[0].cpu(), torch.from_numpy(expected)) <= tolerance
+    assert error(out[1].exp().cpu(), torch.from_numpy(expected_final).exp()) <= tolerance
+    assert (out[0][:, 0, 2:] == 0).all()  # one step reaches no further than the second stage
+    _, wanted, _ = run(CASE, reference, converted(inputs, torch.float64), through=(0,), grads=cotangents)
+    for name, g in grads.items():
+        assert torch.isfinite(g).all(), name
+        assert error(g, wanted[name]) <= 10 * tolerance, name
+    # and through the final belief, where it is finite
+    whole = functional.stage_filter(**inputs)
+    state = functional.stage_filter(
+        inputs["emission"][:, :2], inputs["transition"], inputs["initial"], inputs["mask"][:, :2]
+    )
+    rest = functional.stage_filter(inputs["emission"][:, 2:], inputs["transition"], state[1], inputs["mask"][:, 2:])
+    assert error(rest[0], whole[0][:, 2:]) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["emission", "transition", "initial"])
+def test_nan_where_it_counts_shows(backend, name):
+    for functions in (functional, reference):
+        inputs = filter_inputs(Random(18, device=backend.device), 2, 4, 3, mask=False)
+        if name == "transition":
+            inputs[name][1, 2] = math.nan
+        else:
+            inputs[name][0, 1] = math.nan
+        posterior, final = functions.stage_filter(**inputs)
+        last = 1 if name == "emission" else 0
+        assert posterior[0, last:].isnan().all()
+        assert final[0].isnan().all()
+        if name != "transition":
+            assert torch.isfinite(posterior[1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_long_sequence_neither_drifts_nor_decays(backend, dtype):
     """Thousands of frames: each posterior still equals the float64 filter's, gradients included."""
     inputs = filter_inputs(Random(10, dtype, backend.device), 1, backend.size(2500, 60), 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, MOMENT_CASES, compare, fresh, leaves
+
 from sage_ext import functional
 
 ALL = pytest.mark.parametrize("case", CASES + MOMENT_CASES, ids=str)

@@ -21,10 +21,10 @@ import build
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 
 
-def mutants(files: list[str]) -> list[tuple[Path, int, int]]:
+def mutants(csrc: Path, files: list[str]) -> list[tuple[Path, int, int]]:
     """(file, line, offset) of every barrier."""
     found = []
-    for path in sorted((build.ROOT / "csrc" / "cuda").glob("*.cu*")):
+    for path in sorted((csrc / "cuda").glob("*.cu*")):
         if files and path.name not in files:
             continue
         text = path.read_text()
@@ -32,34 +32,33 @@ def mutants(files: list[str]) -> list[tuple[Path, int, int]]:
     return found
 
 
-def survives(path: Path, offset: int) -> tuple[bool, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        csrc = Path(folder) / "csrc"
-        shutil.copytree(build.ROOT / "csrc", csrc)
-        text = path.read_text()
-        match = BARRIER.match(text, offset)
-        assert match is not None
-        (csrc / "cuda" / path.name).write_text(text[:offset] + ";" + text[match.end() :])
-        tests = ["tests/test_simt_kernels.py", "-q", "-x", "-p", "no:cacheprovider"]
-        env = {**os.environ, "SAGE_TEST_SIMT_CSRC": str(csrc), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *tests], env=env, cwd=build.ROOT, capture_output=True, text=True
-        )
-    if done.returncode not in (0, 1):
-        raise RuntimeError(done.stdout + done.stderr)
+def survives(csrc: Path, path: Path, offset: int) -> tuple[bool, str]:
+    """Whether the tests pass with the barrier at `offset` blanked, and the test that caught it."""
+    text = path.read_text()
+    path.write_text(text[:offset] + ";" + text[BARRIER.match(text, offset).end() :])
+    tests = ["tests/test_simt_kernels.py", "-q", "-x", "-p", "no:cacheprovider"]
+    env = {**os.environ, "SAGE_TEST_SIMT_CSRC": str(csrc), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", *tests]
+    done = subprocess.run(command, env=env, cwd=build.ROOT, capture_output=True, text=True)
+    path.write_text(text)
     failed = re.search(r"^FAILED \S+::(.*?)( - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode != 0 and not failed:
+        raise RuntimeError(done.stdout + done.stderr)
     return done.returncode == 0, failed.group(1) if failed else ""
 
 
 def main() -> int:
-    all_mutants = mutants(sys.argv[1:])
     alive = 0
-    for path, line, offset in all_mutants:
-        started = time.time()
-        survived, caught_by = survives(path, offset)
-        alive += survived
-        verdict = "SURVIVED" if survived else f"caught by {caught_by}"
-        print(f"{path.name}:{line}: {verdict} ({time.time() - started:.0f} s)", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = Path(folder) / "csrc"
+        shutil.copytree(build.ROOT / "csrc", csrc)
+        all_mutants = mutants(csrc, sys.argv[1:])
+        for path, line, offset in all_mutants:
+            started = time.time()
+            survived, caught_by = survives(csrc, path, offset)
+            alive += survived
+            verdict = "SURVIVED" if survived else f"caught by {caught_by}"
+            print(f"{path.name}:{line}: {verdict} ({time.time() - started:.0f} s)", flush=True)
     print(f"{len(all_mutants)} barriers, {alive} survived")
     return 1 if alive or not all_mutants else 0
 

@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -25,7 +26,7 @@ namespace simt {
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStack = 512 << 10;
+constexpr size_t kStack = 128 << 10;
 #else
 constexpr size_t kStack = 64 << 10;
 #endif
@@ -232,6 +233,9 @@ void run_block(size_t shared_bytes) {
     g.warp[w] = Warp{};
     g.warp[w].runnable = 0xffffffffu;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(g.stacks, size_t(g.threads) * kStack);  // frames that the last block left behind
+#endif
   for (int t = 0; t < g.threads; ++t) g.fiber[t].start(g.stacks + size_t(t) * kStack, body);
   const int first = pick();
   enter(first, g.main, false);
