@@ -96,10 +96,14 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """For a Python process that loads a sanitized module: the sanitizer's library first, leaks (Python's own) aside."""
-    found = subprocess.run([*compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    """For a Python process that loads a sanitized module: the sanitizer's library first, and libstdc++ before it looks for
+    the function that throws exceptions; leaks (Python's own) aside."""
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so"):
+        command = [*compiler(), f"-print-file-name={name}"]
+        libraries.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     options = {"ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return {**os.environ, **options, "LD_PRELOAD": found.stdout.strip()}
+    return {**os.environ, **options, "LD_PRELOAD": " ".join(libraries)}
 
 
 def load(path: Path, name: str = "_C_simt"):
