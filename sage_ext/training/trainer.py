@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.affwild2 import AffWild2
+from ..data.affwild2 import AffWild2, Clip
 from ..data.windows import Windows, collate
 from ..files import write_atomic
 from ..functional import ccc_from_moments, ccc_moments
@@ -155,6 +155,21 @@ def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
         )
 
 
+class _Opened(Sequence[Clip]):
+    """Clips that stay open once read: their memory maps, that is, and what their headers said."""
+
+    def __init__(self, clips: AffWild2) -> None:
+        self.clips, self.kept = clips, dict[int, Clip]()
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:  # type: ignore[override]
+        if index not in self.kept:
+            self.kept[index] = self.clips[index]  # IndexError at the end
+        return self.kept[index]
+
+
 class _Inputs:
     """The training windows as the model's `fit_statistics` wants them, its own modalities only; any number of times."""
 
@@ -173,10 +188,10 @@ class Training:
     def __init__(self, config: TrainConfig, run: Path, data: dict[str, AffWild2], progress: Progress) -> None:
         self.config, self.run, self.progress = config, run, progress
         self.device = torch.device(config.device)
-        self.train_data, self.validation = data["train"], data["validation"]
+        self.train_data, self.validation = data["train"], _Opened(data["validation"])
         self.names = list(config.modalities or self.train_data.modalities)
         self.columns = [list(self.train_data.modalities).index(name) for name in self.names]
-        self.windows = Windows(self.train_data, config.window, config.hop)
+        self.windows = Windows(_Opened(self.train_data), config.window, config.hop)
         self.per_epoch = max(len(self.windows) // config.batch_size, 1)
         self.total = self.per_epoch * config.epochs
         if config.max_steps is not None:
