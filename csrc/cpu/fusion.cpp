@@ -1,10 +1,11 @@
 // reliability_fusion on the CPU.
 //
 // A block is `width` rows. Its gate (M*S sigmoids and M logarithms a row) runs with a lane a row; its
-// features run with lanes along D, a few rows at a time so that the LayerNorm's affine is loaded once for all
-// of them. Bytes from the contract: forward reads M D and writes D numbers a row, backward reads (M + 1) D
-// and writes M D; the floor is the time to copy those. Statistics are two passes over a row that the first
-// pass brought into L1.
+// features run with lanes along D, one row after the other: memory is walked in order, which is what hardware
+// prefetchers follow (four rows side by side measured half the bandwidth out of cache). kTile rows are taken
+// through one pass before the next pass starts, so that their reductions overlap and their data stays in L1.
+// Bytes from the contract: forward reads M D and writes D numbers a row, backward reads (M + 1) D and writes
+// M D; the floor is the time to copy those.
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
@@ -13,11 +14,7 @@
 namespace sage::cpu::SAGE_ISA {
 namespace {
 
-#if SAGE_VECTOR_BYTES == 64
-constexpr int kTile = 4;  // rows that share one load of the affine: bounded by 32 registers ...
-#else
-constexpr int kTile = 2;  // ... or 16
-#endif
+constexpr int kTile = 4;             // rows a pass
 constexpr int64_t kFlushRows = 256;  // parameter gradients: float sums this long, then double
 constexpr int64_t kSerialRows = 96;  // fewer stay on one thread
 constexpr int64_t kTaskRows = 64;
@@ -106,129 +103,95 @@ void weigh(const FusionForward& q, const Calibration<A>& c, Gate<A>& g) {
 SAGE_FN float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
 SAGE_FN double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
 
-// What the feature loops need of one row. An absent modality has weight, scale and mean 0 and borrows the
-// row of one that is present, so that its own is never read; rows without any modality are not among these.
+// What the feature loops need of one row: its present modalities, and no other is ever read.
 template <class T, class A>
 struct Row {
   int64_t row;
+  int count;  // at least 1
+  int m[kMaxModalities];
   const T* x[kMaxModalities];
-  A weight[kMaxModalities], scale[kMaxModalities], mean[kMaxModalities];  // xhat = (x - mean) * scale
-  bool present[kMaxModalities];
+  A weight[kMaxModalities], scale[kMaxModalities], shift[kMaxModalities];  // xhat = x scale + shift
 };
 
 // The rows of a block that have a modality. Returns how many.
 template <class T, class A>
 int live_rows(const FusionForward& q, int64_t row, int rows, const Gate<A>& g, Row<T, A>* out) {
-  int count = 0;
+  int live = 0;
   for (int l = 0; l < rows; ++l) {
     if (!g.any_present.v[l]) continue;
-    Row<T, A>& r = out[count++];
+    Row<T, A>& r = out[live++];
     r.row = row + l;
-    const T* borrowed = nullptr;
+    r.count = 0;
     for (int m = 0; m < q.modalities; ++m) {
-      r.present[m] = g.present[m].v[l] != 0;
-      r.weight[m] = g.weight[m][l];
-      r.x[m] = (const T*)q.values[m] + r.row * q.row_stride[m];
-      r.scale[m] = r.mean[m] = 0;
-      if (r.present[m] && !borrowed) borrowed = r.x[m];
+      if (!g.present[m].v[l]) continue;
+      const int k = r.count++;
+      r.m[k] = m;
+      r.x[k] = (const T*)q.values[m] + r.row * q.row_stride[m];
+      r.weight[k] = g.weight[m][l];
     }
-    for (int m = 0; m < q.modalities; ++m)
-      if (!r.present[m]) r.x[m] = borrowed;
   }
-  return count;
+  return live;
 }
 
-// scale and mean from what forward saved.
-template <class T, class A>
-SAGE_FN void recall(const FusionForward& q, Row<T, A>* rows, int count) {
-  for (int i = 0; i < count; ++i)
-    for (int m = 0; m < q.modalities; ++m) {
-      const A* stats = (const A*)q.stats + (rows[i].row * q.modalities + m) * 2;
-      rows[i].scale[m] = stats[1];
-      rows[i].mean[m] = stats[0];
-    }
-}
-
-// LayerNorm statistics of R rows, one modality, in one pass about c, the mean of the row's first vector (k
+// LayerNorm statistics of one row of one modality, in one pass about c, the mean of the row's first vector (k
 // numbers). By the decomposition of variance (mean - c)^2 <= var (D - k) / k, so the difference below loses
 // at most a factor D / k of the arithmetic's precision whatever the row: 1e-6 for 256 floats in vectors
 // of 16.
-template <class T, class A, int R>
-SAGE_FN void statistics(const FusionForward& q, Row<T, A>* rows, int m) {
+template <class T, class A>
+SAGE_FN void statistics(const FusionForward& q, Row<T, A>& row, int i) {
   using V = Lanes<A>;
   constexpr int W = V::width;
   const int64_t dim = q.dim;
   const int k = int(dim < W ? dim : W);
-  const T* x[R];
-  V center[R], s[R], ss[R];
-  for (int r = 0; r < R; ++r) {
-    x[r] = rows[r].x[m];
-    center[r] = V(sum(k == W ? load(x[r]) : load(x[r], k)) / A(k));
-    s[r] = ss[r] = V(A(0));
-  }
+  const T* x = row.x[i];
+  const V center(sum(k == W ? load(x) : load(x, k)) / A(k));
+  V s(A(0)), ss(A(0));
   for_each_vector<W>(dim, [&](int64_t d, auto at) {
-    for (int r = 0; r < R; ++r) {
-      const V c = at.keep(at.read(x[r] + d) - center[r]);
-      s[r] += c;
-      ss[r] = fma(c, c, ss[r]);
-    }
+    const V c = at.keep(at.read(x + d) - center);
+    s += c;
+    ss = fma(c, c, ss);
   });
-  A mean[R], variance[R];
-  for (int r = 0; r < R; ++r) {
-    const A offset = sum(s[r]) / A(dim), square = sum(ss[r]) / A(dim);
-    const A v = square - offset * offset;
-    mean[r] = center[r][0] + offset;
-    variance[r] = v < 0 ? A(0) : v;
-  }
-  for (int r = 0; r < R; ++r) {
-    const bool present = rows[r].present[m];
-    const A rstd = inverse_root(variance[r] + A(q.eps));
-    rows[r].scale[m] = present ? rstd : A(0);
-    rows[r].mean[m] = present ? mean[r] : A(0);
-    if (q.stats) {
-      A* stats = (A*)q.stats + (rows[r].row * q.modalities + m) * 2;
-      stats[0] = present ? mean[r] : A(0);
-      stats[1] = present ? rstd : A(0);
-    }
+  const A offset = sum(s) / A(dim), v = sum(ss) / A(dim) - offset * offset;
+  const A mean = center[0] + offset, rstd = inverse_root((v < 0 ? A(0) : v) + A(q.eps));
+  row.scale[i] = rstd;
+  row.shift[i] = -mean * rstd;
+  if (q.stats) {
+    A* stats = (A*)q.stats + (row.row * q.modalities + row.m[i]) * 2;
+    stats[0] = mean;
+    stats[1] = rstd;
   }
 }
 
-template <class T, class A, bool Norm, int R, int K>
-SAGE_FN void mix_rows(const FusionForward& q, Row<T, A>* rows, int modalities) {
+// One row of K present modalities (0: any number).
+template <class T, class A, bool Norm, int K>
+SAGE_FN void mix(const FusionForward& q, const Row<T, A>& row) {
   using V = Lanes<A>;
-  const int M = K ? K : modalities;
-  if (Norm)
-    for (int m = 0; m < M; ++m) statistics<T, A, R>(q, rows, m);
-  const A *gammas = (const A*)q.norm_weight, *betas = (const A*)q.norm_bias;
-  constexpr int kM = K ? K : kMaxModalities;
-  A weight[R][kM], scale[R][kM], mean[R][kM];
-  const T* x[R][kM];
-  T* to[R];
-  for (int r = 0; r < R; ++r) {
-    to[r] = (T*)q.fused + rows[r].row * q.dim;
-    for (int m = 0; m < M; ++m) {
-      x[r][m] = rows[r].x[m];
-      weight[r][m] = rows[r].weight[m];
-      scale[r][m] = rows[r].weight[m] * rows[r].scale[m];
-      mean[r][m] = rows[r].mean[m];
-    }
-  }
+  const int count = K ? K : row.count;
   const int64_t dim = q.dim;
+  constexpr int kMost = K ? K : kMaxModalities;
+  const A *gamma[kMost], *beta[kMost];
+  V weight[kMost], scale[kMost], shift[kMost];
+  for (int k = 0; k < count; ++k) {
+    const A w = row.weight[k];
+    weight[k] = V(w);
+    if (!Norm) continue;
+    scale[k] = V(w * row.scale[k]);
+    shift[k] = V(w * row.shift[k]);
+    gamma[k] = (const A*)q.norm_weight + row.m[k] * dim;
+    beta[k] = (const A*)q.norm_bias + row.m[k] * dim;
+  }
+  T* to = (T*)q.fused + row.row * dim;
   for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
-    V out[R];
-    for (int r = 0; r < R; ++r) out[r] = V(A(0));
-    for (int m = 0; m < M; ++m) {
-      V gamma, beta;
-      if (Norm) gamma = at.read(gammas + m * dim + d), beta = at.read(betas + m * dim + d);
-      for (int r = 0; r < R; ++r) {
-        const V v = at.read(x[r][m] + d), w(weight[r][m]);
-        if (Norm)
-          out[r] = fma(w, beta, fma((v - V(mean[r][m])) * V(scale[r][m]), gamma, out[r]));
-        else
-          out[r] = fma(w, v, out[r]);
-      }
+    V out(A(0));
+    for (int k = 0; k < count; ++k) {
+      const V x = at.read(row.x[k] + d);
+      if (Norm)
+        out =
+            fma(fma(x, scale[k], shift[k]), at.read(gamma[k] + d), fma(weight[k], at.read(beta[k] + d), out));
+      else
+        out = fma(weight[k], x, out);
     }
-    for (int r = 0; r < R; ++r) at.write(to[r] + d, out[r]);
+    at.write(to + d, out);
   });
 }
 
@@ -241,23 +204,24 @@ void forward_block(const FusionForward& q, const Calibration<typename Arithmetic
   weigh(q, c, g);
   scatter((A*)q.weights + row * q.modalities, q.modalities, rows, g.weight);
   scatter((A*)q.confidence + row * q.modalities, q.modalities, rows, g.confidence);
+  const size_t stats_bytes = size_t(q.modalities) * 2 * sizeof(A);  // a row; 0 where absent
+  if (q.stats) std::memset((char*)q.stats + row * stats_bytes, 0, rows * stats_bytes);
+  for (int l = 0; l < rows; ++l)
+    if (!g.any_present.v[l]) std::memset((T*)q.fused + (row + l) * q.dim, 0, size_t(q.dim) * sizeof(T));
   Row<T, A> live[Lanes<A>::width];
   const int count = live_rows(q, row, rows, g, live);
-  if (count < rows) {
-    for (int l = 0; l < rows; ++l) {
-      if (g.any_present.v[l]) continue;
-      std::memset((T*)q.fused + (row + l) * q.dim, 0, size_t(q.dim) * sizeof(T));
-      if (q.stats)
-        std::memset((A*)q.stats + (row + l) * q.modalities * 2, 0, size_t(q.modalities) * 2 * sizeof(A));
+  for (int begin = 0; begin < count; begin += kTile) {
+    const int end = begin + kTile < count ? begin + kTile : count;
+    for (int i = begin; Norm && i < end; ++i)
+      for (int k = 0; k < live[i].count; ++k) statistics(q, live[i], k);
+    for (int i = begin; i < end; ++i) {
+      if (live[i].count == 1)
+        mix<T, A, Norm, 1>(q, live[i]);
+      else if (live[i].count == 2)
+        mix<T, A, Norm, 2>(q, live[i]);
+      else
+        mix<T, A, Norm, 0>(q, live[i]);
     }
-  }
-  int i = 0;
-  if (q.modalities == 2) {
-    for (; i + kTile <= count; i += kTile) mix_rows<T, A, Norm, kTile, 2>(q, live + i, 2);
-    for (; i < count; ++i) mix_rows<T, A, Norm, 1, 2>(q, live + i, 2);
-  } else {
-    for (; i + kTile <= count; i += kTile) mix_rows<T, A, Norm, kTile, 0>(q, live + i, q.modalities);
-    for (; i < count; ++i) mix_rows<T, A, Norm, 1, 0>(q, live + i, q.modalities);
   }
 }
 
@@ -284,69 +248,75 @@ struct Partial {
       sharpness[kMaxModalities];
 };
 
-// Features of R rows, one modality: d fused -> d values, d weight, d affine.
-//   xhat = (x - mean) scale;  u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
-//   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D);  d gamma = w g xhat;  d beta = w g
-template <class T, class A, bool Norm, int R>
-SAGE_FN void back_rows(const FusionBackward& q, const Row<T, A>* rows, int m, A* gamma_sum, A* beta_sum,
-                       A* grad_weight) {
+// One row of one modality: d fused -> d values; returns d weight.
+//   u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
+//   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D)
+template <class T, class A, bool Norm>
+SAGE_FN A back_row(const FusionBackward& q, const Row<T, A>& row, int i) {
   using V = Lanes<A>;
-  const FusionForward& f = q.forward;
-  const int64_t dim = f.dim;
-  const A* gammas = Norm ? (const A*)f.norm_weight + m * dim : nullptr;
-  const A* betas = Norm ? (const A*)f.norm_bias + m * dim : nullptr;
+  const int64_t dim = q.forward.dim;
+  const int m = row.m[i];
+  const A* gammas = Norm ? (const A*)q.forward.norm_weight + m * dim : nullptr;
+  const A* betas = Norm ? (const A*)q.forward.norm_bias + m * dim : nullptr;
+  const T *grad = (const T*)q.grad_fused + row.row * dim, *x = row.x[i];
+  T* out = q.grad_values[m] ? (T*)q.grad_values[m] + row.row * dim : nullptr;
+  if (!Norm) {
+    V c0(A(0));
+    const V weight(row.weight[i]);
+    for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
+      const V g = at.read(grad + d);
+      c0 = fma(g, at.read(x + d), c0);
+      if (out) at.write(out + d, g * weight);
+    });
+    return sum(c0);
+  }
+  V c0(A(0)), c1(A(0)), c2(A(0));
+  const V scale(row.scale[i]), shift(row.shift[i]);
+  for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
+    const V g = at.read(grad + d), u = g * at.read(gammas + d);  // 0 past the end
+    c1 += u;
+    c0 = fma(u, fma(at.read(x + d), scale, shift), c0);
+    c2 = fma(g, at.read(betas + d), c2);
+  });
+  const A s0 = sum(c0), by = row.weight[i] * row.scale[i];
+  if (out) {
+    const A a0 = -by * s0 / A(dim), a1 = -by * sum(c1) / A(dim);
+    const V by_u(by), by_x(a0 * row.scale[i]), rest(a0 * row.shift[i] + a1);
+    for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
+      const V u = at.read(grad + d) * at.read(gammas + d);
+      at.write(out + d, fma(u, by_u, fma(at.read(x + d), by_x, rest)));
+    });
+  }
+  return s0 + sum(c2);
+}
+
+// R rows of one modality, just read by back_row: d gamma += w g xhat;  d beta += w g.
+template <class T, class A, int R>
+SAGE_FN void back_affine(const FusionBackward& q, const Row<T, A>* const* rows, const int* at_k, A* gamma_sum,
+                         A* beta_sum) {
+  using V = Lanes<A>;
+  const int64_t dim = q.forward.dim;
   const T *grad[R], *x[R];
-  V c0[R], c1[R], c2[R], scale[R], mean[R], weight[R];
+  V weight[R], scale[R], shift[R];
   for (int r = 0; r < R; ++r) {
-    grad[r] = (const T*)q.grad_fused + rows[r].row * dim;
-    x[r] = rows[r].x[m];
-    c0[r] = c1[r] = c2[r] = V(A(0));
-    scale[r] = V(rows[r].scale[m]), mean[r] = V(rows[r].mean[m]), weight[r] = V(rows[r].weight[m]);
+    const Row<T, A>& row = *rows[r];
+    const int k = at_k[r];
+    grad[r] = (const T*)q.grad_fused + row.row * dim;
+    x[r] = row.x[k];
+    weight[r] = V(row.weight[k]);
+    scale[r] = V(row.weight[k] * row.scale[k]);
+    shift[r] = V(row.weight[k] * row.shift[k]);
   }
   for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
-    if (!Norm) {
-      for (int r = 0; r < R; ++r) c0[r] = fma(at.read(grad[r] + d), at.read(x[r] + d), c0[r]);
-      return;
-    }
-    const V gamma = at.read(gammas + d), beta = at.read(betas + d);
     V gs = at.read(gamma_sum + d), bs = at.read(beta_sum + d);
     for (int r = 0; r < R; ++r) {
-      const V g = at.read(grad[r] + d);  // 0 past the end
-      // (0 - mean) past the end: everything there is multiplied by g = 0
-      const V xhat = (at.read(x[r] + d) - mean[r]) * scale[r];
-      const V u = g * gamma, wg = g * weight[r];
-      c1[r] += u;
-      c0[r] = fma(u, xhat, c0[r]);
-      c2[r] = fma(g, beta, c2[r]);
-      gs = fma(wg, xhat, gs);
-      bs += wg;
+      const V g = at.read(grad[r] + d);
+      gs = fma(g, fma(at.read(x[r] + d), scale[r], shift[r]), gs);
+      bs = fma(g, weight[r], bs);
     }
     at.write(gamma_sum + d, gs);
     at.write(beta_sum + d, bs);
   });
-  V k[R], a0[R], a1[R];
-  for (int r = 0; r < R; ++r) {
-    const A s0 = sum(c0[r]), s1 = sum(c1[r]), s2 = sum(c2[r]);
-    const A by = rows[r].weight[m] * (Norm ? rows[r].scale[m] : A(1));
-    grad_weight[r] = rows[r].present[m] ? s0 + s2 : A(0);
-    k[r] = V(by);
-    a0[r] = V(-by * s0 / A(dim));
-    a1[r] = V(-by * s1 / A(dim));
-  }
-  if (!q.grad_values[m]) return;
-  T* out[R];
-  for (int r = 0; r < R; ++r) out[r] = (T*)q.grad_values[m] + rows[r].row * dim;
-  for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
-    V gamma;
-    if (Norm) gamma = at.read(gammas + d);
-    for (int r = 0; r < R; ++r) {
-      V y = at.read(grad[r] + d) * k[r];
-      if (Norm) y = fma(y, gamma, fma((at.read(x[r] + d) - mean[r]) * scale[r], a0[r], a1[r]));
-      at.write(out[r] + d, y);
-    }
-  });
-  for (int r = 0; r < R; ++r)
-    if (!rows[r].present[m]) std::memset(out[r], 0, size_t(dim) * sizeof(T));
 }
 
 // Softmax over the present modalities, then each modality's gate. grad_w, grad_c: gradients of weights and
@@ -407,22 +377,36 @@ void backward_block(const FusionBackward& q, const Calibration<typename Arithmet
   if (q.grad_fused) {
     Row<T, A> live[V::width];
     const int count = live_rows(f, row, rows, g, live);
-    if (Norm) recall(f, live, count);
-    A dot[V::width];
-    for (int m = 0; m < M; ++m) {
-      A *gamma_sum = Norm ? partial.norm + m * f.dim : nullptr,
-        *beta_sum = Norm ? gamma_sum + M * f.dim : nullptr;
-      int i = 0;
-      for (; i + kTile <= count; i += kTile)
-        back_rows<T, A, Norm, kTile>(q, live + i, m, gamma_sum, beta_sum, dot + i);
-      for (; i < count; ++i) back_rows<T, A, Norm, 1>(q, live + i, m, gamma_sum, beta_sum, dot + i);
-      for (int k = 0; k < count; ++k) grad_w[m].v[live[k].row - row] += dot[k];
+    for (int begin = 0; begin < count; begin += kTile) {
+      const int end = begin + kTile < count ? begin + kTile : count;
+      for (int m = 0; m < M; ++m) {
+        const Row<T, A>* rows_of_m[kTile];
+        int at_k[kTile], n = 0;
+        for (int i = begin; i < end; ++i)
+          for (int k = 0; k < live[i].count; ++k) {
+            if (live[i].m[k] != m) continue;
+            if (Norm) {  // what forward saved
+              const A* stats = (const A*)f.stats + (live[i].row * M + m) * 2;
+              live[i].scale[k] = stats[1];
+              live[i].shift[k] = -stats[0] * stats[1];
+            }
+            grad_w[m].v[live[i].row - row] += back_row<T, A, Norm>(q, live[i], k);
+            rows_of_m[n] = live + i;
+            at_k[n++] = k;
+          }
+        if (!Norm) continue;
+        A *gamma_sum = partial.norm + m * f.dim, *beta_sum = gamma_sum + M * f.dim;
+        if (n == 4) back_affine<T, A, 4>(q, rows_of_m, at_k, gamma_sum, beta_sum);
+        if (n == 3) back_affine<T, A, 3>(q, rows_of_m, at_k, gamma_sum, beta_sum);
+        if (n == 2) back_affine<T, A, 2>(q, rows_of_m, at_k, gamma_sum, beta_sum);
+        if (n == 1) back_affine<T, A, 1>(q, rows_of_m, at_k, gamma_sum, beta_sum);
+      }
     }
   }
   for (int m = 0; m < M; ++m) {
     if (!q.grad_values[m]) continue;
     for (int l = 0; l < rows; ++l)
-      if (!q.grad_fused || !g.any_present.v[l])
+      if (!q.grad_fused || !g.present[m].v[l])
         std::memset((T*)q.grad_values[m] + (row + l) * f.dim, 0, size_t(f.dim) * sizeof(T));
   }
 
