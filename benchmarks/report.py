@@ -1,14 +1,17 @@
 """Measures every case of cases.py and prints a Markdown table: medians, ratios, targets met or missed.
 
-    python benchmarks/report.py [--threads 2] [--rounds 60] [--json FILE]
+    python benchmarks/report.py [--threads 2] [--rounds 60] [--default-malloc] [--json FILE]
 
 The implementations of a case take turns, round by round, in one process; a ratio is the median of the rounds' ratios, so
-that a machine whose speed drifts does not decide it. Inputs stay where the last round left them (warm cache).
+that a machine whose speed drifts does not decide it. Inputs stay where the last round left them (warm cache). glibc is told
+to keep freed memory (mallopt): otherwise whether a call pays for fresh pages, which can double its time, depends on where
+the heap happens to end. --default-malloc leaves that as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -65,6 +68,16 @@ def measure(case: Case, rounds: int, compiled: bool) -> dict:
     return result
 
 
+def keep_freed_memory() -> None:
+    try:
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, 2**30)
+    except (OSError, AttributeError):
+        print("no mallopt here: times include fresh pages")
+
+
 def machine() -> dict:
     cpu = platform.processor() or platform.machine()
     try:
@@ -91,7 +104,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--default-malloc", action="store_true")
     options = parser.parse_args()
+    if not options.default_malloc:
+        keep_freed_memory()
     torch.set_num_threads(options.threads)
     results = []
     print("| case | kernel | eager | torch.compile | vs eager | vs torch.compile |")

@@ -228,8 +228,7 @@ void flat_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_
   }
   const V zero(0.0);
   const int64_t numbers = frames * C;
-  for (int64_t i = 0; i < numbers; i += W) {
-    const int n = int(numbers - i < W ? numbers - i : W);
+  const auto step = [&](int64_t i, int n) __attribute__((always_inline)) {
     const V p = load_some(x.pred + i, n) - mean_p, t = load_some(x.target + i, n) - mean_t;
     V gp = fma(slope_p, p, fma(slope_c, t, offset_p)), gt = fma(slope_t, t, fma(slope_c, p, offset_t));
     if (x.kind != Mask::none) {
@@ -239,7 +238,10 @@ void flat_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_
     }
     if (grad_pred) store_some(grad_pred + i, gp, n);
     if (grad_target) store_some(grad_target + i, gt, n);
-  }
+  };
+  const int64_t full = numbers / W * W;
+  for (int64_t i = 0; i < full; i += W) step(i, W);
+  if (full < numbers) step(full, int(numbers - full));
 }
 
 template <class T>
