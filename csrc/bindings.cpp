@@ -10,6 +10,9 @@
 
 #include "build_info.h"
 #include "ops.h"
+#if defined(SAGE_WITH_CUDA)
+#include "cuda/query.h"
+#endif
 #if !defined(SAGE_CUDA_ONLY)
 #include "cpu/dispatch.h"
 #endif
@@ -271,6 +274,8 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
 #endif
 #if defined(SAGE_WITH_CUDA)
   SAGE_BIND(m.def_submodule("cuda"), sage::cuda);
+  m.def("cuda_versions", &sage::cuda::versions);
+  m.def("cuda_problem", &sage::cuda::problem);
 #endif
 #if defined(SAGE_SIMT)
   bind_simt(m.def_submodule("simt"));

@@ -58,9 +58,7 @@ def collect() -> dict[str, Any]:
             "built": "yes" if with_cuda else "no",
             "compiler": (with_cuda and build.get("cuda_compiler")) or "none",
             "architectures": (with_cuda and build.get("cuda_architectures")) or "none",
-            "runtime, driver": _try(lambda: ", ".join(map(str, _module().cuda_versions())))
-            if with_cuda
-            else "not linked",
+            "runtime, driver": _try(lambda: _module().cuda_versions()) if with_cuda else "not linked",
         },
         "environment": {
             "python": platform.python_version(),
@@ -84,7 +82,8 @@ def _cuda_backend(built: bool) -> str:
         return "no: this torch is a CPU build"
     if not torch.cuda.is_available():
         return "no: torch finds no CUDA device"
-    return _try(lambda: _module().cuda_problem(torch.cuda.current_device())) or "yes"
+    problem = _try(lambda: _module().cuda_problem(torch.cuda.current_device()))
+    return f"no: {problem}" if problem else "yes"
 
 
 def report() -> str:

@@ -170,3 +170,11 @@ def test_a_failed_launch_is_one_clear_error(module, error, words):
     with pytest.raises(RuntimeError, match=r"ccc of \(1, 15, 2\) float32 on cuda:\d+: .*" + words):
         functional.ccc(x, x)
     assert math.isclose(functional.ccc(x, x)[0].item(), 1.0, rel_tol=1e-6)  # and the next call works
+
+
+def test_what_info_asks(module):
+    assert module.cuda_versions() == "runtime 13.0, driver for CUDA 12.4"
+    assert module.cuda_problem(0) == ""
+    module.simt.fail_next_launch(209)
+    assert "rebuild with CMAKE_CUDA_ARCHITECTURES=70" in module.cuda_problem(0)
+    assert module.cuda_problem(0) == ""

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "../ops.h"
 #include "../math/scalar.h"
@@ -233,7 +234,8 @@ inline const char* dtype_name(DType d) {
   return names[int(d)];
 }
 
-[[noreturn]] inline void raise(const Call& call, cudaError_t error) {
+// One sentence that says what to do about `error`, which is then forgotten: it is not left for somebody else's check.
+inline std::string reason(int device, cudaError_t error) {
   char why[400];
   int driver = 0, runtime = 0, major = 0, minor = 0;
   if (error == cudaErrorInsufficientDriver) {
@@ -248,8 +250,8 @@ inline const char* dtype_name(DType d) {
                "update the driver, or build sage_ext with an older CUDA toolkit",
                driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
   } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     snprintf(why, sizeof why,
              "this build of sage_ext has kernels for architectures %s, the device has compute capability "
              "%d.%d: rebuild "
@@ -258,10 +260,13 @@ inline const char* dtype_name(DType d) {
   } else {
     snprintf(why, sizeof why, "%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
   }
-  char message[640];
-  snprintf(message, sizeof message, "sage_ext: %s on cuda:%d: %s", call.text, call.device, why);
-  cudaGetLastError();  // a launch error is not left for somebody else's check
-  throw std::runtime_error(message);
+  cudaGetLastError();
+  return why;
+}
+
+[[noreturn]] inline void raise(const Call& call, cudaError_t error) {
+  throw std::runtime_error(std::string("sage_ext: ") + call.text + " on cuda:" + std::to_string(call.device) +
+                           ": " + reason(call.device, error));
 }
 
 template <class... P, class... A>
