@@ -277,5 +277,5 @@ def _fusion(model: SAGE) -> ReliabilityFusion:
     if not isinstance(model, SAGE):
         raise TypeError(f"model must be a SAGE, got {type(model).__name__}")
     if not isinstance(model.fusion, ReliabilityFusion):
-        raise ValueError("model: uniform weights have no confidence to calibrate")
+        raise ValueError(f"model: a {model.config['fusion']} fusion has no confidence to calibrate")
     return model.fusion

@@ -93,7 +93,7 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
-    ("fusion", str, "reliability, or uniform: equal weights over the present modalities"),
+    ("fusion", str, "reliability, uniform (equal weights), or a peer: {peers}"),
     ("dim", int, "channels of each encoder and of the fusion"),
     ("stages", int, "interaction stages"),
     ("blocks", int, "temporal convolution blocks (dilations 1, 2, 4 ...)"),
@@ -121,6 +121,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 
 
 def _train_arguments(sub: argparse.ArgumentParser) -> None:
+    from .models.peers import FUSIONS
     from .training.trainer import TrainConfig
 
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -140,7 +141,8 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
     for name, kind, text in _FLAGS:
         default = defaults[name]
         shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
-        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text + shown)
+        text = text.format(peers=", ".join(FUSIONS)) + shown
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class FusionOutput(NamedTuple):
     weights: Tensor  # (*, M) sums to 1 over the present modalities; 0 where absent
     confidence: Tensor  # (*, M) calibrated reliability in [0, 1]; 0 where absent
     stage: Tensor  # (*, S) posterior of the interaction stage
-    state: FusionState | None  # for the next chunk
+    state: tuple[Tensor, ...] | None  # for the next chunk; a FusionState of ReliabilityFusion
 
 
 # ------------------------------------------------------------------------------------------------- argument checks
@@ -272,6 +272,8 @@ class ReliabilityFusion(nn.Module):
         evidence_dim: size of the learnt evidence a modality.
         norm: LayerNorm with affine on each modality's values.
         detach_evidence: stop the reliability path's gradient at the features.
+        filter_stages: False: the stage posterior of a frame is the softmax of its own emissions (uniform in a frame
+            without evidence), and there is no transition to learn.
 
     The calibration `log_temperature` and `bias`, both (M, S), are buffers: saved with the module, never trained by an
     optimiser; `sage_ext.calibration` fits them after training.
@@ -280,6 +282,8 @@ class ReliabilityFusion(nn.Module):
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
 
+    causal: ClassVar[bool] = True
+    fixed_length: ClassVar[bool] = False
     log_temperature: Tensor
     bias: Tensor
 
@@ -292,6 +296,7 @@ class ReliabilityFusion(nn.Module):
         evidence_dim: int = 32,
         norm: bool = True,
         detach_evidence: bool = True,
+        filter_stages: bool = True,
     ) -> None:
         super().__init__()
         self.names, self.in_dims = named_dims(in_dims)
@@ -315,7 +320,8 @@ class ReliabilityFusion(nn.Module):
         self.reliability = nn.ModuleList(_mlp(width, evidence_dim, lean, 0.3) for lean in leaning)
         self.emission = _mlp(modalities * width, evidence_dim, torch.zeros(stages), 0.0)
         # Stages last for seconds, not frames: P(stay) = 0.95 before training.
-        self.transition = nn.Parameter(torch.eye(stages) * math.log(19.0 * max(stages - 1, 1)))
+        stay = torch.eye(stages) * math.log(19.0 * max(stages - 1, 1))
+        self.transition = nn.Parameter(stay) if filter_stages else None
         self.sharpening = nn.Parameter(torch.zeros(()))
         self.register_buffer("log_temperature", torch.zeros(modalities, stages))
         self.register_buffer("bias", torch.zeros(modalities, stages))
@@ -329,7 +335,8 @@ class ReliabilityFusion(nn.Module):
         dims = dict(zip(self.names, self.in_dims)) if self.names else self.in_dims
         return (
             f"in_dims={dims}, dim={self.dim}, stages={self.stages}, evidence_dim={self.evidence_dim}, "
-            f"norm={self.norm_weight is not None}, detach_evidence={self.detach_evidence}"
+            f"norm={self.norm_weight is not None}, detach_evidence={self.detach_evidence}, "
+            f"filter_stages={self.transition is not None}"
         )
 
     def assess(
@@ -361,12 +368,16 @@ class ReliabilityFusion(nn.Module):
         emission = self.emission(torch.cat(joint, -1))
         if emission.dtype in (torch.float16, torch.bfloat16):  # autocast: gating stays in float32
             reliability, emission = reliability.float(), emission.float()
-        stage, belief = functional.stage_filter(
-            emission,
-            self.transition.to(emission.dtype),
-            None if state is None else state.belief,
-            None if valid is None else valid.any(-1),
-        )
+        evident = None if valid is None else valid.any(-1)
+        if self.transition is None:
+            belief = (emission if evident is None else torch.where(evident.unsqueeze(-1), emission, 0.0)).log_softmax(
+                -1
+            )
+            stage, belief = belief.exp(), belief[:, -1]
+        else:
+            stage, belief = functional.stage_filter(
+                emission, self.transition.to(emission.dtype), None if state is None else state.belief, evident
+            )
         return reliability, stage, FusionState(belief, energy, counted, last)
 
     def forward(
@@ -456,6 +467,9 @@ class UniformFusion(nn.Module):
 
     Confidence is 1/2 where present (nothing is known), there is one stage, and no state.
     """
+
+    causal: ClassVar[bool] = True
+    fixed_length: ClassVar[bool] = False
 
     def __init__(self, in_dims: Mapping[str, int] | Sequence[int], dim: int, *, norm: bool = True) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""Models built on the fused ops."""
+"""Models built on the fused ops, and other people's fusion methods to compare with."""
 
+from .peers import FUSIONS, METHODS, Method, PeerFusion
 from .sage import SAGE, SAGELoss, SAGEOutput, SAGEState
 
-__all__ = ["SAGE", "SAGELoss", "SAGEOutput", "SAGEState"]
+__all__ = ["FUSIONS", "METHODS", "SAGE", "Method", "PeerFusion", "SAGELoss", "SAGEOutput", "SAGEState"]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import functional
 from ..nn import (
     Features,
-    FusionState,
     ReliabilityFusion,
     ReliabilityNLL,
     UniformFusion,
@@ -23,6 +22,7 @@ from ..nn import (
     named_dims,
     ordered_features,
 )
+from .peers import LateFusion, PeerFusion, fusion_class
 
 DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean spread is dead: it is not used
 
@@ -33,8 +33,9 @@ class SAGEState(NamedTuple):
     history: tuple[
         Tensor, ...
     ]  # a modality block: (B, M, (kernel_size - 1) * dilation, dim) its convolution's last inputs
-    fused: tuple[Tensor, ...]  # a block after fusion: (B, (kernel_size - 1) * dilation, dim) likewise
-    fusion: FusionState | None  # None with uniform weights
+    # a block after fusion: (B, (kernel_size - 1) * dilation, dim) likewise, (B, M, ...) with late fusion
+    fused: tuple[Tensor, ...]
+    fusion: tuple[Tensor, ...] | None  # a FusionState, a peer's own, or None: nothing to remember
 
 
 class SAGEOutput(NamedTuple):
@@ -148,10 +149,18 @@ class SAGE(nn.Module):
         fused_blocks: how many of them, the widest, follow the fusion; the others run in each modality. Default: half.
         kernel_size: taps of each convolution.
         dropout: probability, in projections and blocks.
-        causal: False centres the convolutions (offline use: no state, no streaming).
+        causal: False centres the convolutions (offline use: no state, no streaming). A fusion that sees the future
+            makes the model non-causal too: the attribute `causal` is False, `state` is None, the convolutions stay as
+            asked for here.
         evidence_dim: size of the learnt evidence a modality in `ReliabilityFusion`.
         kappa: error scale, in label units, at which confidence is 1/2 (see `ReliabilityNLL`).
-        fusion: "reliability", or "uniform": equal weights over the present modalities (the baseline).
+        fusion: "reliability", "uniform" (equal weights over the present modalities: the baseline), or a peer of
+            `models.peers.FUSIONS`.
+        fusion_options: keyword arguments of the fusion's constructor beyond those given here.
+        length: frames of every call, for a fusion of fixed length; not used by any other. The attribute `length` holds
+            it, or None where any length goes.
+        use_present: False hides from the fusion which modalities are missing: they are the mean frame, and look
+            present (an ablation).
 
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
@@ -171,6 +180,9 @@ class SAGE(nn.Module):
         evidence_dim: int = 32,
         kappa: float = 0.25,
         fusion: str = "reliability",
+        fusion_options: Mapping[str, Any] | None = None,
+        length: int = 300,
+        use_present: bool = True,
     ) -> None:
         super().__init__()
         self.names, self.in_dims = named_dims(in_dims)
@@ -183,10 +195,14 @@ class SAGE(nn.Module):
         check_int("kernel_size", kernel_size, 1)
         if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-        if not isinstance(causal, bool):
-            raise TypeError(f"causal must be bool, got {type(causal).__name__}")
-        if fusion not in ("reliability", "uniform"):
-            raise ValueError(f'fusion must be "reliability" or "uniform", got {fusion!r}')
+        for name, flag in (("causal", causal), ("use_present", use_present)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be bool, got {type(flag).__name__}")
+        if not isinstance(fusion_options, (Mapping, type(None))):
+            raise TypeError(f"fusion_options must be a mapping or None, got {type(fusion_options).__name__}")
+        check_int("length", length, 1)
+        fusion_type = fusion_class(fusion)
+        options: dict[str, Any] = dict(fusion_options or {})
         self.config: dict[str, Any] = {
             "in_dims": dict(in_dims) if isinstance(in_dims, Mapping) else list(in_dims),
             "dim": dim,
@@ -200,20 +216,27 @@ class SAGE(nn.Module):
             "evidence_dim": evidence_dim,
             "kappa": ReliabilityNLL(kappa).kappa,
             "fusion": fusion,
+            "fusion_options": dict(options),
+            "length": length,
+            "use_present": use_present,
         }
-        self.causal, self.num_targets, self.kappa = causal, num_targets, self.config["kappa"]
+        self.causal = causal and fusion_type.causal
+        self.length = length if fusion_type.fixed_length else None
+        self.num_targets, self.kappa, self.use_present = num_targets, self.config["kappa"], use_present
         for m, d in enumerate(self.in_dims):
             self.register_buffer(f"input_mean_{m}", torch.zeros(d))
             self.register_buffer(f"input_scale_{m}", torch.ones(d))
         own = blocks - fused_blocks
         self.encoders = nn.ModuleList(Encoder(d, dim, own, kernel_size, dropout, causal) for d in self.in_dims)
         self.unimodal = nn.ModuleList(nn.Linear(dim, num_targets) for _ in self.in_dims)
-        encoded = [dim] * len(self.in_dims)
-        self.fusion: ReliabilityFusion | UniformFusion
         if fusion == "reliability":
-            self.fusion = ReliabilityFusion(encoded, dim, stages=stages, evidence_dim=evidence_dim)
-        else:
-            self.fusion = UniformFusion(encoded, dim)
+            options = {"stages": stages, "evidence_dim": evidence_dim, **options}
+        elif self.length is not None:
+            options["length"] = length
+        encoded = [dim] * len(self.in_dims)
+        self.fusion: ReliabilityFusion | UniformFusion | PeerFusion = fusion_type(
+            dict(zip(self.names, encoded)) if self.names else encoded, dim, **options
+        )
         self.fused_blocks = nn.ModuleList(
             TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(own, blocks)
         )
@@ -328,22 +351,21 @@ class SAGE(nn.Module):
             state: `SAGEOutput.state` of the chunk before; None starts a sequence. Causal models only.
         """
         if state is not None and not self.causal:
-            raise ValueError("state: only a causal SAGE can be run in chunks; this one was built with causal=False")
+            why = "causal=False" if not self.config["causal"] else f"fusion={self.config['fusion']!r}"
+            raise ValueError(f"state: only a causal SAGE can be run in chunks; this one was built with {why}")
         x, valid, mask = self._inputs(features, present, mask)
         x = self._standardise(x, valid)
         encoded, history = self.encode(x, mask, None if state is None else state.history)
-        result = self.fusion(encoded, valid, None, None if state is None else state.fusion, typicality_inputs=x)
-        fused, tails = result.fused, []
-        for i, block in enumerate(self.fused_blocks):
-            fused, tail = block(fused, mask, None if state is None else state.fused[i])
-            tails.append(tail)
+        known = self._known(valid, mask)
+        result = self.fusion(encoded, known, None, None if state is None else state.fusion, typicality_inputs=x)
+        prediction, fused = self._predict(result.fused, encoded, known, mask, None if state is None else state.fused)
         return SAGEOutput(
-            _bounded(self.head(self.norm(fused))),
+            prediction,
             self._unimodal(encoded),
             result.weights,
             result.confidence,
             result.stage,
-            SAGEState(history, tuple(tails), result.state) if self.causal else None,
+            SAGEState(history, fused, result.state) if self.causal else None,
         )
 
     def assess(
@@ -352,12 +374,43 @@ class SAGE(nn.Module):
         """What calibration reads: uncalibrated reliability logits (B, T, M, S), stage posterior (B, T, S), unimodal
         predictions (B, T, M, C) of whole sequences. Arguments as `forward`; ValueError with uniform weights."""
         if not isinstance(self.fusion, ReliabilityFusion):
-            raise ValueError('fusion="uniform" has no reliability to assess')
+            raise ValueError(f'fusion="{self.config["fusion"]}" has no reliability to assess')
         x, valid, mask = self._inputs(features, present, mask)
         x = self._standardise(x, valid)
         encoded, _ = self.encode(x, mask)
-        reliability, stage, _ = self.fusion.assess(blank_missing(encoded, valid), valid, None, x)
+        known = self._known(valid, mask)
+        reliability, stage, _ = self.fusion.assess(blank_missing(encoded, known), known, None, x)
         return reliability, stage, self._unimodal(encoded)
+
+    def _known(self, valid: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """(B, T, M) what the fusion is told of `valid`, all of it unless `use_present` is False."""
+        return valid if self.use_present else join_flags(None, mask, len(self.in_dims))
+
+    def _predict(
+        self,
+        fused: Tensor,
+        encoded: Sequence[Tensor],
+        known: Tensor | None,
+        mask: Tensor | None,
+        history: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Blocks after the fusion, and head: prediction (B, T, C), and the blocks' histories for the next chunk.
+
+        Late fusion comes last: blocks and head run on each modality's values, folded into the batch.
+        """
+        late, modalities = self.fusion if isinstance(self.fusion, LateFusion) else None, len(encoded)
+        if late is not None:
+            fused = late.values(encoded, known).transpose(1, 2).flatten(0, 1)  # (B * M, T, dim)
+            mask = None if mask is None else mask.repeat_interleave(modalities, 0)
+            history = None if history is None else [h.flatten(0, 1) for h in history]
+        tails = []
+        for i, block in enumerate(self.fused_blocks):
+            fused, tail = block(fused, mask, None if history is None else history[i])
+            tails.append(tail if late is None else tail.unflatten(0, (-1, modalities)))
+        prediction = _bounded(self.head(self.norm(fused)))
+        if late is not None:
+            prediction = late.mix(prediction.unflatten(0, (-1, modalities)).transpose(1, 2), known)
+        return prediction, tuple(tails)
 
     def _unimodal(self, encoded: Sequence[Tensor]) -> Tensor:
         return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))

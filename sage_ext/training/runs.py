@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..calibration import (
     Evidence,
@@ -29,6 +28,7 @@ from ..data.affwild2 import AffWild2, Clip, write_submission
 from ..data.windows import clip_tensors
 from ..files import write_atomic
 from ..models.sage import SAGE
+from ..nn import ReliabilityFusion
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .evaluate import ClipPrediction, evaluate, mean_filter, predict_clip
@@ -103,11 +103,12 @@ def calibrate_run(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[
     """Fit the calibration of the run's best model on its validation split, and store it with the weights.
 
     Returns {"log_temperature", "bias" (M, S), "kappa", "error_before", "error_after", "error_held_out": {modality:
-    expected calibration error}}, None for uniform weights. "error_after" is measured on the frames that were fitted;
-    "error_held_out" on each half of the videos (every other one) with the calibration fitted on the other half.
+    expected calibration error}}; None for a fusion without learnt confidence. "error_after" is measured on the frames
+    that were fitted; "error_held_out" on each half of the videos (every other one) with the calibration fitted on the
+    other half.
     """
     run = Run.load(path, device)
-    if run.model.config["fusion"] == "uniform":
+    if not isinstance(run.model.fusion, ReliabilityFusion):
         return None
     data = run.open(None, "validation")
     clips = [collect(run.model, _batches([clip], run.names)) for clip in data]
@@ -163,7 +164,7 @@ class Evaluation:
 
     scores: dict[str, dict[str, float]]  # "fused" and each modality's own head -> CCC_V, CCC_A, P
     predictions: dict[str, ClipPrediction]
-    before: list[ReliabilityDiagram]  # a modality; empty for uniform weights
+    before: list[ReliabilityDiagram]  # a modality; empty without learnt confidence
     after: list[ReliabilityDiagram]
 
 
@@ -172,19 +173,14 @@ def evaluate_clips(run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (
     scores, predictions = evaluate(functools.partial(run.predict, smooth=smooth, chunk=chunk), clips, run.names)
     before: list[ReliabilityDiagram] = []
     after: list[ReliabilityDiagram] = []
-    if run.model.config["fusion"] != "uniform":
+    fusion, kappa = run.model.fusion, run.model.kappa
+    if isinstance(fusion, ReliabilityFusion):
         evidence = collect(run.model, _batches(clips, run.names))
-        fusion, kappa = run.model.fusion, run.model.kappa
-        temperature, bias = _tensor(fusion.log_temperature), _tensor(fusion.bias)
+        temperature, bias = fusion.log_temperature.cpu(), fusion.bias.cpu()
         zero = torch.zeros_like(bias)
         before = diagrams(evidence, zero, zero, kappa=kappa)
         after = diagrams(evidence, temperature, bias, kappa=kappa)
     return Evaluation(scores, predictions, before, after)
-
-
-def _tensor(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value.cpu()
 
 
 def evaluate_run(

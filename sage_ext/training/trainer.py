@@ -32,6 +32,7 @@ from ..data.affwild2 import AffWild2, Clip
 from ..data.windows import Windows, collate
 from ..files import write_atomic
 from ..functional import ccc_from_moments, ccc_moments
+from ..models.peers import fusion_class
 from ..models.sage import SAGE, SAGELoss
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .evaluate import evaluate, predict_clip
@@ -56,7 +57,9 @@ class TrainConfig:
 
     data: str  # root of an Aff-Wild2-format data set
     modalities: tuple[str, ...] | None = None  # the model's inputs; None: all the data set has
-    fusion: str = "reliability"  # or "uniform": equal weights over the present modalities
+    fusion: str = "reliability"  # or "uniform": equal weights; or a peer of models.peers.FUSIONS
+    fusion_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the fusion's constructor
+    use_present: bool = True  # False hides from the fusion which modalities are missing
     dim: int = 128  # channels of each modality's encoder and of the fused representation
     stages: int = 4
     blocks: int = 4  # temporal convolution blocks, dilations 1, 2, 4, 8 ...
@@ -84,6 +87,9 @@ class TrainConfig:
     checkpoint_every: int = 200  # steps between checkpoints within an epoch; does not change the result
 
     def __post_init__(self) -> None:
+        fusion_class(self.fusion)
+        if not isinstance(self.fusion_options, Mapping):
+            raise ValueError(f"fusion_options: expected a mapping, got {self.fusion_options!r}")
         for name, low in (("window", 2), ("batch_size", 1), ("epochs", 1), ("patience", 1), ("threads", 1),
                           ("checkpoint_every", 1), ("num_workers", 0), ("warmup", 0), ("seed", 0)):  # fmt: skip
             value = getattr(self, name)
@@ -152,6 +158,9 @@ def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
             causal=config.causal,
             kappa=config.kappa,
             fusion=config.fusion,
+            fusion_options=config.fusion_options,
+            length=config.window,
+            use_present=config.use_present,
         )
 
 
