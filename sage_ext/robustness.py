@@ -1,7 +1,7 @@
 """The corruption protocol: named failures of a modality, five severities each, exactly defined, seeded, reusable.
 
 docs/robustness.md is the definition in words and formulas; this is the same in NumPy. It works on features, one array
-a modality, and, where that makes sense, on waveforms and images before features are taken from them.
+a modality, and (`apply_waveform`, `apply_images`) on sound and faces before features are taken from them.
 
     condition = Condition("noise", 3, ("audio",))
     features, present = apply(condition, {"audio": x}, clip="video-7", seed=0)     # x (T, D), yours
@@ -31,8 +31,8 @@ from .data.affwild2 import Clip, bare_name
 
 VERSION = 1  # of the protocol: part of every random number's key
 SEVERITIES = (1, 2, 3, 4, 5)
-SPAN_SECONDS = 2.0  # of a span, about; 60 frames where nothing else is known
-SPAN_FRAMES = 60
+SPAN_SECONDS = 2.0  # of a span, about
+SPAN_FRAMES = 60  # the same, at the 30 frames a second of most videos
 STAGES, STAGE_FRAMES = 4, 90  # the stage chain where no stage is given: number, and mean frames of a visit
 
 _SNR = (15.0, 10.0, 5.0, 0.0, -5.0)
@@ -106,17 +106,17 @@ class Track:
 
     def spans(self, share: float) -> np.ndarray:
         """(n,) int64: the number of the span that a row is in, from 0, or -1: random spans that hold exactly
-        max(1, floor(share n + 1/2)) rows, one for every `span` rows of them."""
+        max(1, floor(share n + 1/2)) rows, one for every `span` rows of them. Every row is equally likely to be hit:
+        the spans lie on a ring, and one may end at the clip's beginning."""
         total, chosen = len(self.rows), _count(share, len(self.rows))
         number = max(1, int(chosen / self.span + 0.5))
         lengths = np.full(number, chosen // number)
         lengths[: chosen % number] += 1
-        gaps = np.floor(np.sort(self.draws("spans").uniform(number)) * (total - chosen + 1)).astype(np.int64)
-        starts = gaps + np.cumsum(lengths) - lengths
+        turn, *places = self.draws("spans").uniform(1 + number)
+        free = np.floor(np.sort(places) * (total - chosen + 1)).astype(np.int64)  # rows outside spans before each
+        index = np.repeat(free, lengths) + np.arange(chosen)
         inside = np.full(total, -1, np.int64)
-        inside[np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(chosen)] = np.repeat(
-            np.arange(number), lengths
-        )
+        inside[(index + int(turn * total)) % total] = np.repeat(np.arange(number), lengths)
         return inside
 
     def tail(self, share: float) -> np.ndarray:
@@ -229,8 +229,11 @@ class Condition:
         object.__setattr__(self, "modalities", _names("modalities", self.modalities))
         if self.corruption not in CORRUPTIONS:
             raise ValueError(f"corruption: expected one of {', '.join(CORRUPTIONS)}, got {self.corruption!r}")
+        if isinstance(self.severity, bool) or not isinstance(self.severity, int | np.integer):
+            raise TypeError(f"severity: expected an integer, got {self.severity!r}")
         if self.severity not in SEVERITIES:
-            raise ValueError(f"severity: expected 1 to 5, got {self.severity!r}")
+            raise ValueError(f"severity: expected 1 to 5, got {self.severity}")
+        object.__setattr__(self, "severity", int(self.severity))
         if CORRUPTIONS[self.corruption].scopes == "rotations" and len(self.modalities) < 2:
             raise ValueError(f"modalities: {self.corruption} takes turns and needs two or more, got {self.modalities}")
 
@@ -313,7 +316,10 @@ def apply(
     Raises TypeError for a wrong type or dtype; ValueError for a wrong shape or value, infinite features, a modality or
     donor that is not there.
     """
-    spec = _spec(condition, "feature")
+    spec, key = _spec(condition, "feature"), _key(clip, seed)
+    for argument, value in (("features", features), ("present", present), ("donor", donor)):
+        if not isinstance(value, Mapping) and (value is not None or argument == "features"):
+            raise TypeError(f"{argument}: expected a mapping from modality to array, got {type(value).__name__}")
     out = {name: _floating(f"features[{name!r}]", value, 2) for name, value in features.items()}
     for name in condition.modalities:
         if name not in out:
@@ -327,7 +333,7 @@ def apply(
         if len(mask) != frames:
             raise ValueError(f"present: expected masks of one length, got {frames} and {len(mask)} ({name!r})")
     if spec.scopes == "rotations":
-        stage = _chain(clip, seed, frames) if stage is None else _stage(stage, frames)
+        stage = _chain(*key, frames) if stage is None else _stage(stage, frames)
     for position, name in enumerate(condition.modalities):
         rows, mask = out[name], masks[name]
         covered = min(frames, len(rows))
@@ -341,9 +347,8 @@ def apply(
             continue
         here = None if spec.scopes != "rotations" or stage is None else stage[where].astype(np.int64)
         hit = np.ones(len(where), bool) if here is None else here % len(condition.modalities) == position
-        track = Track(
-            seen, where, spec.levels[condition.severity - 1], (clip, name, operator.index(seed)), hit, here, donors
-        )
+        level = spec.levels[condition.severity - 1]
+        track = Track(seen, where, level, (key[0], name, key[1]), hit, here, donors)
         changed = _checked(spec, track)
         gone = np.isnan(changed).any(axis=1)
         mask[where[gone]] = False
@@ -411,6 +416,80 @@ class _Corrupted(Sequence[Clip]):
         raise ValueError(f"clips: no clip of another video than {clip} has {modality!r}")
 
 
+def apply_waveform(
+    condition: Condition, waveform: np.ndarray, rate: float, *, clip: str, seed: int, donors: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """Corrupts one waveform, before features are taken from it.
+
+    condition  of a corruption of the domain "waveform" in one modality, whose name is part of the random numbers' key
+    waveform   (N,) floating point, finite; computed in float32
+    rate       samples a second
+    donors     other waveforms of that rate, (n_i,) each, not silent: for `waveform-babble`, which sums them all
+
+    Returns a new (N,) float32 array. It is not clipped to [-1, 1]. Raises TypeError for a wrong type or dtype,
+    ValueError for a wrong shape or value, or where donors are needed and none are given.
+    """
+    spec = _spec(condition, "waveform")
+    samples = _finite("waveform", _floating("waveform", waveform, 1))
+    if not (rate > 0 and math.isfinite(rate)):
+        raise ValueError(f"rate: expected samples a second > 0, got {rate!r}")
+    others = tuple(_finite(f"donors[{k}]", _floating(f"donors[{k}]", donor, 1)) for k, donor in enumerate(donors))
+    if spec.donors and not (others and all(donor.any() for donor in others)):
+        raise ValueError(f"donors: {spec.name} needs one or more waveforms that are not silent, got {len(others)}")
+    span = max(1, round(SPAN_SECONDS * rate))
+    return _whole(spec, condition, samples, clip, seed, others if spec.donors else (), span)
+
+
+def apply_images(condition: Condition, images: np.ndarray, *, clip: str, seed: int) -> np.ndarray:
+    """Corrupts the images of one clip, before features are taken from them.
+
+    condition  of a corruption of the domain "image" in one modality, whose name is part of the random numbers' key
+    images     (T, H, W, C) uint8, or floating point in [0, 1]; computed in float32
+
+    Returns a new array of that shape, uint8 for uint8 and float32 otherwise. Raises TypeError for a wrong type or
+    dtype, ValueError for a wrong shape or value.
+    """
+    spec, given = _spec(condition, "image"), np.asarray(images)
+    if given.dtype == np.uint8:
+        images = given.astype(np.float32) / np.float32(255)
+    else:
+        images = given
+    pixels = _floating("images", images, 4)
+    if not ((pixels >= 0) & (pixels <= 1)).all():
+        raise ValueError(f"images: expected floating point in [0, 1], got {pixels.min()} to {pixels.max()}")
+    out = _whole(spec, condition, pixels, clip, seed, (), SPAN_FRAMES)
+    return np.rint(out * 255).astype(np.uint8) if given.dtype == np.uint8 else out
+
+
+def _whole(
+    spec: Corruption, condition: Condition, rows: np.ndarray, clip: str, seed: int, donors: tuple, span: int
+) -> np.ndarray:
+    """`rows` without gaps under `condition`."""
+    if len(condition.modalities) != 1:
+        raise ValueError(f"condition: expected one modality, {condition.name} has {len(condition.modalities)}")
+    if rows.size == 0:
+        return rows
+    name, seed = _key(clip, seed)
+    every, level = np.ones(len(rows), bool), spec.levels[condition.severity - 1]
+    key = (name, condition.modalities[0], seed)
+    return _checked(spec, Track(rows, np.arange(len(rows)), level, key, every, None, donors, span))
+
+
+def _key(clip: str, seed: int) -> tuple[str, int]:
+    if not isinstance(clip, str):
+        raise TypeError(f"clip: expected a name, got {type(clip).__name__}")
+    try:
+        return clip, operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed: expected an integer, got {type(seed).__name__}") from None
+
+
+def _finite(argument: str, array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{argument}: expected finite values, got {array[~np.isfinite(array)][0]}")
+    return array
+
+
 def donor_rank(clip: str, other: str, modality: str, seed: int) -> str:
     """The donor of a clip is the clip `other` with the least rank: a SHA-256 in hexadecimal digits."""
     key = "\n".join(["robustness", str(VERSION), "donor", clip, modality, str(seed), other])
@@ -471,7 +550,7 @@ def _stage(stage: np.ndarray, frames: int) -> np.ndarray:
 
 def _chain(clip: str, seed: int, frames: int) -> np.ndarray:
     """(T,) a Markov chain that leaves its stage with probability 1 / STAGE_FRAMES, for any other one evenly."""
-    leave, which = Draws("robustness", VERSION, "stage", clip, "", operator.index(seed)).uniform(frames, 2).T
+    leave, which = Draws("robustness", VERSION, "stage", clip, "", seed).uniform(frames, 2).T
     steps = np.where(leave < 1 / STAGE_FRAMES, 1 + np.floor(which * (STAGES - 1)), 0)
     steps[:1] = np.floor(which[:1] * STAGES)
     return np.cumsum(steps.astype(np.int64)) % STAGES
@@ -622,3 +701,88 @@ def _stage_foreign(track: Track) -> np.ndarray:
 
 
 PROTOCOL: tuple[str, ...] = tuple(CORRUPTIONS)  # the built-in corruptions of features
+
+
+# --------------------------------------------------------------------------------------- corruptions: waveforms, images
+
+
+def _mixed(track: Track, noise: np.ndarray) -> np.ndarray:
+    """(n,) the samples and `noise` at the level's ratio of mean squares."""
+    power, disturbance = (float(np.mean(np.square(x, dtype=np.float64))) for x in (track.rows, noise))
+    if disturbance == 0:
+        return track.rows
+    return track.rows + noise * np.float32(math.sqrt(power / disturbance) * 10 ** (-track.level / 20))
+
+
+@corruption("waveform-noise", "white noise at a signal-to-noise ratio, clip-long", _SNR, "dB", domain="waveform")
+def _waveform_noise(track: Track) -> np.ndarray:
+    return _mixed(track, track.draws("noise").normal(len(track.rows)))
+
+
+@corruption("waveform-babble", "other voices, all at once, clip-long", _SNR, "dB", domain="waveform", donors=True)
+def _waveform_babble(track: Track) -> np.ndarray:
+    starts, babble = track.draws("donor-start").uniform(len(track.donors)), np.zeros(len(track.rows))
+    for start, donor in zip(starts, track.donors):
+        loud = math.sqrt(float(np.mean(np.square(donor, dtype=np.float64))))
+        babble += donor[(int(start * len(donor)) + track.frames) % len(donor)] / loud
+    return _mixed(track, babble.astype(np.float32))
+
+
+@corruption("waveform-clipping", "amplified, and cut off at the old peak", (6, 12, 18, 24, 30), "dB", domain="waveform")
+def _waveform_clipping(track: Track) -> np.ndarray:
+    peak = np.abs(track.rows).max()
+    return np.clip(track.rows * np.float32(10 ** (track.level / 20)), -peak, peak)
+
+
+@corruption("waveform-dropout", "spans of silence", _SPANS, "share of samples", domain="waveform")
+def _waveform_dropout(track: Track) -> np.ndarray:
+    return np.where(track.spans(track.level) >= 0, np.float32(0), track.rows)
+
+
+@corruption(
+    "image-occlusion", "spans in which a patch of one colour hides a quarter", _SPANS, "share of frames", domain="image"
+)
+def _image_occlusion(track: Track) -> np.ndarray:
+    out, span = track.rows.copy(), track.spans(track.level)
+    _, height, width, channels = out.shape
+    tall, wide = (height + 1) // 2, (width + 1) // 2
+    for number, draw in enumerate(track.draws("occluder").uniform(int(span.max()) + 1, 2 + channels)):
+        top, left = int(draw[0] * (height - tall + 1)), int(draw[1] * (width - wide + 1))
+        out[span == number, top : top + tall, left : left + wide] = draw[2:]
+    return out
+
+
+@corruption(
+    "image-noise", "Gaussian noise, clip-long", (0.05, 0.1, 0.2, 0.3, 0.4), "standard deviation", domain="image"
+)
+def _image_noise(track: Track) -> np.ndarray:
+    out, draws = track.rows.copy(), track.draws("noise")
+    for image in out:
+        image += np.float32(track.level) * draws.normal(*image.shape)
+    return np.clip(out, 0, 1, out=out)
+
+
+@corruption(
+    "image-blur", "Gaussian blur, clip-long", (0.01, 0.02, 0.03, 0.05, 0.08), "of the shorter side", domain="image"
+)
+def _image_blur(track: Track) -> np.ndarray:
+    width = track.level * min(track.rows.shape[1:3])
+    reach = math.ceil(3 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    kernel = (kernel / kernel.sum()).astype(np.float32)
+    out = np.empty_like(track.rows)
+    for start in range(0, len(out), 16):
+        block = track.rows[start : start + 16]
+        for axis in (1, 2):
+            size = block.shape[axis]
+            padded = np.pad(block, [(reach, reach) if k == axis else (0, 0) for k in range(4)], mode="edge")
+            block = np.zeros_like(block)
+            for k, weight in enumerate(kernel):  # in order: the same bits everywhere
+                block += weight * padded[(slice(None),) * axis + (slice(k, k + size),)]
+        out[start : start + 16] = block
+    return np.clip(out, 0, 1, out=out)
+
+
+@corruption("image-blackout", "black frames", _SPANS, "share of frames", domain="image")
+def _image_blackout(track: Track) -> np.ndarray:
+    return np.where((track.spans(track.level) >= 0)[:, None, None, None], np.float32(0), track.rows)
