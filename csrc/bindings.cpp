@@ -15,6 +15,7 @@
 #endif
 #if !defined(SAGE_CUDA_ONLY)
 #include "cpu/dispatch.h"
+#include "stream/session.h"
 #endif
 
 namespace py = pybind11;
@@ -234,6 +235,83 @@ void bind_backend(py::module_ m) {
         });
 }
 
+#if !defined(SAGE_CUDA_ONLY)
+using sage::stream::Session;
+
+// The rows a call is about, by address: checked here, for they index memory.
+const int64_t* rows_of(const Session& session, Address which, int64_t count) {
+  const int64_t* rows = static_cast<const int64_t*>(need("stream", "rows", which, count));
+  for (int64_t i = 0; i < count; ++i)
+    check(rows[i] >= 0 && rows[i] < session.rows(), "stream: row out of range");
+  return rows;
+}
+
+void bind_stream(py::module_ m) {
+  py::class_<Session>(m, "StreamSession")
+      .def(py::init([](const py::tuple& in_dims, int64_t dim, int targets, int own_blocks, int fused_blocks,
+                       int kernel, bool reliability, int stages, int64_t evidence, int window,
+                       bool value_norm, bool hide_missing, bool bf16, Address parameters, int64_t count,
+                       int64_t rows, int threads) {
+        sage::stream::Shape s = {};
+        s.modalities = static_cast<int>(in_dims.size());
+        check(s.modalities <= sage::kMaxModalities, "stream: 1..8 modalities");
+        for (int k = 0; k < s.modalities; ++k) s.in_dim[k] = in_dims[k].cast<int64_t>();
+        s.dim = dim, s.targets = targets, s.own_blocks = own_blocks, s.fused_blocks = fused_blocks;
+        s.kernel = kernel, s.reliability = reliability, s.stages = stages, s.evidence = evidence;
+        s.window = window, s.value_norm = value_norm;
+        s.hide_missing = hide_missing, s.bf16 = bf16;
+        return new Session(s, static_cast<const float*>(at(parameters)), count, rows, threads);
+      }))
+      .def(
+          "step",
+          [](Session& session, const py::tuple& features, Address present, Address active, Address prediction,
+             Address unimodal, Address weights, Address confidence, Address stage, int threads) {
+            const float* x[sage::kMaxModalities];
+            check(static_cast<int>(features.size()) == session.modalities(),
+                  "stream: one address a modality");
+            for (int k = 0; k < session.modalities(); ++k)
+              x[k] = static_cast<const float*>(need("stream", "features", features[k].cast<Address>(), 1));
+            const auto out = [](const char* name, Address a) {
+              return static_cast<float*>(need("stream", name, a, 1));
+            };
+            float* to[] = {out("prediction", prediction), out("unimodal", unimodal), out("weights", weights),
+                           out("confidence", confidence), out("stage", stage)};
+            py::gil_scoped_release release;
+            session.step(x, static_cast<const uint8_t*>(at(present)), static_cast<const uint8_t*>(at(active)),
+                         to[0], to[1], to[2], to[3], to[4], threads);
+          })
+      .def("reset", [](Session& session, Address which,
+                       int64_t count) { session.reset(rows_of(session, which, count), count); })
+      .def_property_readonly("state_size", &Session::state_size)
+      .def_property_readonly("stepped", &Session::stepped)
+      .def("read",
+           [](Session& session, Address which, int64_t count, Address state, Address frames) {
+             session.read(rows_of(session, which, count), count,
+                          static_cast<float*>(need("stream", "state", state, count)),
+                          static_cast<int64_t*>(need("stream", "frames", frames, count)));
+           })
+      .def("write",
+           [](Session& session, Address which, int64_t count, Address state, Address frames) {
+             session.write(rows_of(session, which, count), count,
+                           static_cast<const float*>(need("stream", "state", state, count)),
+                           static_cast<const int64_t*>(need("stream", "frames", frames, count)));
+           })
+      .def("counters",
+           [](const Session& session) {  // a modality: (frames without it, those refused among them)
+             py::list all;
+             for (int k = 0; k < session.modalities(); ++k) {
+               int64_t absent = 0, refused = 0;
+               for (int64_t r = 0; r < session.rows(); ++r) {
+                 absent += session.absent()[r * session.modalities() + k];
+                 refused += session.refused()[r * session.modalities() + k];
+               }
+               all.append(py::make_tuple(absent, refused));
+             }
+             return all;
+           });
+}
+#endif
+
 #define SAGE_BIND(module, backend)                                                                     \
   bind_backend<backend::stage_filter_forward, backend::stage_filter_backward, backend::fusion_forward, \
                backend::fusion_backward, backend::ccc_forward, backend::ccc_backward,                  \
@@ -260,6 +338,7 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
           py::make_tuple(sage::cpu::kIsaNames[i], sage::cpu::isa_built(i), sage::cpu::isa_supported(i)));
     return all;
   });
+  bind_stream(m);
   m.def("isa", [] { return sage::cpu::kIsaNames[sage::cpu::isa()]; });
   m.def("set_isa", [](const std::string& name) {
     for (int i = 0; i < 3; ++i) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from ..nn import (
     ordered_features,
 )
 from .peers import LateFusion, PeerFusion, fusion_class
+
+if TYPE_CHECKING:
+    from ..stream import StreamingSession
 
 DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean spread is dead: it is not used
 
@@ -367,6 +370,16 @@ class SAGE(nn.Module):
             result.stage,
             SAGEState(history, fused, result.state) if self.causal else None,
         )
+
+    def stream(self, batch_size: int = 1, weights_dtype: torch.dtype | None = None) -> StreamingSession:
+        """A session that takes `batch_size` streams frame by frame, on the CPU, with the results of `forward`.
+
+        It copies the weights as they are now, in `weights_dtype`: float32 (None) or bfloat16. Causal models with
+        fusion="reliability" or "uniform"; ValueError for any other.
+        """
+        from ..stream import StreamingSession
+
+        return StreamingSession(self, batch_size, weights_dtype)
 
     def assess(
         self, features: Features, present: Tensor | None = None, mask: Tensor | None = None

@@ -1,0 +1,652 @@
+// One frame of SAGE for up to kGroup rows at a time, whole: standardise, project, temporal blocks, evidence, stage
+// filter, fusion, fused blocks, heads.
+//
+// The time is that of bringing the matrices to the registers: each is read once a group, from front to back (1 MB in
+// float32 with the default sizes, half in bfloat16), everything else is a few microseconds. A product keeps up to four
+// vectors of outputs of up to kRows rows in registers and walks the inputs, so an output is one chain of multiply-adds
+// (four interleaved ones where few outputs would leave the units idle), the same whatever rows are beside it.
+#include "stream.h"
+
+#include "../cpu/isa.h"
+#include "../math/activation.h"
+#include "../math/reliability.h"
+#include "../math/stage_filter.h"
+
+namespace sage::cpu::SAGE_ISA {
+namespace {
+
+using namespace sage::stream;
+using V = Lanes<float>;
+constexpr int W = V::width;
+constexpr int kVectors = 4;  // of a panel
+#if defined(__AVX512F__)
+constexpr int kRows = 6;  // 24 accumulators of 32 registers
+#else
+constexpr int kRows = 3;  // 12 of 16
+#endif
+static_assert(kPad % W == 0 && kGroup % kRows == 0, "buffers hold whole vectors, groups whole tiles");
+
+// ------------------------------------------------------------------------------------------------------- products
+// NV vectors of weights. In bfloat16 two vectors share words, one in the low and one in the high halves: a shift and a
+// mask bring them back.
+template <int NV>
+SAGE_FN void load_weights(const float* w, V* out) {
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) out[v] = load(w + v * W);
+}
+template <int NV>
+SAGE_FN void load_weights(const bf16* w, V* out) {
+#pragma GCC unroll 2
+  for (int v = 0; v + 1 < NV; v += 2) {
+    WordBits words;
+    std::memcpy(&words, w + v * W, sizeof words);
+    out[v] = V((V::Vec)(words << 16));
+    out[v + 1] = V((V::Vec)(words & 0xffff0000u));
+  }
+  if (NV % 2) out[NV - 1] = load(w + (NV - 1) * W);
+}
+
+// R rows of x times P panels of NV vectors, into y (added to it, if wished).
+template <class T, int NV, int P, int R>
+__attribute__((noinline)) void tile(const T* w, int64_t inputs, const float* bias, const float* x,
+                                    int64_t x_stride, float* y, int64_t y_stride, bool add) {
+  constexpr int kSplit = NV == 1 ? 4 : NV == 2 ? 2 : 1;
+  const int64_t panel = inputs * NV * W;
+  V acc[R][kSplit][P * NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSplit; ++s)
+#pragma GCC unroll 8
+      for (int v = 0; v < P * NV; ++v) acc[r][s][v] = V(0.0f);
+
+  const auto advance = [&](int64_t k, int s) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      V b[NV];
+      load_weights<NV>(w + p * panel + k * NV * W, b);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V input(x[r * x_stride + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][s][p * NV + v] = fma(b[v], input, acc[r][s][p * NV + v]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kSplit <= inputs; k += kSplit) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSplit; ++s) advance(k + s, s);
+  }
+#pragma GCC unroll 3
+  for (int s = 0; s < kSplit - 1; ++s)
+    if (k + s < inputs) advance(k + s, s);
+
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < P * NV; ++v) {
+      V total = acc[r][0][v];
+      if (kSplit == 2) total += acc[r][1][v];
+      if (kSplit == 4) total = (total + acc[r][1][v]) + (acc[r][2][v] + acc[r][3][v]);
+      total += load(bias + v * W);
+      float* to = y + r * y_stride + v * W;
+      store(to, add ? load(to) + total : total);
+    }
+}
+
+template <class T, int NV, int P>
+SAGE_FN void tiles(int rows, const T* w, int64_t inputs, const float* bias, const float* x, int64_t x_stride,
+                   float* y, int64_t y_stride, bool add) {
+#define SAGE_TILE(R) \
+  case R:            \
+    return tile<T, NV, P, R>(w, inputs, bias, x, x_stride, y, y_stride, add)
+  switch (rows) {
+    SAGE_TILE(1);
+    SAGE_TILE(2);
+    SAGE_TILE(3);
+#if defined(__AVX512F__)
+    SAGE_TILE(4);
+    SAGE_TILE(5);
+    SAGE_TILE(6);
+#endif
+  }
+#undef SAGE_TILE
+}
+
+template <class T>
+void product_of(const Linear& f, int rows, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                bool add) {
+  const T* w = (const T*)f.weight;
+  const int64_t K = f.inputs, vectors = (f.outputs + W - 1) / W;
+  int64_t v = 0;
+  if (rows == 1) {  // two panels at once: a lone row has too few chains to hide a multiply-add's latency
+    for (; v + 2 * kVectors <= vectors; v += 2 * kVectors)
+      tile<T, kVectors, 2, 1>(w + v * W * K, K, f.bias + v * W, x, x_stride, y + v * W, y_stride, add);
+  }
+  for (; v < vectors; v += kVectors) {
+    const T* panel = w + v * W * K;
+    const int wide = int(vectors - v < kVectors ? vectors - v : kVectors);
+    for (int r = 0; r < rows; r += kRows) {
+      const int some = rows - r < kRows ? rows - r : kRows;
+      const float* from = x + r * x_stride;
+      float* to = y + r * y_stride + v * W;
+      const float* bias = f.bias + v * W;
+      if (wide == 4) tiles<T, 4, 1>(some, panel, K, bias, from, x_stride, to, y_stride, add);
+      if (wide == 3) tiles<T, 3, 1>(some, panel, K, bias, from, x_stride, to, y_stride, add);
+      if (wide == 2) tiles<T, 2, 1>(some, panel, K, bias, from, x_stride, to, y_stride, add);
+      if (wide == 1) tiles<T, 1, 1>(some, panel, K, bias, from, x_stride, to, y_stride, add);
+    }
+  }
+}
+
+// y[r] = W x[r] + b, or y[r] += that.
+void product(const Model& model, const Linear& f, int rows, const float* x, int64_t x_stride, float* y,
+             int64_t y_stride, bool add = false) {
+  if (model.shape.bf16) return product_of<bf16>(f, rows, x, x_stride, y, y_stride, add);
+  product_of<float>(f, rows, x, x_stride, y, y_stride, add);
+}
+
+// ------------------------------------------------------------------------------------------------- rows of numbers
+struct Moments {
+  V mean, rstd;
+};
+// Of the first `dim` numbers of a padded row, whose padding is 0.
+SAGE_FN Moments moments(const float* x, int64_t dim) {
+  V s(0.0f), ss(0.0f);
+  for (int64_t d = 0; d < dim; d += W) s += load(x + d);
+  const V mean(sum(s) / float(dim));
+  for_each_vector<W>(dim, [&](int64_t d, auto at) {
+    const V c = at.keep(at.read(x + d) - mean);
+    ss = fma(c, c, ss);
+  });
+  return {mean, V(1.0f / __builtin_sqrtf(sum(ss) / float(dim) + kNormEps))};
+}
+SAGE_FN V normed(const float* x, const Moments& m, const Norm& norm, int64_t d) {
+  return fma((load(x + d) - m.mean) * m.rstd, load(norm.weight + d), load(norm.bias + d));
+}
+void layer_norm(const Norm& norm, int64_t dim, const float* x, float* y) {
+  const Moments m = moments(x, dim);
+  for (int64_t d = 0; d < dim; d += W) store(y + d, normed(x, m, norm, d));
+}
+
+template <V (*f)(V)>
+SAGE_FN void map(const float* x, int64_t n, float* y) {
+  for_each_vector<W>(n, [&](int64_t d, auto at) { at.write(y + d, f(at.read(x + d))); });
+}
+
+// -------------------------------------------------------------------------------------------------------- a group
+struct Group {
+  const Model& model;
+  const Step& q;
+  const int64_t* row;  // `rows` of them
+  int rows;
+  // Scratch; a row of each starts every `wide`, `joined`... floats.
+  float *input, *encoded, *value, *mixed, *fused, *joint, *hidden, *logits, *emission;
+  int64_t input_stride, dim_stride, joint_stride, hidden_stride, stage_stride;
+  float square[kGroup][2 * kMaxModalities];
+  bool present[kGroup][kMaxModalities];
+
+  Group(const Model& model, const Step& q, const int64_t* row, int rows)
+      : model(model), q(q), row(row), rows(rows) {}
+  SAGE_FN float* state(int i) const { return q.state + row[i] * model.row_floats; }
+  SAGE_FN float* encoded_of(int m) const { return encoded + m * kGroup * dim_stride; }
+  SAGE_FN float* value_of(int m) const { return value + m * kGroup * dim_stride; }
+  SAGE_FN float* logits_of(int m) const { return logits + m * kGroup * stage_stride; }
+};
+
+// The scratch of a group, cut from one piece; returns its size.
+int64_t cut_scratch(const Shape& s, float* base, Group* g) {
+  int64_t widest = 0;
+  for (int m = 0; m < s.modalities; ++m) widest = s.in_dim[m] > widest ? s.in_dim[m] : widest;
+  const int64_t input = padded(widest), dim = padded(s.dim), stages = padded(s.stages);
+  const int64_t joint = padded(s.modalities * (s.evidence + kTypicality)), hidden = padded(s.evidence);
+  // Small products write whole vectors: the targets of a head go through `hidden` too.
+  const int64_t narrow = hidden > padded(s.targets) ? hidden : padded(s.targets);
+  int64_t used = 0;
+  const auto take = [&](int64_t stride, int64_t rows) {
+    float* at = base ? base + used : nullptr;
+    used += stride * rows;
+    return at;
+  };
+  const int64_t all = int64_t(s.modalities) * kGroup;
+  float* parts[] = {take(input, kGroup),  take(dim, all),    take(dim, all),
+                    take(dim, kGroup),    take(dim, kGroup), take(joint, kGroup),
+                    take(narrow, kGroup), take(stages, all), take(stages, kGroup)};
+  if (g) {
+    g->input = parts[0], g->encoded = parts[1], g->value = parts[2], g->mixed = parts[3], g->fused = parts[4];
+    g->joint = parts[5], g->hidden = parts[6], g->logits = parts[7], g->emission = parts[8];
+    g->input_stride = input, g->dim_stride = dim, g->joint_stride = joint, g->hidden_stride = narrow;
+    g->stage_stride = stages;
+  }
+  return used;
+}
+
+// Standardised input of one modality, zero where it is missing, and the two mean squares that typicality reads. A frame
+// that holds NaN or Inf, or whose squares overflow, is missing: nothing downstream can then become NaN.
+void standardise(Group& g, int m) {
+  const Shape& s = g.model.shape;
+  const Modality& from = g.model.modality[m];
+  const int64_t n = s.in_dim[m];
+  for (int i = 0; i < g.rows; ++i) {
+    const int64_t row = g.row[i];
+    const float* raw = g.q.features[m] + row * n;
+    float *x = g.input + i * g.input_stride, *last = g.state(i) + from.last;
+    const bool given = !g.q.present || g.q.present[row * s.modalities + m];
+    bool here = given;
+    if (given) {
+      V squares(0.0f), steps(0.0f);
+      for_each_vector<W>(n, [&](int64_t d, auto at) {
+        const V v = (at.read(raw + d) - load(from.mean + d)) * load(from.scale + d),
+                step = v - load(last + d);
+        store(x + d, v);
+        squares = fma(v, v, squares);
+        steps = fma(step, step, steps);
+      });
+      const float total = sum(squares);
+      here = total <= 3.4028235e38f;  // false for NaN
+      g.square[i][2 * m] = total / float(n);
+      g.square[i][2 * m + 1] = sum(steps) / float(n);
+    }
+    if (!here) {
+      V steps(0.0f);
+      for (int64_t d = 0; d < n; d += W) {
+        steps = fma(load(last + d), load(last + d), steps);
+        store(x + d, V(0.0f));
+      }
+      g.square[i][2 * m] = 0;
+      g.square[i][2 * m + 1] = sum(steps) / float(n);
+      ++g.q.absent[row * s.modalities + m];
+      g.q.refused[row * s.modalities + m] += given;
+    }
+    g.present[i][m] = here || s.hide_missing;
+    for (int64_t d = 0; d < n; d += W) store(last + d, load(x + d));
+  }
+}
+
+// x += pointwise silu(depthwise LayerNorm(x)), with the normed frame kept in the ring, in the place of the oldest.
+void temporal_block(Group& g, const Block& block, float* x) {
+  const Shape& s = g.model.shape;
+  const int64_t dim = g.dim_stride;
+  for (int i = 0; i < g.rows; ++i) {
+    const float* row = x + i * dim;
+    float *ring = g.state(i) + block.ring, *y = g.mixed + i * dim;
+    const int64_t start = block.span ? g.q.frames[g.row[i]] % block.span : 0;
+    const Moments m = moments(row, s.dim);
+    for (int64_t d = 0; d < dim; d += W) {
+      const V h = normed(row, m, block.norm, d);
+      V sum = load(block.bias + d);
+      int64_t slot = start;
+      for (int tap = 0; tap < s.kernel - 1; ++tap) {
+        sum = fma(load(ring + slot * dim + d), load(block.taps + tap * dim + d), sum);
+        slot += block.dilation;
+        slot = slot >= block.span ? slot - block.span : slot;
+      }
+      sum = fma(h, load(block.taps + (s.kernel - 1) * dim + d), sum);
+      if (block.span) store(ring + start * dim + d, h);
+      store(y + d, silu(sum));
+    }
+  }
+  product(g.model, block.pointwise, g.rows, g.mixed, dim, x, dim, true);
+}
+
+// The evidence that typicality gives, behind the learnt evidence in `joint`; and its ring moves on by a frame.
+void typicality(Group& g) {
+  const Shape& s = g.model.shape;
+  const int pairs = 2 * s.modalities;
+  const int64_t history = s.window - 1;
+  for (int i = 0; i < g.rows; ++i) {
+    float energy[2 * kMaxModalities] = {}, now[2 * kMaxModalities], total[2 * kMaxModalities] = {},
+                     count[2 * kMaxModalities] = {};
+    for_each_vector<W>(
+        pairs, [&](int64_t c, auto at) { at.write(energy + c, log(at.read(g.square[i] + c) + V(1e-8f))); });
+    float* ring = g.state(i) + g.model.typicality;  // (history) x (energy, counted) x pairs
+    const int64_t start = history ? g.q.frames[g.row[i]] % history : 0, size = 2 * pairs;
+    const float* before = ring + (start ? start - 1 : history - 1) * size + pairs;
+    for (int m = 0; m < s.modalities; ++m) {
+      const bool here = g.present[i][m];
+      now[2 * m] = here;
+      now[2 * m + 1] = here && history && before[2 * m] > 0;
+    }
+    int64_t slot = start;
+    for (int64_t f = 0; f < history; ++f) {  // oldest first
+      const float* at = ring + slot * size;
+      for (int c = 0; c < pairs; ++c) {
+        total[c] += at[c];
+        count[c] += at[pairs + c];
+      }
+      slot = slot + 1 == history ? 0 : slot + 1;
+    }
+    for (int c = 0; c < pairs; ++c) {
+      energy[c] = now[c] > 0 ? energy[c] : 0;
+      total[c] += energy[c];
+      count[c] += now[c];
+      if (history) {
+        ring[start * size + c] = energy[c];
+        ring[start * size + pairs + c] = now[c];
+      }
+    }
+    for (int m = 0; m < s.modalities; ++m) {
+      const Modality& from = g.model.modality[m];
+      float* to = g.joint + i * g.joint_stride + m * (s.evidence + kTypicality) + s.evidence;
+      for (int c = 0; c < 2; ++c) {
+        float z = 0;
+        if (g.present[i][m] && count[2 * m + c] > 0)
+          z = (total[2 * m + c] / count[2 * m + c] - from.typical_mean[c]) / from.typical_std[c];
+        z = z > 4 ? 4 : z < -4 ? -4 : z;
+        to[c] = z;
+        to[2 + c] = z < 0 ? -z : z;
+      }
+    }
+  }
+}
+
+// Reliability logits and stage emissions, from the encoded modalities.
+void assess(Group& g) {
+  const Shape& s = g.model.shape;
+  const int64_t width = s.evidence + kTypicality;
+  typicality(g);
+  for (int m = 0; m < s.modalities; ++m) {
+    const Modality& from = g.model.modality[m];
+    product(g.model, from.evidence, g.rows, g.encoded_of(m), g.dim_stride, g.hidden, g.hidden_stride);
+    for (int i = 0; i < g.rows; ++i) {
+      float* evidence = g.joint + i * g.joint_stride + m * width;
+      if (g.present[i][m])
+        map<gelu>(g.hidden + i * g.hidden_stride, s.evidence, evidence);
+      else
+        for (int64_t d = 0; d < width; ++d) evidence[d] = 0;
+    }
+    product(g.model, from.reliability[0], g.rows, g.joint + m * width, g.joint_stride, g.hidden,
+            g.hidden_stride);
+    for (int i = 0; i < g.rows; ++i)
+      map<gelu>(g.hidden + i * g.hidden_stride, s.evidence, g.hidden + i * g.hidden_stride);
+    product(g.model, from.reliability[1], g.rows, g.hidden, g.hidden_stride, g.logits_of(m), g.stage_stride);
+  }
+  product(g.model, g.model.emission[0], g.rows, g.joint, g.joint_stride, g.hidden, g.hidden_stride);
+  for (int i = 0; i < g.rows; ++i)
+    map<gelu>(g.hidden + i * g.hidden_stride, s.evidence, g.hidden + i * g.hidden_stride);
+  product(g.model, g.model.emission[1], g.rows, g.hidden, g.hidden_stride, g.emission, g.stage_stride);
+}
+
+// Stage filter, confidences and weights of rows [first, first + W): a lane a row; lanes past the last repeat it.
+template <int S>
+void gate_lanes(Group& g, int first) {
+  const Shape& s = g.model.shape;
+  const int stages = S ? S : s.stages, M = s.modalities;
+  const int lanes = g.rows - first < W ? g.rows - first : W;
+  const auto gather = [&](auto&& number) {
+    float x[W];
+    for (int l = 0; l < W; ++l) x[l] = number(first + (l < lanes ? l : lanes - 1));
+    return load(x);
+  };
+  Bits<float> present[kMaxModalities], any_present = {};
+  for (int m = 0; m < M; ++m) {
+    present[m] = gather([&](int i) { return float(g.present[i][m]); }) > V(0.0f);
+    any_present = any_present | present[m];
+  }
+  V belief[kMaxStages], p[kMaxStages], emission[kMaxStages], logit[kMaxStages];
+  for (int j = 0; j < stages; ++j) {
+    belief[j] = gather([&](int i) { return g.state(i)[g.model.belief + j]; });
+    p[j] = exp(belief[j]);
+    emission[j] =
+        select(any_present, gather([&](int i) { return g.emission[i * g.stage_stride + j]; }), V(0.0f));
+  }
+  stage_step(stages, g.model.log_a, g.model.a, emission, belief, p);
+  for (int l = 0; l < lanes; ++l)
+    for (int j = 0; j < stages; ++j) {
+      g.state(first + l)[g.model.belief + j] = belief[j][l];
+      g.q.stage[g.row[first + l] * stages + j] = p[j][l];
+    }
+
+  const V zero(0.0f), lowest(-3e38f);
+  V confidence[kMaxModalities], weight[kMaxModalities], peak = lowest, total = zero;
+  for (int m = 0; m < M; ++m) {
+    const Modality& from = g.model.modality[m];
+    for (int j = 0; j < stages; ++j) {
+      const V raw = gather([&](int i) { return g.logits_of(m)[i * g.stage_stride + j]; });
+      logit[j] = select(present[m], fma(raw, V(from.logit_scale[j]), V(from.logit_bias[j])), zero);
+    }
+    const Reliability<V> r = reliability(stages, logit, p);
+    confidence[m] = select(present[m], r.confidence, zero);
+    weight[m] = r.log_odds * V(g.model.sharpness);
+    peak = max(peak, select(present[m], weight[m], lowest));
+  }
+  for (int m = 0; m < M; ++m) {
+    weight[m] = select(present[m], exp(weight[m] - peak), zero);
+    total += weight[m];
+  }
+  for (int m = 0; m < M; ++m) {
+    const V share = select(any_present, weight[m] / total, zero);
+    for (int l = 0; l < lanes; ++l) {
+      g.q.weights[g.row[first + l] * M + m] = share[l];
+      g.q.confidence[g.row[first + l] * M + m] = confidence[m][l];
+    }
+  }
+}
+
+void gate(Group& g) {
+  const Shape& s = g.model.shape;
+  if (s.reliability) {
+    assess(g);
+    for (int first = 0; first < g.rows; first += W)
+      if (s.stages == 4)
+        gate_lanes<4>(g, first);
+      else
+        gate_lanes<0>(g, first);
+    return;
+  }
+  for (int i = 0; i < g.rows; ++i) {
+    const int64_t row = g.row[i];
+    int count = 0;
+    for (int m = 0; m < s.modalities; ++m) count += g.present[i][m];
+    for (int m = 0; m < s.modalities; ++m) {
+      g.q.weights[row * s.modalities + m] = g.present[i][m] ? 1.0f / float(count) : 0.0f;
+      g.q.confidence[row * s.modalities + m] = g.present[i][m] ? 0.5f : 0.0f;
+    }
+    g.q.stage[row] = 1.0f;
+  }
+}
+
+// fused = sum of weight * LayerNorm(value) over the present modalities.
+void fuse(Group& g) {
+  const Shape& s = g.model.shape;
+  const int64_t dim = g.dim_stride;
+  for (int m = 0; m < s.modalities; ++m)
+    product(g.model, g.model.modality[m].value, g.rows, g.encoded_of(m), dim, g.value_of(m), dim);
+  for (int i = 0; i < g.rows; ++i) {
+    float* fused = g.fused + i * dim;
+    for (int64_t d = 0; d < dim; d += W) store(fused + d, V(0.0f));
+    for (int m = 0; m < s.modalities; ++m) {
+      if (!g.present[i][m]) continue;
+      const Norm& norm = g.model.modality[m].value_norm;
+      const float* x = g.value_of(m) + i * dim;
+      const V weight(g.q.weights[g.row[i] * s.modalities + m]);
+      const Moments stats = s.value_norm ? moments(x, s.dim) : Moments{};
+      for (int64_t d = 0; d < dim; d += W) {
+        const V value = s.value_norm ? normed(x, stats, norm, d) : load(x + d);
+        store(fused + d, fma(weight, value, load(fused + d)));
+      }
+    }
+  }
+}
+
+// tanh of a small product, to rows of `out` every `stride` numbers.
+void estimate(Group& g, const Linear& f, const float* x, float* out, int64_t stride) {
+  product(g.model, f, g.rows, x, g.dim_stride, g.hidden, g.hidden_stride);
+  for (int i = 0; i < g.rows; ++i)
+    map<tanh>(g.hidden + i * g.hidden_stride, g.model.shape.targets, out + g.row[i] * stride);
+}
+
+void step_group(Group& g) {
+  const Model& model = g.model;
+  const Shape& s = model.shape;
+  const int64_t dim = g.dim_stride;
+  for (int m = 0; m < s.modalities; ++m) {
+    const Modality& of = model.modality[m];
+    float* x = g.encoded_of(m);
+    standardise(g, m);
+    product(model, of.project, g.rows, g.input, g.input_stride, x, dim);
+    for (int b = 0; b < s.own_blocks; ++b) temporal_block(g, of.block[b], x);
+    for (int i = 0; i < g.rows; ++i) layer_norm(of.norm, s.dim, x + i * dim, x + i * dim);
+    estimate(g, of.unimodal, x, g.q.unimodal + m * s.targets, int64_t(s.modalities) * s.targets);
+  }
+  gate(g);
+  fuse(g);
+  for (int b = 0; b < s.fused_blocks; ++b) temporal_block(g, model.fused[b], g.fused);
+  for (int i = 0; i < g.rows; ++i) layer_norm(model.norm, s.dim, g.fused + i * dim, g.fused + i * dim);
+  product(model, model.head[0], g.rows, g.fused, dim, g.mixed, dim);
+  for (int i = 0; i < g.rows; ++i) map<silu>(g.mixed + i * dim, s.dim, g.mixed + i * dim);
+  estimate(g, model.head[1], g.mixed, g.q.prediction, s.targets);
+  for (int i = 0; i < g.rows; ++i) ++g.q.frames[g.row[i]];
+}
+
+// --------------------------------------------------------------------------------------------------------- packing
+struct Packer {
+  const float* in;  // null: measure
+  char* out;
+  const Shape& shape;
+  int64_t read = 0, state = 0;
+  size_t used = 0;
+
+  template <class T>
+  T* room(int64_t count) {
+    T* at = out ? (T*)(out + used) : nullptr;
+    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return at;
+  }
+  const float* next(int64_t count) {
+    const float* at = in ? in + read : nullptr;
+    read += count;
+    return at;
+  }
+  // `rows` rows of n numbers, each padded with zeros
+  const float* vector(int64_t n, int64_t rows = 1) {
+    const float* from = next(n * rows);
+    float* to = room<float>(padded(n) * rows);
+    for (int64_t r = 0; to && r < rows; ++r)
+      for (int64_t d = 0; d < padded(n); ++d) to[r * padded(n) + d] = d < n ? from[r * n + d] : 0.0f;
+    return to;
+  }
+  Norm norm(int64_t n) {
+    Norm f;
+    f.weight = vector(n), f.bias = vector(n);
+    return f;
+  }
+  template <class T>
+  T* matrix(const float* from, int64_t inputs, int64_t outputs) {
+    const int64_t vectors = (outputs + W - 1) / W;
+    T* to = room<T>(vectors * W * inputs);
+    for (int64_t v = 0; to && v < vectors; v += kVectors) {
+      const int wide = int(vectors - v < kVectors ? vectors - v : kVectors);
+      for (int64_t k = 0; k < inputs; ++k) {
+        float x[kVectors * W];
+        for (int c = 0; c < wide * W; ++c) {
+          const int64_t n = v * W + c;
+          x[c] = n < outputs ? from[n * inputs + k] : 0.0f;
+        }
+        put(x, wide, to + v * W * inputs + k * wide * W);
+      }
+    }
+    return to;
+  }
+  static void put(const float* x, int wide, float* to) {
+    for (int v = 0; v < wide; ++v) store(to + v * W, load(x + v * W));
+  }
+  static void put(const float* x, int wide, bf16* to) {
+    bf16 half[kVectors * W];
+    for (int v = 0; v < wide; ++v) store(half + v * W, load(x + v * W));
+    for (int v = 0; v < wide; v += 2)
+      for (int l = 0; l < W; ++l) {
+        if (v + 1 == wide) {
+          to[v * W + l] = half[v * W + l];
+        } else {
+          const uint32_t word = uint32_t(half[(v + 1) * W + l].bits) << 16 | half[v * W + l].bits;
+          std::memcpy((char*)(to + v * W) + 4 * l, &word, 4);
+        }
+      }
+  }
+  Linear linear(int64_t inputs, int64_t outputs) {
+    Linear f;
+    f.inputs = inputs, f.outputs = outputs;
+    const float* from = next(inputs * outputs);
+    if (shape.bf16)
+      f.weight = matrix<bf16>(from, inputs, outputs);
+    else
+      f.weight = matrix<float>(from, inputs, outputs);
+    f.bias = vector(outputs);
+    return f;
+  }
+  int64_t kept(int64_t floats) {  // of a row's state
+    const int64_t at = state;
+    state += padded(floats);
+    return at;
+  }
+  Block block(int index) {
+    Block b;
+    b.dilation = int64_t(1) << index, b.span = (shape.kernel - 1) * b.dilation;
+    b.norm = norm(shape.dim);
+    b.taps = vector(shape.dim, shape.kernel), b.bias = vector(shape.dim);
+    b.pointwise = linear(shape.dim, shape.dim);
+    b.ring = kept(b.span * padded(shape.dim));
+    return b;
+  }
+  void numbers(int count, float* to) {
+    const float* from = next(count);
+    for (int i = 0; from && i < count; ++i) to[i] = from[i];
+  }
+};
+
+}  // namespace
+
+void stream_pack(Model& model, const float* parameters, void* memory) {
+  const Shape& s = model.shape;
+  Packer pack = {parameters, (char*)memory, s};
+  const int S = s.stages;
+  model.belief = pack.kept(s.reliability ? S : 0);
+  model.typicality = pack.kept(s.reliability ? int64_t(s.window - 1) * 4 * s.modalities : 0);
+  for (int m = 0; m < s.modalities; ++m) {
+    Modality& to = model.modality[m];
+    to.last = pack.kept(s.in_dim[m]);
+    to.mean = pack.vector(s.in_dim[m]), to.scale = pack.vector(s.in_dim[m]);
+    to.project = pack.linear(s.in_dim[m], s.dim);
+    for (int b = 0; b < s.own_blocks; ++b) to.block[b] = pack.block(b);
+    to.norm = pack.norm(s.dim);
+    to.unimodal = pack.linear(s.dim, s.targets);
+  }
+  if (s.reliability) {
+    const int64_t width = s.evidence + kTypicality;
+    for (int m = 0; m < s.modalities; ++m) {
+      Modality& to = model.modality[m];
+      to.evidence = pack.linear(s.dim, s.evidence);
+      to.reliability[0] = pack.linear(width, s.evidence), to.reliability[1] = pack.linear(s.evidence, S);
+      pack.numbers(2, to.typical_mean), pack.numbers(2, to.typical_std);
+      pack.numbers(S, to.logit_scale), pack.numbers(S, to.logit_bias);
+    }
+    model.emission[0] = pack.linear(s.modalities * width, s.evidence);
+    model.emission[1] = pack.linear(s.evidence, S);
+    pack.numbers(S * S, model.log_a), pack.numbers(S * S, model.a);
+    pack.numbers(1, &model.sharpness);
+  }
+  for (int m = 0; m < s.modalities; ++m) {
+    model.modality[m].value = pack.linear(s.dim, s.dim);
+    if (s.value_norm) model.modality[m].value_norm = pack.norm(s.dim);
+  }
+  for (int b = 0; b < s.fused_blocks; ++b) model.fused[b] = pack.block(s.own_blocks + b);
+  model.norm = pack.norm(s.dim);
+  model.head[0] = pack.linear(s.dim, s.dim), model.head[1] = pack.linear(s.dim, s.targets);
+  model.row_floats = pack.state;
+  model.scratch_floats = cut_scratch(s, nullptr, nullptr);
+  model.parameters = pack.read;
+  model.bytes = pack.used;
+}
+
+void stream_step(const Model& model, const Step& q) {
+  for (int64_t i = 0; i < q.count; i += kGroup) {
+    const int rows = int(q.count - i < kGroup ? q.count - i : kGroup);
+    Group g(model, q, q.order + q.first + i, rows);
+    cut_scratch(model.shape, q.scratch, &g);
+    step_group(g);
+  }
+}
+
+}  // namespace sage::cpu::SAGE_ISA

@@ -1,0 +1,349 @@
+"""Streaming: `SAGE` frame by frame, each step one call into C++ (csrc/stream), results those of the offline model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from .models.sage import SAGE, Encoder, TemporalBlock
+from .nn import ReliabilityFusion, UniformFusion, check_int
+
+__all__ = ["StreamOutput", "StreamStats", "StreamingSession"]
+
+Array = Tensor | np.ndarray
+_NUMPY = {torch.float32: np.dtype(np.float32), torch.bool: np.dtype(np.bool_)}
+
+
+class StreamOutput(NamedTuple):
+    """One frame of `n` streams, `M` modalities, `C` targets, `S` stages (1 with uniform weights): float32, on the CPU.
+
+    The tensors belong to the session and are **overwritten by its next step**: clone what you keep. An inactive row keeps
+    what its last active step wrote, zeros before the first.
+    """
+
+    prediction: Tensor  # (n, C) in (-1, 1)
+    unimodal: Tensor  # (n, M, C) each modality's own prediction; meaningful where it is present
+    weights: Tensor  # (n, M) sum to 1 over the present modalities; 0 where absent
+    confidence: Tensor  # (n, M) in [0, 1]; 0 where absent
+    stage: Tensor  # (n, S)
+
+
+class StreamStats(NamedTuple):
+    """Counts since the session was made, over all its rows; a modality without a name is called by its index."""
+
+    frames: int  # frames of active rows
+    absent: dict[str, int]  # a modality: the frames among them in which it was absent, for whatever reason
+    nonfinite: dict[str, int]  # a modality: the absences due to NaN, Inf or overflow in a frame said to be present
+
+
+class StreamingSession:
+    """`batch_size` independent streams through one causal `SAGE`, a frame at a time, on the CPU. Made by `SAGE.stream`.
+
+    The model's weights are copied and packed when the session is made, in `weights_dtype`: what happens to the model
+    afterwards is not seen. The session computes what the model does in evaluation, in float32, to 1e-5: `step` by `step`
+    equals one call on the whole sequence. With `torch.bfloat16` the matrices alone are rounded to bfloat16 (half the memory
+    traffic, which is what a step waits for); inputs, state and all arithmetic stay float32.
+
+    A row's results are the same bits whatever the batch size, the row, the other rows and the number of threads (many rows
+    are shared out over at most `torch.get_num_threads()` threads, and at most as many as there were when the session was
+    made). A step allocates nothing in C++ and releases the GIL; a second call into a busy session raises RuntimeError.
+
+    Attributes: `batch_size`, `names` (of the modalities, or None), `in_dims`, `num_targets`, `stages`, `weights_dtype`.
+    """
+
+    def __init__(self, model: SAGE, batch_size: int = 1, weights_dtype: torch.dtype | None = None) -> None:
+        if not isinstance(model, SAGE):
+            raise TypeError(f"model must be SAGE, got {type(model).__name__}")
+        check_int("batch_size", batch_size, 1)
+        if weights_dtype is None:
+            weights_dtype = torch.float32
+        if not isinstance(weights_dtype, torch.dtype):
+            raise TypeError(f"weights_dtype must be a torch.dtype or None, got {type(weights_dtype).__name__}")
+        if weights_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"weights_dtype must be torch.float32 or torch.bfloat16, got {weights_dtype}")
+        fusion = model.fusion
+        if type(fusion) not in (ReliabilityFusion, UniformFusion):
+            raise ValueError(
+                f'streaming needs fusion="reliability" or "uniform"; this model has {model.config["fusion"]!r}'
+            )
+        if not model.causal:
+            raise ValueError("streaming needs a causal SAGE; this one was built with causal=False")
+        config = model.config
+        self.batch_size, self.weights_dtype = batch_size, weights_dtype
+        self.names, self.in_dims, self.num_targets = model.names, tuple(model.in_dims), model.num_targets
+        reliability, stages, evidence_dim, window = False, 1, 0, 1
+        if isinstance(fusion, ReliabilityFusion):
+            reliability, stages, evidence_dim = True, fusion.stages, fusion.evidence_dim
+            window = fusion.typicality.window
+        self.stages = stages
+        own, after = config["blocks"] - config["fused_blocks"], config["fused_blocks"]
+        parameters = _parameters(model)
+        self._native = _C.StreamSession(
+            self.in_dims,
+            config["dim"],
+            self.num_targets,
+            own,
+            after,
+            config["kernel_size"],
+            reliability,
+            stages,
+            evidence_dim,
+            window,
+            fusion.norm_weight is not None,
+            not config["use_present"],
+            weights_dtype == torch.bfloat16,
+            parameters.data_ptr(),
+            parameters.numel(),
+            batch_size,
+            torch.get_num_threads(),
+        )
+        modalities = len(self.in_dims)
+        self._labels = self.names or tuple(str(m) for m in range(modalities))
+        self._shapes = tuple((batch_size, d) for d in self.in_dims)
+        self._output = StreamOutput(
+            torch.zeros(batch_size, self.num_targets),
+            torch.zeros(batch_size, modalities, self.num_targets),
+            torch.zeros(batch_size, modalities),
+            torch.zeros(batch_size, modalities),
+            torch.zeros(batch_size, self.stages),
+        )
+        prediction, unimodal, weights, confidence, stage = (x.data_ptr() for x in self._output)
+        self._targets = prediction, unimodal, weights, confidence, stage
+        spans = [(config["kernel_size"] - 1) * 2**i for i in range(own + after)]
+        parts: dict[str, tuple[int, ...]] = {f"history.{i}": (modalities, spans[i], config["dim"]) for i in range(own)}
+        parts |= {f"fused.{i}": (spans[own + i], config["dim"]) for i in range(after)}
+        if reliability:
+            pairs = (window - 1, modalities, 2)
+            parts |= {"belief": (stages,), "energy": pairs, "counted": pairs}
+        self._parts = {**parts, "last": (sum(self.in_dims),)}  # of a row, in native order
+        assert self._native.state_size == sum(math.prod(p) for p in self._parts.values())
+
+    def __repr__(self) -> str:
+        dims = dict(zip(self.names, self.in_dims)) if self.names else list(self.in_dims)
+        return f"StreamingSession(in_dims={dims}, batch_size={self.batch_size}, weights_dtype={self.weights_dtype})"
+
+    def step(
+        self,
+        features: Mapping[str, Array] | Sequence[Array],
+        present: Array | None = None,
+        active: Array | None = None,
+    ) -> StreamOutput:
+        """Take one frame of every active stream.
+
+        Args:
+            features: M tensors (CPU) or NumPy arrays (batch_size, D_m), float32: a mapping by name, or a sequence.
+            present: (batch_size, M) bool; False: the modality is missing in this frame (not read). None: all present.
+            active: (batch_size,) bool; False: this stream has no frame now; nothing of it is read, its state stays as it
+                is. None: all active.
+
+        NaN, Inf, or values so large (from about 1e18) that their squares overflow, in a present modality: it counts as
+        absent in this frame, and in `stats`. The returned tensors are overwritten by the next step.
+        Raises TypeError or ValueError naming the argument for anything malformed, before anything has moved.
+        """
+        if isinstance(features, Mapping):
+            if self.names is None:
+                raise TypeError("features: this model was built from a sequence of in_dims; pass a sequence")
+            if len(features) != len(self.names) or any(name not in features for name in self.names):
+                raise ValueError(f"features: expected the modalities {list(self.names)}, got {list(features)}")
+            features = [features[name] for name in self.names]
+        elif not isinstance(features, Sequence):
+            raise TypeError(f"features must be a sequence or a mapping of arrays, got {type(features).__name__}")
+        elif len(features) != len(self._shapes):
+            raise ValueError(f"features: expected {len(self._shapes)} modalities, got {len(features)}")
+        held: list[Array] = []  # what the addresses point into, until the call returns
+        addresses = tuple(
+            [
+                _address("features", label, x, torch.float32, shape, held)
+                for label, x, shape in zip(self._labels, features, self._shapes)
+            ]
+        )
+        seen = moving = 0
+        if present is not None:
+            seen = _address("present", "", present, torch.bool, (self.batch_size, len(self._shapes)), held)
+        if active is not None:
+            moving = _address("active", "", active, torch.bool, (self.batch_size,), held)
+        self._native.step(addresses, seen, moving, *self._targets, torch.get_num_threads())
+        return self._output
+
+    def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
+        """Begin a new stream in these rows (None: in all): their state is that before a first frame.
+
+        rows: an index, indices, or a (batch_size,) bool tensor. ValueError for one out of range.
+        """
+        index = self._rows(rows)
+        self._native.reset(index.data_ptr(), index.numel())
+        for x in self._output:
+            x[index] = 0
+
+    def state_dict(self, rows: int | Sequence[int] | Tensor | None = None) -> dict[str, Tensor]:
+        """The state of k rows (None: all), copied; a plain dict of tensors, safe to save, of any session's layout.
+
+        "frames" (k,) int64 since the reset; float32, oldest frame first, as `SAGEState` and `FusionState` have them:
+        "history.i" (k, M, span, dim), "fused.i" (k, span, dim), "last" (k, sum of in_dims), and with reliability "belief"
+        (k, S), "energy" and "counted" (k, window - 1, M, 2).
+        """
+        index = self._rows(rows)
+        flat = torch.empty(index.numel(), self._native.state_size)
+        frames = torch.empty(index.numel(), dtype=torch.int64)
+        self._native.read(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr())
+        pieces = flat.split([math.prod(p) for p in self._parts.values()], 1)
+        state = {name: x.reshape(-1, *part).clone() for (name, part), x in zip(self._parts.items(), pieces)}
+        return {"frames": frames, **state}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], rows: int | Sequence[int] | Tensor | None = None) -> None:
+        """Continue the k streams of `state` in these k rows (None: all); the other rows go on undisturbed.
+
+        To move a stream: `there.load_state_dict(here.state_dict(rows=3), rows=0)`. The result is, to the bit, what it would
+        have been without the move, between sessions of one model, dtype and instruction set.
+        TypeError or ValueError, with nothing changed, where keys, shapes or dtypes do not fit this session.
+        """
+        index = self._rows(rows)
+        if len(set(index.tolist())) != index.numel():
+            raise ValueError(f"rows must be distinct, got {index.tolist()}")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of tensors, got {type(state).__name__}")
+        expected = {"frames": (), **self._parts}
+        if set(state) != set(expected):
+            raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
+        for name, part in expected.items():
+            x, dtype = state[name], torch.int64 if name == "frames" else torch.float32
+            if not isinstance(x, Tensor) or x.dtype != dtype:
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"state[{name!r}] must be a {dtype} tensor, got {got}")
+            if tuple(x.shape) != (index.numel(), *part):
+                raise ValueError(f"state[{name!r}] must be {(index.numel(), *part)}, got {tuple(x.shape)}")
+            if not bool(x.isfinite().all() if name != "energy" else ~x.isnan().any()):
+                raise ValueError(f"state[{name!r}] is not finite")
+        frames = state["frames"].to("cpu", copy=True).contiguous()
+        if bool((frames < 0).any()):
+            raise ValueError(f"state['frames'] must not be negative, got {frames.tolist()}")
+        flat = torch.cat([state[name].cpu().flatten(1) for name in self._parts], 1).contiguous()
+        self._native.write(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr())
+        for out in self._output:
+            out[index] = 0
+
+    @property
+    def stats(self) -> StreamStats:
+        """Counts since the session was made."""
+        counts = self._native.counters()
+        return StreamStats(
+            self._native.stepped,
+            {name: absent for name, (absent, _) in zip(self._labels, counts)},
+            {name: refused for name, (_, refused) in zip(self._labels, counts)},
+        )
+
+    def _rows(self, rows: int | Sequence[int] | Tensor | None) -> Tensor:
+        """(k,) int64 row indices on the CPU, checked."""
+        if rows is None:
+            return torch.arange(self.batch_size)
+        if isinstance(rows, np.ndarray):
+            rows = torch.from_numpy(rows)
+        if not isinstance(rows, Tensor):
+            if isinstance(rows, Sequence) and len(rows) == 0:
+                return torch.empty(0, dtype=torch.int64)
+            try:
+                rows = torch.as_tensor(rows)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"rows must be an index, indices or a bool tensor, got {rows!r}") from None
+        if rows.dtype == torch.bool:
+            if tuple(rows.shape) != (self.batch_size,):
+                raise ValueError(f"rows: a bool tensor must be ({self.batch_size},), got {tuple(rows.shape)}")
+            return rows.cpu().nonzero().flatten()
+        if rows.is_floating_point() or rows.is_complex():
+            raise TypeError(f"rows must be integers, got {rows.dtype}")
+        if rows.dim() > 1:
+            raise ValueError(f"rows must be an index or (k,) indices, got {tuple(rows.shape)}")
+        index = rows.reshape(-1).to("cpu", torch.int64).contiguous()
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
+            raise ValueError(f"rows must be in [0, {self.batch_size}), got {index.tolist()}")
+        return index
+
+
+def _address(argument: str, label: str, x: Array, dtype: torch.dtype, shape: tuple[int, ...], held: list[Array]) -> int:
+    """The address of a dense array of this dtype and shape, after the checks; `held` keeps it alive."""
+    if isinstance(x, Tensor):
+        if x.dtype == dtype and x.shape == shape and x.device.type == "cpu" and x.layout == torch.strided:
+            x = x.contiguous()
+            held.append(x)
+            return x.data_ptr()
+        got: tuple[object, ...] = (x.dtype, tuple(x.shape), x.device, x.layout)
+    elif isinstance(x, np.ndarray):
+        if x.dtype == _NUMPY[dtype] and x.shape == shape:
+            x = np.ascontiguousarray(x)
+            held.append(x)
+            return x.ctypes.data
+        got = (x.dtype, x.shape, "cpu", torch.strided)
+    else:
+        got = (type(x).__name__,)
+    name = f"{argument}[{label}]" if label else argument
+    if len(got) == 1 or got[0] not in (dtype, _NUMPY[dtype]):
+        raise TypeError(f"{name} must be a {str(dtype).removeprefix('torch.')} tensor or array, got {got[0]}")
+    if got[1] != shape:
+        raise ValueError(f"{name} must be {shape}, got {got[1]}")
+    raise ValueError(f"{name} must be a dense tensor on the CPU, got {got[3]} on {got[2]}")
+
+
+def _parameters(model: SAGE) -> Tensor:
+    """All numbers that a step needs, flat, float32, in the order in which csrc/stream/step.cpp packs them."""
+    parts: list[Tensor] = []
+
+    def linear(f: nn.Module) -> None:
+        assert isinstance(f, nn.Linear)
+        parts.extend((f.weight, f.bias))
+
+    def norm(f: nn.LayerNorm) -> None:
+        assert f.eps == 1e-5  # stream.h: kNormEps
+        parts.extend((f.weight, f.bias))
+
+    def block(f: nn.Module) -> None:
+        assert isinstance(f, TemporalBlock)
+        norm(f.norm)
+        parts.extend((f.weight, f.bias))
+        linear(f.pointwise)
+
+    fusion = model.fusion
+    assert isinstance(fusion, (ReliabilityFusion, UniformFusion))
+    with torch.no_grad():
+        for m, (encoder, unimodal) in enumerate(zip(model.encoders, model.unimodal)):
+            assert isinstance(encoder, Encoder)
+            parts.extend((model.get_buffer(f"input_mean_{m}"), model.get_buffer(f"input_scale_{m}")))
+            linear(encoder.project)
+            for own in encoder.blocks:
+                block(own)
+            norm(encoder.norm)
+            linear(unimodal)
+        if isinstance(fusion, ReliabilityFusion):
+            typical = fusion.typicality
+            assert typical.clamp == 4.0
+            deviation = typical.var.clamp(min=1e-6).sqrt()
+            for m, (evidence, reliability) in enumerate(zip(fusion.evidence, fusion.reliability)):
+                linear(evidence.get_submodule("0"))
+                linear(reliability.get_submodule("0"))
+                linear(reliability.get_submodule("2"))
+                parts.extend((typical.mean[m], deviation[m]))
+                parts.extend(((-fusion.log_temperature[m]).exp(), fusion.bias[m]))
+            linear(fusion.emission[0])
+            linear(fusion.emission[2])
+            # Without a filter a stage's prior is uniform in every frame: that of a transition to anywhere alike.
+            logits = typical.mean.new_zeros(fusion.stages, fusion.stages)
+            log_a = (logits if fusion.transition is None else fusion.transition).double().log_softmax(1)
+            parts.extend((log_a, log_a.exp(), fusion.sharpness))
+        for m, value in enumerate(fusion.value):
+            linear(value)
+            if fusion.norm_weight is not None and fusion.norm_bias is not None:
+                parts.extend((fusion.norm_weight[m], fusion.norm_bias[m]))
+        for after in model.fused_blocks:
+            block(after)
+        norm(model.norm)
+        linear(model.head[0])
+        linear(model.head[3])
+        flat = torch.cat([x.detach().to("cpu", torch.float32).reshape(-1) for x in parts])
+    if not bool(flat.isfinite().all()):
+        raise ValueError("model: a parameter or statistic is not finite")
+    return flat

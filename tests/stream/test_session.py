@@ -1,0 +1,578 @@
+"""StreamingSession: step by step what the offline model computes, whatever the batch, the row, the events and the input."""
+
+import copy
+import gc
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sage_ext import _C
+from sage_ext.models import SAGE
+from sage_ext.stream import StreamingSession, StreamOutput
+
+DIMS = {"audio": 7, "visual": 21}
+FIELDS = StreamOutput._fields
+VARIANTS = [name for name, built, supported in _C.isa_variants() if built and supported]
+
+
+def build(dims=DIMS, seed=0, **options):
+    """A model of random weights (no zeros left), with statistics fitted to `draw`."""
+    torch.manual_seed(seed)
+    options = {"dim": 20, "evidence_dim": 9, "stages": 3, **options}
+    model = SAGE(dims, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        if hasattr(model.fusion, "bias"):
+            model.fusion.bias.normal_(0, 0.3)
+            model.fusion.log_temperature.normal_(0, 0.3)
+    features, present = draw(4, 150, dims, seed=99)
+    model.fit_statistics([{"features": features, "present": present}])
+    return model.eval()
+
+
+def draw(batch, frames, dims=DIMS, seed=0):
+    """Features whose loudness drifts, and presence with gaps of every length."""
+    g = torch.Generator().manual_seed(seed)
+    loud = torch.randn(batch, frames, 1, generator=g).cumsum(1).mul(0.1).sin().exp()
+    features = {k: 2.0 + loud * torch.randn(batch, frames, d, generator=g) for k, d in dims.items()}
+    gaps = torch.randn(batch, frames, len(dims), generator=g).cumsum(1).mul(0.3).sin()
+    return features, (gaps > -0.6) & (torch.rand(batch, frames, len(dims), generator=g) > 0.1)
+
+
+def frame(features, t):
+    return {k: v[:, t] for k, v in features.items()}
+
+
+def keep(out):
+    return StreamOutput(*(x.clone() for x in out))
+
+
+def stack(outs):
+    """n frames of (rows, ...) -> (rows, n, ...)"""
+    return StreamOutput(*(torch.stack(x, 1) for x in zip(*outs)))
+
+
+def offline(model, features, present=None):
+    with torch.no_grad():
+        return model(features, present)
+
+
+def assert_close(out, whole, tol=1e-5):
+    for field in FIELDS:
+        torch.testing.assert_close(
+            getattr(out, field), getattr(whole, field), atol=tol, rtol=0, msg=lambda m, f=field: f"{f}: {m}"
+        )
+
+
+def assert_same(a, b, fields=FIELDS):
+    for field in fields:
+        assert torch.equal(getattr(a, field), getattr(b, field)), field
+
+
+# ------------------------------------------------------------------------------------------------------------- equality
+CASES = {
+    "default sizes": ({"audio": 128, "visual": 512}, {"dim": 128, "evidence_dim": 32, "stages": 4}),
+    "odd sizes": (DIMS, {}),
+    "uniform": (DIMS, {"fusion": "uniform"}),
+    "one modality": ({"face": 5}, {"dim": 3, "stages": 1, "evidence_dim": 1}),
+    "eight modalities": ({f"m{i}": 2 + i for i in range(8)}, {"stages": 16, "dim": 33, "num_targets": 5}),
+    "no own blocks": (DIMS, {"fused_blocks": 4}),
+    "no fused blocks": (DIMS, {"fused_blocks": 0, "kernel_size": 2}),
+    "no memory": (DIMS, {"blocks": 1, "kernel_size": 1, "dim": 70}),
+    "long memory": (DIMS, {"blocks": 6, "kernel_size": 7}),
+    "ablations": (DIMS, {"use_present": False, "fusion_options": {"filter_stages": False, "norm": False}}),
+    "sequence of dims": ([4, 6], {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_equal_the_whole_call(case):
+    dims, options = CASES[case]
+    named = dims if isinstance(dims, dict) else {str(i): d for i, d in enumerate(dims)}
+    features, present = draw(2, 200, named, seed=3)
+    torch.manual_seed(0)
+    if isinstance(dims, dict):
+        model = build(dims, **options)
+    else:
+        model, features = SAGE(dims, dim=20).eval(), list(features.values())
+    session = model.stream(2)
+    take = frame if isinstance(dims, dict) else lambda f, t: [v[:, t] for v in f]
+    outs = stack([keep(session.step(take(features, t), present[:, t])) for t in range(200)])
+    assert_close(outs, offline(model, features, present))
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
+@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
+def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, fusion, monkeypatch):
+    """Against the offline model in float64 of each stretch between resets, frames in which the row paused taken out."""
+    default = _C.isa()
+    frames, rows = 5000, 3
+    model = build(fusion=fusion)
+    features, present = draw(rows, frames, seed=5)
+    g = torch.Generator().manual_seed(6)
+    active = torch.rand(frames, rows, generator=g) > 0.2
+    resets = torch.rand(frames, rows, generator=g) < 1 / 900
+    active[2000:2300, 1] = False
+    resets[0] = False
+    _C.set_isa(isa)
+    try:
+        session = model.stream(rows)
+        outs = []
+        for t in range(frames):
+            if resets[t].any():
+                session.reset(resets[t])
+            outs.append(keep(session.step(frame(features, t), present[:, t], active[t])))
+    finally:
+        _C.set_isa(default)
+    outs, exact, compared = stack(outs), copy.deepcopy(model).double(), 0
+    for row in range(rows):
+        borders = [0, *resets[:, row].nonzero().flatten().tolist(), frames]
+        for a, b in zip(borders, borders[1:]):
+            index = a + active[a:b, row].nonzero().flatten()
+            whole = offline(
+                exact, {k: v[None, row, index].double() for k, v in features.items()}, present[None, row, index]
+            )
+            for field in FIELDS:
+                got = getattr(outs, field)[row, index].double()
+                torch.testing.assert_close(got, getattr(whole, field)[0].double(), atol=1e-5, rtol=0)
+            compared += len(index)
+    assert compared == int(active.sum())
+    assert resets.sum() > 8
+    assert session.stats.frames == compared
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("isa", VARIANTS)
+def test_bits_depend_on_neither_batch_nor_row_nor_threads(isa, dtype):
+    """27 rows: whole groups and tiles and their remainders; the same streams alone, and in another order, with two threads."""
+    rows, frames, default, threads = 27, 40, _C.isa(), torch.get_num_threads()
+    model = build({"audio": 19, "visual": 40}, dim=70, num_targets=3)
+    features, present = draw(rows, frames, {"audio": 19, "visual": 40}, seed=8)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    _C.set_isa(isa)
+    try:
+        torch.set_num_threads(2)
+        together, shuffled = model.stream(rows, dtype), model.stream(rows, dtype)
+        alone = [model.stream(1, dtype) for _ in range(rows)]
+        for t in range(frames):
+            active = torch.arange(rows) % 5 != t % 5
+            x, p = frame(features, t), present[:, t]
+            torch.set_num_threads(1)
+            a = keep(together.step(x, p, active))
+            torch.set_num_threads(2)
+            b = shuffled.step({k: v[order] for k, v in x.items()}, p[order], active[order])
+            assert_same(StreamOutput(*(v[order] for v in a)), b)
+            for r in range(rows):
+                if active[r]:
+                    c = alone[r].step({k: v[r : r + 1] for k, v in x.items()}, p[r : r + 1])
+                    assert_same(StreamOutput(*(v[r : r + 1] for v in a)), c)
+    finally:
+        _C.set_isa(default)
+        torch.set_num_threads(threads)
+
+
+def test_two_sessions_and_two_runs_are_the_same_bits():
+    model = build()
+    features, present = draw(2, 30)
+    a, b = model.stream(2), model.stream(2)
+    for t in range(30):
+        first = keep(a.step(frame(features, t), present[:, t]))
+        assert_same(first, b.step(frame(features, t), present[:, t]))
+
+
+# ------------------------------------------------------------------------------------------------------------- bfloat16
+def test_bfloat16_rounds_the_matrices_and_nothing_else():
+    model = build()
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(module.weight.bfloat16())
+    features, present = draw(2, 120)
+    session = model.stream(2, torch.bfloat16)
+    outs = stack([keep(session.step(frame(features, t), present[:, t])) for t in range(120)])
+    assert_close(outs, offline(rounded, features, present))
+    difference = (outs.prediction - offline(model, features, present).prediction).abs().max()
+    assert 1e-5 < difference < 5e-2
+
+
+def test_bfloat16_stays_near_float32_with_the_default_model():
+    torch.manual_seed(0)
+    model = SAGE({"audio": 128, "visual": 512}).eval()
+    features, present = draw(1, 200, {"audio": 128, "visual": 512})
+    half = model.stream(1, torch.bfloat16)
+    outs = stack([keep(half.step(frame(features, t), present[:, t])) for t in range(200)])
+    assert (outs.prediction - offline(model, features, present).prediction).abs().max() < 5e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------- input
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_frame_that_is_not_finite_counts_as_absent(bad):
+    model = build()
+    features, present = draw(2, 60)
+    clean, dirty = model.stream(2), model.stream(2)
+    g = torch.Generator().manual_seed(2)
+    poisoned = torch.zeros(2, dtype=torch.int64)
+    for t in range(60):
+        x, p = frame(features, t), present[:, t].clone()
+        hit = torch.rand(2, 2, generator=g) < 0.3
+        y = {k: v.clone() for k, v in x.items()}
+        for m, v in enumerate(y.values()):
+            v[hit[:, m], int(torch.randint(v.shape[1], (), generator=g))] = bad
+        poisoned += (hit & p).sum(0)
+        assert_same(keep(clean.step(x, p & ~hit)), dirty.step(y, p))
+    a, b = clean.state_dict(), dirty.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(x.isfinite().all() for x in b.values())
+    assert list(dirty.stats.nonfinite.values()) == poisoned.tolist()
+    assert min(poisoned) > 0
+    assert dirty.stats.absent == clean.stats.absent
+    assert clean.stats.nonfinite == {"audio": 0, "visual": 0}
+
+
+def test_large_values_leave_the_state_finite_and_wash_out():
+    """The largest frames that are still taken: nothing overflows into NaN, and 80 frames later they are forgotten."""
+    model = build(stages=2)
+    calm, shaken = model.stream(1), model.stream(1)
+    for t in range(400):
+        x = {k: torch.randn(1, d, generator=torch.Generator().manual_seed(t)) for k, d in DIMS.items()}
+        a = keep(calm.step(x))
+        if t == 50:
+            scale = model.get_buffer("input_scale_0")
+            x = {k: v * 1e17 for k, v in x.items()}
+            assert bool(scale.isfinite().all())
+        b = shaken.step(x)
+        assert all(v.isfinite().all() for v in b)
+    assert shaken.stats.nonfinite == {"audio": 0, "visual": 0}
+    torch.testing.assert_close(a.prediction, b.prediction, atol=1e-5, rtol=0)
+
+
+def test_absent_modalities_and_inactive_rows_are_not_read():
+    model = build()
+    features, present = draw(3, 25)
+    a, b = model.stream(3), model.stream(3)
+    for t in range(25):
+        active = torch.tensor([True, t % 2 == 0, False])
+        x, p = frame(features, t), present[:, t]
+        unread = ~(p & active[:, None])
+        y = {k: v.masked_fill(unread[:, m, None], math.nan) for m, (k, v) in enumerate(x.items())}
+        assert_same(keep(a.step(x, p, active)), b.step(y, p, active))
+    assert b.stats.nonfinite == {"audio": 0, "visual": 0}
+    assert b.state_dict()["frames"].tolist() == [25, 13, 0]
+    assert not any(out[2].any() for out in b.step(frame(features, 0), None, active))
+
+
+def test_a_modality_gone_for_good():
+    model = build()
+    features, present = draw(1, 100)
+    present[:, 40:, 1] = False
+    session = model.stream()
+    outs = stack([keep(session.step(frame(features, t), present[:, t])) for t in range(100)])
+    assert_close(outs, offline(model, features, present))
+    assert not outs.weights[:, 40:, 1].any()
+
+
+def test_numpy_strided_and_torch_inputs_agree():
+    model = build()
+    features, present = draw(2, 12)
+    sessions = [model.stream(2) for _ in range(3)]
+    for t in range(12):
+        x, p = frame(features, t), present[:, t]  # rows of a (2, 12, d) tensor: not contiguous
+        a = sessions[0].step({k: v.contiguous() for k, v in x.items()}, p.contiguous())
+        assert_same(a, sessions[1].step(x, p))
+        arrays = {k: v.numpy() for k, v in x.items()}
+        arrays["audio"] = np.asfortranarray(arrays["audio"])
+        arrays["audio"].flags.writeable = False
+        assert_same(a, sessions[2].step(arrays, p.numpy(), np.ones(2, bool)))
+
+
+def test_later_changes_of_the_model_are_not_seen():
+    model = build()
+    features, present = draw(1, 10)
+    whole, session = offline(model, features, present), model.stream()
+    with torch.no_grad():
+        for x in (*model.parameters(), *model.buffers()):
+            if x.is_floating_point():
+                x.fill_(math.nan)
+    del model
+    gc.collect()
+    assert_close(stack([keep(session.step(frame(features, t), present[:, t])) for t in range(10)]), whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+def test_a_stream_moves_between_sessions_to_the_bit():
+    model = build()
+    features, present = draw(4, 90)
+    stay, here, there = model.stream(4), model.stream(4), model.stream(2)
+    others = draw(2, 90, seed=7)
+    for t in range(40):
+        stay.step(frame(features, t), present[:, t])
+        here.step(frame(features, t), present[:, t])
+        there.step(frame(others[0], t), others[1][:, t])
+    untouched = there.state_dict(0)
+    there.load_state_dict(here.state_dict(3), 1)
+    assert all(torch.equal(v, untouched[k]) for k, v in there.state_dict(0).items())
+    for t in range(40, 90):
+        a = stay.step(frame(features, t), present[:, t])
+        mixed = {k: torch.stack([others[0][k][0, t], features[k][3, t]]) for k in DIMS}
+        b = there.step(mixed, torch.stack([others[1][0, t], present[3, t]]))
+        assert_same(StreamOutput(*(v[3] for v in a)), StreamOutput(*(v[1] for v in b)))
+
+
+def test_state_round_trip_is_exact_and_survives_saving(tmp_path):
+    model = build()
+    features, present = draw(2, 50)
+    session = model.stream(2)
+    for t in range(33):
+        session.step(frame(features, t), present[:, t], torch.tensor([True, t % 3 > 0]))
+    state = session.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    other = model.stream(2)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    again = other.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[k], again[k]) for k in state)
+    for t in range(33, 50):
+        a = keep(session.step(frame(features, t), present[:, t]))
+        assert_same(a, other.step(frame(features, t), present[:, t]))
+
+
+@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
+def test_state_is_that_of_the_offline_model(fusion):
+    """The documented layout: part for part the SAGEState of the same frames."""
+    model = build(fusion=fusion)
+    features, present = draw(2, 47)
+    session = model.stream(2)
+    for t in range(47):
+        session.step(frame(features, t), present[:, t])
+    state, whole = session.state_dict(), offline(model, features, present).state
+    expected = {f"history.{i}": x for i, x in enumerate(whole.history)} | {
+        f"fused.{i}": x for i, x in enumerate(whole.fused)
+    }
+    if whole.fusion is not None:
+        expected |= whole.fusion._asdict()
+    for name, x in expected.items():
+        torch.testing.assert_close(state[name], x, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert set(state) == {"frames", "last", *expected}
+
+
+def test_reset_begins_a_new_stream_in_its_rows_only():
+    model = build()
+    features, present = draw(3, 60)
+    session, fresh = model.stream(3), model.stream(3)
+    for t in range(30):
+        session.step(frame(features, t), present[:, t])
+    before = session.state_dict([0, 2])
+    session.reset(1)
+    assert all(torch.equal(x, before[k]) for k, x in session.state_dict([0, 2]).items())
+    assert all(torch.equal(x, fresh.state_dict(1)[k]) for k, x in session.state_dict(1).items())
+    for t in range(30, 60):
+        a = session.step(frame(features, t), present[:, t])
+        b = fresh.step(frame(features, t), present[:, t])
+        assert_same(StreamOutput(*(v[1] for v in a)), StreamOutput(*(v[1] for v in b)))
+    session.reset()
+    assert session.state_dict()["frames"].tolist() == [0, 0, 0]
+
+
+class Streams:
+    """What hypothesis plays with: sessions of several sizes, and beside each row the list of frames that it has taken."""
+
+    def __init__(self, model, sizes, seed):
+        self.model, self.sessions = model, [model.stream(n) for n in sizes]
+        self.taken = [[[] for _ in range(n)] for n in sizes]
+        self.features, self.present = draw(1, 4000, seed=seed)
+        self.clock = 0
+
+    def step(self, which, active):
+        session = self.sessions[which]
+        index = torch.arange(self.clock, self.clock + session.batch_size) % 4000
+        self.clock += session.batch_size
+        mask = torch.tensor([active >> r & 1 for r in range(session.batch_size)], dtype=torch.bool)
+        out = session.step({k: v[0, index] for k, v in self.features.items()}, self.present[0, index], mask)
+        for r in mask.nonzero().flatten().tolist():
+            self.taken[which][r].append((int(index[r]), StreamOutput(*(v[r].clone() for v in out))))
+
+    def reset(self, which, row):
+        self.check(which, row)
+        self.sessions[which].reset(row)
+        self.taken[which][row] = []
+
+    def move(self, a, row_a, b, row_b):
+        self.check(b, row_b)
+        self.sessions[b].load_state_dict(self.sessions[a].state_dict(row_a), row_b)
+        self.taken[b][row_b] = list(self.taken[a][row_a])
+
+    def check(self, which, row):
+        taken = self.taken[which][row]
+        assert int(self.sessions[which].state_dict(row)["frames"]) == len(taken)
+        if taken:
+            index = [i for i, _ in taken]
+            whole = offline(self.model, {k: v[:, index] for k, v in self.features.items()}, self.present[:, index])
+            outs = StreamOutput(*(torch.stack(x)[None] for x in zip(*(out for _, out in taken))))
+            assert_close(outs, whole)
+
+
+SIZES = (1, 3, 5)
+STEPS = st.tuples(st.just("step"), st.integers(0, 2), st.integers(0, 31), st.integers(1, 25))
+RESETS = st.tuples(st.just("reset"), st.integers(0, 2), st.integers(0, 4))
+MOVES = st.tuples(st.just("move"), st.integers(0, 2), st.integers(0, 4), st.integers(0, 2), st.integers(0, 4))
+
+
+@settings(max_examples=25)
+@given(events=st.lists(st.one_of(STEPS, STEPS, RESETS, MOVES), max_size=25), seed=st.integers(0, 3))
+def test_any_order_of_events(events, seed):
+    streams = Streams(EVENT_MODEL, SIZES, seed)
+    for kind, which, *rest in events:
+        if kind == "step":
+            for _ in range(rest[1]):
+                streams.step(which, rest[0])
+        elif kind == "reset":
+            streams.reset(which, rest[0] % SIZES[which])
+        else:
+            row_a, to, row_b = rest
+            if (which, row_a % SIZES[which]) != (to, row_b % SIZES[to]):
+                streams.move(which, row_a % SIZES[which], to, row_b % SIZES[to])
+    for which, size in enumerate(SIZES):
+        for row in range(size):
+            streams.check(which, row)
+
+
+EVENT_MODEL = build(seed=4)
+
+
+# --------------------------------------------------------------------------------------------------------------- threads
+def test_one_call_at_a_time_and_the_gil_is_free_meanwhile():
+    """While one thread steps, another runs Python, and is told that the session is in use."""
+    session, done = build().stream(4096), threading.Event()
+    x = {k: torch.randn(4096, d) for k, d in DIMS.items()}
+
+    def work():
+        while not done.is_set():
+            session.step(x)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        deadline, refused = time.monotonic() + 20, False
+        while not refused and time.monotonic() < deadline:
+            try:
+                session.state_dict(0)
+            except RuntimeError as error:
+                refused = "in use by another thread" in str(error)
+    finally:
+        done.set()
+        worker.join()
+    assert refused
+    assert session.step(x).prediction.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+def bad(name, value):
+    return lambda s, x, p: s.step({**x, name: value(x[name])}, p)
+
+
+ERRORS = [
+    (lambda s, x, p: s.step(x["audio"]), TypeError, "features must be a sequence or a mapping"),
+    (lambda s, x, p: s.step([x["audio"]]), ValueError, "features: expected 2 modalities, got 1"),
+    (lambda s, x, p: s.step({"audio": x["audio"]}), ValueError, r"expected the modalities \['audio', 'visual'\]"),
+    (bad("audio", lambda v: v.double()), TypeError, r"features\[audio\] must be a float32 .* got torch.float64"),
+    (bad("audio", lambda v: v.numpy().astype(">f4")), TypeError, r"features\[audio\] must be a float32 .* got >f4"),
+    (bad("audio", lambda v: v.tolist()), TypeError, r"features\[audio\] must be a float32 .* got list"),
+    (bad("visual", lambda v: v[:, :-1]), ValueError, r"features\[visual\] must be \(2, 21\), got \(2, 20\)"),
+    (bad("visual", lambda v: v[0]), ValueError, r"features\[visual\] must be \(2, 21\), got \(21,\)"),
+    (bad("visual", lambda v: v.to("meta")), ValueError, r"features\[visual\] must be a dense tensor on the CPU, .* meta"),
+    (bad("visual", lambda v: v.to_sparse()), ValueError, r"features\[visual\] must be a dense tensor on the CPU"),
+    (lambda s, x, p: s.step(x, p.float()), TypeError, "present must be a bool"),
+    (lambda s, x, p: s.step(x, p[:, :1]), ValueError, r"present must be \(2, 2\), got \(2, 1\)"),
+    (lambda s, x, p: s.step(x, p, p), ValueError, r"active must be \(2,\), got \(2, 2\)"),
+    (lambda s, x, p: s.step(x, p, [True, True]), TypeError, "active must be a bool .* got list"),
+    (lambda s, x, p: s.reset(2), ValueError, r"rows must be in \[0, 2\), got \[2\]"),
+    (lambda s, x, p: s.reset([-1]), ValueError, r"rows must be in \[0, 2\), got \[-1\]"),
+    (lambda s, x, p: s.reset(torch.tensor([True])), ValueError, r"a bool tensor must be \(2,\)"),
+    (lambda s, x, p: s.reset(0.5), TypeError, "rows must be integers"),
+    (lambda s, x, p: s.reset("all"), TypeError, "rows must be an index"),
+    (lambda s, x, p: s.load_state_dict(s.state_dict(0)), ValueError, r"must be \(2,\), got \(1,\)"),
+    (lambda s, x, p: s.load_state_dict(s.state_dict(), [1, 1]), ValueError, "rows must be distinct"),
+    (lambda s, x, p: s.load_state_dict([]), TypeError, "state must be a mapping"),
+    (lambda s, x, p: s.load_state_dict({}), ValueError, "state: expected the keys"),
+    (lambda s, x, p: s.load_state_dict({**s.state_dict(), "last": 0}), TypeError, r"state\['last'\] must be a torch.float32"),
+    (lambda s, x, p: s.load_state_dict({**s.state_dict(), "belief": torch.full((2, 3), math.nan)}), ValueError,
+     r"state\['belief'\] is not finite"),
+    (lambda s, x, p: s.load_state_dict({**s.state_dict(), "frames": torch.tensor([1, -1])}), ValueError, "not be negative"),
+    (lambda s, x, p: build(causal=False).stream(), ValueError, "streaming needs a causal SAGE"),
+    (lambda s, x, p: build(fusion="concat").stream(), ValueError, "streaming needs fusion=.* 'concat'"),
+    (lambda s, x, p: build().stream(0), ValueError, "batch_size must be >= 1"),
+    (lambda s, x, p: build().stream(1.0), TypeError, "batch_size must be int"),
+    (lambda s, x, p: build().stream(1, torch.float16), ValueError, "weights_dtype must be torch.float32 or torch.bfloat16"),
+    (lambda s, x, p: build().stream(1, "bfloat16"), TypeError, "weights_dtype must be a torch.dtype"),
+    (lambda s, x, p: StreamingSession(torch.nn.Linear(2, 2)), TypeError, "model must be SAGE, got Linear"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "match"), ERRORS)
+def test_errors_name_the_argument_and_move_nothing(call, error, match):
+    session = build().stream(2)
+    features, present = draw(2, 3)
+    session.step(frame(features, 0), present[:, 0])
+    before, stats = session.state_dict(), session.stats
+    with pytest.raises(error, match=match):
+        call(session, frame(features, 1), present[:, 1])
+    assert all(torch.equal(x, before[k]) for k, x in session.state_dict().items())
+    assert session.stats == stats
+
+
+def test_a_model_with_broken_weights_is_refused():
+    model = build()
+    with torch.no_grad():
+        model.head[0].bias[3] = math.nan
+    with pytest.raises(ValueError, match="a parameter or statistic is not finite"):
+        model.stream()
+
+
+# --------------------------------------------------------------------------------------------------------------- stamina
+def resident() -> int:
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmRSS"))  # KiB
+
+
+def march(steps, chunk=10_000):
+    """Steps of one stream in which every chunk repeats the same frames; memory after the second chunk and at the end, and
+    the last chunk against the offline model, whose state is carried through all of them."""
+    model = build(dims={"a": 3, "b": 4}, dim=8, evidence_dim=4, stages=2)
+    features, present = draw(1, chunk, {"a": 3, "b": 4}, seed=1)
+    frames = [([v[0, t : t + 1] for v in features.values()], present[0, t : t + 1]) for t in range(chunk)]
+    frames = [(dict(zip(features, x)), p) for x, p in frames]
+    session, state = model.stream(), None
+    for i in range(steps // chunk):
+        last = i == steps // chunk - 1
+        outs = []
+        for x, p in frames:
+            out = session.step(x, p)
+            if last:
+                outs.append(keep(out))
+        with torch.no_grad():
+            whole = model(features, present, None, state)
+        state = whole.state
+        if i == 1:
+            start = resident()
+        if i == steps // chunk - 2:
+            growth = resident() - start
+    assert session.stats.frames == steps
+    assert_close(stack(outs), whole)
+    return growth
+
+
+def test_a_million_steps_without_growth_or_drift():
+    assert march(1_000_000) < 4096
+
+
+@pytest.mark.slow
+def test_ten_million_steps_without_growth_or_drift():
+    assert march(10_000_000) < 4096
