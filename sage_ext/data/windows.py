@@ -89,10 +89,7 @@ class Windows(torch.utils.data.Dataset):
         index, start = self.spans[i]
         clip = self.clips[index]
         item = clip_tensors(clip, self.names, start, min(start + self.window, clip.num_frames))
-        missing = self.window - len(item["frame"])
-        if missing:
-            item["features"] = {name: _pad(rows, missing) for name, rows in item["features"].items()}
-            item.update({key: _pad(item[key], missing) for key in ("present", "labels", "valid", "frame")})
+        item = pad_tensors(item, self.window)
         return {**item, "clip": index, "start": start}
 
 
@@ -100,6 +97,18 @@ def window_starts(num_frames: int, window: int, hop: int) -> list[int]:
     """First frames of the windows that cover a clip: 0, hop, 2 hop ... and the one that ends with the clip."""
     last = max(0, num_frames - window)
     return [*range(0, last, hop), last]
+
+
+def pad_tensors(item: Mapping[str, Any], frames: int) -> dict[str, Any]:
+    """What `clip_tensors` gave, padded at its end to at least `frames`: `frame`, `valid` and `present` are False
+    there, everything else is 0."""
+    missing = frames - len(item["frame"])
+    if missing <= 0:
+        return dict(item)
+    return {
+        "features": {name: _pad(rows, missing) for name, rows in item["features"].items()},
+        **{key: _pad(item[key], missing) for key in ("present", "labels", "valid", "frame")},
+    }
 
 
 def _pad(rows: torch.Tensor, missing: int) -> torch.Tensor:

@@ -12,8 +12,12 @@ has weights of its own. Input sizes are written `d_m`, `d = sum of d_m`; feature
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -243,8 +247,8 @@ class LateFusion(PeerFusion):
     modalities, run on each modality's own `values`, and `mix` adds up what they predict. Alone, the module's `fused` is
     the same sum of `values`, which equals it where all that follows is linear.
 
-    The weights are renormalised over the present modalities. Where none is present `mix` takes them as learnt: what a
-    modality's trunk remembers is all there is.
+    A missing modality has no weight; the others' are renormalised. Where all are missing `mix` takes them as learnt:
+    what the trunk remembers is all there is.
     """
 
     def __init__(self, in_dims: Dims, dim: int) -> None:
@@ -292,3 +296,333 @@ class GatedMultimodalUnit(PeerFusion):
         z = torch.sigmoid(self.gate(torch.cat(x, -1)))
         z = torch.where(valid[..., :1], torch.where(valid[..., 1:], z, 1.0), 0.0)
         return z * first + (1 - z) * second
+
+
+@register("can", "CAN attention")
+class ChannelAttention(PeerFusion):
+    """CAN attention (ABAW 3): `p = [P_1 x_1; ...; P_M x_M]`, each `width` channels; `softmax(W p)` over all channels,
+    times `p`; then Linear to `dim`.
+
+    The product is scaled by the number of channels, so that even attention leaves `p` as it is: a constant that the
+    last layer's weights would otherwise have to learn. The channels of a missing modality are left out of the softmax
+    (and of that number).
+    """
+
+    def __init__(self, in_dims: Dims, dim: int, *, width: int = 128) -> None:
+        super().__init__(in_dims, dim)
+        check_int("width", width, 1)
+        self.width, total = width, width * len(self.in_dims)
+        self.project = nn.ModuleList(nn.Linear(d, width) for d in self.in_dims)
+        self.score, self.out = nn.Linear(total, total), nn.Linear(total, dim)
+
+    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
+        channels = valid.repeat_interleave(self.width, -1)  # (B, T, M * width)
+        p = torch.cat([linear(v) for linear, v in zip(self.project, x)], -1)
+        p = torch.where(channels, p, 0.0)
+        # Finite where nothing is present: a softmax over nothing would be NaN.
+        attention = self.score(p).masked_fill(~channels, -1e4).softmax(-1)
+        return self.out(attention.to(p.dtype) * p * channels.sum(-1, keepdim=True))
+
+
+@register("lfan", "leader-follower attention")
+class LeaderFollower(PeerFusion):
+    """LFAN (ABAW 2): in each frame `heads`-head attention over the modality tokens (query, key and value: a Linear to
+    `width` a modality), plus the value, LayerNorm; the tokens concatenated with the leading feature; then Linear to
+    `dim`.
+
+    `leading`: name or index of the leading modality; default: the one named "visual" or "video", else the first.
+
+    A missing modality is no key, and its own token and, if it leads, the leading feature are zeros.
+    """
+
+    def __init__(
+        self, in_dims: Dims, dim: int, *, width: int = 32, heads: int = 2, leading: str | int | None = None
+    ) -> None:
+        super().__init__(in_dims, dim)
+        check_int("width", width, 1)
+        check_int("heads", heads, 1)
+        if width % heads:
+            raise ValueError(f"heads must divide width {width}, got {heads}")
+        self.width, self.heads, self.leading = width, heads, self._leader(leading)
+        self.token = nn.ModuleList(nn.Linear(d, 3 * width) for d in self.in_dims)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(len(self.in_dims) * width + self.in_dims[self.leading], dim)
+
+    def _leader(self, leading: str | int | None) -> int:
+        names = self.names or ()
+        if leading is None:
+            return next((i for i, name in enumerate(names) if name in ("visual", "video")), 0)
+        if isinstance(leading, str):
+            if leading not in names:
+                raise ValueError(f"leading must be one of the modalities {list(names)}, got {leading!r}")
+            return names.index(leading)
+        check_int("leading", leading, 0, len(self.in_dims) - 1)
+        return leading
+
+    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
+        batch, frames, modalities = valid.shape
+        tokens = torch.stack([linear(v) for linear, v in zip(self.token, x)], 2)  # (B, T, M, 3 * width)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(0, 1) for part in tokens.chunk(3, -1)
+        )  # (B * T, heads, M, width / heads)
+        keys = (valid | ~valid.any(-1, keepdim=True)).flatten(0, 1)[:, None, None]  # (B * T, 1, 1, M)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys) + value
+        attended = attended.transpose(1, 2).reshape(batch, frames, modalities, self.width)
+        attended = torch.where(valid.unsqueeze(-1), self.norm(attended), 0.0)
+        return self.out(torch.cat([attended.flatten(2), x[self.leading]], -1))
+
+
+@register("avrelscore", "AVRelScore", "sees a fixed past; remembers it from chunk to chunk")
+class ReliabilityScore(PeerFusion):
+    """AVRelScore (2023): for each modality `x + x * s`, `s = sigmoid` of three Conv1d over time with `kernel_size` taps
+    and channels d -> 2d -> 2d -> d, ReLU between; then Linear of the concatenation to `dim`.
+
+    Causal: the convolutions reach back only, over zeros before the first frame. (The published ones are centred.)
+    A missing modality is zeros, in the convolutions and in the concatenation.
+    """
+
+    def __init__(self, in_dims: Dims, dim: int, *, kernel_size: int = 7) -> None:
+        super().__init__(in_dims, dim)
+        check_int("kernel_size", kernel_size, 1)
+        self.span = 3 * (kernel_size - 1)  # frames before the first that the three layers see
+        self.score = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(d, 2 * d, kernel_size),
+                nn.ReLU(),
+                nn.Conv1d(2 * d, 2 * d, kernel_size),
+                nn.ReLU(),
+                nn.Conv1d(2 * d, d, kernel_size),
+                nn.Sigmoid(),
+            )
+            for d in self.in_dims
+        )
+        self.out = nn.Linear(sum(self.in_dims), dim)
+
+    def fuse_chunk(
+        self, x: list[Tensor], valid: Tensor, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """state: M tensors (B, span, d_m), the frames before this chunk; None: zeros."""
+        frames = x[0].shape[1]
+        before = state or tuple(v.new_zeros(v.shape[0], self.span, v.shape[2]) for v in x)
+        whole = [torch.cat([past, v], 1) for past, v in zip(before, x)]
+        scored = [v + v * net(w.transpose(1, 2)).transpose(1, 2) for net, v, w in zip(self.score, x, whole)]
+        return self.out(torch.cat(scored, -1)), tuple(w[:, frames:] for w in whole)
+
+
+# --------------------------------------------------------------------------- joint cross-attention: two, of fixed length
+TEMPERATURE = 0.1  # of the gates of DCA, GRJCA and TAGF
+
+
+class JointCrossAttention(nn.Module):
+    """One layer of JCA (Praveen 2022) over two modalities of `length` frames, `d = d_1 + d_2`:
+
+        J   = Wq [x_1; x_2]                                     (B, L, d)
+        C_m = tanh((Wt_m x_m^T) J / sqrt(d))                    (B, d_m, d), Wt_m is L x L
+        y_m = x_m + ReLU(W_m ReLU(tanh((Wv_m x_m) C_m)))        (B, L, d_m)
+
+    All `W` are Linear with bias; dropout acts on `C_m` and on what is added to `x_m`. Frames in which both are missing
+    are zero in `J`, and `y_m` is zero where modality m is missing.
+    """
+
+    def __init__(self, dims: Sequence[int], length: int, dropout: float) -> None:
+        super().__init__()
+        total = sum(dims)
+        self.joint = nn.Linear(total, total)
+        self.time = nn.ModuleList(nn.Linear(length, length) for _ in dims)
+        self.value = nn.ModuleList(nn.Linear(d, d) for d in dims)
+        self.out = nn.ModuleList(nn.Linear(total, d) for d in dims)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Sequence[Tensor], valid: Tensor) -> list[Tensor]:
+        joint = self.joint(torch.cat(list(x), -1))
+        joint = torch.where(valid.any(-1, keepdim=True), joint, 0.0)
+        result = []
+        for m, v in enumerate(x):
+            correlation = torch.tanh(self.time[m](v.transpose(1, 2)) @ joint / joint.shape[-1] ** 0.5)
+            attended = F.relu(torch.tanh(self.value[m](v) @ self.dropout(correlation)))
+            v = v + self.dropout(F.relu(self.out[m](attended)))
+            result.append(torch.where(valid[..., m, None], v, 0.0))
+        return result
+
+
+class _JointFusion(PeerFusion):
+    """The JCA family: `layers` of JointCrossAttention, untied, one after another; `gate` chooses, frame by frame, among
+    a modality's states x_m, y_m of the first layer, y_m of the second ...; then Linear of the concatenation to `dim`.
+    """
+
+    causal, fixed_length, pairwise = False, True, True
+    layers: ClassVar[int] = 1
+    normalise: ClassVar[bool] = False  # inputs to unit length in each frame
+
+    def __init__(self, in_dims: Dims, dim: int, *, length: int, dropout: float = 0.6) -> None:
+        super().__init__(in_dims, dim, length=length)
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.attention = nn.ModuleList(JointCrossAttention(self.in_dims, length, dropout) for _ in range(self.layers))
+        self.out = nn.Linear(sum(self.in_dims), dim)
+
+    def gate(self, m: int, states: list[Tensor]) -> Tensor:
+        """`layers + 1` states (B, L, d_m) of modality m -> (B, L, d_m)."""
+        return states[-1]
+
+    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
+        states = [[F.normalize(v, dim=-1) for v in x] if self.normalise else x]
+        for layer in self.attention:
+            states.append(layer(states[-1], valid))
+        return self.out(torch.cat([self.gate(m, [state[m] for state in states]) for m in range(2)], -1))
+
+
+def _mixture(logits: Tensor, states: Sequence[Tensor]) -> Tensor:
+    """(B, L, K) logits, K states (B, L, d) -> their mean under softmax(logits / TEMPERATURE)."""
+    share = (logits / TEMPERATURE).softmax(-1)
+    return (share.unsqueeze(-2).to(states[0].dtype) * torch.stack(list(states), -1)).sum(-1)
+
+
+@register("jca", "joint cross-attention")
+class JCA(_JointFusion):
+    """JCA (Praveen 2022), two modalities, fixed length: one `JointCrossAttention`, then Linear of [y_1; y_2] to `dim`.
+
+    A missing modality is zeros in `J`, in its own correlation and in the concatenation.
+    """
+
+
+@register("rjca", "recursive joint cross-attention")
+class RJCA(_JointFusion):
+    """RJCA, two modalities, fixed length: two untied `JointCrossAttention` layers on L2-normalised inputs, then Linear
+    of the second's [y_1; y_2] to `dim`. Missing modalities as in `JCA`.
+    """
+
+    layers, normalise = 2, True
+
+
+@register("dca", "dynamic cross-attention")
+class DCA(_JointFusion):
+    """DCA (Praveen 2024), two modalities, fixed length: for each modality the gate `softmax(W y / 0.1)` mixes the input
+    x and the attended y of one `JointCrossAttention`; then Linear of the concatenation to `dim`. Missing modalities as
+    in `JCA`.
+    """
+
+    def __init__(self, in_dims: Dims, dim: int, *, length: int, dropout: float = 0.6) -> None:
+        super().__init__(in_dims, dim, length=length, dropout=dropout)
+        self.score = nn.ModuleList(nn.Linear(d, self.layers + 1) for d in self.in_dims)
+
+    def gate(self, m: int, states: list[Tensor]) -> Tensor:
+        return _mixture(self.score[m](states[-1]), states)
+
+
+@register("grjca", "gated recursive joint cross-attention")
+class GRJCA(DCA):
+    """GRJCA (2025), two modalities, fixed length: `RJCA`, and for each modality a gate `softmax(W y2 / 0.1)` over the
+    L2-normalised input and the two layers' results; then Linear of the concatenation to `dim`. Missing modalities as in
+    `JCA`.
+    """
+
+    layers, normalise = 2, True
+
+
+@register("tagf", "time-aware gated fusion")
+class TAGF(_JointFusion):
+    """TAGF (Lee 2025), two modalities, fixed length: `RJCA`; in each frame a BiLSTM runs over the three steps
+    (L2-normalised input, first, second layer) of a modality, a Linear scores each step, `softmax(score / 0.1)` mixes
+    them; then Linear of the concatenation to `dim`. The BiLSTM has d_m / 2 units a direction. Missing modalities as in
+    `JCA`.
+    """
+
+    layers, normalise = 2, True
+
+    def __init__(self, in_dims: Dims, dim: int, *, length: int, dropout: float = 0.6) -> None:
+        super().__init__(in_dims, dim, length=length, dropout=dropout)
+        units = [max(d // 2, 1) for d in self.in_dims]
+        self.lstm = nn.ModuleList(
+            nn.LSTM(d, u, batch_first=True, bidirectional=True) for d, u in zip(self.in_dims, units)
+        )
+        self.score = nn.ModuleList(nn.Linear(2 * u, 1) for u in units)
+
+    def gate(self, m: int, states: list[Tensor]) -> Tensor:
+        steps = torch.stack(states, 2)  # (B, L, 3, d_m)
+        hidden, _ = self.lstm[m](steps.flatten(0, 1))
+        return _mixture(self.score[m](hidden).squeeze(-1).unflatten(0, steps.shape[:2]), states)
+
+
+# -------------------------------------------------------------------------------------------- cross-modal transformer
+class _Attention(nn.Module):
+    """Pre-norm transformer layer whose queries are `x` and whose keys and values are `source`."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.query_norm, self.source_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query, self.source, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor, source: Tensor, keys: Tensor) -> Tensor:
+        """x, source (B, T, dim); keys (B, T) bool. In a sequence without any key attention brings zeros."""
+        parts = (self.query(self.query_norm(x)), *self.source(self.source_norm(source)).chunk(2, -1))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        some = keys.any(1)[:, None, None, None]  # a softmax over nothing would be NaN
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys[:, None, None] | ~some)
+        attended = torch.where(some, attended, 0.0)
+        x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.feed(self.norm(x)))
+
+
+@register("mult", "cross-modal transformer")
+class CrossModalTransformer(PeerFusion):
+    """MulT-style, two modalities or more, any length, sees the whole window: each modality projected to `dim`, plus
+    sinusoidal positions; for each ordered pair (m, n) a transformer layer with queries of m and keys of n; for each m
+    those results side by side and one self-attention layer; then Linear of all of them to `dim`, frame by frame.
+
+    Keys are the frames in which modality n is not missing (in self-attention: any modality), and one that is missing
+    throughout brings zeros; a missing frame still asks the other modalities as a query.
+    """
+
+    causal = False
+
+    def __init__(self, in_dims: Dims, dim: int, *, heads: int = 4, dropout: float = 0.1) -> None:
+        super().__init__(in_dims, dim)
+        modalities = len(self.in_dims)
+        if modalities < 2:
+            raise ValueError("in_dims: CrossModalTransformer fuses 2 modalities or more, got 1")
+        check_int("heads", heads, 1)
+        if dim % heads:
+            raise ValueError(f"heads must divide dim {dim}, got {heads}")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.project = nn.ModuleList(nn.Linear(d, dim) for d in self.in_dims)
+        self.pairs = [(m, n) for m in range(modalities) for n in range(modalities) if m != n]
+        self.cross = nn.ModuleList(_Attention(dim, heads, dropout) for _ in self.pairs)
+        width = dim * (modalities - 1)
+        self.memory = nn.ModuleList(_Attention(width, heads, dropout) for _ in self.in_dims)
+        self.out = nn.Linear(width * modalities, dim)
+
+    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
+        place = positions(valid.shape[1], self.dim, valid.device)
+        tokens = [linear(v) for linear, v in zip(self.project, x)]
+        tokens = [token + place.to(token.dtype) for token in tokens]
+        crossed: list[list[Tensor]] = [[] for _ in x]
+        for layer, (m, n) in zip(self.cross, self.pairs):
+            crossed[m].append(layer(tokens[m], tokens[n], valid[..., n]))
+        some = valid.any(-1)
+        joined = [torch.cat(parts, -1) for parts in crossed]
+        return self.out(torch.cat([layer(z, z, some) for layer, z in zip(self.memory, joined)], -1))
+
+
+def positions(frames: int, dim: int, device: torch.device) -> Tensor:
+    """(frames, dim) float64 sinusoidal positions (Vaswani 2017): sin in the even channels, cos in the odd ones."""
+    rate = 10000.0 ** (-2 * torch.arange((dim + 1) // 2, device=device, dtype=torch.float64) / dim)
+    angle = torch.arange(frames, device=device, dtype=torch.float64)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
+
+
+# ---------------------------------------------------------------------------------------------------- other people's
+def _load(path: Path) -> None:
+    """Run a Python file that registers peers. ImportError where there is none."""
+    spec = importlib.util.spec_from_file_location(f"sage_ext_peer_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"SAGE_EXT_PEERS: expected Python files separated by {os.pathsep!r}, got {str(path)!r}")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+for _path in filter(None, os.environ.get("SAGE_EXT_PEERS", "").split(os.pathsep)):
+    _load(Path(_path))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.windows import OverlapAverage, clip_tensors
+from ..data.windows import OverlapAverage, clip_tensors, pad_tensors, window_starts
 from ..functional import ccc_from_moments, ccc_moments
 
 Array = np.ndarray
@@ -45,10 +45,14 @@ def predict_clip(
 
     A causal model runs through the video once in chunks of `chunk` frames, its state carried, which equals one call on
     the whole video. Any other model runs on windows of `window` frames, `hop` apart, the last one flush with the end;
-    frames that several windows cover get the mean.
+    frames that several windows cover get the mean. A model of fixed `length` has windows of that length whatever
+    `window` says, at most that far apart; a shorter video is padded to it, and the padding masked.
     """
     if chunk < 1 or window < 1 or not 1 <= hop <= window:
         raise ValueError(f"expected chunk >= 1 and 1 <= hop <= window, got chunk={chunk}, window={window}, hop={hop}")
+    length = getattr(model, "length", None)
+    if length is not None:
+        window, hop = length, min(hop, length)
     was_training = model.training
     model.eval()
     try:
@@ -63,14 +67,25 @@ def predict_clip(
 
 
 def _call(
-    model: nn.Module, clip: Any, names: Sequence[str], span: tuple[int, int], state: Any, device: torch.device
+    model: nn.Module,
+    clip: Any,
+    names: Sequence[str],
+    span: tuple[int, int],
+    state: Any,
+    device: torch.device,
+    length: int | None = None,
 ) -> tuple[list[Tensor], Any]:
-    """The model's five outputs on frames [start, stop), batch axis removed, and its state."""
+    """The model's five outputs on frames [start, stop), batch axis removed, and its state. With `length` the frames are
+    padded to it and the padding masked; the outputs are of the frames alone."""
     item = clip_tensors(clip, names, *span)
+    frames, mask = len(item["frame"]), None
+    if length is not None and frames < length:
+        item = pad_tensors(item, length)
+        mask = item["frame"][None].to(device)
     features = {name: item["features"][name][None].to(device) for name in names}
-    output = model(features, present=item["present"][None].to(device), state=state)
+    output = model(features, present=item["present"][None].to(device), mask=mask, state=state)
     fields = (output.prediction, output.unimodal, output.weights, output.confidence, output.stage)
-    return [value[0].float().cpu() for value in fields], output.state
+    return [value[0, :frames].float().cpu() for value in fields], output.state
 
 
 def _causal(model: nn.Module, clip: Any, names: Sequence[str], chunk: int, device: torch.device) -> list[Array]:
@@ -86,11 +101,11 @@ def _overlapping(
 ) -> list[Array]:
     window, hop = size
     total = clip.num_frames
-    starts = list(range(0, max(total - window, 0), hop)) + [max(total - window, 0)]
+    length = getattr(model, "length", None)
     average: OverlapAverage | None = None
     shapes: list[tuple[int, ...]] = []
-    for start in starts:
-        values, _ = _call(model, clip, names, (start, min(start + window, total)), None, device)
+    for start in window_starts(total, window, hop):
+        values, _ = _call(model, clip, names, (start, min(start + window, total)), None, device, length)
         shapes = [tuple(value.shape[1:]) for value in values]
         flat = torch.cat([value.flatten(1) for value in values], 1)  # (L, all channels of all outputs)
         if average is None:
