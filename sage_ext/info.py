@@ -77,7 +77,10 @@ def _cuda_backend(built: bool) -> str:
     import torch
 
     if not built:
-        return "no: this build has no CUDA kernels (tensors on a GPU run the PyTorch reference)"
+        return (
+            "no: this build has no CUDA kernels, tensors on a GPU run the PyTorch reference "
+            "(pip install . -C cmake.define.SAGE_EXT_CUDA=ON)"
+        )
     if torch.version.cuda is None:
         return "no: this torch is a CPU build"
     if not torch.cuda.is_available():
