@@ -55,8 +55,9 @@ def report(source: Path) -> list[Kernel]:
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("file", FILES)
 def test_no_spills_and_no_stack(file):
-    kernels = report(ROOT / "csrc" / "cuda" / file)
-    assert len(kernels) >= 6, "the report was not understood"
+    path = ROOT / "csrc" / "cuda" / file
+    kernels = report(path)
+    assert len(kernels) >= path.read_text().count("__global__"), "the report was not understood"
     bad = [k for k in kernels if k.stack or k.spills]
     assert not bad, bad
 
