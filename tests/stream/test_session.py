@@ -5,6 +5,7 @@ import gc
 import math
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, fusion, monkeypat
     outs, exact, compared = stack(outs), copy.deepcopy(model).double(), 0
     for row in range(rows):
         borders = [0, *resets[:, row].nonzero().flatten().tolist(), frames]
-        for a, b in zip(borders, borders[1:]):
+        for a, b in pairwise(borders):
             index = a + active[a:b, row].nonzero().flatten()
             whole = offline(
                 exact, {k: v[None, row, index].double() for k, v in features.items()}, present[None, row, index]

@@ -1,0 +1,154 @@
+"""Measures a streaming step and prints a Markdown table: p50, p99, ratios, targets met or missed.
+
+    python benchmarks/stream.py [--rounds 50] [--steps 20] [--no-compile] [--json FILE]
+
+The default model (features 128 + 512, dim 128, 4 stages, 4 blocks), one frame of one stream on one thread, from float32
+tensors in memory to the outputs in memory. The opponents run `SAGE.forward` on one frame with carried state, in inference
+mode: eager, and under torch.compile. All take turns, round by round, in one process: 3 warm steps, then `steps` timed
+ones. p50 and p99 are over all timed steps; a ratio is the median over the rounds of the ratio of the rounds' medians, so that
+a machine whose speed drifts does not decide it. Many streams: 64 rows in one step with two threads against 64 steps of a
+session of one row, in frames a second. Cold weights: the same step after 64 MB of other memory have been read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from report import keep_freed_memory, machine
+
+from sage_ext.models import SAGE
+
+DIMS = {"audio": 128, "visual": 512}
+MANY, WARM = 64, 3
+LIMIT = 1.5  # p99 over p50 on an idle machine
+
+
+def build() -> SAGE:
+    torch.manual_seed(0)
+    model = SAGE(DIMS)
+    model.fit_statistics([{"features": {k: torch.randn(4, 200, d) for k, d in DIMS.items()}}])
+    return model.eval()
+
+
+def offline_step(model: SAGE, call: Callable) -> Callable[[], object]:
+    """One frame through `call` (the model, or its compiled self), the state carried."""
+    features = {k: torch.randn(1, 1, d) for k, d in DIMS.items()}
+    with torch.inference_mode():
+        state = [model(features).state]
+
+    def step() -> object:
+        with torch.inference_mode():
+            out = call(features, None, None, state[0])
+            state[0] = out.state
+        return out
+
+    return step
+
+
+def session_step(model: SAGE, rows: int, dtype: torch.dtype | None) -> Callable[[], object]:
+    session, features = model.stream(rows, dtype), {k: torch.randn(rows, d) for k, d in DIMS.items()}
+    return lambda: session.step(features)
+
+
+def timed(step: Callable[[], object], steps: int, before: Callable[[], object] | None = None) -> list[float]:
+    times = []
+    for _ in range(steps):
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def percentile(times: list[float], share: float) -> float:
+    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
+
+
+def verdict(value: float, target: float, least: bool = True) -> str:
+    met = value >= target if least else value <= target
+    return f"{value:.2f} (target {'>=' if least else '<='} {target:g}: {'met' if met else 'MISSED'})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", help="also write the figures here")
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    model = build()
+    single = session_step(model, 1, None)
+    runs = {
+        "float32": single,
+        "bfloat16": session_step(model, 1, torch.bfloat16),
+        "eager": offline_step(model, model),
+    }
+    if not options.no_compile:
+        runs["torch.compile"] = offline_step(model, torch.compile(model, fullgraph=True, dynamic=False))
+    for step in runs.values():
+        timed(step, 30)
+
+    times: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, step in runs.items():
+            timed(step, WARM)
+            times[name].append(timed(step, options.steps))
+    medians = {name: [statistics.median(t) for t in rounds] for name, rounds in times.items()}
+
+    def ratio(slow: str, fast: str) -> float:
+        return statistics.median(a / b for a, b in zip(medians[slow], medians[fast]))
+
+    pooled = {name: [t for r in rounds for t in r] for name, rounds in times.items()}
+    many, throughput = session_step(model, MANY, None), []
+    timed(many, 10)
+    many_times = []
+    for _ in range(options.rounds):
+        singles = sum(timed(single, MANY))
+        torch.set_num_threads(2)
+        timed(many, 1)
+        many_times.append(statistics.median(timed(many, 5)))
+        torch.set_num_threads(1)
+        throughput.append(singles / many_times[-1])
+    other = torch.zeros(16 << 20)
+    cold = {name: timed(runs[name], 100, other.sum) for name in ("float32", "bfloat16")}
+
+    print("| one frame of one stream, one thread | p50 | p99 | p99 / p50 | eager's time over it | torch.compile's |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rows = {}
+    for name in runs:
+        p50, p99 = percentile(pooled[name], 0.5), percentile(pooled[name], 0.99)
+        rows[name] = {"p50": p50, "p99": p99}
+        cells = ["-", "-"]
+        for i, (slow, target) in enumerate((("eager", 8.0), ("torch.compile", 4.0))):
+            if slow in runs and name != slow and name in ("float32", "bfloat16"):
+                rows[name][f"over {slow}"] = value = ratio(slow, name)
+                cells[i] = verdict(value, target)
+        tail = verdict(p99 / p50, LIMIT, False) if name in ("float32", "bfloat16") else f"{p99 / p50:.2f}"
+        print(f"| {name} | {p50 * 1e6:.1f} us | {p99 * 1e6:.1f} us | {tail} | {cells[0]} | {cells[1]} |")
+    half, gain = ratio("float32", "bfloat16"), statistics.median(throughput)
+    many_p50 = statistics.median(many_times)
+    print("\n| also | |\n| --- | --- |")
+    print(f"| float32's time over bfloat16's | {verdict(half, 1.4)} |")
+    print(f"| {MANY} streams in one step, 2 threads | {many_p50 * 1e6:.0f} us, {MANY / many_p50:,.0f} frames/s |")
+    print(f"| its throughput over that of single steps | {verdict(gain, 3.0)} |")
+    for name, t in cold.items():
+        print(f"| {name} step with cold weights, p50 | {statistics.median(t) * 1e6:.1f} us |")
+    about = machine()
+    print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
+    if options.json:
+        result = {"machine": about, "steps": rows, "bfloat16 gain": half, "many": many_p50, "many gain": gain}
+        with open(options.json, "w") as f:
+            json.dump(result, f, indent=1)
+            f.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+// csrc/stream without Python, for the sanitizers (test_sanitizers.py): every buffer is a heap block of exactly the size
+// that stream.h promises, rows are stepped by several threads, and what a Session computes meanwhile, with streams moved
+// to another Session half way, must be the same bits. Exit status 0, or a line saying what differs.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "stream/session.h"
+
+using namespace sage;
+using namespace sage::stream;
+
+namespace {
+
+uint64_t seed = 1;
+double uniform() {  // [0, 1)
+  seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+  return double(seed >> 40) / double(1 << 24);
+}
+
+struct Outputs {
+  std::vector<float> prediction, unimodal, weights, confidence, stage;
+  Outputs(const Shape& s, int64_t rows)
+      : prediction(rows * s.targets),
+        unimodal(rows * s.modalities * s.targets),
+        weights(rows * s.modalities),
+        confidence(rows * s.modalities),
+        stage(rows * s.stages) {}
+};
+
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+bool same(const Outputs& a, const Outputs& b) {
+  return same(a.prediction, b.prediction) && same(a.unimodal, b.unimodal) && same(a.weights, b.weights) &&
+         same(a.confidence, b.confidence) && same(a.stage, b.stage);
+}
+
+void call(Session& session, const std::vector<std::vector<float>>& x, const uint8_t* present,
+          const uint8_t* active, Outputs& o) {
+  const float* features[kMaxModalities];
+  for (size_t m = 0; m < x.size(); ++m) features[m] = x[m].data();
+  session.step(features, present, active, o.prediction.data(), o.unimodal.data(), o.weights.data(),
+               o.confidence.data(), o.stage.data(), 1);
+}
+
+int run(const char* name, const Shape& s, int64_t rows, int threads) {
+  Model model = {};
+  model.shape = s;
+  cpu::baseline::stream_pack(model, nullptr, nullptr);
+  std::vector<float> parameters(model.parameters);
+  for (float& p : parameters) p = float(0.05 + 0.1 * uniform());
+  std::unique_ptr<char[]> packed(new char[model.bytes]);
+  cpu::baseline::stream_pack(model, parameters.data(), packed.get());
+  std::vector<float> state(rows * model.row_floats);
+  for (int64_t r = 0; r < rows && s.reliability; ++r)
+    for (int j = 0; j < s.stages; ++j)
+      state[r * model.row_floats + model.belief + j] = -std::log(float(s.stages));
+  std::vector<int64_t> frames(rows), absent(rows * s.modalities), refused(rows * s.modalities);
+  std::vector<std::vector<float>> scratch(threads);
+  for (auto& one : scratch) one.resize(model.scratch_floats);
+
+  std::unique_ptr<Session> session(new Session(s, parameters.data(), model.parameters, rows, 1));
+  Outputs ours(s, rows), theirs(s, rows);
+  for (int t = 0; t < 40; ++t) {
+    std::vector<std::vector<float>> x(s.modalities);
+    for (int m = 0; m < s.modalities; ++m) {
+      x[m].resize(rows * s.in_dim[m]);
+      for (float& v : x[m]) v = uniform() < 0.002 ? std::nanf("") : float(uniform() - 0.5);
+    }
+    std::vector<uint8_t> present(rows * s.modalities), active(rows);
+    for (auto& p : present) p = uniform() < 0.8;
+    for (auto& a : active) a = uniform() < 0.8;
+    std::vector<int64_t> order;
+    for (int64_t r = 0; r < rows; ++r)
+      if (active[r]) order.push_back(r);
+    Step q = {};
+    for (int m = 0; m < s.modalities; ++m) q.features[m] = x[m].data();
+    q.present = present.data(), q.order = order.data(), q.state = state.data(), q.frames = frames.data();
+    q.absent = absent.data(), q.refused = refused.data();
+    q.prediction = ours.prediction.data(), q.unimodal = ours.unimodal.data(), q.weights = ours.weights.data();
+    q.confidence = ours.confidence.data(), q.stage = ours.stage.data();
+    std::vector<std::thread> workers;
+    const int64_t count = int64_t(order.size());
+    for (int k = 0; k < threads; ++k) {
+      Step part = q;
+      part.first = count * k / threads, part.count = count * (k + 1) / threads - part.first;
+      part.scratch = scratch[k].data();
+      workers.emplace_back([&model, part] { cpu::baseline::stream_step(model, part); });
+    }
+    for (auto& w : workers) w.join();
+
+    call(*session, x, present.data(), active.data(), theirs);
+    if (!same(ours, theirs)) return std::printf("%s: frame %d differs\n", name, t), 1;
+    for (float v : ours.prediction)
+      if (!std::isfinite(v)) return std::printf("%s: frame %d is not finite\n", name, t), 1;
+    if (t == 20) {  // all streams to another session, through exact buffers
+      std::vector<int64_t> which(rows), at(rows);
+      for (int64_t r = 0; r < rows; ++r) which[r] = r;
+      std::vector<float> flat(rows * session->state_size());
+      session->read(which.data(), rows, flat.data(), at.data());
+      std::unique_ptr<Session> next(new Session(s, parameters.data(), model.parameters, rows, 1));
+      next->write(which.data(), rows, flat.data(), at.data());
+      session = std::move(next);
+    }
+  }
+  const int64_t first = 0;
+  session->reset(&first, 1);
+  return 0;
+}
+
+Shape shape(int modalities, int64_t in_dim, int64_t dim, int stages, int64_t evidence, int kernel, int own,
+            int fused, bool reliability, bool bf16) {
+  Shape s = {};
+  s.modalities = modalities;
+  for (int m = 0; m < modalities; ++m) s.in_dim[m] = in_dim + m;
+  s.dim = dim, s.targets = 2, s.own_blocks = own, s.fused_blocks = fused, s.kernel = kernel;
+  s.reliability = reliability, s.stages = reliability ? stages : 1, s.evidence = reliability ? evidence : 0;
+  s.window = reliability ? 16 : 1, s.value_norm = true, s.hide_missing = false, s.bf16 = bf16;
+  return s;
+}
+
+}  // namespace
+
+int main() {
+  int wrong = 0;
+  for (bool bf16 : {false, true}) {
+    wrong += run("common", shape(2, 40, 64, 4, 32, 5, 2, 2, true, bf16), 29, 3);
+    wrong += run("odd", shape(3, 7, 19, 3, 5, 4, 1, 2, true, bf16), 14, 2);
+    wrong += run("small", shape(1, 1, 1, 1, 1, 1, 1, 0, true, bf16), 3, 2);
+    wrong += run("wide", shape(8, 3, 100, 16, 17, 2, 1, 1, true, bf16), 7, 2);
+    wrong += run("uniform", shape(2, 17, 48, 1, 0, 3, 1, 3, false, bf16), 13, 3);
+  }
+  return wrong;
+}
