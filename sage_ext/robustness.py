@@ -499,7 +499,11 @@ def donor_rank(clip: str, other: str, modality: str, seed: int) -> str:
 def _spec(condition: Condition, domain: Domain) -> Corruption:
     if not isinstance(condition, Condition):
         raise TypeError(f"condition: expected a Condition, got {type(condition).__name__}")
-    spec = CORRUPTIONS[condition.corruption]
+    spec = CORRUPTIONS.get(condition.corruption)
+    if spec is None:  # it came from another process
+        raise ValueError(
+            f"condition: there is no corruption {condition.corruption!r} here; register it in this process"
+        )
     if spec.domain != domain:
         raise ValueError(
             f"condition: expected a corruption of the domain {domain!r}, {spec.name} is of {spec.domain!r}"
