@@ -38,6 +38,8 @@ def build(name, modalities=2, dim=8, seed=0, **options):
         options = {"length": LENGTH, **options}
     if name == "can":
         options = {"width": 6, **options}
+    if name == "lfan":
+        options = {"leading": 1, **options}
     module = FUSIONS[name](DIMS[modalities], dim, **options).double().eval()
     with torch.no_grad():
         for p in module.parameters():
@@ -369,6 +371,22 @@ def test_single_frames(name):
     assert out.stage.shape == (len(flags), 1)
 
 
+@pytest.mark.parametrize("fusion", NAMES)
+def test_autocast_and_float64(fusion):
+    net, (features, present) = model(fusion=fusion), clips()
+    want = net(features, present)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = net(features, present)
+        got.prediction.sum().backward()
+    assert got.prediction.dtype == got.weights.dtype == got.stage.dtype == torch.float32
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+    # bfloat16 has 8 bits; what a prediction in (-1, 1) loses through a dozen layers of it.
+    torch.testing.assert_close(got.prediction, want.prediction, atol=0.06, rtol=0)
+    double = net.double()({n: v.double() for n, v in features.items()}, present)
+    assert double.prediction.dtype == double.weights.dtype == torch.float64
+    torch.testing.assert_close(double.prediction.float(), want.prediction, atol=2e-5, rtol=0)
+
+
 def test_late_trains_its_weights():
     net, (x, _) = build("late"), draw()
     with torch.no_grad():
@@ -517,6 +535,7 @@ def test_late_fusion_is_a_convex_sum_of_predictions():
         torch.testing.assert_close(mixed.prediction[flags], own[flags], atol=1e-6, rtol=1e-5)
     none = ~present.any(-1) & mask
     assert none.any()  # there the trunk's memory speaks, in the learnt proportion
+    assert first[none].abs().min() > 0
     torch.testing.assert_close(mixed.prediction[none], want[none], atol=1e-6, rtol=1e-5)
     assert not mixed.weights[none].any()
 

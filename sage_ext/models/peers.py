@@ -596,7 +596,8 @@ class CrossModalTransformer(PeerFusion):
         self.out = nn.Linear(width * modalities, dim)
 
     def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
-        place = positions(valid.shape[1], self.dim, valid.device)
+        dtype = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+        place = positions(valid.shape[1], self.dim, dtype, valid.device)
         tokens = [linear(v) for linear, v in zip(self.project, x)]
         tokens = [token + place.to(token.dtype) for token in tokens]
         crossed: list[list[Tensor]] = [[] for _ in x]
@@ -607,10 +608,10 @@ class CrossModalTransformer(PeerFusion):
         return self.out(torch.cat([layer(z, z, some) for layer, z in zip(self.memory, joined)], -1))
 
 
-def positions(frames: int, dim: int, device: torch.device) -> Tensor:
-    """(frames, dim) float64 sinusoidal positions (Vaswani 2017): sin in the even channels, cos in the odd ones."""
-    rate = 10000.0 ** (-2 * torch.arange((dim + 1) // 2, device=device, dtype=torch.float64) / dim)
-    angle = torch.arange(frames, device=device, dtype=torch.float64)[:, None] * rate
+def positions(frames: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(frames, dim) sinusoidal positions (Vaswani 2017): sin in the even channels, cos in the odd ones."""
+    rate = 10000.0 ** (-2 * torch.arange((dim + 1) // 2, dtype=dtype, device=device) / dim)
+    angle = torch.arange(frames, dtype=dtype, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
 
 
