@@ -46,9 +46,10 @@ class StreamingSession:
     """`batch_size` independent streams through one causal `SAGE`, a frame at a time, on the CPU. Made by `SAGE.stream`.
 
     The model's weights are copied and packed when the session is made, in `weights_dtype`: what happens to the model
-    afterwards is not seen. The session computes what the model does in evaluation, in float32, to 1e-5: `step` by `step`
-    equals one call on the whole sequence. With `torch.bfloat16` the matrices alone are rounded to bfloat16 (half the memory
-    traffic, which is what a step waits for); inputs, state and all arithmetic stay float32.
+    afterwards is not seen. The session computes what the model does in evaluation (its mode, device and dtype do not
+    matter), in float32: `step` by `step` equals one call on the whole sequence to 1e-5. With `torch.bfloat16` the matrices
+    alone are rounded to bfloat16 (half the memory traffic, which is what a step waits for); inputs, state and all
+    arithmetic stay float32.
 
     A row's results are the same bits whatever the batch size, the row, the other rows and the number of threads (many rows
     are shared out over at most `torch.get_num_threads()` threads, and at most as many as there were when the session was
@@ -106,13 +107,14 @@ class StreamingSession:
         modalities = len(self.in_dims)
         self._labels = self.names or tuple(str(m) for m in range(modalities))
         self._shapes = tuple((batch_size, d) for d in self.in_dims)
-        self._output = StreamOutput(
-            torch.zeros(batch_size, self.num_targets),
-            torch.zeros(batch_size, modalities, self.num_targets),
-            torch.zeros(batch_size, modalities),
-            torch.zeros(batch_size, modalities),
-            torch.zeros(batch_size, self.stages),
-        )
+        with torch.inference_mode(False):  # else reset() could not write to them outside that mode
+            self._output = StreamOutput(
+                torch.zeros(batch_size, self.num_targets),
+                torch.zeros(batch_size, modalities, self.num_targets),
+                torch.zeros(batch_size, modalities),
+                torch.zeros(batch_size, modalities),
+                torch.zeros(batch_size, self.stages),
+            )
         prediction, unimodal, weights, confidence, stage = (x.data_ptr() for x in self._output)
         self._targets = prediction, unimodal, weights, confidence, stage
         spans = [(config["kernel_size"] - 1) * 2**i for i in range(own + after)]

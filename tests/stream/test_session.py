@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,6 +293,31 @@ def test_numpy_strided_and_torch_inputs_agree():
         arrays["audio"] = np.asfortranarray(arrays["audio"])
         arrays["audio"].flags.writeable = False
         assert_same(a, sessions[2].step(arrays, p.numpy(), np.ones(2, bool)))
+
+
+def test_mode_dtype_and_inference_mode_do_not_matter():
+    model = build()
+    features, present = draw(2, 20)
+    whole = offline(model, features, present)
+    with torch.inference_mode():
+        session = copy.deepcopy(model).double().train().stream(2)
+    session.reset(1)
+    outs = []
+    for t in range(20):
+        with torch.inference_mode(t % 2 == 0):
+            outs.append(keep(session.step(frame(features, t), present[:, t])))
+    assert_close(stack(outs), whole)
+
+
+def test_the_page_shows_code_that_runs():
+    text = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    features = {k: torch.randn(2, d) for k, d in DIMS.items()}
+    names = {"model": build(), "features": features, **features, "present": torch.ones(2, 2, dtype=torch.bool)}
+    names |= {"active": torch.tensor([True, False]), "other": names["model"].stream(6)}
+    exec(code, names)
+    assert names["session"].state_dict()["frames"].tolist() == [2, 0]
+    assert names["other"].state_dict(5)["frames"].tolist() == [2]
 
 
 def test_later_changes_of_the_model_are_not_seen():
