@@ -1,4 +1,4 @@
-"""The command line: `sage-ext synth | train | evaluate | predict | info | demo`.
+"""The command line: `sage-ext synth | train | evaluate | predict | compare | info | demo`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 the request or the data are wrong (one line
 says what), 130 interrupted; anything else is a bug and shows its traceback.
@@ -29,6 +29,16 @@ def _names(text: str) -> tuple[str, ...]:
     if not names:
         raise argparse.ArgumentTypeError("expected names separated by commas")
     return names
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     _run_arguments(sub)
     sub.add_argument("--out", required=True, metavar="FILE", help="submission file to write")
     sub.add_argument("--sample", metavar="FILE", help="the organisers' sample file (default: in DATA)")
+
+    sub = command("compare", "train and score fusion methods alike, clean and under every corruption", _compare)
+    _compare_arguments(sub)
 
     sub = command("info", "show the build, the machine, and which backend serves each op", _info)
 
@@ -145,6 +158,34 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
+def _compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", metavar="DIR", help="root of the data set (default: synthesise one in OUT/data)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="directory of the study; an earlier one is continued")
+    sub.add_argument("--methods", type=_names, metavar="A,B",
+                     help="sage, concat ..., audio-only ... (default: all there are; an unknown name lists them)")  # fmt: skip
+    sub.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (default: 5, quick 2)")
+    sub.add_argument("--lr", type=_numbers(float), metavar="R,R",
+                     help="grid of peak learning rates (default: 1e-3,2e-3,4e-3, quick 2e-3)")  # fmt: skip
+    sub.add_argument("--tuning-seeds", type=int, default=1, help="seeds on which the rate is chosen, on validation P")
+    sub.add_argument("--severities", type=_numbers(int), metavar="S,S", help="of 1 to 5 (default: all, quick 3)")
+    sub.add_argument("--corruptions", type=_names, metavar="A,B", help="kinds (default: the whole protocol)")
+    sub.add_argument("--max-steps", type=int, help="training steps at most (default: 700, quick 300)")
+    sub.add_argument("--epochs", type=int, default=1000, help="epochs at most")
+    for name, kind, default, text in (
+        ("dim", int, 32, "channels of each encoder and of the fusion"),
+        ("batch_size", int, 8, "windows of a step"),
+        ("window", int, 300, "frames of a training window"),
+        ("hop", int, 200, "frames between windows"),
+        ("device", str, "cpu", "cpu, cuda, cuda:1 ..."),
+    ):
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
+    sub.add_argument("--quick", action="store_true",
+                     help="SAGE, concat, uniform weights and the single modalities, one severity, fewer steps")  # fmt: skip
+    sub.add_argument("--processes", type=int, help="at once, of one thread each (default: one a core)")
+    sub.add_argument("--draws", type=int, default=2000, help="of the bootstrap")
+    sub.add_argument("--quiet", action="store_true", help="no progress display")
+
+
 # ------------------------------------------------------------------------------------------------------------ commands
 def _synth(args: argparse.Namespace) -> int:
     from .data.synthetic import write_dataset
@@ -212,6 +253,30 @@ def _predict(args: argparse.Namespace) -> int:
         args.run, args.data, args.out, sample=args.sample, smooth=args.smooth, device=args.device, chunk=args.chunk
     )
     print(f"{args.out}: {len(predictions)} videos, {sum(len(p) for p in predictions.values())} frames")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .data.affwild2 import AffWild2
+    from .training.compare import Study, compare, default_methods, quick_methods, synthesise
+
+    data = synthesise(args.out) if args.data is None else args.data
+    methods = args.methods
+    if methods is None:
+        methods = (quick_methods if args.quick else default_methods)(list(AffWild2(data, "train").modalities))
+    shared = {name: getattr(args, name) for name in ("epochs", "dim", "batch_size", "window", "hop", "device")}
+    study = Study(
+        data,
+        methods,
+        seeds=args.seeds or (2 if args.quick else 5),
+        rates=args.lr or ((2e-3,) if args.quick else (1e-3, 2e-3, 4e-3)),
+        tuning_seeds=args.tuning_seeds,
+        severities=args.severities or ((3,) if args.quick else (1, 2, 3, 4, 5)),
+        corruptions=args.corruptions,
+        train={**shared, "max_steps": args.max_steps or (300 if args.quick else 700)},
+    )
+    tables = compare(study, args.out, processes=args.processes, draws=args.draws, quiet=args.quiet)
+    print("\n\n".join(table.text() for table in tables))
     return 0
 
 

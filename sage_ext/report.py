@@ -49,7 +49,7 @@ class Picture:
     figure: Any
 
 
-def _styled(plot: Callable[P, Any]) -> Callable[P, Any]:
+def styled(plot: Callable[P, Any]) -> Callable[P, Any]:
     """Draw under STYLE whatever the caller's settings are."""
 
     @functools.wraps(plot)
@@ -60,13 +60,13 @@ def _styled(plot: Callable[P, Any]) -> Callable[P, Any]:
     return inner
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Any, Any]:
     figure = require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **grid)
 
 
 # ---------------------------------------------------------------------------------------------------------- one video
-@_styled
+@styled
 def plot_clip(
     name: str,
     prediction: np.ndarray,
@@ -88,7 +88,7 @@ def plot_clip(
     """
     frames, count = weights.shape
     seconds = np.arange(frames) / fps
-    figure, axes = _figure(11, 9.2, 5, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 2.2, 2.2, 1.4]})
+    figure, axes = new_figure(11, 9.2, 5, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 2.2, 2.2, 1.4]})
     axes = axes[:, 0]
     bad = np.zeros(frames, bool) if valid is None or labels is None else ~np.asarray(valid, bool)
     for c, (axis, target) in enumerate(zip(axes[:2], ("valence", "arousal"))):
@@ -158,13 +158,13 @@ def _stage_band(axis: Any, stage: np.ndarray, seconds: np.ndarray, fps: float) -
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
-@_styled
+@styled
 def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Sequence[str]) -> Any:
     """Reliability diagrams (`sage_ext.calibration.ReliabilityDiagram`), one a modality, before and after."""
     from .calibration import expected_calibration_error
 
     count = len(modalities)
-    figure, axes = _figure(min(4.2 * count + 0.6, 13), 4.3 if count < 4 else 3.4, 1, count, sharey=True)
+    figure, axes = new_figure(min(4.2 * count + 0.6, 13), 4.3 if count < 4 else 3.4, 1, count, sharey=True)
     for m, axis in enumerate(axes[0]):
         axis.plot((0, 1), (0, 1), color="#777777", linewidth=0.9, label="calibrated")
         for diagram, name, color, marker, dash in (
@@ -181,10 +181,10 @@ def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Se
 
 
 # ----------------------------------------------------------------------------------------------------- training curves
-@_styled
+@styled
 def plot_training(log: Mapping[str, np.ndarray]) -> Any:
     """The columns of log.csv over epochs: loss and its parts, concordance in training and validation, learning rate."""
-    figure, axes = _figure(11, 3.9, 1, 3, gridspec_kw={"width_ratios": [3, 3, 2]})
+    figure, axes = new_figure(11, 3.9, 1, 3, gridspec_kw={"width_ratios": [3, 3, 2]})
     loss, concordance, rate = axes[0]
     epochs = log["epoch"] + 1
     marker = "o" if len(epochs) < 2 else None
@@ -255,6 +255,11 @@ class Table:
             "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]) for row in cells
         ]
         return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *([_cell(value) for value in row] for row in self.rows)]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"## {self.title}\n\n{table}\n" + (f"\n{self.note}\n" if self.note else "")
 
     def html(self) -> str:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in self.header)

@@ -325,7 +325,7 @@ class AffWild2(Sequence[Clip]):
             for name, frames in read_sample(path).items():
                 yield name, None, np.zeros(frames, bool)
             return
-        folder = _annotation_folder(self.root, annotations, SPLITS[self.split])
+        folder = annotation_folder(self.root, annotations, SPLITS[self.split])
         paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
         if not paths:
             raise FileNotFoundError(f"{folder}: no annotations (*.txt)")
@@ -388,7 +388,7 @@ def bare_name(name: str) -> str:
     return re.sub(r"_(left|right)$", "", name)
 
 
-def _annotation_folder(root: Path, annotations: str | os.PathLike | None, split_names: Sequence[str]) -> Path:
+def annotation_folder(root: Path, annotations: str | os.PathLike | None, split_names: Sequence[str]) -> Path:
     if annotations is not None:
         tasks = [Path(annotations)]
     else:

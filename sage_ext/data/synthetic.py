@@ -394,32 +394,48 @@ def _write_annotation(path: Path, rng: np.random.Generator, labels: np.ndarray, 
 # ------------------------------------------------------------------------------------------------------------- oracle
 
 
-def oracle_predictions(root: str | os.PathLike, split: str) -> dict[str, np.ndarray]:
-    """Predictions (T, 2) float32 of fusion with the true noise known: the upper line of a comparison.
+class Oracle:
+    """Fusion with the true noise known: the upper line of a comparison.
 
     It knows, from truth/: each modality's noisy view of valence and arousal *before* the random map to embeddings,
     and the true noise variance of every frame. It does not know the clean latents or labels of the split it predicts.
     It fuses by inverse variance, smooths over time (both directions) with a Gaussian kernel weighted by precision and
     a prior, and maps to labels; the kernel's width, the prior's weight and an affine map a target are fitted on the
-    train split's labels.
+    train split's labels, here.
     """
-    root = Path(root)
-    train = [_load(root, name) for name in AffWild2(root, "train").names]
-    target = np.concatenate([clip["labels"] for clip in train])
-    options = []
-    for width in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0):
-        joined = np.concatenate([_smoothed(clip, width) for clip in train])
-        for prior in (0.0, 0.1, 0.3, 1.0, 3.0):
-            options.append((float(np.mean(_concordance(_affect(joined, prior), target))), width, prior))
-    _, width, prior = max(options)
-    fitted = _affect(np.concatenate([_smoothed(clip, width) for clip in train]), prior)
-    scale = target.std(axis=0) / fitted.std(axis=0)
-    shift = target.mean(axis=0) - scale * fitted.mean(axis=0)
-    predictions = {}
-    for name in AffWild2(root, split).names:
-        affect = _affect(_smoothed(_load(root, name), width), prior)
-        predictions[name] = np.clip(scale * affect + shift, -1, 1).astype(np.float32)
-    return predictions
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        train = [_load(self.root, name) for name in AffWild2(self.root, "train").names]
+        target = np.concatenate([clip["labels"] for clip in train])
+        options = []
+        for width in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0):
+            joined = np.concatenate([_smoothed(clip, width) for clip in train])
+            for prior in (0.0, 0.1, 0.3, 1.0, 3.0):
+                options.append((float(np.mean(_concordance(_affect(joined, prior), target))), width, prior))
+        _, self.width, self.prior = max(options)
+        fitted = _affect(np.concatenate([_smoothed(clip, self.width) for clip in train]), self.prior)
+        self.scale = target.std(axis=0) / fitted.std(axis=0)
+        self.shift = target.mean(axis=0) - self.scale * fitted.mean(axis=0)
+
+    def predict(self, name: str, useless: np.ndarray | None = None) -> np.ndarray:
+        """(T, 2) float32 labels of clip `name`. `useless` (T, M) bool, modalities in the order of the spec: True where
+        something that truth/ does not know of spoilt a modality, which is then taken as absent."""
+        clip = _load(self.root, name)
+        if useless is not None:
+            if useless.dtype != bool or useless.shape != clip["present"].shape:
+                raise ValueError(
+                    f"useless: expected bool of the shape {clip['present'].shape}, got {useless.dtype} {useless.shape}"
+                )
+            clip["present"] = clip["present"] & ~useless
+        affect = _affect(_smoothed(clip, self.width), self.prior)
+        return np.clip(self.scale * affect + self.shift, -1, 1).astype(np.float32)
+
+
+def oracle_predictions(root: str | os.PathLike, split: str) -> dict[str, np.ndarray]:
+    """{clip name: (T, 2) float32} of `Oracle` on a split."""
+    oracle = Oracle(root)
+    return {name: oracle.predict(name) for name in AffWild2(root, split).names}
 
 
 def _load(root: Path, name: str) -> dict[str, np.ndarray]:

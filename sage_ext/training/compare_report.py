@@ -1,0 +1,624 @@
+"""Tables and pictures of a comparison, from what was measured; nothing is evaluated again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..files import write_atomic
+from ..models.peers import METHODS
+from ..report import (
+    BLUE,
+    DASH,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Picture,
+    Table,
+    new_figure,
+    styled,
+    write_report,
+)
+from ..robustness import CORRUPTIONS
+from .compare import BINS, HELD_OUT, LOST, ORACLE, REFERENCE, Results, calibration_error, title
+from .statistics import adjusted_mutual_information, interval, pooled_score, resampled
+
+ALL = "all corruptions"
+CLEAN = "clean"
+DEAD = ("dead-zeroed", "dead-frozen", "dead-saturated", "dead-noise")
+COLORS = (VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+
+Group = list[list[int]]  # a score is the mean over these lists of the mean over the conditions in each
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """P of every method, measured and resampled; `N` seeds, `K` conditions, `R` draws."""
+
+    results: Results
+    measured: dict[str, np.ndarray]  # method -> (N, K)
+    drawn: dict[str, np.ndarray]  # method -> (R, K), mean over the seeds drawn
+    groups: dict[str, Group]
+
+    def mean(self, method: str, group: Group) -> float:
+        return float(_grouped(self.measured[method].mean(0), group))
+
+    def spread(self, method: str, group: Group) -> float:
+        """Standard deviation over seeds; NaN for a single one."""
+        values = _grouped(self.measured[method], group)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+    def difference(self, ours: str, theirs: str, group: Group) -> tuple[float, float, float]:
+        """P of `ours` less that of `theirs`, and its 95 % interval."""
+        drawn = _grouped(self.drawn[ours] - self.drawn[theirs], group)
+        return (self.mean(ours, group) - self.mean(theirs, group), *interval(drawn))
+
+    def peers(self) -> list[str]:
+        """Other people's methods, uniform weights included; SAGE, its ablations and single modalities left out."""
+        return [m for m in self.results.methods if m in METHODS and m.partition("-")[0] != REFERENCE]
+
+    def best(self, methods: Sequence[str], group: Group) -> str:
+        return max(methods, key=lambda method: self.mean(method, group))
+
+
+def _grouped(values: np.ndarray, group: Group) -> np.ndarray:
+    """(..., K) -> (...)."""
+    return np.mean([values[..., index].mean(-1) for index in group], 0)
+
+
+def score(results: Results, draws: int = 2000) -> Scores:
+    """Bootstrap over videos and seeds at once: a draw takes as many videos and as many seeds as there are, each with
+    replacement, the same for all methods and conditions, and pools the frames of the videos anew."""
+    rng = np.random.default_rng(0)
+    weights = resampled(results.videos, draws, rng)  # (R, V)
+    seeds = results.study.seeds
+    seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (R, N)
+    measured, drawn = {}, {}
+    for method, moments in results.moments.items():
+        by_video = np.moveaxis(moments, 2, 0)  # (V, N, K, 2, 6)
+        measured[method] = pooled_score(by_video, np.ones((1, len(by_video))))[0]
+        out = np.empty((draws, moments.shape[1]))
+        for k in range(moments.shape[1]):
+            out[:, k] = (pooled_score(by_video[:, :, k], weights) * seed_weights).sum(1)
+        drawn[method] = out
+    kinds: dict[str, list[int]] = {}
+    for k, condition in enumerate(results.conditions):
+        if condition is not None:
+            kinds.setdefault(condition.corruption, []).append(k)
+    groups: dict[str, Group] = {CLEAN: [[0]]}
+    if kinds:
+        groups[ALL] = list(kinds.values())
+    groups.update({kind: [index] for kind, index in kinds.items()})
+    return Scores(results, measured, drawn, groups)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+def _number(value: float, signed: bool = False) -> str:
+    return "-" if np.isnan(value) else f"{value:+.3f}" if signed else f"{value:.3f}"
+
+
+def _with_spread(value: float, spread: float) -> str:
+    return _number(value) + ("" if np.isnan(value) or np.isnan(spread) else f" ± {spread:.3f}")
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return "-" if np.isnan(value) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _ranked(scores: Scores) -> list[str]:
+    """Best first by the mean over all corruptions, the oracle last."""
+    group = scores.groups.get(ALL, scores.groups[CLEAN])
+    rest = [m for m in scores.results.methods if m != ORACLE]
+    order = sorted(rest, key=lambda method: -scores.mean(method, group))
+    return order + [m for m in scores.results.methods if m == ORACLE]
+
+
+def tables(scores: Scores) -> list[Table]:
+    return [_overview(scores), *_claims(scores), *_by_corruption(scores), *_by_severity(scores), *_against_peer(scores),
+            *_calibration(scores), *_stages(scores)]  # fmt: skip
+
+
+def _overview(scores: Scores) -> Table:
+    results, paired = scores.results, REFERENCE in scores.results.methods
+    shown = {name: group for name, group in scores.groups.items() if name in (CLEAN, ALL)}
+    header = ["", "parameters", "rate", *(f"P {name}" for name in shown)]
+    header += [f"SAGE less this, {name}" for name in shown] if paired else []
+    rows = []
+    for method in _ranked(scores):
+        trained = results.trained.get((method, 0))
+        row = [title(method), "-" if trained is None else f"{trained['parameters']:,}"]
+        row.append(f"{results.rates[method]:g}" if method in results.rates else "-")
+        row += [_with_spread(scores.mean(method, g), scores.spread(method, g)) for g in shown.values()]
+        if paired:
+            same = method == REFERENCE
+            row += ["" if same else _with_interval(*scores.difference(REFERENCE, method, g)) for g in shown.values()]
+        rows.append(row)
+    study = results.study
+    note = (
+        f"P = (CCC_V + CCC_A) / 2 over {results.frames:,} frames of {len(results.clips)} clips taken together; mean ± "
+        f"standard deviation over {study.seeds} seeds. All corruptions: the mean over the kinds of the mean over each "
+        "kind's modalities and severities. In brackets: 95 % intervals of the bootstrap over videos and seeds. The "
+        "rate is the one of the grid with the best validation P."
+    )
+    return Table("Methods", header, rows, note)
+
+
+def _by_corruption(scores: Scores) -> list[Table]:
+    kinds = [name for name in scores.groups if name not in (CLEAN, ALL)]
+    if not kinds:
+        return []
+    rows = [[title(m), *(_number(scores.mean(m, scores.groups[k])) for k in kinds)] for m in _ranked(scores)]
+    note = "P, mean over seeds, severities and the modalities that fail."
+    if ORACLE in scores.results.methods:
+        note += (
+            " The oracle takes a spoilt modality as absent; blank where, in one of the kind's conditions, that leaves "
+            f"nothing in over {LOST:.0%} of the frames."
+        )
+    return [Table("By corruption", ("", *kinds), rows, note)]
+
+
+def _by_severity(scores: Scores) -> list[Table]:
+    conditions = scores.results.conditions
+    severities = [
+        s for s in scores.results.study.severities if any(c is not None and c.severity == s for c in conditions)
+    ]
+    if len(severities) < 2:
+        return []
+
+    def at(severity: int) -> Group:
+        found = [
+            [k for k in index if (c := conditions[k]) is not None and c.severity == severity]
+            for index in scores.groups[ALL]
+        ]
+        return [index for index in found if index]
+
+    rows = [
+        [title(m), *(_number(scores.mean(m, g)) for g in [scores.groups[CLEAN], *map(at, severities)])]
+        for m in _ranked(scores)
+        if m != ORACLE
+    ]
+    return [Table("By severity", ("", "clean", *map(str, severities)), rows, "P, mean over seeds and corruptions.")]
+
+
+def _against_peer(scores: Scores) -> list[Table]:
+    peers = scores.peers()
+    if REFERENCE not in scores.results.methods or not peers:
+        return []
+    rows = []
+    for name, group in scores.groups.items():
+        best = scores.best(peers, group)
+        ahead = sum(
+            _grouped(scores.measured[REFERENCE][n], group) > _grouped(scores.measured[best][n], group)
+            for n in range(scores.results.study.seeds)
+        )
+        said = _with_interval(*scores.difference(REFERENCE, best, group))
+        rows.append([name, title(best), said, f"{ahead} of {scores.results.study.seeds}"])
+    note = "The best peer is the best one on these very scores, row by row: the comparison favours it."
+    return [Table("SAGE against the best peer", ("", "best peer", "SAGE less the peer", "seeds ahead"), rows, note)]
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+def _whole_clip(scores: Scores, kinds: Sequence[str]) -> Group:
+    """Conditions in which one modality fails for the whole clip, a list a kind."""
+    found = [
+        [
+            k
+            for k, c in enumerate(scores.results.conditions)
+            if c is not None and c.corruption == kind and len(c.modalities) == 1
+            and CORRUPTIONS[kind].levels[c.severity - 1] == 1
+        ]
+        for kind in kinds
+    ]  # fmt: skip
+    return [index for index in found if index]
+
+
+def _survivor(scores: Scores) -> str | None:
+    """Adds to `scores` the method "survivor": in each condition the best single modality that did not fail."""
+    results = scores.results
+    alone = {m: f"{m}-only" for m in results.modalities if f"{m}-only" in results.methods}
+    if len(alone) < len(results.modalities) or len(alone) < 2:
+        return None
+    for values in (scores.measured, scores.drawn):
+        values["survivor"] = np.full_like(values[next(iter(alone.values()))], np.nan)
+    for k, condition in enumerate(results.conditions):
+        sound = [name for m, name in alone.items() if condition is not None and m not in condition.modalities]
+        if sound:
+            best = max(sound, key=lambda name: scores.measured[name][:, k].mean())
+            for values in (scores.measured, scores.drawn):
+                values["survivor"][:, k] = values[best][:, k]
+    return "survivor"
+
+
+def _claims(scores: Scores) -> list[Table]:
+    """The targets of the study, those that these conditions and methods can answer."""
+    results, peers, rows = scores.results, scores.peers(), list[tuple[str, str, str, str]]()
+    if REFERENCE not in results.methods:
+        return []
+
+    def add(claim: str, found: tuple[float, float, float], target: str, met: bool | None) -> None:
+        rows.append((claim, _with_interval(*found), target, "" if met is None else "met" if met else "missed"))
+
+    if peers:
+        best = scores.best(peers, scores.groups[CLEAN])
+        found = scores.difference(REFERENCE, best, scores.groups[CLEAN])
+        add(f"SAGE less the best peer ({title(best)}), clean", found, "interval reaches 0", found[2] >= 0)
+    if peers and ALL in scores.groups:
+        best = scores.best(peers, scores.groups[ALL])
+        found = scores.difference(REFERENCE, best, scores.groups[ALL])
+        met = found[0] >= 0.03 and found[1] > 0
+        add(f"SAGE less the best peer ({title(best)}), all corruptions", found, ">= +0.03, interval above 0", met)
+    if "concat" in results.methods and ORACLE in results.methods and ALL in scores.groups:
+        known = ~np.isnan(scores.measured[ORACLE]).any(0)
+        group = [kept for index in scores.groups[ALL] if (kept := [k for k in index if known[k]])]
+        if group:
+            gap = scores.mean(ORACLE, group) - scores.mean("concat", group)
+            drawn = {m: _grouped(scores.drawn[m], group) for m in (REFERENCE, "concat", ORACLE)}
+            share = (drawn[REFERENCE] - drawn["concat"]) / (drawn[ORACLE] - drawn["concat"])
+            value = (scores.mean(REFERENCE, group) - scores.mean("concat", group)) / gap
+            claim = "share of the gap from concat to the oracle, corruptions where there is an oracle"
+            add(claim, (value, *interval(share)), ">= 0.5", value >= 0.5)
+    staged = [index for name, (index, *_) in scores.groups.items() if name.startswith("stage-")]
+    if "sage-one-stage" in results.methods and staged:
+        found = scores.difference(REFERENCE, "sage-one-stage", staged)
+        add("SAGE less SAGE with one stage, stage-dependent corruptions", found, "interval above 0", found[1] > 0)
+    survivor = _survivor(scores)
+    for what, kinds, margin in (("dead", DEAD, 0.04), ("foreign", ("foreign",), 0.0)):
+        group = _whole_clip(scores, kinds)
+        if not group:
+            continue
+        if survivor is not None:
+            found = scores.difference(REFERENCE, survivor, group)
+            claim = f"SAGE less the surviving modality alone, one {what} for the whole clip"
+            if what == "dead":
+                add(claim, found, ">= -0.02", found[0] >= -0.02)
+            else:
+                add(claim, found, "stated", None)
+        if peers:
+            best = scores.best(peers, group)
+            found = scores.difference(REFERENCE, best, group)
+            claim = f"SAGE less the best peer ({title(best)}), one modality {what} for the whole clip"
+            add(claim, found, f">= {margin:+.2f}", found[0] >= margin)
+    clean = [confidence for (_, k), confidence in results.confidence.items() if k == 0]
+    if clean:
+        error = np.array([calibration_error(c["diagram"])[1] for c in clean])  # (N, M)
+        worst = np.nanmax(np.nanmean(error, 0))
+        rows.append(("calibration error after fitting, clean, the worse modality", f"{worst:.3f}", "<= 0.05",
+                     "met" if worst <= 0.05 else "missed"))  # fmt: skip
+    if clean and "spearman" in clean[0]:
+        ranks = np.array([c["spearman"] for c in clean]).mean(0)
+        rows.append(("rank correlation of confidence with true reliability, clean, all modalities", f"{ranks[-1]:.3f}",
+                     ">= 0.8", "met" if ranks[-1] >= 0.8 else "missed"))  # fmt: skip
+    note = f"Differences in P with 95 % intervals of the bootstrap over videos and seeds; {results.study.seeds} seeds."
+    return [Table("Claims", ("", "measured", "target", ""), rows, note)]
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+def _calibration(scores: Scores) -> list[Table]:
+    results = scores.results
+    if not results.confidence:
+        return []
+    names, seeds = results.modalities, range(results.study.seeds)
+    error = {key: calibration_error(found["diagram"]) for key, found in results.confidence.items()}  # (2, M) each
+
+    def mean(values: Iterable[Any]) -> str:
+        kept = [v for v in values if not np.isnan(v)]
+        return _number(float(np.mean(kept))) if kept else "-"
+
+    clean = [[f"{m}", *(mean([error[n, 0][when, i] for n in seeds]) for when in (0, 1))] for i, m in enumerate(names)]
+    note = (
+        "Mean over seeds of the mean gap between stated and observed reliability, 0 is perfect; 15 groups of equally "
+        "many frames. Fitted on the validation split."
+    )
+    out = [Table("Calibration error of SAGE's confidence, clean", ("", "before", "after"), clean, note)]
+    stage = [results.confidence[n, 0]["stage_diagram"] for n in seeds]  # (stages, 2, M, 3, K) each
+    rows = []
+    for s in range(len(stage[0])):
+        gaps = np.array([calibration_error(found[s]) for found in stage])  # (N, 2, M)
+        rows.append([str(s + 1), *(mean(gaps[:, when, i]) for i in range(len(names)) for when in (0, 1))])
+    header = ["", *(f"{m}, {when}" for m in names for when in ("before", "after"))]
+    kind = "true stage" if results.truth else "most probable stage"
+    out.append(Table(f"Calibration error by {kind}, clean", header, rows))
+    rows = []
+    for name, (index, *_) in ((n, g) for n, g in scores.groups.items() if n not in (CLEAN, ALL)):
+        row = [name]
+        for failing in (True, False):
+            for when in (0, 1):
+                chosen = []
+                for k in index:
+                    condition = results.conditions[k]
+                    assert condition is not None
+                    which = [i for i, m in enumerate(names) if (m in condition.modalities) == failing]
+                    chosen += [error[n, k][when, i] for n in seeds for i in which]
+                row.append(mean(chosen))
+        rows.append(row)
+    if rows:
+        header = ["", "failing, before", "failing, after", "sound, before", "sound, after"]
+        text = "The modality that fails, and the one that does not (none where all fail); mean over the conditions."
+        out.append(Table("Calibration error by corruption", header, rows, text))
+    return out
+
+
+def _stages(scores: Scores) -> list[Table]:
+    results = scores.results
+    clean = {n: found for (n, k), found in results.confidence.items() if k == 0 and "contingency" in found}
+    if not clean:
+        return []
+    rows = [
+        [str(n), adjusted_mutual_information(found["contingency"]), *map(float, found["spearman"])]
+        for n, found in sorted(clean.items())
+    ]
+    header = ["seed", "adjusted mutual information", *(f"rank correlation, {m}" for m in results.modalities), "all"]
+    note = (
+        "Adjusted mutual information (1: the same, 0: chance) of the most probable stage with the true one, and "
+        "Spearman's rank correlation of confidence after fitting with the true reliability, frames in which the "
+        "modality is present."
+    )
+    return [Table("Confidence and stages against the truth, clean", header, rows, note)]
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+def pictures(scores: Scores) -> list[Picture]:
+    found = [
+        Picture("methods", "P clean and under all corruptions: mean over seeds, a dot a seed.", plot_methods(scores))
+    ]
+    if REFERENCE in scores.results.methods and len(scores.results.methods) > 1:
+        text = (
+            "SAGE less each method, with 95 % intervals of the bootstrap over videos and seeds; right of 0 SAGE wins."
+        )
+        found.append(Picture("differences", text, plot_differences(scores)))
+    if ALL in scores.groups:
+        text = "P by corruption and method: mean over seeds, severities and the modalities that fail."
+        found.append(Picture("corruptions", text, plot_corruptions(scores)))
+        if len(scores.results.study.severities) > 1:
+            text = "P over severity, mean over seeds and the modalities that fail; methods without a colour are grey."
+            found.append(Picture("severities", text, plot_severities(scores)))
+    if scores.results.confidence:
+        text = (
+            "Reliability diagrams of SAGE's confidence, frames of all seeds in equal groups: stated against observed "
+            "reliability, before and after post-hoc fitting, clean and by stage."
+        )
+        found.append(Picture("calibration", text, plot_calibration(scores)))
+        if ALL in scores.groups:
+            text = "The same by corruption, of the modality that fails: on the diagonal confidence is what it claims."
+            found.append(Picture("calibration-corruptions", text, plot_calibration_corruptions(scores)))
+        if "contingency" in scores.results.confidence[0, 0]:
+            text = "How often each true stage occurs while the model holds a stage for the most probable, a seed each."
+            found.append(Picture("stages", text, plot_stages(scores)))
+    return found
+
+
+@styled
+def plot_methods(scores: Scores) -> Any:
+    methods = _ranked(scores)[::-1]
+    shown = [name for name in (CLEAN, ALL) if name in scores.groups]
+    fig, axes = new_figure(10, 0.27 * len(methods) + 1.2, 1, len(shown), sharey=True)
+    for axis, name in zip(axes[0], shown):
+        group = scores.groups[name]
+        for y, method in enumerate(methods):
+            color = BLUE if method == REFERENCE else "#777777" if method == ORACLE else "black"
+            values = _grouped(scores.measured[method], group)
+            axis.plot(values, np.full(len(values), y), "o", color=color, alpha=0.35, markersize=3)
+            axis.plot(values.mean(), y, "|", color=color, markersize=13, markeredgewidth=2)
+        axis.set(title=name, xlabel="P")
+    axes[0, 0].set_yticks(range(len(methods)), [title(m) for m in methods])
+    return fig
+
+
+@styled
+def plot_differences(scores: Scores) -> Any:
+    methods = [m for m in _ranked(scores) if m not in (REFERENCE, ORACLE)][::-1]
+    shown = [name for name in (CLEAN, ALL) if name in scores.groups]
+    fig, axes = new_figure(10, 0.27 * len(methods) + 1.2, 1, len(shown), sharey=True)
+    for axis, name in zip(axes[0], shown):
+        for y, method in enumerate(methods):
+            value, low, high = scores.difference(REFERENCE, method, scores.groups[name])
+            axis.plot((low, high), (y, y), color=BLUE, linewidth=2.2, solid_capstyle="butt")
+            axis.plot(value, y, "o", color=BLUE, markersize=4.5)
+        axis.axvline(0, color="#777777", linewidth=0.9)
+        axis.set(title=name, xlabel="P of SAGE less P of the method")
+    axes[0, 0].set_yticks(range(len(methods)), [title(m) for m in methods])
+    return fig
+
+
+@styled
+def plot_corruptions(scores: Scores) -> Any:
+    methods = _ranked(scores)
+    kinds = [name for name in scores.groups if name != ALL]
+    values = np.array([[scores.mean(m, scores.groups[k]) for k in kinds] for m in methods])
+    fig, axes = new_figure(2.6 + 0.5 * len(kinds), 1.6 + 0.26 * len(methods))
+    axis = axes[0, 0]
+    image = axis.imshow(values, aspect="auto", cmap="viridis")
+    low, high = np.nanmin(values), np.nanmax(values)
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            dark = (value - low) / max(high - low, 1e-9) < 0.6
+            said = f"{value:.2f}".replace("0.", ".", 1)
+            axis.text(column, row, said, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axis.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right")
+    axis.set_yticks(range(len(methods)), [title(m) for m in methods])
+    axis.grid(False)
+    fig.colorbar(image, ax=axis, label="P", fraction=0.03)
+    return fig
+
+
+def _highlighted(scores: Scores) -> dict[str, tuple[str, Any]]:
+    """method -> colour and dash."""
+    peers = scores.peers()
+    wanted = ["concat", "uniform", *([scores.best(peers, scores.groups[ALL])] if peers else [])]
+    wanted += [f"{m}-only" for m in scores.results.modalities]
+    chosen = [m for m in dict.fromkeys(wanted) if m in scores.results.methods][: len(COLORS)]
+    return {REFERENCE: (BLUE, "-"), **{m: (COLORS[i], DASH[(i + 1) % 4]) for i, m in enumerate(chosen)}}
+
+
+@styled
+def plot_severities(scores: Scores) -> Any:
+    kinds = [name for name in scores.groups if name not in (CLEAN, ALL)]
+    columns = min(len(kinds), 5)
+    rows = -(-len(kinds) // columns)
+    fig, axes = new_figure(2.3 * columns + 0.4, 2.0 * rows + 0.8, rows, columns, sharex=True, sharey=True)
+    colored, conditions = _highlighted(scores), scores.results.conditions
+    for axis, kind in zip(axes.flat, kinds):
+        for method in scores.results.methods:
+            levels: dict[int, list[int]] = {0: [0]}
+            for k in scores.groups[kind][0]:
+                condition = conditions[k]
+                assert condition is not None
+                levels.setdefault(condition.severity, []).append(k)
+            y = [scores.mean(method, [index]) for _, index in sorted(levels.items())]
+            color, dash = colored.get(method, ("black" if method == ORACLE else GREY, "-"))
+            order, wide = (3, 2.0) if method == REFERENCE else (2, 1.3) if method in colored else (1, 0.8)
+            axis.plot(sorted(levels), y, color=color, linestyle=dash, linewidth=wide, zorder=order, label=title(method))
+        axis.set(title=kind, xticks=range(6))
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("severity (0: clean)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("P")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    kept = [i for i, m in enumerate(scores.results.methods) if m in colored or m == ORACLE]
+    fig.legend([handles[i] for i in kept], [labels[i] for i in kept], loc="outside lower center", ncols=4)
+    return fig
+
+
+def pooled_diagram(diagrams: np.ndarray) -> np.ndarray:
+    """(..., 3, K) diagrams (mean confidence, observed reliability, frames) -> (3, BINS) of all their frames: bins
+    sorted by confidence and joined into groups of about equally many frames."""
+    predicted, observed, frames = np.moveaxis(diagrams, -2, 0).reshape(3, -1)
+    kept = np.nan_to_num(frames) > 0
+    order = np.argsort(predicted[kept], kind="stable")
+    predicted, observed, frames = (x[kept][order] for x in (predicted, observed, frames))
+    out = np.full((3, BINS), np.nan)
+    place = ((np.cumsum(frames) - frames / 2) / frames.sum() * BINS).astype(int)
+    for b in range(BINS):
+        here = place == b
+        if here.any():
+            weight = frames[here] / frames[here].sum()
+            error = (weight * (1 / observed[here] - 1)).sum()  # mean squared error / kappa^2
+            out[:, b] = (weight * predicted[here]).sum(), 1 / (1 + error), frames[here].sum()
+    return out
+
+
+def _diagonal(axis: Any, found: np.ndarray) -> None:
+    """found: (*, 2, 3, K), drawn as the pooled diagrams before and after."""
+    axis.plot((0, 1), (0, 1), color="#777777", linewidth=0.9)
+    for when, (name, color, dash) in enumerate((("before", VERMILLION, DASH[1]), ("after", BLUE, "-"))):
+        if np.nansum(found[..., when, 2, :]) > 0:
+            x, y, _ = pooled_diagram(found[..., when, :, :])
+            error = np.nanmean(calibration_error(found[..., when, :, :]))
+            label = f"{name}, error {error:.3f}"
+            axis.plot(x, y, color=color, linestyle=dash, marker="o", markersize=2.5, label=label)
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    if len(axis.lines) > 1:
+        axis.legend(loc="upper left", fontsize=6.5)
+
+
+@styled
+def plot_calibration(scores: Scores) -> Any:
+    results = scores.results
+    clean = [results.confidence[n, 0] for n in range(results.study.seeds)]
+    whole = np.stack([c["diagram"] for c in clean])  # (N, 2, M, 3, K)
+    stage = np.stack([c["stage_diagram"] for c in clean])  # (N, stages, 2, M, 3, K)
+    count = stage.shape[1]
+    fig, axes = new_figure(
+        2.3 * (count + 1) + 0.4, 2.4 * len(results.modalities) + 0.4, len(results.modalities), count + 1, sharey=True
+    )
+    for m, name in enumerate(results.modalities):
+        _diagonal(axes[m, 0], whole[:, :, m])
+        axes[m, 0].set(title=f"{name}, clean", ylabel="observed reliability")
+        for s in range(count):
+            _diagonal(axes[m, s + 1], stage[:, s, :, m])
+            axes[m, s + 1].set_title(f"{name}, stage {s + 1}")
+    for axis in axes[-1]:
+        axis.set_xlabel("confidence")
+    return fig
+
+
+@styled
+def plot_calibration_corruptions(scores: Scores) -> Any:
+    results = scores.results
+    kinds = [name for name in scores.groups if name not in (CLEAN, ALL)]
+    columns = min(len(kinds), 6)
+    rows = -(-len(kinds) // columns)
+    fig, axes = new_figure(2.2 * columns + 0.3, 2.35 * rows + 0.3, rows, columns, sharex=True, sharey=True)
+    for axis, kind in zip(axes.flat, kinds):
+        found = []
+        for k in scores.groups[kind][0]:
+            condition = results.conditions[k]
+            assert condition is not None
+            failing = [results.modalities.index(m) for m in condition.modalities]
+            found += [results.confidence[n, k]["diagram"][:, i] for n in range(results.study.seeds) for i in failing]
+        _diagonal(axis, np.stack(found))
+        axis.set_title(kind)
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("confidence")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("observed")
+    return fig
+
+
+@styled
+def plot_stages(scores: Scores) -> Any:
+    results = scores.results
+    count = min(results.study.seeds, 5)
+    fig, axes = new_figure(2.3 * count + 0.6, 2.7, 1, count, sharey=True)
+    for n, axis in enumerate(axes[0]):
+        table = results.confidence[n, 0]["contingency"].astype(float)
+        share = table / np.maximum(table.sum(1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(share):
+            axis.text(column, row, f"{value:.2f}".replace("0.", ".", 1), ha="center", va="center", fontsize=7,
+                      color="white" if value > 0.55 else "black")  # fmt: skip
+        agreement = adjusted_mutual_information(results.confidence[n, 0]["contingency"])
+        held = table.sum(1) / table.sum()
+        axis.set_yticks(range(len(held)), [f"{s + 1} ({held[s]:.0%})" for s in range(len(held))])
+        axis.set_xticks(range(table.shape[1]), [str(s + 1) for s in range(table.shape[1])])
+        axis.set(title=f"seed {n}: AMI {agreement:.2f}", xlabel="true stage")
+        axis.grid(False)
+    axes[0, 0].set_ylabel("learnt stage (share)")
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+def protocol(results: Results) -> str:
+    """In words, what was compared."""
+    study, base = results.study, results.study.base()
+    steps = f"{base.max_steps or 'as many steps as'}{' steps' if base.max_steps else ''}, at most {base.epochs} epochs"
+    where = (
+        "Scored on the test split with the synthesiser's truth; rate, epoch and calibration chosen on the validation split"
+        if results.truth
+        else f"Scored on the validation split; rate, epoch and calibration chosen on one in {HELD_OUT} training videos, "
+        "which were not trained on"
+    )
+    kinds = {c.corruption for c in results.conditions if c is not None}
+    return (
+        f"{where}. {study.seeds} seeds; {steps} of {base.batch_size} windows of {base.window} frames; width {base.dim}; "
+        f"peak rates {', '.join(f'{r:g}' for r in study.rates)}, chosen on {study.tuning_seeds} of the seeds; the same "
+        f"rehearsed failures for all. {len(kinds)} corruptions in {len(results.conditions) - 1} conditions at "
+        f"severities {', '.join(map(str, study.severities))}. sage-ext {__version__}."
+    )
+
+
+def write_study(results: Results, out: Path, *, draws: int = 2000) -> tuple[list[Table], Path]:
+    """report.md, report.html and the pictures, into `out`; returns the tables and the page."""
+    scores = score(results, draws)
+    drawn, text = pictures(scores), protocol(results)
+    found = tables(scores)
+    page = write_report(out, "Comparison of fusion methods", drawn, [Table("Protocol", (), [], text), *found])
+    parts = ["# Comparison of fusion methods", text, *(table.markdown() for table in found)]
+    parts += [f"![{picture.caption}]({picture.name}.png)\n\n{picture.caption}" for picture in drawn]
+    write_atomic(out / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    return found, page
+
+
+__all__ = ["Scores", "score", "tables", "write_study"]
