@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -141,7 +142,7 @@ def main() -> None:
     print(f"| its throughput over that of single steps | {verdict(gain, 3.0)} |")
     for name, t in cold.items():
         print(f"| {name} step with cold weights, p50 | {statistics.median(t) * 1e6:.1f} us |")
-    about = machine()
+    about = {**machine(), "load average": " ".join(f"{x:.1f}" for x in os.getloadavg())}
     print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
     if options.json:
         result = {"machine": about, "steps": rows, "bfloat16 gain": half, "many": many_p50, "many gain": gain}

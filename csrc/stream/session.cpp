@@ -6,9 +6,6 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "../cpu/dispatch.h"
 
@@ -16,7 +13,7 @@ namespace sage::stream {
 namespace {
 
 constexpr int64_t kTaskRows = 4;  // fewer are not worth a thread
-constexpr size_t kLine = 64, kHuge = size_t(2) << 20;
+constexpr size_t kLine = 64;
 
 struct Variant {
   void (*pack)(Model&, const float*, void*);
@@ -76,18 +73,12 @@ Session::Session(const Shape& shape, const float* parameters, int64_t count, int
     used += (bytes + kLine - 1) / kLine * kLine;
     return at;
   };
-  // The matrices first: in one huge page where they fit, they neither miss the TLB nor collide in the cache by chance.
   const size_t packed = room(model_.bytes), state = room(size_t(rows * model_.row_floats) * 4),
                scratch = room(size_t(threads_ * model_.scratch_floats) * 4), frames = room(size_t(rows) * 8),
                absent = room(size_t(counters) * 8), refused = room(size_t(counters) * 8),
                order = room(size_t(rows) * 8);
-  const size_t align = used >= kHuge / 2 ? kHuge : kLine;
-  used = (used + align - 1) / align * align;
-  memory_ = std::aligned_alloc(align, used);
+  memory_ = std::aligned_alloc(kLine, used);
   if (!memory_) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (align == kHuge) madvise(memory_, used, MADV_HUGEPAGE);  // a wish: refused, all is right but slower
-#endif
   std::memset(memory_, 0, used);
   char* base = static_cast<char*>(memory_);
   engine.pack(model_, parameters, base + packed);

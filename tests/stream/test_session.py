@@ -532,7 +532,7 @@ ERRORS = [
     (lambda s, x, p: s.load_state_dict({**s.state_dict(), "last": 0}), TypeError, r"state\['last'\] must be a torch.float32"),
     (lambda s, x, p: s.load_state_dict({**s.state_dict(), "belief": torch.full((2, 3), math.nan)}), ValueError,
      r"state\['belief'\] is not finite"),
-    (lambda s, x, p: s.load_state_dict({**s.state_dict(), "frames": torch.tensor([1, -1])}), ValueError, "not be negative"),
+    (lambda s, x, p: s.load_state_dict({**s.state_dict(), "frames": torch.tensor([1, -1])}), ValueError, r"must be in \[0, 2\*\*62\)"),
     (lambda s, x, p: build(causal=False).stream(), ValueError, "streaming needs a causal SAGE"),
     (lambda s, x, p: build(fusion="concat").stream(), ValueError, "streaming needs fusion=.* 'concat'"),
     (lambda s, x, p: build().stream(0), ValueError, "batch_size must be >= 1"),
