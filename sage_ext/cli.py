@@ -303,8 +303,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run_command(args)
     except KeyboardInterrupt:
-        hint = f"; continue with: sage-ext train --run {args.run} --resume" if args.command == "train" else ""
-        print(f"sage-ext {args.command}: interrupted{hint}", file=sys.stderr)
+        hints = {
+            "train": f"; continue with: sage-ext train --run {getattr(args, 'run', '')} --resume",
+            "compare": "; continue with the same command",
+        }
+        print(f"sage-ext {args.command}: interrupted{hints.get(args.command, '')}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         if args.debug:

@@ -55,7 +55,7 @@ from sage_ext.training.statistics import (
     pooled_score,
     resampled,
 )
-from sage_ext.training.trainer import RunError, TrainConfig
+from sage_ext.training.trainer import RunError, TrainConfig, build_model
 
 SIZES = {"dim": 8, "stages": 2, "blocks": 2, "window": 60, "hop": 40, "batch_size": 4, "max_steps": 6, "epochs": 9}
 CORRUPTIONS = ("noise", "dead-zeroed", "foreign", "stage-zeroed", "missing")
@@ -446,15 +446,19 @@ def test_tuning_needs_two_videos(data, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ parts of a study
-@pytest.mark.parametrize("causal", [True, False])
-def test_clips_side_by_side_get_what_each_gets_alone(data, causal, monkeypatch):
+@pytest.mark.parametrize(
+    ("fusion", "causal"), [("reliability", True), ("reliability", False), ("late", True), ("jca", True), ("mult", True)]
+)
+def test_clips_side_by_side_get_what_each_gets_alone(data, fusion, causal, monkeypatch):
+    """Causal in chunks, centred, and fusions that see the whole window, one of them of fixed length; of the clips some
+    are shorter than a window."""
     monkeypatch.setattr(study_module, "_FRAMES", 400)
     monkeypatch.setattr(study_module, "_CHUNK", 50)
-    from sage_ext.training.trainer import build_model
-
-    config = TrainConfig(str(data), dim=8, stages=2, blocks=2, causal=causal, window=60, hop=40, threads=1)
+    config = TrainConfig(
+        str(data), fusion=fusion, dim=8, stages=2, blocks=2, causal=causal, window=120, hop=70, threads=1
+    )
     model = build_model(config, {"audio": 12, "visual": 16}).eval()
-    run = Run(data, model, ["audio", "visual"], str(data), 60, 40, 0, 0, None, "cpu")
+    run = Run(data, model, ["audio", "visual"], str(data), 120, 70, 0, 0, None, "cpu")
     clips = list(TruthClips(data))
     lengths = [clip.num_frames for clip in clips]
     seen = []
@@ -462,10 +466,11 @@ def test_clips_side_by_side_get_what_each_gets_alone(data, causal, monkeypatch):
         assert len(batch.places) * max(batch.lengths) <= 400 or len(batch.places) == 1
         said = predict_batch(run, batch)
         for b, place in enumerate(batch.places):
-            alone = predict_clip(model, clips[place], run.names, window=60, hop=40).prediction
+            alone = predict_clip(model, clips[place], run.names, window=120, hop=70).prediction
             np.testing.assert_allclose(said[b, : lengths[place]].numpy(), alone, atol=2e-6)
             seen.append(place)
     assert sorted(seen) == list(range(len(clips)))
+    assert min(lengths) < 120 < max(lengths)
 
 
 def test_the_oracle_takes_what_was_spoilt_as_absent(data):
