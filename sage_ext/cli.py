@@ -163,13 +163,13 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, metavar="DIR", help="directory of the study; an earlier one is continued")
     sub.add_argument("--methods", type=_names, metavar="A,B",
                      help="sage, concat ..., audio-only ... (default: all there are; an unknown name lists them)")  # fmt: skip
-    sub.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (default: 5, quick 2)")
+    sub.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (default: 5, quick 3)")
     sub.add_argument("--lr", type=_numbers(float), metavar="R,R",
                      help="grid of peak learning rates (default: 1e-3,2e-3,4e-3, quick 2e-3)")  # fmt: skip
     sub.add_argument("--tuning-seeds", type=int, default=1, help="seeds on which the rate is chosen, on validation P")
     sub.add_argument("--severities", type=_numbers(int), metavar="S,S", help="of 1 to 5 (default: all, quick 3)")
     sub.add_argument("--corruptions", type=_names, metavar="A,B", help="kinds (default: the whole protocol)")
-    sub.add_argument("--max-steps", type=int, help="training steps at most (default: 700, quick 300)")
+    sub.add_argument("--max-steps", type=int, help="training steps at most (default: 700, quick 400)")
     sub.add_argument("--epochs", type=int, default=1000, help="epochs at most")
     for name, kind, default, text in (
         ("dim", int, 32, "channels of each encoder and of the fusion"),
@@ -268,12 +268,12 @@ def _compare(args: argparse.Namespace) -> int:
     study = Study(
         data,
         methods,
-        seeds=args.seeds or (2 if args.quick else 5),
+        seeds=args.seeds if args.seeds is not None else (3 if args.quick else 5),
         rates=args.lr or ((2e-3,) if args.quick else (1e-3, 2e-3, 4e-3)),
         tuning_seeds=args.tuning_seeds,
         severities=args.severities or ((3,) if args.quick else (1, 2, 3, 4, 5)),
         corruptions=args.corruptions,
-        train={**shared, "max_steps": args.max_steps or (300 if args.quick else 700)},
+        train={**shared, "max_steps": args.max_steps if args.max_steps is not None else (400 if args.quick else 700)},
     )
     tables = compare(study, args.out, processes=args.processes, draws=args.draws, quiet=args.quiet)
     print("\n\n".join(table.text() for table in tables))

@@ -731,7 +731,8 @@ def compare(
         if not chosen:
             raise RunError("every method failed: " + "; ".join(failed.values()))
         _evaluate_all(study, out, wanted, chosen, trained, truth, workers, reporter, failed)
-        results = gather(study, out, wanted, {m: r for m, r in chosen.items() if m not in failed}, trained, truth)
+        good = {m: rate for m, rate in chosen.items() if m not in failed}
+        results = gather(study, out, wanted, good, trained, truth, truth and ORACLE not in failed)
         write_results(results, out / "results.csv")
         tables, page = write_study(results, out, draws=draws)
         reporter.say(f"{out / 'results.csv'}, {out / 'report.md'}, {page}")
@@ -770,9 +771,10 @@ def gather(
     chosen: Mapping[str, float],
     trained: Mapping[tuple[str, int], dict[str, Any]],
     truth: bool,
+    oracle: bool,
 ) -> Results:
     """Read the evaluation files."""
-    methods = [*chosen, *([ORACLE] if truth else [])]
+    methods = [*chosen, *([ORACLE] if oracle else [])]
     clips = _clips(study.data, truth)
     moments = {m: np.zeros((study.seeds, len(found), len(clips), 2, 6)) for m in methods}
     confidence: dict[tuple[int, int], dict[str, np.ndarray]] = {}

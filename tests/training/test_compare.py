@@ -143,10 +143,10 @@ def test_the_interval_is_that_of_scipy():
         return found if np.ndim(index) > 1 else found[0]
 
     theirs = stats.bootstrap(
-        (np.arange(25),), pooled, n_resamples=4000, method="percentile", rng=np.random.default_rng(3)
+        (np.arange(25),), pooled, n_resamples=3000, method="percentile", rng=np.random.default_rng(3)
     ).confidence_interval
-    ours = interval(pooled_score(moments, resampled([str(v) for v in range(25)], 4000, rng)))
-    # two independent sets of 4000 draws: the standard error of a 2.5 % quantile is about 0.04 of the spread
+    ours = interval(pooled_score(moments, resampled([str(v) for v in range(25)], 3000, rng)))
+    # two independent sets of 3000 draws: the standard error of a 2.5 % quantile is about 0.013 of the spread each
     spread = theirs.high - theirs.low
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.06 * spread)
 
@@ -307,6 +307,50 @@ def test_methods_share_budget_data_and_grid_and_the_rate_has_the_best_validation
     overview = {row[0]: row for row in tables[0].rows}
     assert overview["SAGE"][-1] == ""
     assert "[" in overview["concatenation"][-1]
+
+
+def test_the_tables_are_means_and_differences_of_the_rows(finished):
+    out, tables = finished
+    p: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows_of(out):
+        if row["P"]:
+            p.setdefault((row["method"], row["corruption"], row["modalities"]), []).append(float(row["P"]))
+
+    def mean(method, kind, *modalities):
+        found = [v for key, v in p.items() if key[:2] == (method, kind) and (not modalities or key[2] in modalities)]
+        return np.mean(found)
+
+    def first(cell):
+        return float(cell.split()[0])
+
+    table = {title.title: {row[0]: row for row in title.rows} for title in tables}
+    everywhere = {m: np.mean([mean(m, kind) for kind in CORRUPTIONS]) for m in ("sage", "concat", "audio-only")}
+    for name, method in (("SAGE", "sage"), ("concatenation", "concat"), ("audio only", "audio-only")):
+        row = table["Methods"][name]
+        assert first(row[3]) == pytest.approx(mean(method, ""), abs=6e-4)
+        assert first(row[3].partition("±")[2]) == pytest.approx(np.std(p[method, "", ""], ddof=1), abs=6e-4)
+        assert first(row[4]) == pytest.approx(everywhere[method], abs=6e-4)
+        if method != "sage":
+            assert first(row[6]) == pytest.approx(everywhere["sage"] - everywhere[method], abs=6e-4)
+            low, high = (float(x) for x in row[6].partition("[")[2].rstrip("]").split(","))
+            assert low <= first(row[6]) <= high
+            assert low < high
+        assert first(table["By corruption"][name][3]) == pytest.approx(mean(method, CORRUPTIONS[2]), abs=6e-4)
+    dead = "one dead for the whole clip"
+    (claim,) = (row for name, row in table["Claims"].items() if "surviving" in name and dead in name)
+    gaps = [mean("sage", "dead-zeroed", m) - mean(f"{other}-only", "dead-zeroed", m)
+            for m, other in (("audio", "visual"), ("visual", "audio"))]  # fmt: skip
+    assert first(claim[1]) == pytest.approx(np.mean(gaps), abs=6e-4)
+    assert claim[3] == ("met" if np.mean(gaps) >= -0.02 else "missed")
+    # concat to oracle where there is one: not with noise in both modalities
+    known = {kind: [m for (name, k, m) in p if name == ORACLE and k == kind] for kind in CORRUPTIONS}
+    assert set(known["noise"]) == {"audio", "visual"}
+    sage, concat, oracle = (
+        np.mean([np.mean([mean(name, kind, m) for m in known[kind]]) for kind in CORRUPTIONS])
+        for name in ("sage", "concat", ORACLE)
+    )
+    (share,) = (row for name, row in table["Claims"].items() if name.startswith("share of the gap"))
+    assert first(share[1]) == pytest.approx((sage - concat) / (oracle - concat), abs=2e-3)
 
 
 def test_a_finished_study_is_read_not_done_again_and_grows(finished, data, tmp_path, undrawn):
@@ -507,6 +551,23 @@ def test_a_study_says_what_is_wrong_with_it(data):
     assert {"sage", "concat", "uniform", "gmu", "audio-only"} <= set(default_methods(["audio", "visual"]))
     assert "gmu" not in default_methods(["audio", "visual", "text"])
     assert math.isclose(dataclasses.replace(tiny(data)).base().lr, TrainConfig("x").lr)
+
+
+def test_quick_synthesises_its_data_and_compares_the_first_of_all(capsys, tmp_path, monkeypatch, undrawn):
+    small = {"seed": 1, "train": 4, "validation": 2, "test": 3, "frames": (90, 120)}
+    monkeypatch.setattr(study_module, "DATA", small)
+    arguments = ["compare", "--out", str(tmp_path), "--quick", "--max-steps", "3", "--dim", "8", "--seeds", "1",
+                 "--corruptions", "missing", "--processes", "1", "--draws", "20"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert {row["method"] for row in rows_of(tmp_path)} == {
+        "sage", "concat", "uniform", "audio-only", "visual-only", ORACLE
+    }  # fmt: skip
+    assert {row["condition"] for row in rows_of(tmp_path)} == {"clean", "missing-3-audio", "missing-3-visual"}
+    assert "5 trainings" in err
+    assert "5/5  visual-only, seed 0, rate 0.002: validation P" in err
+    assert "SAGE less this, clean" in out
+    assert has_truth(tmp_path / "data")
 
 
 def test_command_line_errors(capsys, data, tmp_path):
