@@ -271,7 +271,7 @@ class StreamingSession:
 def _address(argument: str, label: str, x: Array, dtype: torch.dtype, shape: tuple[int, ...], held: list[Array]) -> int:
     """The address of a dense array of this dtype and shape, after the checks; `held` keeps it alive."""
     if isinstance(x, Tensor):
-        if x.dtype == dtype and x.shape == shape and x.device.type == "cpu" and x.layout == torch.strided:
+        if x.dtype == dtype and x.shape == shape and x.is_cpu and x.layout == torch.strided:
             x = x.contiguous()
             held.append(x)
             return x.data_ptr()

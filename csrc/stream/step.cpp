@@ -375,6 +375,7 @@ void gate_lanes(Group& g, int first) {
   const int stages = S ? S : s.stages, M = s.modalities;
   const int lanes = g.rows - first < W ? g.rows - first : W;
   const auto gather = [&](auto&& number) {
+    if (lanes == 1) return V(number(first));  // the same, without a detour through memory
     float x[W];
     for (int l = 0; l < W; ++l) x[l] = number(first + (l < lanes ? l : lanes - 1));
     return load(x);
