@@ -48,7 +48,7 @@ def an_id(condition: Condition) -> str:
 
 
 def world(seed: int = 0, frames: int = 200, gaps: bool = True):
-    """features, present, donor, stage of one clip: audio ends early, visual has surplus rows, both have gaps."""
+    """features, present, donor, stage of one clip: audio ends early, visual has surplus rows, both begin late and have gaps."""
     rng = np.random.default_rng(seed)
     lengths = {"audio": max(1, frames - frames // 20), "visual": frames + 3}
     features, present, donor = {}, {}, {}
@@ -61,6 +61,7 @@ def world(seed: int = 0, frames: int = 200, gaps: bool = True):
             present[name][start : start + frames // 10] = False
             features[name][start : start + frames // 20] = np.nan
             features[name][frames // 3] = np.nan  # absent, though the mask does not say so
+            present[name][: frames // 50] = False
         donor[name] = rng.normal(size=(frames // 2, dim)).astype(np.float32) + 50
     stage = np.repeat(rng.integers(0, 3, size=frames // 15 + 1), 15)[:frames]
     return features, present, donor, stage
