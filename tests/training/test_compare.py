@@ -342,11 +342,11 @@ def test_the_tables_are_means_and_differences_of_the_rows(finished):
             for m, other in (("audio", "visual"), ("visual", "audio"))]  # fmt: skip
     assert first(claim[1]) == pytest.approx(np.mean(gaps), abs=6e-4)
     assert claim[3] == ("met" if np.mean(gaps) >= -0.02 else "missed")
-    # concat to oracle where there is one: not with noise in both modalities
+    # concat to oracle where there is one and frames hit are empty: not with noise
     known = {kind: [m for (name, k, m) in p if name == ORACLE and k == kind] for kind in CORRUPTIONS}
-    assert set(known["noise"]) == {"audio", "visual"}
+    assert set(known.pop("noise")) == {"audio", "visual"}
     sage, concat, oracle = (
-        np.mean([np.mean([mean(name, kind, m) for m in known[kind]]) for kind in CORRUPTIONS])
+        np.mean([np.mean([mean(name, kind, m) for m in known[kind]]) for kind in known])
         for name in ("sage", "concat", ORACLE)
     )
     (share,) = (row for name, row in table["Claims"].items() if name.startswith("share of the gap"))
@@ -438,6 +438,7 @@ def _broken(config, path):
     return study_module.train_one(config, path)
 
 
+@pytest.mark.slow
 def test_a_method_that_crashes_is_named_and_the_others_are_reported(data, tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(study_module, "train_one", _broken)
     study = tiny(data, methods=("concat", "sage"), rates=(2e-3,), corruptions=("dead-zeroed",))
@@ -553,6 +554,7 @@ def test_a_study_says_what_is_wrong_with_it(data):
     assert math.isclose(dataclasses.replace(tiny(data)).base().lr, TrainConfig("x").lr)
 
 
+@pytest.mark.slow
 def test_quick_synthesises_its_data_and_compares_the_first_of_all(capsys, tmp_path, monkeypatch, undrawn):
     small = {"seed": 1, "train": 4, "validation": 2, "test": 3, "frames": (90, 120)}
     monkeypatch.setattr(study_module, "DATA", small)
