@@ -151,9 +151,13 @@ class StreamingSession:
         if isinstance(features, Mapping):
             if self.names is None:
                 raise TypeError("features: this model was built from a sequence of in_dims; pass a sequence")
-            if len(features) != len(self.names) or any(name not in features for name in self.names):
+            try:
+                given = [features[name] for name in self.names]
+            except KeyError:
+                given = []
+            if len(given) != len(features):
                 raise ValueError(f"features: expected the modalities {list(self.names)}, got {list(features)}")
-            features = [features[name] for name in self.names]
+            features = given
         elif not isinstance(features, Sequence):
             raise TypeError(f"features must be a sequence or a mapping of arrays, got {type(features).__name__}")
         elif len(features) != len(self._shapes):
