@@ -149,6 +149,8 @@ def _overview(scores: Scores) -> Table:
         "kind's modalities and severities. In brackets: 95 % intervals of the bootstrap over videos and seeds. The "
         "rate is the one of the grid with the best validation P."
     )
+    if study.seeds == 1:
+        note += " With one seed the intervals tell nothing of how much another seed would change."
     return Table("Methods", header, rows, note)
 
 
