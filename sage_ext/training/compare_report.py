@@ -114,6 +114,10 @@ def _with_interval(value: float, low: float, high: float) -> str:
     return "-" if np.isnan(value) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
 def _ranked(scores: Scores) -> list[str]:
     """Best first by the mean over all corruptions, the oracle last."""
     group = scores.groups.get(ALL, scores.groups[CLEAN])
@@ -145,7 +149,7 @@ def _overview(scores: Scores) -> Table:
     study = results.study
     note = (
         f"P = (CCC_V + CCC_A) / 2 over {results.frames:,} frames of {len(results.clips)} clips taken together; mean ± "
-        f"standard deviation over seeds 0 to {study.seeds - 1}. All corruptions: the mean over the kinds of the mean over each "
+        f"standard deviation over {_seeds(study.seeds)}. All corruptions: the mean over the kinds of the mean over each "
         "kind's modalities and severities. In brackets: 95 % intervals of the bootstrap over videos and seeds. The "
         "rate is the one of the grid with the best validation P."
     )
@@ -301,7 +305,9 @@ def _claims(scores: Scores) -> list[Table]:
         ranks = np.array([c["spearman"] for c in clean]).mean(0)
         rows.append(("rank correlation of confidence with true reliability, clean, all modalities", f"{ranks[-1]:.3f}",
                      ">= 0.8", "met" if ranks[-1] >= 0.8 else "missed"))  # fmt: skip
-    note = f"Differences in P with 95 % intervals of the bootstrap over videos and seeds; {results.study.seeds} seeds."
+    note = (
+        f"Differences in P with 95 % intervals of the bootstrap over videos and seeds; {_seeds(results.study.seeds)}."
+    )
     return [Table("Claims", ("", "measured", "target", ""), rows, note)]
 
 
@@ -598,7 +604,7 @@ def plot_stages(scores: Scores) -> Any:
 def protocol(results: Results) -> str:
     """In words, what was compared."""
     study, base = results.study, results.study.base()
-    steps = f"{base.max_steps or 'as many steps as'}{' steps' if base.max_steps else ''}, at most {base.epochs} epochs"
+    steps = f"{base.max_steps} steps, {base.epochs} epochs at most," if base.max_steps else f"{base.epochs} epochs"
     where = (
         "Scored on the test split with the synthesiser's truth; rate, epoch and calibration chosen on the validation split"
         if results.truth
@@ -607,8 +613,9 @@ def protocol(results: Results) -> str:
     )
     kinds = {c.corruption for c in results.conditions if c is not None}
     return (
-        f"{where}. {study.seeds} seeds; {steps} of {base.batch_size} windows of {base.window} frames; width {base.dim}; "
-        f"peak rates {', '.join(f'{r:g}' for r in study.rates)}, chosen on {study.tuning_seeds} of the seeds; the same "
+        f"{where}. Trained with {_seeds(study.seeds)} for {steps} "
+        f"of {base.batch_size} windows of {base.window} frames; width {base.dim}; "
+        f"peak rates {', '.join(f'{r:g}' for r in study.rates)}, chosen on {_seeds(study.tuning_seeds)}; the same "
         f"rehearsed failures for all. {len(kinds)} corruptions in {len(results.conditions) - 1} conditions at "
         f"severities {', '.join(map(str, study.severities))}. sage-ext {__version__}."
     )

@@ -412,6 +412,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_continues_to_the_same_results(finished, data, tmp_path, undrawn):
     """The parent and all it started get no chance to clean up; what they left is continued."""
     out, script = tmp_path / "study", tmp_path / "killed.py"
