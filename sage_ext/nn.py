@@ -150,9 +150,10 @@ class Typicality(nn.Module):
     """How usual a modality's recent energy and motion are, against the training data.
 
     Per frame and modality: `log(mean(x^2) + 1e-8)` of the frame and of its difference from the frame before, each
-    averaged over the last `window` frames in which it exists, z-scored with the buffers `mean` and `std`, clamped to
-    +-`clamp`, joined by their absolute values: (B, T, M, 4). A feature without a single frame in its window is 0
-    (neither usual nor unusual).
+    averaged over the last `window` frames in which it exists, z-scored with the buffers `mean` and `std`, compressed by
+    asinh (a little noise is far from usual already, and must still look different from a lot), clamped to +-`clamp`,
+    joined by their absolute values: (B, T, M, 4). A feature without a single frame in its window is 0 (neither usual
+    nor unusual).
 
     The statistics follow the training batches by momentum (a plain average over the first `1/momentum` batches) until
     `fit` sets them from data, after which they stay.
@@ -219,7 +220,7 @@ class Typicality(nn.Module):
             self._follow(average.detach(), exists)
         # Copies: a later forward may move the buffers before this one's backward has run.
         mean, std = self.mean.clone().to(average.dtype), self.var.clamp(min=1e-6).sqrt().to(average.dtype)
-        z = torch.where(exists, (average - mean) / std, 0.0).clamp(-self.clamp, self.clamp)
+        z = torch.where(exists, (average - mean) / std, 0.0).asinh().clamp(-self.clamp, self.clamp)
         return torch.cat([z, z.abs()], -1), tail
 
     def _follow(self, average: Tensor, exists: Tensor) -> None:
@@ -256,7 +257,28 @@ class Typicality(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- reliability fusion
-class ReliabilityFusion(nn.Module):
+class _Values(nn.Module):
+    """The value path that weighted fusions share: a Linear a modality, and its LayerNorm inside the fused op."""
+
+    value: nn.ModuleList
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+
+    def alone(self, features: Sequence[Tensor], valid: Tensor | None) -> Tensor:
+        """What fusing each modality alone would give, (B, T, M, dim); 0 where it is missing.
+
+        `features`: M tensors (B, T, d), zero where `valid` (B, T, M) is False.
+        """
+        values = []
+        for m, (linear, x) in enumerate(zip(self.value, features)):
+            v = linear(x)
+            if self.norm_weight is not None and self.norm_bias is not None:
+                v = F.layer_norm(v, (v.shape[-1],), self.norm_weight[m].to(v.dtype), self.norm_bias[m].to(v.dtype))
+            values.append(v)
+        return torch.stack(blank_missing(values, valid), 2)
+
+
+class ReliabilityFusion(_Values):
     """Fuse `M` modalities by a calibrated, stage-adaptive reliability: the drop-in for a concat or a gate.
 
     Value path: a Linear a modality to `dim`, then (with `norm`) a LayerNorm a modality inside the fused op.
@@ -462,7 +484,7 @@ def _mlp(width: int, hidden: int, bias: Tensor, scale: float) -> nn.Sequential:
     return nn.Sequential(first, nn.GELU(), last)
 
 
-class UniformFusion(nn.Module):
+class UniformFusion(_Values):
     """The baseline of `ReliabilityFusion`: the same value path, equal weights over the present modalities.
 
     Confidence is 1/2 where present (nothing is known), there is one stage, and no state.

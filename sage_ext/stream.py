@@ -119,7 +119,7 @@ class StreamingSession:
         self._targets = prediction, unimodal, weights, confidence, stage
         spans = [(config["kernel_size"] - 1) * 2**i for i in range(own + after)]
         parts: dict[str, tuple[int, ...]] = {f"history.{i}": (modalities, spans[i], config["dim"]) for i in range(own)}
-        parts |= {f"fused.{i}": (spans[own + i], config["dim"]) for i in range(after)}
+        parts |= {f"fused.{i}": (1 + len(model.in_dims), spans[own + i], config["dim"]) for i in range(after)}
         if reliability:
             pairs = (window - 1, modalities, 2)
             parts |= {"belief": (stages,), "energy": pairs, "counted": pairs}
@@ -191,7 +191,7 @@ class StreamingSession:
         """The state of k rows (None: all), copied; a plain dict of tensors, safe to save, of any session's layout.
 
         "frames" (k,) int64 since the reset; float32, oldest frame first, as `SAGEState` and `FusionState` have them:
-        "history.i" (k, M, span, dim), "fused.i" (k, span, dim), "last" (k, sum of in_dims), and with reliability "belief"
+        "history.i" (k, M, span, dim), "fused.i" (k, 1 + M, span, dim), "last" (k, sum of in_dims), and with reliability "belief"
         (k, S), "energy" and "counted" (k, window - 1, M, 2).
         """
         index = self._rows(rows)
@@ -317,14 +317,13 @@ def _parameters(model: SAGE) -> Tensor:
     fusion = model.fusion
     assert isinstance(fusion, (ReliabilityFusion, UniformFusion))
     with torch.no_grad():
-        for m, (encoder, unimodal) in enumerate(zip(model.encoders, model.unimodal)):
+        for m, encoder in enumerate(model.encoders):
             assert isinstance(encoder, Encoder)
             parts.extend((model.get_buffer(f"input_mean_{m}"), model.get_buffer(f"input_scale_{m}")))
             linear(encoder.project)
             for own in encoder.blocks:
                 block(own)
             norm(encoder.norm)
-            linear(unimodal)
         if isinstance(fusion, ReliabilityFusion):
             typical = fusion.typicality
             assert typical.clamp == 4.0

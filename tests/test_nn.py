@@ -375,7 +375,8 @@ def typicality_by_definition(x, counted, mean, var, window=16, clamp=4.0):
         ]
         for k, values in enumerate((level, steps)):
             if counted[t] and values:
-                out[t, k] = np.clip((np.mean(values) - mean[k]) / np.sqrt(var[k]), -clamp, clamp)
+                z = (np.mean(values) - mean[k]) / np.sqrt(var[k])
+                out[t, k] = np.clip(np.arcsinh(z), -clamp, clamp)
     out[:, 2:] = np.abs(out[:, :2])
     return out
 
@@ -385,7 +386,7 @@ def test_typicality_is_its_definition():
     x = [torch.where(present[..., m, None], v, 0.0) for m, v in enumerate(features.values())]
     module = Typicality(2).eval().double()
     module.mean.copy_(torch.tensor([[0.1, 0.5], [-0.2, 0.9]]))
-    module.var.copy_(torch.tensor([[0.01, 0.04], [0.02, 0.003]]))
+    module.var.copy_(torch.tensor([[0.01, 0.04], [1e-4, 0.003]]))
     got, _ = module(x, present, None)
     for b in range(BATCH):
         for m in range(2):

@@ -80,7 +80,7 @@ def test_frame_by_frame_equals_the_whole_and_state_is_tensors():
         )
     assert isinstance(state, SAGEState)
     assert [tuple(h.shape) for h in state.history] == [(BATCH, 2, 4, 12), (BATCH, 2, 8, 12)]
-    assert [tuple(h.shape) for h in state.fused] == [(BATCH, 16, 12), (BATCH, 32, 12)]
+    assert [tuple(h.shape) for h in state.fused] == [(BATCH, 3, 16, 12), (BATCH, 3, 32, 12)]
     assert all(isinstance(x, torch.Tensor) for x in (*state.history, *state.fused, *state.fusion))
 
 
@@ -96,6 +96,18 @@ def test_causal_ignores_the_future_and_centred_does_not():
     a, b = centred(features, present), centred(later, present)
     assert (a.prediction[:, 39] - b.prediction[:, 39]).abs().max() > 1e-4
     assert a.state is None
+
+
+@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
+def test_unimodal_is_what_the_model_says_with_that_modality_alone(fusion):
+    model = build(fusion=fusion)
+    features, present = draw()
+    out = model(features, present)
+    for m in range(2):
+        lone = torch.zeros_like(present)
+        lone[..., m] = present[..., m]
+        alone = model(features, lone).prediction
+        torch.testing.assert_close(out.unimodal[:, :, m], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fused_blocks", [0, 2])

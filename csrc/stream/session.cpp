@@ -147,15 +147,16 @@ void Session::walk(int64_t row, int64_t frames, Part&& part) {
   const Shape& s = model_.shape;
   float* state = state_ + row * model_.row_floats;
   const int64_t stride = padded(s.dim);
-  const auto slot = [&](const Block& b, int64_t f) {
-    return state + b.ring + (frames + f) % b.span * stride;
+  const auto slot = [&](const Block& b, int64_t f, int track = 0) {
+    return state + b.ring + (track * b.span + (frames + f) % b.span) * stride;
   };
   for (int b = 0; b < s.own_blocks; ++b)
     for (int m = 0; m < s.modalities; ++m)
       for (int64_t f = 0; f < model_.modality[m].block[b].span; ++f)
         part(slot(model_.modality[m].block[b], f), s.dim);
   for (int b = 0; b < s.fused_blocks; ++b)
-    for (int64_t f = 0; f < model_.fused[b].span; ++f) part(slot(model_.fused[b], f), s.dim);
+    for (int track = 0; track <= s.modalities; ++track)
+      for (int64_t f = 0; f < model_.fused[b].span; ++f) part(slot(model_.fused[b], f, track), s.dim);
   if (s.reliability) {
     part(state + model_.belief, s.stages);
     const int64_t history = s.window - 1, pairs = 2 * s.modalities;

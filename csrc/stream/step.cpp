@@ -265,12 +265,12 @@ void standardise(Group& g, int m) {
 }
 
 // x += pointwise silu(depthwise LayerNorm(x)), with the normed frame kept in the ring, in the place of the oldest.
-void temporal_block(Group& g, const Block& block, float* x) {
+void temporal_block(Group& g, const Block& block, float* x, int track = 0) {
   const Shape& s = g.model.shape;
-  const int64_t dim = g.dim_stride;
+  const int64_t dim = g.dim_stride, ring_at = block.ring + track * block.span * dim;
   for (int i = 0; i < g.rows; ++i) {
     const float* row = x + i * dim;
-    float *ring = g.state(i) + block.ring, *y = g.mixed + i * dim;
+    float *ring = g.state(i) + ring_at, *y = g.mixed + i * dim;
     const int64_t start = block.span ? g.q.frames[g.row[i]] % block.span : 0;
     const Moments m = moments(row, s.dim);
     for (int64_t d = 0; d < dim; d += W) {
@@ -326,17 +326,20 @@ void typicality(Group& g) {
         ring[start * size + pairs + c] = now[c];
       }
     }
-    for (int m = 0; m < s.modalities; ++m) {
-      const Modality& from = g.model.modality[m];
-      float* to = g.joint + i * g.joint_stride + m * (s.evidence + kTypicality) + s.evidence;
-      for (int c = 0; c < 2; ++c) {
-        float z = 0;
-        if (g.present[i][m] && count[2 * m + c] > 0)
-          z = (total[2 * m + c] / count[2 * m + c] - from.typical_mean[c]) / from.typical_std[c];
-        z = z > 4 ? 4 : z < -4 ? -4 : z;
-        to[c] = z;
-        to[2 + c] = z < 0 ? -z : z;
-      }
+    float z[2 * kMaxModalities] = {}, level[2 * kMaxModalities];
+    for (int c = 0; c < pairs; ++c) {
+      const Modality& from = g.model.modality[c / 2];
+      if (g.present[i][c / 2] && count[c] > 0)
+        z[c] = (total[c] / count[c] - from.typical_mean[c % 2]) / from.typical_std[c % 2];
+    }
+    for_each_vector<W>(pairs, [&](int64_t c, auto at) {  // asinh |z|, at most 4
+      const V far = abs(at.read(z + c));
+      at.write(level + c, min(log(far + sqrt(fma(far, far, V(1.0f)))), V(4.0f)));
+    });
+    for (int c = 0; c < pairs; ++c) {
+      float* to = g.joint + i * g.joint_stride + c / 2 * (s.evidence + kTypicality) + s.evidence + c % 2;
+      to[0] = z[c] < 0 ? -level[c] : level[c];
+      to[2] = level[c];
     }
   }
 }
@@ -448,7 +451,7 @@ void gate(Group& g) {
   }
 }
 
-// fused = sum of weight * LayerNorm(value) over the present modalities.
+// value <- LayerNorm(value), 0 where missing; fused = sum of weight * value.
 void fuse(Group& g) {
   const Shape& s = g.model.shape;
   const int64_t dim = g.dim_stride;
@@ -458,14 +461,18 @@ void fuse(Group& g) {
     float* fused = g.fused + i * dim;
     for (int64_t d = 0; d < dim; d += W) store(fused + d, V(0.0f));
     for (int m = 0; m < s.modalities; ++m) {
-      if (!g.present[i][m]) continue;
+      float* x = g.value_of(m) + i * dim;
+      if (!g.present[i][m]) {
+        for (int64_t d = 0; d < dim; d += W) store(x + d, V(0.0f));
+        continue;
+      }
       const Norm& norm = g.model.modality[m].value_norm;
-      const float* x = g.value_of(m) + i * dim;
       const V weight(g.q.weights[g.row[i] * s.modalities + m]);
       const Moments stats = s.value_norm ? moments(x, s.dim) : Moments{};
       for (int64_t d = 0; d < dim; d += W) {
         const V value = s.value_norm ? normed(x, stats, norm, d) : load(x + d);
         store(fused + d, fma(weight, value, load(fused + d)));
+        store(x + d, value);
       }
     }
   }
@@ -476,6 +483,18 @@ void estimate(Group& g, const Linear& f, const float* x, float* out, int64_t str
   product(g.model, f, g.rows, x, g.dim_stride, g.hidden, g.hidden_stride);
   for (int i = 0; i < g.rows; ++i)
     map<tanh>(g.hidden + i * g.hidden_stride, g.model.shape.targets, out + g.row[i] * stride);
+}
+
+// Blocks after the fusion, and head, on one track: the fused frames (0) or modality m alone (1 + m).
+void predict(Group& g, float* x, int track, float* out, int64_t stride) {
+  const Model& model = g.model;
+  const Shape& s = model.shape;
+  const int64_t dim = g.dim_stride;
+  for (int b = 0; b < s.fused_blocks; ++b) temporal_block(g, model.fused[b], x, track);
+  for (int i = 0; i < g.rows; ++i) layer_norm(model.norm, s.dim, x + i * dim, x + i * dim);
+  product(model, model.head[0], g.rows, x, dim, g.mixed, dim);
+  for (int i = 0; i < g.rows; ++i) map<silu>(g.mixed + i * dim, s.dim, g.mixed + i * dim);
+  estimate(g, model.head[1], g.mixed, out, stride);
 }
 
 void step_group(Group& g) {
@@ -489,15 +508,12 @@ void step_group(Group& g) {
     product(model, of.project, g.rows, g.input, g.input_stride, x, dim);
     for (int b = 0; b < s.own_blocks; ++b) temporal_block(g, of.block[b], x);
     for (int i = 0; i < g.rows; ++i) layer_norm(of.norm, s.dim, x + i * dim, x + i * dim);
-    estimate(g, of.unimodal, x, g.q.unimodal + m * s.targets, int64_t(s.modalities) * s.targets);
   }
   gate(g);
   fuse(g);
-  for (int b = 0; b < s.fused_blocks; ++b) temporal_block(g, model.fused[b], g.fused);
-  for (int i = 0; i < g.rows; ++i) layer_norm(model.norm, s.dim, g.fused + i * dim, g.fused + i * dim);
-  product(model, model.head[0], g.rows, g.fused, dim, g.mixed, dim);
-  for (int i = 0; i < g.rows; ++i) map<silu>(g.mixed + i * dim, s.dim, g.mixed + i * dim);
-  estimate(g, model.head[1], g.mixed, g.q.prediction, s.targets);
+  predict(g, g.fused, 0, g.q.prediction, s.targets);
+  for (int m = 0; m < s.modalities; ++m)
+    predict(g, g.value_of(m), 1 + m, g.q.unimodal + m * s.targets, int64_t(s.modalities) * s.targets);
   for (int i = 0; i < g.rows; ++i) ++g.q.frames[g.row[i]];
 }
 
@@ -582,13 +598,13 @@ struct Packer {
     state += padded(floats);
     return at;
   }
-  Block block(int index) {
+  Block block(int index, int tracks = 1) {
     Block b;
     b.dilation = int64_t(1) << index, b.span = (shape.kernel - 1) * b.dilation;
     b.norm = norm(shape.dim);
     b.taps = vector(shape.dim, shape.kernel), b.bias = vector(shape.dim);
     b.pointwise = linear(shape.dim, shape.dim);
-    b.ring = kept(b.span * padded(shape.dim));
+    b.ring = kept(tracks * b.span * padded(shape.dim));
     return b;
   }
   void numbers(int count, float* to) {
@@ -612,7 +628,6 @@ void stream_pack(Model& model, const float* parameters, void* memory) {
     to.project = pack.linear(s.in_dim[m], s.dim);
     for (int b = 0; b < s.own_blocks; ++b) to.block[b] = pack.block(b);
     to.norm = pack.norm(s.dim);
-    to.unimodal = pack.linear(s.dim, s.targets);
   }
   if (s.reliability) {
     const int64_t width = s.evidence + kTypicality;
@@ -632,7 +647,7 @@ void stream_pack(Model& model, const float* parameters, void* memory) {
     model.modality[m].value = pack.linear(s.dim, s.dim);
     if (s.value_norm) model.modality[m].value_norm = pack.norm(s.dim);
   }
-  for (int b = 0; b < s.fused_blocks; ++b) model.fused[b] = pack.block(s.own_blocks + b);
+  for (int b = 0; b < s.fused_blocks; ++b) model.fused[b] = pack.block(s.own_blocks + b, 1 + s.modalities);
   model.norm = pack.norm(s.dim);
   model.head[0] = pack.linear(s.dim, s.dim), model.head[1] = pack.linear(s.dim, s.targets);
   model.row_floats = pack.state;

@@ -50,14 +50,15 @@ struct Block {
   const float *taps, *bias;  // (kernel, dim) oldest first; (dim)
   Linear pointwise;
   int64_t dilation, span;  // span = (kernel - 1) * dilation frames of history,
-  int64_t ring;            // that lie here in a row's state; frame f in slot f % span
+  int64_t ring;  // that lie here in a row's state; frame f in slot f % span. A block after the fusion has
+                 // 1 + M rings, one behind the other: of the fused frames, and of each modality alone
 };
 struct Modality {
   const float *mean, *scale;
   Linear project;
   Block block[kMaxBlocks];
   Norm norm;
-  Linear unimodal, value;
+  Linear value;
   Norm value_norm;
   Linear evidence, reliability[2];
   float typical_mean[2], typical_std[2];

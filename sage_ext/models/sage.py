@@ -36,7 +36,8 @@ class SAGEState(NamedTuple):
     history: tuple[
         Tensor, ...
     ]  # a modality block: (B, M, (kernel_size - 1) * dilation, dim) its convolution's last inputs
-    # a block after fusion: (B, (kernel_size - 1) * dilation, dim) likewise, (B, M, ...) with late fusion
+    # a block after fusion: (B, K, (kernel_size - 1) * dilation, dim) likewise; of K = 1 + M tracks, the fused one and each
+    # modality alone; K = M with late fusion, 1 with any other peer
     fused: tuple[Tensor, ...]
     fusion: tuple[Tensor, ...] | None  # a FusionState, a peer's own, or None: nothing to remember
 
@@ -134,10 +135,11 @@ class SAGE(nn.Module):
     """Stage-Adaptive Gated Estimation of valence and arousal from several modalities.
 
     Per modality: standardised features -> Linear -> causal (or centred) dilated depthwise-separable temporal
-    convolutions -> `ReliabilityFusion` -> the widest of the convolutions -> head -> tanh; an auxiliary head a modality
-    gives the unimodal predictions against which its confidence is trained and calibrated. Typicality reads the
-    standardised inputs. Long averages come after the fusion because they should not mix reliable frames with
-    unreliable ones before those are told apart.
+    convolutions -> `ReliabilityFusion` -> the widest of the convolutions -> head -> tanh. The same convolutions and head
+    on each modality's values alone give the unimodal predictions against which its confidence is trained and
+    calibrated: what the model would say if it had that modality only. Typicality reads the standardised inputs. Long
+    averages come after the fusion because they should not mix reliable frames with unreliable ones before those are
+    told apart. (With a peer's fusion the unimodal predictions are those of a linear head a modality on its encoder.)
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
     frame of the training data; whatever the tensor holds there, NaN included, reaches nothing.
@@ -231,7 +233,6 @@ class SAGE(nn.Module):
             self.register_buffer(f"input_scale_{m}", torch.ones(d))
         own = blocks - fused_blocks
         self.encoders = nn.ModuleList(Encoder(d, dim, own, kernel_size, dropout, causal) for d in self.in_dims)
-        self.unimodal = nn.ModuleList(nn.Linear(dim, num_targets) for _ in self.in_dims)
         if fusion == "reliability":
             options = {"stages": stages, "evidence_dim": evidence_dim, **options}
         elif self.length is not None:
@@ -240,6 +241,9 @@ class SAGE(nn.Module):
         self.fusion: ReliabilityFusion | UniformFusion | PeerFusion = fusion_type(
             dict(zip(self.names, encoded)) if self.names else encoded, dim, **options
         )
+        self.unimodal = None
+        if isinstance(self.fusion, PeerFusion):
+            self.unimodal = nn.ModuleList(nn.Linear(dim, num_targets) for _ in self.in_dims)
         self.fused_blocks = nn.ModuleList(
             TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(own, blocks)
         )
@@ -361,10 +365,15 @@ class SAGE(nn.Module):
         encoded, history = self.encode(x, mask, None if state is None else state.history)
         known = self._known(valid, mask)
         result = self.fusion(encoded, known, None, None if state is None else state.fusion, typicality_inputs=x)
-        prediction, fused = self._predict(result.fused, encoded, known, mask, None if state is None else state.fused)
+        tracks = self._tracks(result.fused, encoded, known)
+        estimates, fused = self._estimate(tracks, mask, None if state is None else state.fused)
+        if isinstance(self.fusion, LateFusion):
+            prediction = self.fusion.mix(estimates, known)
+        else:
+            prediction = estimates[:, :, 0]
         return SAGEOutput(
             prediction,
-            self._unimodal(encoded),
+            estimates[:, :, 1:] if self.unimodal is None else self._heads(encoded),
             result.weights,
             result.confidence,
             result.stage,
@@ -392,40 +401,40 @@ class SAGE(nn.Module):
         x = self._standardise(x, valid)
         encoded, _ = self.encode(x, mask)
         known = self._known(valid, mask)
-        reliability, stage, _ = self.fusion.assess(blank_missing(encoded, known), known, None, x)
-        return reliability, stage, self._unimodal(encoded)
+        encoded = blank_missing(encoded, known)
+        reliability, stage, _ = self.fusion.assess(encoded, known, None, x)
+        return reliability, stage, self._estimate(self.fusion.alone(encoded, known), mask, None)[0]
 
     def _known(self, valid: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """(B, T, M) what the fusion is told of `valid`, all of it unless `use_present` is False."""
         return valid if self.use_present else join_flags(None, mask, len(self.in_dims))
 
-    def _predict(
-        self,
-        fused: Tensor,
-        encoded: Sequence[Tensor],
-        known: Tensor | None,
-        mask: Tensor | None,
-        history: Sequence[Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Blocks after the fusion, and head: prediction (B, T, C), and the blocks' histories for the next chunk.
+    def _tracks(self, fused: Tensor, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
+        """What blocks and head run on, (B, T, K, dim): the fused frames, then each modality alone if the fusion can tell.
+        Late fusion: each modality's values."""
+        if isinstance(self.fusion, LateFusion):
+            return self.fusion.values(encoded, known)
+        if isinstance(self.fusion, PeerFusion):
+            return fused.unsqueeze(2)
+        alone = self.fusion.alone(blank_missing(encoded, known), known)
+        return torch.cat([fused.unsqueeze(2), alone.to(fused.dtype)], 2)
 
-        Late fusion comes last: blocks and head run on each modality's values, folded into the batch.
-        """
-        late, modalities = self.fusion if isinstance(self.fusion, LateFusion) else None, len(encoded)
-        if late is not None:
-            fused = late.values(encoded, known).transpose(1, 2).flatten(0, 1)  # (B * M, T, dim)
-            mask = None if mask is None else mask.repeat_interleave(modalities, 0)
-            history = None if history is None else [h.flatten(0, 1) for h in history]
+    def _estimate(
+        self, tracks: Tensor, mask: Tensor | None, history: Sequence[Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Blocks after the fusion, and head, on K tracks (B, T, K, dim) in one batch: estimates (B, T, K, C), and the
+        blocks' histories (B, K, span, dim) for the next chunk."""
+        count = tracks.shape[2]
+        x = tracks.transpose(1, 2).flatten(0, 1)
+        mask = None if mask is None else mask.repeat_interleave(count, 0)
         tails = []
         for i, block in enumerate(self.fused_blocks):
-            fused, tail = block(fused, mask, None if history is None else history[i])
-            tails.append(tail if late is None else tail.unflatten(0, (-1, modalities)))
-        prediction = _bounded(self.head(self.norm(fused)))
-        if late is not None:
-            prediction = late.mix(prediction.unflatten(0, (-1, modalities)).transpose(1, 2), known)
-        return prediction, tuple(tails)
+            x, tail = block(x, mask, None if history is None else history[i].flatten(0, 1))
+            tails.append(tail.unflatten(0, (-1, count)))
+        return _bounded(self.head(self.norm(x))).unflatten(0, (-1, count)).transpose(1, 2), tuple(tails)
 
-    def _unimodal(self, encoded: Sequence[Tensor]) -> Tensor:
+    def _heads(self, encoded: Sequence[Tensor]) -> Tensor:
+        assert self.unimodal is not None
         return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))
 
 

@@ -76,7 +76,7 @@ class TrainConfig:
     max_steps: int | None = None  # stop (and end the cosine) here if the epochs would take longer
     patience: int = 10  # epochs without a better validation P before stopping
     grad_clip: float = 1.0  # largest gradient norm
-    unimodal_weight: float = 0.5  # of 1 - CCC of the unimodal heads, their mean
+    unimodal_weight: float = 0.5  # of 1 - CCC of the unimodal predictions, their mean
     reliability_weight: float = 0.1  # of the score that trains confidence
     kappa: float = 0.25  # error at which confidence is 1/2, in units of the labels
     rehearsal: Rehearsal = dataclasses.field(default_factory=Rehearsal)
