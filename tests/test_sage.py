@@ -419,7 +419,11 @@ def test_nothing_annotated_gives_zero_gradient():
         (lambda m, f, p: m(f, p[:, :-1]), ValueError, r"present must be \(2, 70, 2\)"),
         (lambda m, f, p: m(f, p, p), ValueError, r"mask must be \(2, 70\)"),
         (lambda m, f, p: m({"audio": f["audio"]}), ValueError, "expected the modalities"),
-        (lambda m, f, p: build(fusion="gate"), ValueError, "fusion must be one of reliability, uniform, concat, .* got 'gate'"),
+        (
+            lambda m, f, p: build(fusion="gate"),
+            ValueError,
+            "fusion must be one of reliability, uniform, concat, .* got 'gate'",
+        ),
         (lambda m, f, p: build(dropout=1.0), ValueError, "dropout must be in"),
         (lambda m, f, p: build(causal=1), TypeError, "causal must be bool"),
         (lambda m, f, p: build(blocks=0), ValueError, "blocks must be in"),
