@@ -267,7 +267,7 @@ class _Values(nn.Module):
     def alone(self, features: Sequence[Tensor], valid: Tensor | None) -> Tensor:
         """What fusing each modality alone would give, (B, T, M, dim); 0 where it is missing.
 
-        `features`: M tensors (B, T, d), zero where `valid` (B, T, M) is False.
+        `features`: M tensors (B, T, d), finite even where `valid` (B, T, M) is False.
         """
         values = []
         for m, (linear, x) in enumerate(zip(self.value, features)):

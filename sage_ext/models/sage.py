@@ -416,7 +416,7 @@ class SAGE(nn.Module):
             return self.fusion.values(encoded, known)
         if isinstance(self.fusion, PeerFusion):
             return fused.unsqueeze(2)
-        alone = self.fusion.alone(blank_missing(encoded, known), known)
+        alone = self.fusion.alone(encoded, known)
         return torch.cat([fused.unsqueeze(2), alone.to(fused.dtype)], 2)
 
     def _estimate(

@@ -488,12 +488,7 @@ def plot_severities(scores: Scores) -> Any:
             order, wide = (3, 2.0) if method == REFERENCE else (2, 1.3) if method in colored else (1, 0.8)
             axis.plot(sorted(levels), y, color=color, linestyle=dash, linewidth=wide, zorder=order, label=title(method))
         axis.set(title=kind, xticks=range(6))
-    for axis in axes.flat[len(kinds) :]:
-        axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("severity (0: clean)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("P")
+    _label_grid(axes, len(kinds), "severity (0: clean)", "P")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     kept = [i for i, m in enumerate(scores.results.methods) if m in colored or m == ORACLE]
     fig.legend([handles[i] for i in kept], [labels[i] for i in kept], loc="outside lower center", ncols=4)
@@ -516,6 +511,16 @@ def pooled_diagram(diagrams: np.ndarray) -> np.ndarray:
             error = (weight * (1 / observed[here] - 1)).sum()  # mean squared error / kappa^2
             out[:, b] = (weight * predicted[here]).sum(), 1 / (1 + error), frames[here].sum()
     return out
+
+
+def _label_grid(axes: Any, used: int, x: str, y: str) -> None:
+    """Hides the panels past `used`, and names the axes at the grid's left and lower edge."""
+    for axis in axes.flat[used:]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel(x)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(y)
 
 
 def _diagonal(axis: Any, found: np.ndarray) -> None:
@@ -569,12 +574,7 @@ def plot_calibration_corruptions(scores: Scores) -> Any:
             found += [results.confidence[n, k]["diagram"][:, i] for n in range(results.study.seeds) for i in failing]
         _diagonal(axis, np.stack(found))
         axis.set_title(kind)
-    for axis in axes.flat[len(kinds) :]:
-        axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("confidence")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("observed")
+    _label_grid(axes, len(kinds), "confidence", "observed")
     return fig
 
 
