@@ -572,27 +572,26 @@ def resident() -> int:
 
 
 def march(steps, chunk=10_000):
-    """Steps of one stream in which every chunk repeats the same frames; memory after the second chunk and at the end, and
-    the last chunk against the offline model, whose state is carried through all of them."""
+    """Steps of one stream in which every chunk repeats the same frames: by how much memory grew in the steps after the
+    second chunk (the offline model's own allocations, between chunks, aside), and the last chunk against the offline
+    model, whose state is carried through all of them."""
     model = build(dims={"a": 3, "b": 4}, dim=8, evidence_dim=4, stages=2)
     features, present = draw(1, chunk, {"a": 3, "b": 4}, seed=1)
     frames = [([v[0, t : t + 1] for v in features.values()], present[0, t : t + 1]) for t in range(chunk)]
     frames = [(dict(zip(features, x)), p) for x, p in frames]
-    session, state = model.stream(), None
+    session, state, growth = model.stream(), None, 0
     for i in range(steps // chunk):
         last = i == steps // chunk - 1
-        outs = []
+        outs, before = [], resident()
         for x, p in frames:
             out = session.step(x, p)
             if last:
                 outs.append(keep(out))
+        if i > 1 and not last:
+            growth += resident() - before
         with torch.no_grad():
             whole = model(features, present, None, state)
         state = whole.state
-        if i == 1:
-            start = resident()
-        if i == steps // chunk - 2:
-            growth = resident() - start
     assert session.stats.frames == steps
     assert_close(stack(outs), whole)
     return growth
