@@ -199,7 +199,7 @@ class StreamingSession:
         frames = torch.empty(index.numel(), dtype=torch.int64)
         self._native.read(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr())
         pieces = flat.split([math.prod(p) for p in self._parts.values()], 1)
-        state = {name: x.reshape(-1, *part).clone() for (name, part), x in zip(self._parts.items(), pieces)}
+        state = {name: x.reshape(index.numel(), *part).clone() for (name, part), x in zip(self._parts.items(), pieces)}
         return {"frames": frames, **state}
 
     def load_state_dict(self, state: Mapping[str, Tensor], rows: int | Sequence[int] | Tensor | None = None) -> None:

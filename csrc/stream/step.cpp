@@ -182,7 +182,7 @@ struct Group {
   const int64_t* row;  // `rows` of them
   int rows;
   // Scratch; a row of each starts every `wide`, `joined`... floats.
-  float *input, *encoded, *value, *mixed, *fused, *joint, *hidden, *logits, *emission;
+  float *input, *encoded, *mixed, *tracks, *joint, *hidden, *logits, *emission;
   int64_t input_stride, dim_stride, joint_stride, hidden_stride, stage_stride;
   float square[kGroup][2 * kMaxModalities];
   bool present[kGroup][kMaxModalities];
@@ -191,7 +191,9 @@ struct Group {
       : model(model), q(q), row(row), rows(rows) {}
   SAGE_FN float* state(int i) const { return q.state + row[i] * model.row_floats; }
   SAGE_FN float* encoded_of(int m) const { return encoded + m * kGroup * dim_stride; }
-  SAGE_FN float* value_of(int m) const { return value + m * kGroup * dim_stride; }
+  // What the blocks after the fusion see: the fused frames (0), then modality m alone (1 + m); `rows` rows each, one track
+  // behind the other, so that a product takes them all as rows.
+  SAGE_FN float* track(int t) const { return tracks + t * rows * dim_stride; }
   SAGE_FN float* logits_of(int m) const { return logits + m * kGroup * stage_stride; }
 };
 
@@ -209,13 +211,12 @@ int64_t cut_scratch(const Shape& s, float* base, Group* g) {
     used += stride * rows;
     return at;
   };
-  const int64_t all = int64_t(s.modalities) * kGroup;
-  float* parts[] = {take(input, kGroup),  take(dim, all),    take(dim, all),
-                    take(dim, kGroup),    take(dim, kGroup), take(joint, kGroup),
-                    take(narrow, kGroup), take(stages, all), take(stages, kGroup)};
+  const int64_t all = int64_t(s.modalities) * kGroup, tracks = all + kGroup;
+  float* parts[] = {take(input, kGroup), take(dim, all),       take(dim, tracks), take(dim, tracks),
+                    take(joint, kGroup), take(narrow, tracks), take(stages, all), take(stages, kGroup)};
   if (g) {
-    g->input = parts[0], g->encoded = parts[1], g->value = parts[2], g->mixed = parts[3], g->fused = parts[4];
-    g->joint = parts[5], g->hidden = parts[6], g->logits = parts[7], g->emission = parts[8];
+    g->input = parts[0], g->encoded = parts[1], g->mixed = parts[2], g->tracks = parts[3];
+    g->joint = parts[4], g->hidden = parts[5], g->logits = parts[6], g->emission = parts[7];
     g->input_stride = input, g->dim_stride = dim, g->joint_stride = joint, g->hidden_stride = narrow;
     g->stage_stride = stages;
   }
@@ -265,12 +266,14 @@ void standardise(Group& g, int m) {
 }
 
 // x += pointwise silu(depthwise LayerNorm(x)), with the normed frame kept in the ring, in the place of the oldest.
-void temporal_block(Group& g, const Block& block, float* x, int track = 0) {
+// x: a row of each stream, `tracks` times one behind the other.
+void temporal_block(Group& g, const Block& block, float* x, int tracks = 1) {
   const Shape& s = g.model.shape;
-  const int64_t dim = g.dim_stride, ring_at = block.ring + track * block.span * dim;
-  for (int i = 0; i < g.rows; ++i) {
-    const float* row = x + i * dim;
-    float *ring = g.state(i) + ring_at, *y = g.mixed + i * dim;
+  const int64_t dim = g.dim_stride;
+  for (int r = 0; r < tracks * g.rows; ++r) {
+    const int track = r / g.rows, i = r % g.rows;
+    const float* row = x + r * dim;
+    float *ring = g.state(i) + block.ring + track * block.span * dim, *y = g.mixed + r * dim;
     const int64_t start = block.span ? g.q.frames[g.row[i]] % block.span : 0;
     const Moments m = moments(row, s.dim);
     for (int64_t d = 0; d < dim; d += W) {
@@ -287,7 +290,7 @@ void temporal_block(Group& g, const Block& block, float* x, int track = 0) {
       store(y + d, silu(sum));
     }
   }
-  product(g.model, block.pointwise, g.rows, g.mixed, dim, x, dim, true);
+  product(g.model, block.pointwise, tracks * g.rows, g.mixed, dim, x, dim, true);
 }
 
 // The evidence that typicality gives, behind the learnt evidence in `joint`; and its ring moves on by a frame.
@@ -451,17 +454,17 @@ void gate(Group& g) {
   }
 }
 
-// value <- LayerNorm(value), 0 where missing; fused = sum of weight * value.
+// Value = LayerNorm(value), 0 where missing; fused = sum of weight * value.
 void fuse(Group& g) {
   const Shape& s = g.model.shape;
   const int64_t dim = g.dim_stride;
   for (int m = 0; m < s.modalities; ++m)
-    product(g.model, g.model.modality[m].value, g.rows, g.encoded_of(m), dim, g.value_of(m), dim);
+    product(g.model, g.model.modality[m].value, g.rows, g.encoded_of(m), dim, g.track(1 + m), dim);
   for (int i = 0; i < g.rows; ++i) {
-    float* fused = g.fused + i * dim;
+    float* fused = g.track(0) + i * dim;
     for (int64_t d = 0; d < dim; d += W) store(fused + d, V(0.0f));
     for (int m = 0; m < s.modalities; ++m) {
-      float* x = g.value_of(m) + i * dim;
+      float* x = g.track(1 + m) + i * dim;
       if (!g.present[i][m]) {
         for (int64_t d = 0; d < dim; d += W) store(x + d, V(0.0f));
         continue;
@@ -478,23 +481,23 @@ void fuse(Group& g) {
   }
 }
 
-// tanh of a small product, to rows of `out` every `stride` numbers.
-void estimate(Group& g, const Linear& f, const float* x, float* out, int64_t stride) {
-  product(g.model, f, g.rows, x, g.dim_stride, g.hidden, g.hidden_stride);
-  for (int i = 0; i < g.rows; ++i)
-    map<tanh>(g.hidden + i * g.hidden_stride, g.model.shape.targets, out + g.row[i] * stride);
-}
-
-// Blocks after the fusion, and head, on one track: the fused frames (0) or modality m alone (1 + m).
-void predict(Group& g, float* x, int track, float* out, int64_t stride) {
+// Blocks after the fusion, and head, on all tracks.
+void predict(Group& g) {
   const Model& model = g.model;
   const Shape& s = model.shape;
   const int64_t dim = g.dim_stride;
-  for (int b = 0; b < s.fused_blocks; ++b) temporal_block(g, model.fused[b], x, track);
-  for (int i = 0; i < g.rows; ++i) layer_norm(model.norm, s.dim, x + i * dim, x + i * dim);
-  product(model, model.head[0], g.rows, x, dim, g.mixed, dim);
-  for (int i = 0; i < g.rows; ++i) map<silu>(g.mixed + i * dim, s.dim, g.mixed + i * dim);
-  estimate(g, model.head[1], g.mixed, out, stride);
+  const int tracks = 1 + s.modalities, rows = tracks * g.rows;
+  for (int b = 0; b < s.fused_blocks; ++b) temporal_block(g, model.fused[b], g.tracks, tracks);
+  for (int r = 0; r < rows; ++r) layer_norm(model.norm, s.dim, g.tracks + r * dim, g.tracks + r * dim);
+  product(model, model.head[0], rows, g.tracks, dim, g.mixed, dim);
+  for (int r = 0; r < rows; ++r) map<silu>(g.mixed + r * dim, s.dim, g.mixed + r * dim);
+  product(model, model.head[1], rows, g.mixed, dim, g.hidden, g.hidden_stride);
+  for (int r = 0; r < rows; ++r) {
+    const int64_t row = g.row[r % g.rows];
+    const int m = r / g.rows - 1;
+    map<tanh>(g.hidden + r * g.hidden_stride, s.targets,
+              m < 0 ? g.q.prediction + row * s.targets : g.q.unimodal + (row * s.modalities + m) * s.targets);
+  }
 }
 
 void step_group(Group& g) {
@@ -511,9 +514,7 @@ void step_group(Group& g) {
   }
   gate(g);
   fuse(g);
-  predict(g, g.fused, 0, g.q.prediction, s.targets);
-  for (int m = 0; m < s.modalities; ++m)
-    predict(g, g.value_of(m), 1 + m, g.q.unimodal + m * s.targets, int64_t(s.modalities) * s.targets);
+  predict(g);
   for (int i = 0; i < g.rows; ++i) ++g.q.frames[g.row[i]];
 }
 

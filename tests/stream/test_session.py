@@ -109,6 +109,7 @@ def test_steps_equal_the_whole_call(case):
     take = frame if isinstance(dims, dict) else lambda f, t: [v[:, t] for v in f]
     outs = stack([keep(session.step(take(features, t), present[:, t])) for t in range(200)])
     assert_close(outs, offline(model, features, present))
+    session.load_state_dict(session.state_dict([]), [])
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
