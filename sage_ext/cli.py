@@ -1,7 +1,7 @@
-"""The command line: `sage-ext synth | train | evaluate | predict | compare | info | demo`.
+"""The command line: `sage-ext synth | train | evaluate | predict | stream | compare | info | demo`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 the request or the data are wrong (one line
-says what), 130 interrupted; anything else is a bug and shows its traceback.
+says what), 130 interrupted (stream: 143 by SIGTERM); anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="FILE", help="submission file to write")
     sub.add_argument("--sample", metavar="FILE", help="the organisers' sample file (default: in DATA)")
 
+    sub = command("stream", "estimate frame by frame as the features come, a line of JSON each", _stream)
+    _stream_arguments(sub)
+
     sub = command("compare", "train and score fusion methods alike, clean and under every corruption", _compare)
     _compare_arguments(sub)
 
@@ -156,6 +159,25 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
         shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
         text = text.format(peers=", ".join(FUSIONS)) + shown
         sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def _stream_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--run", required=True, metavar="DIR", help="run directory that train wrote; a causal model")
+    sub.add_argument("--input", default="-", metavar="FILE", help="file or named pipe to read; -: standard input")
+    sub.add_argument(
+        "--format", choices=("jsonl", "f32"), default="jsonl",
+        help="jsonl: an object a line, {modality: [numbers] or null}; f32: raw little-endian float32, the modalities of a "
+        "frame one after another in the model's order, NaN where missing",
+    )  # fmt: skip
+    sub.add_argument("--follow", action="store_true", help="wait for more at the end of FILE, as tail -f does")
+    sub.add_argument("--pace", type=float, metavar="FPS",
+                     help="frames a second at most, to replay a recording (default: no limit; 30 with --serve and a "
+                     "file that is not followed)")  # fmt: skip
+    sub.add_argument("--labels", metavar="FILE", help="annotation in Aff-Wild2's format, row i for frame i of the input: "
+                     "adds the truth and the running CCC")  # fmt: skip
+    sub.add_argument("--report", metavar="DIR", help="at the end write pictures and report.html there")
+    sub.add_argument("--serve", type=int, metavar="PORT", help="show the stream on a web page; 0: a free port")
+    sub.add_argument("--host", default="127.0.0.1", help="address of that page; others can watch on any but a loopback")
 
 
 def _compare_arguments(sub: argparse.ArgumentParser) -> None:
@@ -254,6 +276,12 @@ def _predict(args: argparse.Namespace) -> int:
     )
     print(f"{args.out}: {len(predictions)} videos, {sum(len(p) for p in predictions.values())} frames")
     return 0
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from .live.command import stream
+
+    return stream(args)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -157,6 +157,17 @@ def _stage_band(axis: Any, stage: np.ndarray, seconds: np.ndarray, fps: float) -
     )  # fmt: skip
 
 
+@styled
+def plot_latency(counts: np.ndarray, edges: np.ndarray) -> Any:
+    """A histogram of latencies: counts (n,) between edges (n + 1,) in microseconds, both axes logarithmic."""
+    figure, axes = new_figure(11, 3.2)
+    axis = axes[0, 0]
+    axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, edgecolor="white", linewidth=0.5)
+    axis.set(xscale="log", yscale="log", xlabel="latency (us)", ylabel="frames", ylim=(0.5, None))
+    axis.set_title("Latency of a frame")
+    return figure
+
+
 # --------------------------------------------------------------------------------------------------------- calibration
 @styled
 def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Sequence[str]) -> Any:

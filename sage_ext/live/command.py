@@ -1,0 +1,332 @@
+"""`sage-ext stream`: frames from a pipe or a growing file through a run, a JSON line each."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import select
+import signal
+import stat
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..data.affwild2 import read_annotation
+from ..extras import require
+from ..report import FPS, Picture, Table, plot_clip, plot_latency, write_report
+from ..training.runs import Run
+from .estimator import RECENT, TARGETS, Estimator, Quality, Recording
+from .frames import Block, Format, MalformedFrame, make_format
+from .page import Page
+
+BLOCK = 1 << 16  # bytes of a read
+POLL = 0.05  # seconds between looks at a file that grows
+GRACE = 2.0  # seconds that answers may take to be read by others after a signal
+SHOWN = 5  # malformed records of one kind that are reported, before only powers of ten are
+KEEP = 108_000  # frames in a report: the last hour at 30 a second
+
+
+class Stop:
+    """Turns SIGINT and SIGTERM into a request to stop, once: a second one acts as it did before. A context manager."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.output_gone = False
+
+    def __enter__(self) -> Stop:
+        self.reader, self.writer = os.pipe()
+        for end in (self.reader, self.writer):
+            os.set_blocking(end, False)
+        self._wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self.reader)
+        os.close(self.writer)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None or self.output_gone
+
+    def wait(self, fd: int | None, output: int | None, seconds: float | None = None) -> bool:
+        """Until `fd` can be read, a stop is requested, the other end of `output` is closed, or `seconds` have passed.
+
+        True: `fd` can be read, and no stop is requested.
+        """
+        poll = select.poll()
+        poll.register(self.reader, select.POLLIN)
+        if fd is not None:
+            poll.register(fd, select.POLLIN)
+        if output is not None:
+            poll.register(output, 0)  # errors and hang-ups alone
+        ready = dict(poll.poll(None if seconds is None else 1e3 * seconds))
+        self.drain(ready)
+        self.output_gone |= output in ready
+        return fd in ready and not self.requested
+
+    def drain(self, ready: dict[int, int]) -> None:
+        """Forget a wake-up by a signal that is none of ours."""
+        if self.reader in ready and not self.requested:
+            os.read(self.reader, 1024)
+
+
+class Output:
+    """Lines to a file descriptor, each written at once."""
+
+    def __init__(self, fd: int, stop: Stop) -> None:
+        self.fd, self.stop = fd, stop
+        self.until: float | None = None  # after a request to stop: when to give up
+
+    def write(self, line: str) -> None:
+        """BrokenPipeError: nobody reads any more, or not within GRACE seconds after a request to stop."""
+        data = line.encode()
+        while data:
+            poll = select.poll()
+            poll.register(self.fd, select.POLLOUT)
+            if not self.stop.requested:
+                poll.register(self.stop.reader, select.POLLIN)
+                left = None
+            else:
+                self.until = self.until or time.monotonic() + GRACE
+                left = max(self.until - time.monotonic(), 0)
+            ready = dict(poll.poll(None if left is None else 1e3 * left))
+            self.stop.drain(ready)
+            if self.fd in ready:
+                data = data[os.write(self.fd, data[: select.PIPE_BUF]) :]  # so much a pipe takes without blocking
+            elif left is not None:
+                raise BrokenPipeError(errno.EPIPE, "the output was not read in time")
+
+
+def note(text: str, prefix: str = "sage-ext stream: ") -> None:
+    """A line on stderr; where nobody reads it, nothing."""
+    try:
+        print(prefix + text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (else the interpreter fails again when it exits)
+
+
+class Complaints:
+    """Malformed records: counted exactly by kind, reported until they are tiresome."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.counts: Counter[str] = Counter()
+
+    def add(self, number: int, error: MalformedFrame) -> None:
+        self.counts[error.kind] += 1
+        count = self.counts[error.kind]
+        power_of_ten = str(count).strip("0") == "1"
+        if count <= SHOWN or power_of_ten:
+            so_far = f" ({count} of this kind so far)" if count > SHOWN else ""
+            quiet = " (more of this kind: only the 10th, 100th ... are shown)" if count == SHOWN else ""
+            note(f"{self.unit} {number}: {error}{so_far}{quiet}")
+
+    def text(self) -> str:
+        if not self.counts:
+            return "0"
+        return f"{self.counts.total()}: " + ", ".join(f"{n} {kind}" for kind, n in self.counts.most_common())
+
+
+def blocks(fd: int, stop: Stop, output: int, follow: bool) -> Iterator[Block]:
+    """What `fd` brings until its end or a request to stop; after the latter None, for what is incomplete."""
+    regular = stat.S_ISREG(os.fstat(fd).st_mode)
+    while not stop.requested:
+        if not stop.wait(fd, output):
+            continue
+        block = os.read(fd, BLOCK)
+        if block:
+            yield block
+        elif not follow:
+            return
+        elif regular and os.fstat(fd).st_size < os.lseek(fd, 0, os.SEEK_CUR):
+            note("the input was cut short: reading it from its start again")
+            os.lseek(fd, 0, os.SEEK_SET)
+            yield None
+        else:
+            stop.wait(None, output, POLL)
+    yield None
+
+
+class Pace:
+    """Holds frames back to `fps` a second; None: does not. A late frame is not made up for."""
+
+    def __init__(self, fps: float | None, stop: Stop, output: int) -> None:
+        self.step, self.stop, self.output = 0.0 if fps is None else 1 / fps, stop, output
+        self.due = 0.0
+
+    def wait(self) -> None:
+        while self.step and not self.stop.requested and (left := self.due - time.monotonic()) > 0:
+            self.stop.wait(None, self.output, left)
+        self.due = max(self.due + self.step, time.monotonic())
+
+
+def stream(args: argparse.Namespace) -> int:
+    """The command. 0: the input ended, or nobody reads the output; 128 + the signal that stopped it."""
+    if args.pace is not None and not 0 < args.pace < float("inf"):
+        raise ValueError(f"--pace: expected frames a second above 0, got {args.pace}")
+    if args.follow and args.input == "-":
+        raise ValueError("--follow: needs --input FILE; a pipe is waited for anyway")
+    if args.serve is not None and not 0 <= args.serve < 1 << 16:
+        raise ValueError(f"--serve: expected a port from 0 to 65535, got {args.serve}")
+    if args.report is not None:  # what would fail at the end should fail now
+        require("matplotlib", "train")
+        Path(args.report).mkdir(parents=True, exist_ok=True)
+    quality = Quality(*read_annotation(args.labels)) if args.labels is not None else None
+    run = Run.load(args.run)
+    estimator = Estimator(run.model, run.names, quality=quality, keep=KEEP if args.report is not None else 0)
+    form = make_format(args.format, run.names, estimator.session.in_dims)
+    output = 1 if sys.stdout is None else sys.stdout.fileno()
+    with contextlib.ExitStack() as stack:
+        fd = 0
+        if args.input != "-":
+            fd = os.open(args.input, os.O_RDONLY)
+            stack.callback(os.close, fd)
+        pace = args.pace
+        page = None
+        if args.serve is not None:
+            if pace is None and stat.S_ISREG(os.fstat(fd).st_mode) and not args.follow:
+                pace = FPS
+            page = stack.enter_context(Page(args.host, args.serve, run.path.resolve().name, estimator))
+            note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
+        stop = stack.enter_context(Stop())
+        lines = Output(output, stop)
+        complaints, began = Complaints(form.unit), time.monotonic()
+        failure: OSError | None = None
+        try:
+            source = blocks(fd, stop, output, args.follow)
+            _answer(form, source, estimator, complaints, Pace(pace, stop, output), page, lines.write)
+        except BrokenPipeError:
+            stop.output_gone = True
+        except OSError as error:
+            failure = error
+        seconds = time.monotonic() - began
+        why = "end of input"
+        if stop.signal is not None:
+            why = f"stopped by {signal.Signals(stop.signal).name}"
+        elif stop.output_gone:
+            why = "the output is closed"
+        elif failure is not None:
+            why = f"the input failed ({failure.strerror})"
+        if page is not None:
+            page.end(why)
+    table = summary(why, seconds, estimator, complaints)
+    print_summary(table, estimator)
+    if args.report is not None:
+        note(f"report: {write_session(args.report, run, estimator, table, args.labels, pace or FPS)}")
+    if failure is not None:
+        raise failure
+    if stop.signal is not None:
+        return 128 + stop.signal
+    if complaints.counts and not estimator.latency.frames:
+        raise ValueError(
+            f"--input: none of {complaints.counts.total()} {form.unit}s was a frame (--format {args.format})"
+        )
+    return 0
+
+
+def _answer(
+    form: Format,
+    source: Iterator[Block],
+    estimator: Estimator,
+    complaints: Complaints,
+    pace: Pace,
+    page: Page | None,
+    write: Callable[[str], None],
+) -> None:
+    number = line = 0  # number: frames from 1, malformed ones among them; line: as an editor counts, blank ones too
+    for record in form.records(source):
+        line += 1
+        began = time.perf_counter()
+        try:
+            if isinstance(record, MalformedFrame):
+                raise record
+            frame = form.read(record)
+        except MalformedFrame as error:
+            number += 1
+            complaints.add(line, error)
+            continue
+        if frame is None:
+            continue
+        number += 1
+        parsed = time.perf_counter() - began
+        pace.wait()
+        answer = estimator.take(number, frame, time.perf_counter() - parsed)
+        write(json.dumps(answer, allow_nan=False, separators=(",", ":")) + "\n")
+        if page is not None:
+            page.publish(answer, complaints.counts.total())
+
+
+# ------------------------------------------------------------------------------------------------------------- at exit
+def summary(why: str, seconds: float, estimator: Estimator, complaints: Complaints) -> Table:
+    """What there is to say of the session, a row each."""
+    stats, quality = estimator.session.stats, estimator.quality
+    rows: list[tuple[str, Any]] = [
+        ("frames", f"{stats.frames} in {seconds:.1f} s ({stats.frames / max(seconds, 1e-9):.1f} a second)"),
+        ("malformed", complaints.text()),
+    ]
+    for name, label in zip(estimator.names, stats.absent):
+        refused = f", of these not finite {stats.nonfinite[label]}" if stats.nonfinite[label] else ""
+        rows.append((f"{name} absent", f"{stats.absent[label]}{refused}"))
+    if stats.frames:
+        rows += [("latency", estimator.latency.line()), ("its part in the model", estimator.step.line())]
+    if quality is not None:
+        whole, recent = quality.scores(), quality.recent.compute().tolist()
+        for title, scores, count in (
+            ("CCC", whole, quality.counted),
+            (f"CCC, last {RECENT}", recent, sum(quality.window)),
+        ):
+            values = "  ".join(f"{name} {value:.4f}" for name, value in zip(TARGETS, scores))
+            rows.append((title, f"{values}  P {sum(scores) / 2:.4f}  ({count} annotated frames)"))
+    note_ = "Latency: from a frame's bytes being there to its estimate; waiting in a pipe or for --pace is not in it."
+    return Table(f"Stream: {why}", ("", ""), rows, note_ if stats.frames else "")
+
+
+def print_summary(table: Table, estimator: Estimator) -> None:
+    note(table.title.removeprefix("Stream: "))
+    width = max(len(name) for name, _ in table.rows)
+    lines = [f"{name:{width}}  {value}" for name, value in table.rows]
+    bars = estimator.latency.text()
+    note("\n".join([*lines, *([""] if bars else []), *bars]), prefix="")
+
+
+def write_session(folder: str, run: Run, estimator: Estimator, table: Table, labels: str | None, fps: float) -> Path:
+    """report.html and its pictures."""
+    assert estimator.trace is not None
+    pictures = []
+    if estimator.trace.taken:
+        kept: Recording = estimator.trace.recording()
+        truth, valid = None, None
+        if estimator.quality is not None:
+            truth, valid = estimator.quality.at(kept.number)
+        figure = plot_clip(
+            f"{run.path.name}, live", kept.prediction, truth, valid, kept.weights, kept.confidence, kept.stage, run.names,
+            present=kept.present, fps=fps,
+        )  # fmt: skip
+        text = (
+            f"The last {len(kept.number):,} of {estimator.trace.taken:,} frames, {fps:g} to a second: prediction"
+            f"{' and annotation' if labels else ''}, each modality's weight and confidence (bars: missing), and the "
+            "posterior of the interaction stage."
+        )
+        pictures = [
+            Picture("session", text, figure),
+            Picture("latency", "Latency of every frame of the session.", plot_latency(*estimator.latency.bars())),
+        ]
+    return write_report(folder, f"{run.path.name}, live", pictures, [table])
