@@ -166,7 +166,7 @@ def test_usage_errors(capsys, arguments):
     assert "usage: sage-ext" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["synth", "train", "evaluate", "predict", "info", "demo"])
+@pytest.mark.parametrize("command", ["synth", "train", "evaluate", "predict", "stream", "info", "demo"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

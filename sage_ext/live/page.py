@@ -32,7 +32,7 @@ FAREWELL = 1.0  # seconds for the end to reach the browsers
 VIEWERS = 16
 CONNECTIONS = 64
 SEND_BUFFER = 1 << 14  # bytes: how far a slow browser's picture may lie behind
-TRAIL = 120  # points that a browser gets when it comes
+PAST = 600  # frames that a browser gets when it comes
 
 
 class Page:
@@ -49,7 +49,7 @@ class Page:
         }  # fmt: skip
         self._changed = threading.Condition()
         self._latest: tuple[int, dict[str, Any], int, float] = (0, {}, 0, 0.0)  # frames, record, malformed, when
-        self._trail: deque[tuple[float, float]] = deque(maxlen=TRAIL)
+        self._past: deque[tuple[Any, ...]] = deque(maxlen=PAST)  # when, number, valence, arousal, the true two or None
         self._why: str | None = None
         self._viewers = 0
         try:
@@ -74,8 +74,9 @@ class Page:
     def publish(self, record: dict[str, Any], malformed: int) -> None:
         """Show this record. Waits for nobody."""
         with self._changed:
-            self._latest = (self._latest[0] + 1, record, malformed, time.monotonic())
-            self._trail.append((record["valence"], record["arousal"]))
+            count, when, truth = self._latest[0] + 1, round(time.monotonic(), 4), record.get("truth")
+            self._latest = (count, record, malformed, when)
+            self._past.append((when, count, record["valence"], record["arousal"], truth and list(truth.values())))
             self._changed.notify_all()
 
     def end(self, why: str) -> None:
@@ -117,8 +118,8 @@ class Page:
             self._viewers += 1
         try:
             with self._changed:
-                seen, trail = 0, list(self._trail)
-            yield _event("hello", {**self.hello, "trail": trail})
+                seen, past = 0, list(self._past)
+            yield _event("hello", {**self.hello, "past": past})
             while True:
                 with self._changed:
                     self._changed.wait_for(self._newer_than(seen), KEEP_ALIVE)
@@ -129,7 +130,7 @@ class Page:
                     seen = count
                     latency = self.estimator.latency
                     more = {
-                        "count": count, "malformed": malformed, "clock": round(when, 4),
+                        "count": count, "malformed": malformed, "clock": when,
                         "p50": round(latency.quantile(0.5), 1), "p99": round(latency.quantile(0.99), 1),
                     }  # fmt: skip
                     yield _event("frame", {**record, **more})
