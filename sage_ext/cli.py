@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("info", "show the build, the machine, and which backend serves each op", _info)
 
-    sub = command("demo", "synthesise data, train, calibrate, evaluate, predict and report; some three minutes", _demo)
+    sub = command(
+        "demo", "synthesise data, train, calibrate, evaluate, predict, report and stream; some three minutes", _demo
+    )
     sub.add_argument("--out", default="demo-run", metavar="DIR", help="directory to write")
     sub.add_argument("--seed", type=int, default=0, help="of the data and of the training")
     sub.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR")
