@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .models.sage import SAGE
-from .nn import ReliabilityFusion, ReliabilityNLL
+from .nn import ReliabilityFusion, ReliabilityNLL, calibrated_confidence
 
 __all__ = [
     "CalibrationReport",
@@ -65,18 +65,6 @@ class Evidence(NamedTuple):
     stage: Tensor  # (N, S)
     squared_error: Tensor  # (N, M, C) of the unimodal predictions
     mask: Tensor  # (N, M) bool: annotated frames in which the modality is present
-
-
-def calibrated_confidence(
-    reliability: Tensor, stage: Tensor, log_temperature: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """(*, M, S) logits, (*, S) stages, (M, S) calibration -> (*, M) confidence: the formula of `reliability_fusion`."""
-    logit = reliability
-    if log_temperature is not None:
-        logit = logit * (-log_temperature).exp()
-    if bias is not None:
-        logit = logit + bias
-    return (stage.unsqueeze(-2) * logit.sigmoid()).sum(-1)
 
 
 def fit_calibration(

@@ -257,6 +257,18 @@ class Typicality(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- reliability fusion
+def calibrated_confidence(
+    reliability: Tensor, stage: Tensor, log_temperature: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """(*, M, S) logits, (*, S) stages, (M, S) calibration -> (*, M) confidence: the formula of `reliability_fusion`."""
+    logit = reliability
+    if log_temperature is not None:
+        logit = logit * (-log_temperature).exp()
+    if bias is not None:
+        logit = logit + bias
+    return (stage.unsqueeze(-2) * logit.sigmoid()).sum(-1)
+
+
 class _Values(nn.Module):
     """The value path that weighted fusions share: a Linear a modality, and its LayerNorm inside the fused op."""
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sage_ext.models import SAGE, SAGELoss, SAGEState
+from sage_ext.models.sage import PrecisionMemory
 from sage_ext.nn import ReliabilityNLL
 from tests.test_nn import numpy_ccc
 
@@ -100,7 +101,7 @@ def test_causal_ignores_the_future_and_centred_does_not():
 
 @pytest.mark.parametrize("fusion", ["reliability", "uniform"])
 def test_unimodal_is_what_the_model_says_with_that_modality_alone(fusion):
-    model = build(fusion=fusion)
+    model = build(fusion=fusion, stages=1)  # with more the other modality has a say in the stage, and so in the memory
     features, present = draw()
     out = model(features, present)
     for m in range(2):
@@ -112,13 +113,131 @@ def test_unimodal_is_what_the_model_says_with_that_modality_alone(fusion):
 
 @pytest.mark.parametrize("fused_blocks", [0, 2])
 def test_receptive_field_is_as_documented(fused_blocks):
-    model = build(fusion="uniform", fused_blocks=fused_blocks)
+    model = build(fusion="uniform", fused_blocks=fused_blocks, memory=())
     features, _ = draw(batch=1)
     x = {k: v.requires_grad_() for k, v in features.items()}
     model(x).prediction[0, -1].sum().backward()
     reached = x["audio"].grad[0].abs().sum(-1) > 0
     assert reached[-61:].all()
     assert not reached[:-61].any()
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+def direct_memory(memory, x, precision):
+    """The docstring's sum, frame by frame, in float64."""
+    x, p = x.double(), precision.double()
+    frames, out = x.shape[1], []
+    for r, halflife in enumerate(memory.halflives):
+        prior = memory.log_prior[r].double().exp()
+        rows = []
+        for t in range(frames):
+            share = torch.zeros_like(p)
+            for k in range(frames):
+                if k <= t or not memory.causal:
+                    share[:, k] = 0.5 ** (abs(t - k) / halflife) * p[:, k]
+            rows.append((share.unsqueeze(-1) * x).sum(1) / (prior + share.sum(1, keepdim=True)))
+        out.append(torch.stack(rows, 1))
+    return torch.cat(out, -1) @ memory.mix.weight.double().T + memory.mix.bias.double()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("frames", [1, 63, 64, 65, 150])
+def test_memory_is_the_precision_weighted_mean(causal, frames):
+    torch.manual_seed(0)
+    memory = PrecisionMemory(5, (2.0, 30.5), causal)
+    with torch.no_grad():
+        memory.log_prior.normal_()
+    x, precision = torch.randn(2, frames, 5), torch.randn(2, frames).mul(3).exp() * (torch.rand(2, frames) > 0.3)
+    expected = direct_memory(memory, x, precision)
+    out, _ = memory(x, precision, None)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    out, _ = memory.double()(x.double(), precision.double(), None)
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-7)  # the decay is rounded to float32
+
+
+def test_memory_holds_through_frames_without_precision():
+    torch.manual_seed(0)
+    memory = PrecisionMemory(4, (8.0,), True)
+    with torch.no_grad():
+        memory.log_prior.fill_(-30.0)
+    x, precision = torch.randn(1, 90, 4, requires_grad=True), torch.ones(1, 90)
+    precision[:, 20:] = 0
+    out, _ = memory(x, precision, None)
+    torch.testing.assert_close(out[:, 20:], out[:, 19:20].expand(-1, 70, -1), atol=1e-5, rtol=1e-4)
+    out.sum().backward()
+    assert (x.grad[:, :20] != 0).all()
+    assert (x.grad[:, 20:] == 0).all()
+
+
+def test_memory_gradients():
+    torch.manual_seed(0)
+    memory = PrecisionMemory(3, (2.0, 9.0), True).double()
+    x = torch.randn(2, 70, 3, dtype=torch.float64, requires_grad=True)
+    precision = torch.rand(2, 70, dtype=torch.float64).requires_grad_()
+    sums = torch.rand(2, 2, 4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: memory(*a)[0], (x, precision, sums), fast_mode=True)
+
+
+def test_memory_remembers_beyond_the_convolutions():
+    features, _ = draw(batch=1, frames=200)
+    x = {k: v.requires_grad_() for k, v in features.items()}
+    build()(x).prediction[0, -1].sum().backward()
+    assert (x["audio"].grad[0].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("bad", [8.0, (0.0,), (-1.0,), (float("nan"),), (float("inf"),), ("a",)])
+def test_bad_half_lives_are_named(bad):
+    with pytest.raises(ValueError, match="memory must be half-lives in frames"):
+        SAGE(DIMS, memory=bad)
+
+
+# ------------------------------------------------------------------------------------------------------- stuck modality
+@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
+@pytest.mark.parametrize("stuck", [1, 3, 8])
+def test_a_frame_that_repeats_too_often_is_missing(fusion, stuck):
+    model = build(fusion=fusion, stuck=stuck)
+    features, present = draw()
+    features["audio"][0, 10:31] = features["audio"][0, 10:11]
+    features["visual"][1, 40:] = 0.0  # a dead sensor: zeros, far from the mean
+    present[0, 10:31, 0] = present[1, 40:, 1] = True
+    told = present.clone()
+    told[0, 10 + stuck : 31, 0] = False  # frame 10 is new, the stuck-th repeat is the first that is missing
+    told[1, 40 + stuck :, 1] = False
+    close(model(features, present), build(fusion=fusion, stuck=0)(features, told), 1e-6)
+
+
+def test_repeats_begin_anew_after_a_gap_or_a_change():
+    model = build(stuck=4)
+    features, present = draw()
+    present[:] = True
+    features["audio"][0, 5:20] = features["audio"][0, 5:6]
+    features["audio"][0, 8, 3] += 1e-4  # the smallest of movements
+    features["audio"][0, 9:12] = features["audio"][0, 8:9]
+    present[0, 15, 0] = False
+    told = present.clone()
+    # 5-7 hold, 8 moves, 9-11 are its repeats 1 to 3, 12-14 stand still anew, 15 is a gap, 16 is new, 17-19 repeats
+    close(model(features, present), build(stuck=0)(features, told), 1e-6)
+    features["audio"][0, 9:14] = features["audio"][0, 8:9]
+    told[0, 12:14, 0] = False
+    close(model(features, present), build(stuck=0)(features, told), 1e-6)
+
+
+def test_stuck_frames_reach_nothing_and_peers_take_the_rule_too():
+    features, present = draw()
+    features["audio"][:, 20:40] = 7.0
+    present[:] = True
+    for fusion in ("reliability", "can"):
+        model = build(fusion=fusion, stuck=8)
+        x = {k: v.clone().requires_grad_() for k, v in features.items()}
+        out = model(x, present)
+        (out.prediction.sum() + out.unimodal.sum()).backward()
+        assert (x["audio"].grad[:, 28:40] == 0).all()
+        assert (x["audio"].grad[:, 20:28].abs().sum(-1) > 0).all()
+    assert SAGE(DIMS, fusion="can").config["stuck"] == 0
+    assert SAGE(DIMS, fusion="can").config["memory"] == []
+    assert build(fusion="late", memory=(4.0,))(features, present).prediction.isfinite().all()
+    with pytest.raises(ValueError, match="stuck"):
+        SAGE(DIMS, stuck=-1)
 
 
 # ----------------------------------------------------------------------------------------------------- missing, padding

@@ -174,6 +174,14 @@ METHODS: dict[str, Method] = {
             note="missing inputs are the mean frame, and look present",
         ),
         Method("sage-no-norm", "SAGE, no norm", {"fusion_options": {"norm": False}}),
+        Method("sage-no-memory", "SAGE, no memory", {"memory": ()}),
+        Method("sage-no-stuck", "SAGE, stuck frames present", {"stuck": 0}),
+        Method(
+            "can-plus",
+            "CAN attention with SAGE's memory and stuck rule",
+            {"fusion": "can", "memory": (8.0, 32.0, 128.0), "stuck": 8},
+            note="what is left of SAGE's lead is its reliability's",
+        ),
     )
 }
 Peer = TypeVar("Peer", bound=type[PeerFusion])

@@ -16,6 +16,7 @@ from ..nn import (
     ReliabilityNLL,
     UniformFusion,
     blank_missing,
+    calibrated_confidence,
     check_flags,
     check_int,
     join_flags,
@@ -40,6 +41,10 @@ class SAGEState(NamedTuple):
     # modality alone; K = M with late fusion, 1 with any other peer
     fused: tuple[Tensor, ...]
     fusion: tuple[Tensor, ...] | None  # a FusionState, a peer's own, or None: nothing to remember
+    memory: Tensor | None  # (B, K, R, dim + 1) float32: `PrecisionMemory`'s sums; None without one
+    # (repeats (B, M), last (B, sum of in_dims)): how often each modality's last frame has repeated, and that frame,
+    # standardised, 0 where missing; None where a frame may repeat for ever
+    still: tuple[Tensor, Tensor] | None
 
 
 class SAGEOutput(NamedTuple):
@@ -131,18 +136,77 @@ class Encoder(nn.Module):
         return self.norm(x), tails
 
 
+class PrecisionMemory(nn.Module):
+    """What was seen lately, each frame counted by its precision: a normalised leaky average for each half-life.
+
+    `average_r(t) = sum_k lambda_r^(t-k) p_k x_k / (a_r + sum_k lambda_r^(t-k) p_k)`, `lambda_r = 0.5^(1/halflife_r)`, over
+    the frames `k <= t` (all frames and `|t-k|` if not causal); `a_r` is learnt, the weight of the average's prior, 0. The
+    result is a Linear of the R averages side by side. With the precision of a calibrated confidence, `odds(r)`, this is the
+    inverse-variance weighted mean of the past: unreliable frames hold what reliable ones left behind.
+
+    Args:
+        dim: channels. halflives: of the averages, in frames. causal: see above.
+    """
+
+    CHUNK = 64  # frames of one product with the matrix of powers of lambda; sums are carried from chunk to chunk
+    decay: Tensor  # (R,)
+
+    def __init__(self, dim: int, halflives: Sequence[float], causal: bool) -> None:
+        super().__init__()
+        self.halflives, self.causal = tuple(halflives), causal
+        self.register_buffer("decay", 0.5 ** (1.0 / torch.tensor(self.halflives)), persistent=False)
+        self.log_prior = nn.Parameter(torch.zeros(len(self.halflives)))
+        self.mix = nn.Linear(dim * len(self.halflives), dim)
+
+    def extra_repr(self) -> str:
+        return f"halflives={self.halflives}, causal={self.causal}"
+
+    def forward(self, x: Tensor, precision: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, dim), precision (B, T) >= 0, sums (B, R, dim + 1) before this chunk (None: nothing was seen): the
+        memory (B, T, dim), and the sums for the next chunk."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        p = precision.to(dtype).unsqueeze(-1)
+        weighed = torch.cat([p * x.to(dtype), p], -1)  # (B, T, dim + 1)
+        total, sums = self._leaky(weighed, sums)
+        if not self.causal:
+            total = total + self._leaky(weighed.flip(1), None)[0].flip(2) - weighed.unsqueeze(1)
+        average = total[..., :-1] / (total[..., -1:] + self.log_prior.to(dtype).exp()[:, None, None])
+        return self.mix(average.transpose(1, 2).flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums
+
+    def _leaky(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T, n) -> (B, R, T, n): `sum_(k <= t) lambda_r^(t-k) x_k`, and the last of them (B, R, n)."""
+        decay = self.decay.to(x.dtype)
+        if sums is None:
+            sums = x.new_zeros(x.shape[0], len(decay), x.shape[-1])
+        age = torch.arange(self.CHUNK, device=x.device, dtype=x.dtype)
+        gap = age[:, None] - age
+        within = torch.where(gap >= 0, decay[:, None, None] ** gap.clamp(min=0), 0.0)  # (R, CHUNK, CHUNK)
+        since = decay[:, None] ** (age + 1)  # (R, CHUNK)
+        parts = []
+        for chunk in x.split(self.CHUNK, 1):
+            n = chunk.shape[1]
+            part = torch.einsum("rts,bsn->brtn", within[:, :n, :n], chunk)
+            part = part + since[:, :n, None] * sums.to(x.dtype).unsqueeze(2)
+            sums = part[:, :, -1]
+            parts.append(part)
+        return torch.cat(parts, 2), sums
+
+
 class SAGE(nn.Module):
     """Stage-Adaptive Gated Estimation of valence and arousal from several modalities.
 
     Per modality: standardised features -> Linear -> causal (or centred) dilated depthwise-separable temporal
-    convolutions -> `ReliabilityFusion` -> the widest of the convolutions -> head -> tanh. The same convolutions and head
-    on each modality's values alone give the unimodal predictions against which its confidence is trained and
+    convolutions -> `ReliabilityFusion` -> the widest of the convolutions -> plus `PrecisionMemory` -> head -> tanh. The
+    precision of a frame in that memory is the sum over its modalities of `odds(confidence)^sharpness`, of which the fusion
+    weights are the shares. The same convolutions, memory and head on each modality's values alone give the unimodal predictions against which its confidence is trained and
     calibrated: what the model would say if it had that modality only. Typicality reads the standardised inputs. Long
     averages come after the fusion because they should not mix reliable frames with unreliable ones before those are
     told apart. (With a peer's fusion the unimodal predictions are those of a linear head a modality on its encoder.)
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
-    frame of the training data; whatever the tensor holds there, NaN included, reaches nothing.
+    frame of the training data; whatever the tensor holds there, NaN included, reaches nothing. A modality whose features
+    stand perfectly still is missing too: a muted microphone and a frozen picture repeat themselves to the last digit, a
+    live one does not.
 
     Args:
         in_dims: feature size a modality, 1 to 8: a mapping name -> size, or a sequence.
@@ -166,6 +230,10 @@ class SAGE(nn.Module):
             it, or None where any length goes.
         use_present: False hides from the fusion which modalities are missing: they are the mean frame, and look
             present (an ablation).
+        memory: half-lives, in frames, of the averages that `PrecisionMemory` keeps; () for none. Default: 8, 32 and 128;
+            none with a peer's fusion, whose frames all have the precision of their number of modalities.
+        stuck: a frame of a modality that repeats the one before it exactly, as do the `stuck - 1` before it, is missing; 0:
+            a frame may repeat for ever. Default: 8; 0 with a peer's fusion.
 
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
@@ -188,6 +256,8 @@ class SAGE(nn.Module):
         fusion_options: Mapping[str, Any] | None = None,
         length: int = 300,
         use_present: bool = True,
+        memory: Sequence[float] | None = None,
+        stuck: int | None = None,
     ) -> None:
         super().__init__()
         self.names, self.in_dims = named_dims(in_dims)
@@ -207,6 +277,14 @@ class SAGE(nn.Module):
             raise TypeError(f"fusion_options must be a mapping or None, got {type(fusion_options).__name__}")
         check_int("length", length, 1)
         fusion_type = fusion_class(fusion)
+        ours = not issubclass(fusion_type, PeerFusion)
+        if memory is None:
+            memory = (8.0, 32.0, 128.0) if ours else ()
+        if not isinstance(memory, Sequence) or not all(isinstance(h, (int, float)) and 0 < h < 1e6 for h in memory):
+            raise ValueError(f"memory must be half-lives in frames, each in (0, 1e6), got {memory!r}")
+        if stuck is None:
+            stuck = 8 if ours else 0
+        check_int("stuck", stuck, 0)
         options: dict[str, Any] = dict(fusion_options or {})
         self.config: dict[str, Any] = {
             "in_dims": dict(in_dims) if isinstance(in_dims, Mapping) else list(in_dims),
@@ -224,10 +302,13 @@ class SAGE(nn.Module):
             "fusion_options": dict(options),
             "length": length,
             "use_present": use_present,
+            "memory": [float(h) for h in memory],
+            "stuck": stuck,
         }
         self.causal = causal and fusion_type.causal
         self.length = length if fusion_type.fixed_length else None
         self.num_targets, self.kappa, self.use_present = num_targets, self.config["kappa"], use_present
+        self.stuck = stuck
         for m, d in enumerate(self.in_dims):
             self.register_buffer(f"input_mean_{m}", torch.zeros(d))
             self.register_buffer(f"input_scale_{m}", torch.ones(d))
@@ -247,6 +328,7 @@ class SAGE(nn.Module):
         self.fused_blocks = nn.ModuleList(
             TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(own, blocks)
         )
+        self.memory = PrecisionMemory(dim, self.config["memory"], causal) if memory else None
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), ChannelDropout(dropout), nn.Linear(dim, num_targets))
 
@@ -361,12 +443,16 @@ class SAGE(nn.Module):
             why = "causal=False" if not self.config["causal"] else f"fusion={self.config['fusion']!r}"
             raise ValueError(f"state: only a causal SAGE can be run in chunks; this one was built with {why}")
         x, valid, mask = self._inputs(features, present, mask)
-        x = self._standardise(x, valid)
+        x, valid, still = self._moving(self._standardise(x, valid), valid, None if state is None else state.still)
         encoded, history = self.encode(x, mask, None if state is None else state.history)
         known = self._known(valid, mask)
         result = self.fusion(encoded, known, None, None if state is None else state.fusion, typicality_inputs=x)
         tracks = self._tracks(result.fused, encoded, known)
-        estimates, fused = self._estimate(tracks, mask, None if state is None else state.fused)
+        precision = None
+        if self.memory is not None:
+            precision = self._precision(result.confidence, known)  # of the fused frames and each modality's
+            precision = precision[..., 1:] if isinstance(self.fusion, LateFusion) else precision[..., : tracks.shape[2]]
+        estimates, fused, memory = self._estimate(tracks, precision, mask, state)
         if isinstance(self.fusion, LateFusion):
             prediction = self.fusion.mix(estimates, known)
         else:
@@ -377,7 +463,7 @@ class SAGE(nn.Module):
             result.weights,
             result.confidence,
             result.stage,
-            SAGEState(history, fused, result.state) if self.causal else None,
+            SAGEState(history, fused, result.state, memory, still) if self.causal else None,
         )
 
     def stream(self, batch_size: int = 1, weights_dtype: torch.dtype | None = None) -> StreamingSession:
@@ -398,16 +484,52 @@ class SAGE(nn.Module):
         if not isinstance(self.fusion, ReliabilityFusion):
             raise ValueError(f'fusion="{self.config["fusion"]}" has no reliability to assess')
         x, valid, mask = self._inputs(features, present, mask)
-        x = self._standardise(x, valid)
+        x, valid, _ = self._moving(self._standardise(x, valid), valid, None)
         encoded, _ = self.encode(x, mask)
         known = self._known(valid, mask)
         encoded = blank_missing(encoded, known)
         reliability, stage, _ = self.fusion.assess(encoded, known, None, x)
-        return reliability, stage, self._estimate(self.fusion.alone(encoded, known), mask, None)[0]
+        precision = None
+        if self.memory is not None:
+            confidence = calibrated_confidence(reliability, stage, self.fusion.log_temperature, self.fusion.bias)
+            precision = self._precision(confidence, known)[..., 1:]
+        return reliability, stage, self._estimate(self.fusion.alone(encoded, known), precision, mask, None)[0]
 
     def _known(self, valid: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """(B, T, M) what the fusion is told of `valid`, all of it unless `use_present` is False."""
         return valid if self.use_present else join_flags(None, mask, len(self.in_dims))
+
+    def _moving(
+        self, x: list[Tensor], valid: Tensor | None, still: tuple[Tensor, Tensor] | None
+    ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Standardised inputs and `valid` without the frames that repeat for the `stuck`th time or more, and what the next
+        chunk needs to tell."""
+        if not self.stuck:
+            return x, valid, None
+        batch, frames = x[0].shape[:2]
+        if still is None:
+            still = (x[0].new_zeros(batch, len(x), dtype=torch.int64), x[0].new_zeros(batch, sum(self.in_dims)))
+        repeats, last = still
+        before = [torch.cat([b.to(v.dtype).unsqueeze(1), v[:, :-1]], 1) for b, v in zip(last.split(self.in_dims, 1), x)]
+        same = torch.stack([(v == b).all(-1) for v, b in zip(x, before)], -1)  # (B, T, M)
+        if valid is not None:
+            same = same & valid
+        frame = torch.arange(frames, device=same.device)[None, :, None]
+        fresh = torch.where(same, -1, frame).cummax(1).values  # the last frame that was not a repeat; -1: in an earlier chunk
+        repeats = torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1))
+        moving = repeats < self.stuck
+        valid = moving if valid is None else valid & moving
+        return blank_missing(x, valid), valid, (repeats[:, -1], torch.cat([v[:, -1] for v in x], -1))
+
+    def _precision(self, confidence: Tensor, known: Tensor | None) -> Tensor:
+        """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing."""
+        log_odds = torch.logit(confidence, eps=1e-6)
+        if isinstance(self.fusion, ReliabilityFusion):
+            log_odds = self.fusion.sharpness * log_odds
+        own = log_odds.clamp(-10.0, 10.0).exp()
+        if known is not None:
+            own = torch.where(known, own, 0.0)
+        return torch.cat([own.sum(-1, keepdim=True), own], -1)
 
     def _tracks(self, fused: Tensor, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
         """What blocks and head run on, (B, T, K, dim): the fused frames, then each modality alone if the fusion can tell.
@@ -420,18 +542,24 @@ class SAGE(nn.Module):
         return torch.cat([fused.unsqueeze(2), alone.to(fused.dtype)], 2)
 
     def _estimate(
-        self, tracks: Tensor, mask: Tensor | None, history: Sequence[Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Blocks after the fusion, and head, on K tracks (B, T, K, dim) in one batch: estimates (B, T, K, C), and the
-        blocks' histories (B, K, span, dim) for the next chunk."""
+        self, tracks: Tensor, precision: Tensor | None, mask: Tensor | None, state: SAGEState | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Blocks after the fusion, memory and head, on K tracks (B, T, K, dim) in one batch: estimates (B, T, K, C), and for
+        the next chunk the blocks' histories (B, K, span, dim) and the memory's sums (B, K, R, dim + 1)."""
         count = tracks.shape[2]
         x = tracks.transpose(1, 2).flatten(0, 1)
         mask = None if mask is None else mask.repeat_interleave(count, 0)
         tails = []
         for i, block in enumerate(self.fused_blocks):
-            x, tail = block(x, mask, None if history is None else history[i].flatten(0, 1))
+            x, tail = block(x, mask, None if state is None else state.fused[i].flatten(0, 1))
             tails.append(tail.unflatten(0, (-1, count)))
-        return _bounded(self.head(self.norm(x))).unflatten(0, (-1, count)).transpose(1, 2), tuple(tails)
+        sums = None
+        if self.memory is not None and precision is not None:
+            if state is not None and state.memory is not None:
+                sums = state.memory.flatten(0, 1)
+            kept, sums = self.memory(x, precision.transpose(1, 2).flatten(0, 1), sums)
+            x, sums = x + kept, sums.unflatten(0, (-1, count))
+        return _bounded(self.head(self.norm(x))).unflatten(0, (-1, count)).transpose(1, 2), tuple(tails), sums
 
     def _heads(self, encoded: Sequence[Tensor]) -> Tensor:
         assert self.unimodal is not None

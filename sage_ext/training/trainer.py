@@ -60,6 +60,8 @@ class TrainConfig:
     fusion: str = "reliability"  # or "uniform": equal weights; or a peer of models.peers.FUSIONS
     fusion_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the fusion's constructor
     use_present: bool = True  # False hides from the fusion which modalities are missing
+    memory: tuple[float, ...] | None = None  # half-lives in frames; None: SAGE's default for the fusion
+    stuck: int | None = None  # repeats after which a frame is missing; None: SAGE's default for the fusion
     dim: int = 128  # channels of each modality's encoder and of the fused representation
     stages: int = 4
     blocks: int = 4  # temporal convolution blocks, dilations 1, 2, 4, 8 ...
@@ -115,8 +117,9 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"configuration: unknown {', '.join(sorted(unknown))}")
         values = dict(values)
-        if values.get("modalities") is not None:
-            values["modalities"] = tuple(values["modalities"])
+        for name in ("modalities", "memory"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         if isinstance(values.get("rehearsal"), Mapping):
             rehearsal = dict(values["rehearsal"])
             for name in ("length", "snr_db"):
@@ -161,6 +164,8 @@ def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
             fusion_options=config.fusion_options,
             length=config.window,
             use_present=config.use_present,
+            memory=config.memory,
+            stuck=config.stuck,
         )
 
 
