@@ -299,7 +299,7 @@ garbage = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.lists(garbage, max_size=8), st.data())
 def test_any_bytes_in_any_pieces(parts, data):
     """Cuts between blocks change nothing; every line is a frame, blank, or MalformedFrame; frames are what they must be."""
@@ -614,7 +614,7 @@ def test_a_slow_browser_slows_nothing(page):
     quick = get(page, "/events")
     event(quick)
     record, took = answer(page), []
-    until = time.monotonic() + 1.5
+    until = time.monotonic() + 1.0
     while time.monotonic() < until:
         began = time.perf_counter()
         page.publish(record, 0)

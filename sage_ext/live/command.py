@@ -212,6 +212,8 @@ def stream(args: argparse.Namespace) -> int:
                 pace = FPS
             page = stack.enter_context(Page(args.host, args.serve, run.path.resolve().name, estimator))
             note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
+        sizes = ", ".join(f"{dim} {name}" for name, dim in zip(run.names, estimator.session.in_dims))
+        note(f"ready; a frame has {sizes} numbers")
         stop = stack.enter_context(Stop())
         lines = Output(output, stop)
         complaints, began = Complaints(form.unit), time.monotonic()
