@@ -13,9 +13,9 @@
 #if defined(SAGE_WITH_CUDA)
 #include "cuda/query.h"
 #endif
+#include "stream/session.h"
 #if !defined(SAGE_CUDA_ONLY)
 #include "cpu/dispatch.h"
-#include "stream/session.h"
 #endif
 
 namespace py = pybind11;
@@ -235,7 +235,6 @@ void bind_backend(py::module_ m) {
         });
 }
 
-#if !defined(SAGE_CUDA_ONLY)
 using sage::stream::Session;
 
 // The rows a call is about, by address: checked here, for they index memory.
@@ -246,44 +245,52 @@ const int64_t* rows_of(const Session& session, Address which, int64_t count) {
   return rows;
 }
 
-void bind_stream(py::module_ m) {
-  py::class_<Session>(m, "StreamSession")
-      .def(py::init([](const py::tuple& in_dims, int64_t dim, int targets, int own_blocks, int fused_blocks,
-                       int kernel, bool reliability, int stages, int64_t evidence, int window,
-                       bool value_norm, bool hide_missing, bool bf16, Address parameters, int64_t count,
-                       int64_t rows, int threads) {
-        sage::stream::Shape s = {};
-        s.modalities = static_cast<int>(in_dims.size());
-        check(s.modalities <= sage::kMaxModalities, "stream: 1..8 modalities");
-        for (int k = 0; k < s.modalities; ++k) s.in_dim[k] = in_dims[k].cast<int64_t>();
-        s.dim = dim, s.targets = targets, s.own_blocks = own_blocks, s.fused_blocks = fused_blocks;
-        s.kernel = kernel, s.reliability = reliability, s.stages = stages, s.evidence = evidence;
-        s.window = window, s.value_norm = value_norm;
-        s.hide_missing = hide_missing, s.bf16 = bf16;
-        return new Session(s, static_cast<const float*>(at(parameters)), count, rows, threads);
-      }))
-      .def(
-          "step",
-          [](Session& session, const py::tuple& features, Address present, Address active, Address prediction,
-             Address unimodal, Address weights, Address confidence, Address stage, int threads) {
-            const float* x[sage::kMaxModalities];
-            check(static_cast<int>(features.size()) == session.modalities(),
-                  "stream: one address a modality");
-            for (int k = 0; k < session.modalities(); ++k)
-              x[k] = static_cast<const float*>(need("stream", "features", features[k].cast<Address>(), 1));
-            const auto out = [](const char* name, Address a) {
-              return static_cast<float*>(need("stream", name, a, 1));
-            };
-            float* to[] = {out("prediction", prediction), out("unimodal", unimodal), out("weights", weights),
-                           out("confidence", confidence), out("stage", stage)};
-            py::gil_scoped_release release;
-            session.step(x, static_cast<const uint8_t*>(at(present)), static_cast<const uint8_t*>(at(active)),
-                         to[0], to[1], to[2], to[3], to[4], threads);
-          })
+using OpenSession = Session* (*)(const sage::stream::Shape&, const float*, int64_t, int64_t, int);
+
+template <OpenSession open>
+void bind_open_session(py::module_ m) {
+  m.def("open_session",
+        [](const py::tuple& in_dims, int64_t dim, int targets, int own_blocks, int fused_blocks, int kernel,
+           bool reliability, int stages, int64_t evidence, int window, bool value_norm, bool hide_missing,
+           bool bf16, Address parameters, int64_t count, int64_t rows, int where) {
+          sage::stream::Shape s = {};
+          s.modalities = static_cast<int>(in_dims.size());
+          check(s.modalities <= sage::kMaxModalities, "stream: 1..8 modalities");
+          for (int k = 0; k < s.modalities; ++k) s.in_dim[k] = in_dims[k].cast<int64_t>();
+          s.dim = dim, s.targets = targets, s.own_blocks = own_blocks, s.fused_blocks = fused_blocks;
+          s.kernel = kernel, s.reliability = reliability, s.stages = stages, s.evidence = evidence;
+          s.window = window, s.value_norm = value_norm;
+          s.hide_missing = hide_missing, s.bf16 = bf16;
+          return open(s, static_cast<const float*>(at(parameters)), count, rows, where);
+        });
+}
+
+void bind_session(py::module_ m) {
+  py::class_<Session>(m, "StreamSession", py::module_local())
+      .def("step",
+           [](Session& session, const py::tuple& features, Address present, Address active,
+              Address prediction, Address unimodal, Address weights, Address confidence, Address stage,
+              int where, Address stream) {
+             sage::stream::Frame frame = {};
+             const int modalities = session.shape().modalities;
+             check(static_cast<int>(features.size()) == modalities, "stream: one address a modality");
+             for (int k = 0; k < modalities; ++k)
+               frame.features[k] =
+                   static_cast<const float*>(need("stream", "features", features[k].cast<Address>(), 1));
+             frame.present = static_cast<const uint8_t*>(at(present));
+             frame.active = static_cast<const uint8_t*>(at(active));
+             const auto out = [](const char* name, Address a) {
+               return static_cast<float*>(need("stream", name, a, 1));
+             };
+             const sage::stream::Outputs outputs = {out("prediction", prediction), out("unimodal", unimodal),
+                                                    out("weights", weights), out("confidence", confidence),
+                                                    out("stage", stage)};
+             py::gil_scoped_release release;
+             session.step(frame, outputs, exec_of(where, stream));
+           })
       .def("reset", [](Session& session, Address which,
                        int64_t count) { session.reset(rows_of(session, which, count), count); })
       .def_property_readonly("state_size", &Session::state_size)
-      .def_property_readonly("stepped", &Session::stepped)
       .def("read",
            [](Session& session, Address which, int64_t count, Address state, Address frames) {
              session.read(rows_of(session, which, count), count,
@@ -296,26 +303,20 @@ void bind_stream(py::module_ m) {
                            static_cast<const float*>(need("stream", "state", state, count)),
                            static_cast<const int64_t*>(need("stream", "frames", frames, count)));
            })
-      .def("counters",
-           [](const Session& session) {  // a modality: (frames without it, those refused among them)
-             py::list all;
-             for (int k = 0; k < session.modalities(); ++k) {
-               int64_t absent = 0, refused = 0;
-               for (int64_t r = 0; r < session.rows(); ++r) {
-                 absent += session.absent()[r * session.modalities() + k];
-                 refused += session.refused()[r * session.modalities() + k];
-               }
-               all.append(py::make_tuple(absent, refused));
-             }
-             return all;
-           });
+      .def("totals", [](Session& session) {  // frames, and a modality: (frames without it, those refused)
+        const sage::stream::Totals totals = session.totals();
+        py::list all;
+        for (int k = 0; k < session.shape().modalities; ++k)
+          all.append(py::make_tuple(totals.absent[k], totals.refused[k]));
+        return py::make_tuple(totals.frames, all);
+      });
 }
-#endif
 
 #define SAGE_BIND(module, backend)                                                                     \
   bind_backend<backend::stage_filter_forward, backend::stage_filter_backward, backend::fusion_forward, \
                backend::fusion_backward, backend::ccc_forward, backend::ccc_backward,                  \
-               backend::temporal_forward, backend::temporal_backward>(module)
+               backend::temporal_forward, backend::temporal_backward>(module);                         \
+  bind_open_session<backend::open_session>(module)
 
 }  // namespace
 
@@ -328,9 +329,11 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   m.attr("max_modalities") = sage::kMaxModalities;
   m.attr("max_stages") = sage::kMaxStages;
   m.attr("build_info") = SAGE_BUILD_INFO;  // JSON
+  bind_session(m);
 
 #if !defined(SAGE_CUDA_ONLY)
-  SAGE_BIND(m.def_submodule("cpu"), sage::cpu);
+  py::module_ on_cpu = m.def_submodule("cpu");
+  SAGE_BIND(on_cpu, sage::cpu);
   m.def("isa_variants", [] {  // (name, built, supported by this machine)
     py::list all;
     for (int i = 0; i < 3; ++i)
@@ -338,7 +341,6 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
           py::make_tuple(sage::cpu::kIsaNames[i], sage::cpu::isa_built(i), sage::cpu::isa_supported(i)));
     return all;
   });
-  bind_stream(m);
   m.def("isa", [] { return sage::cpu::kIsaNames[sage::cpu::isa()]; });
   m.def("set_isa", [](const std::string& name) {
     for (int i = 0; i < 3; ++i) {
@@ -352,7 +354,8 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   });
 #endif
 #if defined(SAGE_WITH_CUDA)
-  SAGE_BIND(m.def_submodule("cuda"), sage::cuda);
+  py::module_ on_cuda = m.def_submodule("cuda");
+  SAGE_BIND(on_cuda, sage::cuda);
   m.def("cuda_versions", &sage::cuda::versions);
   m.def("cuda_problem", &sage::cuda::problem);
 #endif

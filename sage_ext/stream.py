@@ -1,4 +1,5 @@
-"""Streaming: `SAGE` frame by frame, each step one call into C++ (csrc/stream), results those of the offline model."""
+"""Streaming: `SAGE` frame by frame, each step one call into C++ (csrc/stream, csrc/cuda/stream.cu), results those of the
+offline model."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from ._ops import _door
 from .models.sage import SAGE, Encoder, TemporalBlock
 from .nn import ReliabilityFusion, UniformFusion, check_int
 
@@ -43,7 +44,7 @@ class StreamStats(NamedTuple):
 
 
 class StreamingSession:
-    """`batch_size` independent streams through one causal `SAGE`, a frame at a time, on the CPU. Made by `SAGE.stream`.
+    """`batch_size` independent streams through one causal `SAGE`, a frame at a time. Made by `SAGE.stream`.
 
     The model's weights are copied and packed when the session is made, in `weights_dtype`: what happens to the model
     afterwards is not seen. The session computes what the model does in evaluation (its mode, device and dtype do not
@@ -51,14 +52,24 @@ class StreamingSession:
     alone are rounded to bfloat16 (half the memory traffic, which is what a step waits for); inputs, state and all
     arithmetic stay float32.
 
-    A row's results are the same bits whatever the batch size, the row, the other rows and the number of threads (many rows
-    are shared out over at most `torch.get_num_threads()` threads, and at most as many as there were when the session was
-    made). A step allocates nothing in C++ and releases the GIL; a second call into a busy session raises RuntimeError.
+    A row's results are the same bits whatever the batch size, the row, the other rows and the number of threads. A step
+    allocates nothing in C++ and releases the GIL; a second call into a busy session raises RuntimeError.
 
-    Attributes: `batch_size`, `names` (of the modalities, or None), `in_dims`, `num_targets`, `stages`, `weights_dtype`.
+    On the CPU (device None) many rows are shared out over at most `torch.get_num_threads()` threads, and at most as many as
+    there were when the session was made. On a GPU (device "cuda" or "cuda:1") a step is one kernel; inputs may lie on the
+    CPU or on that GPU, outputs are on the CPU all the same, and written when `step` returns.
+
+    Attributes: `batch_size`, `names` (of the modalities, or None), `in_dims`, `num_targets`, `stages`, `weights_dtype`,
+    `device`.
     """
 
-    def __init__(self, model: SAGE, batch_size: int = 1, weights_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: SAGE,
+        batch_size: int = 1,
+        weights_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         if not isinstance(model, SAGE):
             raise TypeError(f"model must be SAGE, got {type(model).__name__}")
         check_int("batch_size", batch_size, 1)
@@ -68,6 +79,7 @@ class StreamingSession:
             raise TypeError(f"weights_dtype must be a torch.dtype or None, got {type(weights_dtype).__name__}")
         if weights_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"weights_dtype must be torch.float32 or torch.bfloat16, got {weights_dtype}")
+        self.device = _device(device)
         fusion = model.fusion
         if type(fusion) not in (ReliabilityFusion, UniformFusion):
             raise ValueError(
@@ -85,7 +97,10 @@ class StreamingSession:
         self.stages = stages
         own, after = config["blocks"] - config["fused_blocks"], config["fused_blocks"]
         parameters = _parameters(model)
-        self._native = _C.StreamSession(
+        self._on_cpu = self.device.type == "cpu"
+        # Where the kernels run: threads, or the GPU's index.
+        where = torch.get_num_threads() if self._on_cpu else self.device.index
+        self._native = _door.kernels[self.device.type].open_session(
             self.in_dims,
             config["dim"],
             self.num_targets,
@@ -102,7 +117,7 @@ class StreamingSession:
             parameters.data_ptr(),
             parameters.numel(),
             batch_size,
-            torch.get_num_threads(),
+            where,
         )
         modalities = len(self.in_dims)
         self._labels = self.names or tuple(str(m) for m in range(modalities))
@@ -128,7 +143,8 @@ class StreamingSession:
 
     def __repr__(self) -> str:
         dims = dict(zip(self.names, self.in_dims)) if self.names else list(self.in_dims)
-        return f"StreamingSession(in_dims={dims}, batch_size={self.batch_size}, weights_dtype={self.weights_dtype})"
+        on = f"weights_dtype={self.weights_dtype}, device={self.device}"
+        return f"StreamingSession(in_dims={dims}, batch_size={self.batch_size}, {on})"
 
     def step(
         self,
@@ -139,7 +155,8 @@ class StreamingSession:
         """Take one frame of every active stream.
 
         Args:
-            features: M tensors (CPU) or NumPy arrays (batch_size, D_m), float32: a mapping by name, or a sequence.
+            features: M tensors (on the CPU or the session's GPU) or NumPy arrays (batch_size, D_m), float32: a mapping by
+                name, or a sequence.
             present: (batch_size, M) bool; False: the modality is missing in this frame (not read). None: all present.
             active: (batch_size,) bool; False: this stream has no frame now; nothing of it is read, its state stays as it
                 is. None: all active.
@@ -165,16 +182,21 @@ class StreamingSession:
         held: list[Array] = []  # what the addresses point into, until the call returns
         addresses = tuple(
             [
-                _address("features", label, x, torch.float32, shape, held)
+                _address("features", label, x, torch.float32, shape, self.device, held)
                 for label, x, shape in zip(self._labels, features, self._shapes)
             ]
         )
         seen = moving = 0
         if present is not None:
-            seen = _address("present", "", present, torch.bool, (self.batch_size, len(self._shapes)), held)
+            shape = self.batch_size, len(self._shapes)
+            seen = _address("present", "", present, torch.bool, shape, self.device, held)
         if active is not None:
-            moving = _address("active", "", active, torch.bool, (self.batch_size,), held)
-        self._native.step(addresses, seen, moving, *self._targets, torch.get_num_threads())
+            moving = _address("active", "", active, torch.bool, (self.batch_size,), self.device, held)
+        if self._on_cpu:
+            self._native.step(addresses, seen, moving, *self._targets, torch.get_num_threads(), 0)
+        else:  # what wrote an input on the GPU may still be under way, on the current stream
+            ahead = torch.cuda.current_stream(self.device).cuda_stream if torch.cuda.is_initialized() else 0
+            self._native.step(addresses, seen, moving, *self._targets, self.device.index, ahead)
         return self._output
 
     def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
@@ -238,9 +260,9 @@ class StreamingSession:
     @property
     def stats(self) -> StreamStats:
         """Counts since the session was made."""
-        counts = self._native.counters()
+        frames, counts = self._native.totals()
         return StreamStats(
-            self._native.stepped,
+            frames,
             {name: absent for name, (absent, _) in zip(self._labels, counts)},
             {name: refused for name, (_, refused) in zip(self._labels, counts)},
         )
@@ -272,10 +294,40 @@ class StreamingSession:
         return index
 
 
-def _address(argument: str, label: str, x: Array, dtype: torch.dtype, shape: tuple[int, ...], held: list[Array]) -> int:
-    """The address of a dense array of this dtype and shape, after the checks; `held` keeps it alive."""
+def _device(device: torch.device | str | None) -> torch.device:
+    """The device, with an index if it is a GPU, after the checks."""
+    if not isinstance(device, (torch.device, str, type(None))):
+        raise TypeError(f"device must be a torch.device, str or None, got {type(device).__name__}")
+    try:
+        found = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got {str(device)!r}')
+    if found.type not in _door.kernels:
+        raise ValueError(
+            f"device: this build of sage_ext has no CUDA kernels for {str(device)!r} (`sage-ext info` tells)"
+        )
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.index is None:
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    return found
+
+
+def _address(
+    argument: str,
+    label: str,
+    x: Array,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+    held: list[Array],
+) -> int:
+    """The address of a dense array of this dtype and shape, on the CPU or `device`, after the checks; `held` keeps it
+    alive."""
     if isinstance(x, Tensor):
-        if x.dtype == dtype and x.shape == shape and x.is_cpu and x.layout == torch.strided:
+        if x.dtype == dtype and x.shape == shape and (x.is_cpu or x.device == device) and x.layout == torch.strided:
             x = x.contiguous()
             held.append(x)
             return x.data_ptr()
@@ -293,7 +345,8 @@ def _address(argument: str, label: str, x: Array, dtype: torch.dtype, shape: tup
         raise TypeError(f"{name} must be a {str(dtype).removeprefix('torch.')} tensor or array, got {got[0]}")
     if got[1] != shape:
         raise ValueError(f"{name} must be {shape}, got {got[1]}")
-    raise ValueError(f"{name} must be a dense tensor on the CPU, got {got[3]} on {got[2]}")
+    place = "the CPU" if device.type == "cpu" else f"the CPU or {device}"
+    raise ValueError(f"{name} must be a dense tensor on {place}, got {got[3]} on {got[2]}")
 
 
 def _parameters(model: SAGE) -> Tensor:

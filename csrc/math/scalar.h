@@ -5,7 +5,7 @@
 #pragma once
 #include <cmath>
 
-#if defined(__CUDACC__) || defined(SAGE_SIMT)
+#if defined(__CUDACC__) || defined(__host__)  // nvcc, or the emulation's headers
 #define SAGE_FN __host__ __device__ __forceinline__
 #else
 #define SAGE_FN inline __attribute__((always_inline))

@@ -24,6 +24,18 @@ SAGE_FN V stage_prior_exact(int stages, const V* belief, const Matrix* log_a, in
   return peak + log(z);
 }
 
+// log of P(stage j) before this frame's evidence.
+template <class V, class Matrix>
+SAGE_FN V stage_prior(int stages, const Matrix* log_a, const Matrix* a, const V* belief, const V* p, int j) {
+  using T = typename ScalarOf<V>::Type;
+  V sum = p[0] * V(a[j]);
+  for (int i = 1; i < stages; ++i) sum = fma(p[i], V(a[i * stages + j]), sum);
+  V prior = log(sum);
+  const auto lost = sum < V(T(kSafeSum));
+  if (any(lost)) prior = select(lost, stage_prior_exact(stages, belief, log_a, j), prior);
+  return prior;
+}
+
 // belief, p: of the last frame in, of this frame out. emission: this frame's evidence (zeros where masked).
 template <class V, class Matrix>
 SAGE_FN void stage_step(int stages, const Matrix* log_a, const Matrix* a, const V* emission, V* belief,
@@ -32,12 +44,7 @@ SAGE_FN void stage_step(int stages, const Matrix* log_a, const Matrix* a, const 
   V next[kMaxStages];
   V peak;
   for (int j = 0; j < stages; ++j) {
-    V sum = p[0] * V(a[j]);
-    for (int i = 1; i < stages; ++i) sum = fma(p[i], V(a[i * stages + j]), sum);
-    V prior = log(sum);
-    const auto lost = sum < V(T(kSafeSum));
-    if (any(lost)) prior = select(lost, stage_prior_exact(stages, belief, log_a, j), prior);
-    next[j] = prior + emission[j];
+    next[j] = stage_prior(stages, log_a, a, belief, p, j) + emission[j];
     peak = j == 0 ? next[0] : max(peak, next[j]);
   }
   V total(T(0));

@@ -1,4 +1,4 @@
-// A session: the packed model and the state of `rows` streams. Everything is allocated by the constructor.
+// A session: the packed model and the state of `rows` streams, on some device. Everything is allocated when it is made.
 #pragma once
 #include <atomic>
 
@@ -6,46 +6,71 @@
 
 namespace sage::stream {
 
+// One frame of every stream. features[m]: (rows, in_dim[m]); present (rows, M) or null: all; active (rows) or null: all.
+struct Frame {
+  const float* features[kMaxModalities];
+  const uint8_t *present, *active;
+};
+// (rows, ...) each, on the host; those of inactive rows stay as they were.
+struct Outputs {
+  float *prediction, *unimodal, *weights, *confidence, *stage;
+};
+// Since the session was made, over all rows.
+struct Totals {
+  int64_t frames, absent[kMaxModalities], refused[kMaxModalities];
+};
+
 class Session {
  public:
-  // `parameters` in the order of sage_ext/stream.py, `count` of them; `threads`: the most that step() may be given.
-  // Throws std::invalid_argument, std::bad_alloc.
-  Session(const Shape& shape, const float* parameters, int64_t count, int64_t rows, int threads);
-  ~Session();
+  virtual ~Session() = default;
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // features[m]: (rows, in_dim[m]); present (rows, M) or null; active (rows) or null: all. Outputs (rows, ...).
-  void step(const float* const* features, const uint8_t* present, const uint8_t* active, float* prediction,
-            float* unimodal, float* weights, float* confidence, float* stage, int threads);
-
+  void step(const Frame& frame, const Outputs& outputs, Exec exec);
   void reset(const int64_t* which, int64_t count);
   // Numbers of one row's state, and the state itself, oldest frame first, whatever the place in the rings:
-  // for each own block (M, span, dim), for each fused block (span, dim); with reliability belief (S), energy and
+  // for each own block (M, span, dim), for each fused block (1 + M, span, dim); with reliability belief (S), energy and
   // counted (window - 1, M, 2) each; the last inputs, modality after modality.
-  int64_t state_size() const { return state_size_; }
+  int64_t state_size();
   void read(const int64_t* which, int64_t count, float* state, int64_t* frames);
   void write(const int64_t* which, int64_t count, const float* state, const int64_t* frames);
-  // (rows, M) each, since the construction
-  const int64_t* absent() const { return absent_; }
-  const int64_t* refused() const { return refused_; }
-  int64_t stepped() const { return stepped_; }  // frames of all rows, since the construction
+  virtual Totals totals() = 0;
   int64_t rows() const { return rows_; }
-  int modalities() const { return model_.shape.modalities; }
+  const Shape& shape() const { return model_.shape; }
+
+ protected:
+  // Throws std::invalid_argument.
+  Session(const Shape& shape, int64_t rows);
+  void expect(const float* parameters, int64_t count) const;  // as many as the model was found to have
+
+  struct Row {
+    float* state;
+    int64_t* frames;
+  };
+  // A row's state as it is now, where the host can read and write it until take_back(), which makes changes real.
+  virtual Row lend(int64_t row) = 0;
+  virtual void take_back(int64_t row) = 0;
+  virtual void run(const Frame& frame, const Outputs& outputs, Exec exec) = 0;
+
+  Model model_ = {};
+  int64_t rows_;
 
  private:
   struct Busy;
   template <class Part>
-  void walk(int64_t row, int64_t frames, Part&& part);
-
-  Model model_ = {};
-  int64_t rows_ = 0, state_size_ = 0, stepped_ = 0;
-  int threads_ = 1;
-  void (*step_)(const Model&, const Step&) = nullptr;
-  void* memory_ = nullptr;
-  float *state_ = nullptr, *scratch_ = nullptr;
-  int64_t *frames_ = nullptr, *absent_ = nullptr, *refused_ = nullptr, *order_ = nullptr;
+  void walk(float* state, int64_t frames, Part&& part) const;
   std::atomic<bool> busy_{false};
 };
 
 }  // namespace sage::stream
+
+// `parameters` in the order of sage_ext/stream.py, `count` of them. `where`: the most threads that a step may be given, or
+// the device's index. Throws std::invalid_argument, std::bad_alloc, std::runtime_error.
+#define SAGE_OPEN(backend)                                                                          \
+  namespace sage::backend {                                                                         \
+  stream::Session* open_session(const stream::Shape& shape, const float* parameters, int64_t count, \
+                                int64_t rows, int where);                                           \
+  }
+SAGE_OPEN(cpu)
+SAGE_OPEN(cuda)
+#undef SAGE_OPEN

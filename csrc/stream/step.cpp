@@ -7,6 +7,7 @@
 // (four interleaved ones where few outputs would leave the units idle), the same whatever rows are beside it.
 #include "stream.h"
 
+#include "pack.h"
 #include "../cpu/isa.h"
 #include "../math/activation.h"
 #include "../math/reliability.h"
@@ -519,42 +520,16 @@ void step_group(Group& g) {
 }
 
 // --------------------------------------------------------------------------------------------------------- packing
-struct Packer {
-  const float* in;  // null: measure
-  char* out;
-  const Shape& shape;
-  int64_t read = 0, state = 0;
-  size_t used = 0;
-
-  template <class T>
-  T* room(int64_t count) {
-    T* at = out ? (T*)(out + used) : nullptr;
-    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return at;
+// A matrix as panels of up to kVectors vectors of outputs, input after input.
+template <class T>
+struct Panels {
+  static size_t bytes(int64_t inputs, int64_t outputs) {
+    return size_t((outputs + W - 1) / W * W * inputs) * sizeof(T);
   }
-  const float* next(int64_t count) {
-    const float* at = in ? in + read : nullptr;
-    read += count;
-    return at;
-  }
-  // `rows` rows of n numbers, each padded with zeros
-  const float* vector(int64_t n, int64_t rows = 1) {
-    const float* from = next(n * rows);
-    float* to = room<float>(padded(n) * rows);
-    for (int64_t r = 0; to && r < rows; ++r)
-      for (int64_t d = 0; d < padded(n); ++d) to[r * padded(n) + d] = d < n ? from[r * n + d] : 0.0f;
-    return to;
-  }
-  Norm norm(int64_t n) {
-    Norm f;
-    f.weight = vector(n), f.bias = vector(n);
-    return f;
-  }
-  template <class T>
-  T* matrix(const float* from, int64_t inputs, int64_t outputs) {
+  static void write(const float* from, int64_t inputs, int64_t outputs, void* memory) {
+    T* to = (T*)memory;
     const int64_t vectors = (outputs + W - 1) / W;
-    T* to = room<T>(vectors * W * inputs);
-    for (int64_t v = 0; to && v < vectors; v += kVectors) {
+    for (int64_t v = 0; v < vectors; v += kVectors) {
       const int wide = int(vectors - v < kVectors ? vectors - v : kVectors);
       for (int64_t k = 0; k < inputs; ++k) {
         float x[kVectors * W];
@@ -565,7 +540,6 @@ struct Packer {
         put(x, wide, to + v * W * inputs + k * wide * W);
       }
     }
-    return to;
   }
   static void put(const float* x, int wide, float* to) {
     for (int v = 0; v < wide; ++v) store(to + v * W, load(x + v * W));
@@ -583,78 +557,17 @@ struct Packer {
         }
       }
   }
-  Linear linear(int64_t inputs, int64_t outputs) {
-    Linear f;
-    f.inputs = inputs, f.outputs = outputs;
-    const float* from = next(inputs * outputs);
-    if (shape.bf16)
-      f.weight = matrix<bf16>(from, inputs, outputs);
-    else
-      f.weight = matrix<float>(from, inputs, outputs);
-    f.bias = vector(outputs);
-    return f;
-  }
-  int64_t kept(int64_t floats) {  // of a row's state
-    const int64_t at = state;
-    state += padded(floats);
-    return at;
-  }
-  Block block(int index, int tracks = 1) {
-    Block b;
-    b.dilation = int64_t(1) << index, b.span = (shape.kernel - 1) * b.dilation;
-    b.norm = norm(shape.dim);
-    b.taps = vector(shape.dim, shape.kernel), b.bias = vector(shape.dim);
-    b.pointwise = linear(shape.dim, shape.dim);
-    b.ring = kept(tracks * b.span * padded(shape.dim));
-    return b;
-  }
-  void numbers(int count, float* to) {
-    const float* from = next(count);
-    for (int i = 0; from && i < count; ++i) to[i] = from[i];
-  }
 };
 
 }  // namespace
 
 void stream_pack(Model& model, const float* parameters, void* memory) {
-  const Shape& s = model.shape;
-  Packer pack = {parameters, (char*)memory, s};
-  const int S = s.stages;
-  model.belief = pack.kept(s.reliability ? S : 0);
-  model.typicality = pack.kept(s.reliability ? int64_t(s.window - 1) * 4 * s.modalities : 0);
-  for (int m = 0; m < s.modalities; ++m) {
-    Modality& to = model.modality[m];
-    to.last = pack.kept(s.in_dim[m]);
-    to.mean = pack.vector(s.in_dim[m]), to.scale = pack.vector(s.in_dim[m]);
-    to.project = pack.linear(s.in_dim[m], s.dim);
-    for (int b = 0; b < s.own_blocks; ++b) to.block[b] = pack.block(b);
-    to.norm = pack.norm(s.dim);
-  }
-  if (s.reliability) {
-    const int64_t width = s.evidence + kTypicality;
-    for (int m = 0; m < s.modalities; ++m) {
-      Modality& to = model.modality[m];
-      to.evidence = pack.linear(s.dim, s.evidence);
-      to.reliability[0] = pack.linear(width, s.evidence), to.reliability[1] = pack.linear(s.evidence, S);
-      pack.numbers(2, to.typical_mean), pack.numbers(2, to.typical_std);
-      pack.numbers(S, to.logit_scale), pack.numbers(S, to.logit_bias);
-    }
-    model.emission[0] = pack.linear(s.modalities * width, s.evidence);
-    model.emission[1] = pack.linear(s.evidence, S);
-    pack.numbers(S * S, model.log_a), pack.numbers(S * S, model.a);
-    pack.numbers(1, &model.sharpness);
-  }
-  for (int m = 0; m < s.modalities; ++m) {
-    model.modality[m].value = pack.linear(s.dim, s.dim);
-    if (s.value_norm) model.modality[m].value_norm = pack.norm(s.dim);
-  }
-  for (int b = 0; b < s.fused_blocks; ++b) model.fused[b] = pack.block(s.own_blocks + b, 1 + s.modalities);
-  model.norm = pack.norm(s.dim);
-  model.head[0] = pack.linear(s.dim, s.dim), model.head[1] = pack.linear(s.dim, s.targets);
-  model.row_floats = pack.state;
-  model.scratch_floats = cut_scratch(s, nullptr, nullptr);
-  model.parameters = pack.read;
-  model.bytes = pack.used;
+  char* to = (char*)memory;
+  if (model.shape.bf16)
+    pack<Panels<bf16>>(model, parameters, to, to);
+  else
+    pack<Panels<float>>(model, parameters, to, to);
+  model.scratch_floats = cut_scratch(model.shape, nullptr, nullptr);
 }
 
 void stream_step(const Model& model, const Step& q) {

@@ -1,4 +1,5 @@
-// One frame of the SAGE model for each of many streams, on the CPU: what session.cpp owns and step.cpp computes.
+// One frame of the SAGE model for each of many streams: the model as the engines see it, and the CPU engine's interface
+// (step.cpp computes, cpu_session.cpp owns). The CUDA engine is csrc/cuda/stream.cu.
 //
 // A stream is a row. A row's result is a function of its own numbers alone, to the bit: every sum runs in an order
 // that neither the batch, nor the row's place in it, nor the thread count changes.
@@ -6,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../math/scalar.h"
 #include "../ops.h"
 
 namespace sage::stream {
@@ -16,7 +18,7 @@ constexpr int64_t kPad =
     16;  // floats: rows of every buffer start on a cache line, whatever the instruction set
 constexpr int kTypicality = 4;     // numbers a modality that typicality adds to its evidence
 constexpr float kNormEps = 1e-5f;  // of every LayerNorm
-inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+SAGE_FN int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 struct Shape {
   int modalities;
@@ -36,11 +38,12 @@ struct Shape {
   bool bf16;         // matrices are kept as bfloat16
 };
 
-// y = W x + b. The matrix is packed as panels of up to four vectors of outputs, input after input.
+// y = W x + b. How the matrix is packed is the engine's affair.
 struct Linear {
   const void* weight;
   const float* bias;
   int64_t inputs, outputs;
+  int lanes, columns, depth, slices, tasks;  // CUDA: how the product is shared out
 };
 struct Norm {
   const float *weight, *bias;
@@ -65,7 +68,7 @@ struct Modality {
   float logit_scale[kMaxStages], logit_bias[kMaxStages];
   int64_t last;  // in a row's state: the last frame's standardised input
 };
-struct Model {
+struct alignas(16) Model {
   Shape shape;
   Modality modality[kMaxModalities];
   Linear emission[2];

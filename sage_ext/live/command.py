@@ -45,7 +45,9 @@ class Stop:
         for end in (self.reader, self.writer):
             os.set_blocking(end, False)
         self._wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        both = (signal.SIGINT, signal.SIGTERM)  # unless whoever started this wants them ignored
+        heeded = [number for number in both if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -166,16 +168,19 @@ def blocks(fd: int, stop: Stop, output: int, follow: bool) -> Iterator[Block]:
 
 
 class Pace:
-    """Holds frames back to `fps` a second; None: does not. A late frame is not made up for."""
+    """Holds frames back to `fps` a second; None: does not. What is late by more than a frame is not made up for."""
 
     def __init__(self, fps: float | None, stop: Stop, output: int) -> None:
         self.step, self.stop, self.output = 0.0 if fps is None else 1 / fps, stop, output
         self.due = 0.0
 
     def wait(self) -> None:
-        while self.step and not self.stop.requested and (left := self.due - time.monotonic()) > 0:
+        if not self.step:
+            return
+        while not self.stop.requested and (left := self.due - time.monotonic()) > 0:
             self.stop.wait(None, self.output, left)
-        self.due = max(self.due + self.step, time.monotonic())
+        now = time.monotonic()
+        self.due = (self.due if now < self.due + self.step else now) + self.step
 
 
 def stream(args: argparse.Namespace) -> int:
@@ -188,11 +193,12 @@ def stream(args: argparse.Namespace) -> int:
         raise ValueError(f"--serve: expected a port from 0 to 65535, got {args.serve}")
     if args.report is not None:  # what would fail at the end should fail now
         require("matplotlib", "train")
-        Path(args.report).mkdir(parents=True, exist_ok=True)
     quality = Quality(*read_annotation(args.labels)) if args.labels is not None else None
     run = Run.load(args.run)
     estimator = Estimator(run.model, run.names, quality=quality, keep=KEEP if args.report is not None else 0)
     form = make_format(args.format, run.names, estimator.session.in_dims)
+    if args.report is not None:
+        Path(args.report).mkdir(parents=True, exist_ok=True)
     output = 1 if sys.stdout is None else sys.stdout.fileno()
     with contextlib.ExitStack() as stack:
         fd = 0
@@ -206,6 +212,8 @@ def stream(args: argparse.Namespace) -> int:
                 pace = FPS
             page = stack.enter_context(Page(args.host, args.serve, run.path.resolve().name, estimator))
             note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
+        sizes = ", ".join(f"{dim} {name}" for name, dim in zip(run.names, estimator.session.in_dims))
+        note(f"ready; a frame has {sizes} numbers")
         stop = stack.enter_context(Stop())
         lines = Output(output, stop)
         complaints, began = Complaints(form.unit), time.monotonic()

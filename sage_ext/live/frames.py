@@ -163,7 +163,8 @@ class RawFloats:
 
     def __init__(self, dims: Sequence[int]) -> None:
         self.size = 4 * sum(dims)
-        self.cuts = np.cumsum(dims)[:-1]
+        ends = np.cumsum(dims).tolist()
+        self.spans = [slice(end - dim, end) for dim, end in zip(dims, ends)]
         self.present = np.ones((1, len(dims)), bool)
 
     def records(self, blocks: Iterable[Block]) -> Iterator[bytes | MalformedFrame]:
@@ -184,5 +185,5 @@ class RawFloats:
             )
 
     def read(self, record: bytes) -> Frame | None:
-        values = np.frombuffer(record, "<f4").astype(np.float32)
-        return Frame([np.ascontiguousarray(x[None]) for x in np.split(values, self.cuts)], self.present)
+        values = np.frombuffer(record, "<f4").astype(np.float32)[None]
+        return Frame([values[:, span] for span in self.spans], self.present)

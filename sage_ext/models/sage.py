@@ -466,15 +466,21 @@ class SAGE(nn.Module):
             SAGEState(history, fused, result.state, memory, still) if self.causal else None,
         )
 
-    def stream(self, batch_size: int = 1, weights_dtype: torch.dtype | None = None) -> StreamingSession:
-        """A session that takes `batch_size` streams frame by frame, on the CPU, with the results of `forward`.
+    def stream(
+        self,
+        batch_size: int = 1,
+        weights_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> StreamingSession:
+        """A session that takes `batch_size` streams frame by frame, with the results of `forward`.
 
-        It copies the weights as they are now, in `weights_dtype`: float32 (None) or bfloat16. Causal models with
-        fusion="reliability" or "uniform"; ValueError for any other.
+        It copies the weights as they are now, in `weights_dtype`: float32 (None) or bfloat16, and runs on `device`: the CPU
+        (None) or a GPU, wherever the model lies. Causal models with fusion="reliability" or "uniform"; ValueError for any
+        other, or for a GPU in a build without CUDA kernels.
         """
         from ..stream import StreamingSession
 
-        return StreamingSession(self, batch_size, weights_dtype)
+        return StreamingSession(self, batch_size, weights_dtype, device)
 
     def assess(
         self, features: Features, present: Tensor | None = None, mask: Tensor | None = None

@@ -83,7 +83,8 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
     if not (CACHE / "build_info.h").exists():
         _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
     flags = [*(SANITIZE if sanitize else []), *DEFINES, f"-DSAGE_MODULE_NAME={name}"]
-    sources = [HERE / "simt.cpp", HERE / "control.cpp", bindings or csrc / "bindings.cpp"]
+    sources = [HERE / "simt.cpp", HERE / "control.cpp"]
+    sources += [csrc / "bindings.cpp", csrc / "stream" / "session.cpp"] if bindings is None else [bindings]
     sources += sorted((csrc / "cuda").glob("*.cu")) if kernels is None else list(kernels)
     objects = [compile_object(s, csrc, flags) for s in sources]
     digest = hashlib.sha256(repr([o.name for o in objects]).encode()).hexdigest()[:20]

@@ -1,11 +1,28 @@
 // The emulator's own controls, for the tests: bound beside the kernels.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+
 #include "cuda_runtime.h"
 
 void bind_simt(pybind11::module_ m) {
   m.def("set_order", &simt::set_order);
   m.def("launches", &simt::launches);
   m.def("switches", &simt::switches);
+  m.def("set_device", [](int processors, int shared_memory) {
+    simt::processors = processors, simt::shared_memory_limit = shared_memory;
+  });
+  m.def("allocations", &simt::allocations);
+  m.def("allocate", [](size_t bytes, bool device) {  // device memory, or pinned
+    void* p = nullptr;
+    if ((device ? cudaMalloc(&p, bytes) : cudaHostAlloc(&p, bytes, 0)) != cudaSuccess) throw std::bad_alloc();
+    return reinterpret_cast<uintptr_t>(p);
+  });
+  m.def("release", [](uintptr_t p) { cudaFree(reinterpret_cast<void*>(p)); });
+  m.def("upload", [](uintptr_t to, uintptr_t from, size_t bytes) {
+    const void* source = reinterpret_cast<const void*>(from);
+    if (cudaMemcpyAsync(reinterpret_cast<void*>(to), source, bytes, cudaMemcpyHostToDevice, nullptr) != cudaSuccess)
+      throw std::invalid_argument("upload");
+  });
   m.def("fail_next_launch", [](int error) { simt::planted = static_cast<cudaError_t>(error); });
 }

@@ -2,7 +2,7 @@
 
     python tests/simt/mutate.py [FILE...]       exit status 1 if a mutant survives
 
-Each mutant is a copy of csrc/ with one statement blanked, built for emulation and put under tests/test_simt_kernels.py.
+Each mutant is a copy of csrc/ with one statement blanked, built for emulation and put under TESTS.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import build
 
+TESTS = {"stream.cu": "tests/stream/test_cuda_session.py"}  # of the other files: tests/test_simt_kernels.py
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 
 
@@ -36,7 +37,7 @@ def survives(csrc: Path, path: Path, offset: int) -> tuple[bool, str]:
     """Whether the tests pass with the barrier at `offset` blanked, and the test that caught it."""
     text = path.read_text()
     path.write_text(text[:offset] + ";" + text[BARRIER.match(text, offset).end() :])
-    tests = ["tests/test_simt_kernels.py", "-q", "-x", "-p", "no:cacheprovider"]
+    tests = [TESTS.get(path.name, "tests/test_simt_kernels.py"), "-q", "-x", "-p", "no:cacheprovider"]
     env = {**os.environ, "SAGE_TEST_SIMT_CSRC": str(csrc), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *tests]
     done = subprocess.run(command, env=env, cwd=build.ROOT, capture_output=True, text=True)

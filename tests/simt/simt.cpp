@@ -1,4 +1,4 @@
-#include "simt.h"
+#include "cuda_runtime.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -92,7 +93,7 @@ struct Warp {
 struct State {
   int order = 0;
   uint64_t random = 1;
-  int64_t launches = 0, switches = 0;
+  int64_t launches = 0, switches = 0, allocations = 0;
   const std::function<void()>* kernel = nullptr;
   int threads = 0, warps = 0, current = -1, live = 0;
   Warp warp[kMaxThreads / 32];
@@ -245,6 +246,33 @@ void run_block(size_t shared_bytes) {
 
 std::mutex one_at_a_time;
 
+// -------------------------------------------------------------------------------------------------------- memory
+struct Allocation {
+  size_t bytes;
+  bool device;
+  char* pages;
+  size_t mapped;  // without the guard page
+};
+std::map<char*, Allocation> memory;  // by address
+
+const Allocation* holding(const void* p, size_t bytes) {
+  char* at = static_cast<char*>(const_cast<void*>(p));
+  auto found = memory.upper_bound(at);
+  if (found == memory.begin()) return nullptr;
+  --found;
+  return at + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
+}
+
+// Device memory can be touched while this lives: on the device, and in copies.
+struct OnDevice {
+  static void protect(int how) {
+    for (const auto& [at, a] : memory)
+      if (a.device && mprotect(a.pages, a.mapped, how)) throw std::runtime_error("simt: mprotect failed");
+  }
+  OnDevice() { protect(PROT_READ | PROT_WRITE); }
+  ~OnDevice() { protect(PROT_NONE); }
+};
+
 }  // namespace
 
 void set_order(int order) {
@@ -253,6 +281,7 @@ void set_order(int order) {
 }
 int64_t launches() { return g.launches; }
 int64_t switches() { return g.switches; }
+int64_t allocations() { return g.allocations; }
 void* shared_memory() { return g.shared; }
 int lane() { return g.current % 32; }
 void fail(const char* message) { throw std::runtime_error(std::string("simt: ") + message); }
@@ -266,6 +295,7 @@ void run(Index grid, Index block, size_t shared_bytes, const std::function<void(
     if (p == MAP_FAILED) throw std::bad_alloc();
     g.stacks = static_cast<char*>(p);
   }
+  const OnDevice open;
   ++g.launches;
   g.kernel = &kernel;
   g.threads = int(threads), g.warps = int(threads / 32);
@@ -338,3 +368,64 @@ unsigned ballot(unsigned mask, bool mine) {
 }
 
 }  // namespace simt
+
+// ------------------------------------------------------------------------------------------------- the runtime's memory
+namespace {
+cudaError_t allocate(void** p, size_t bytes, bool device) {
+  const size_t page = size_t(sysconf(_SC_PAGESIZE)), rounded = (bytes + 255) / 256 * 256;
+  const size_t mapped = (rounded + page - 1) / page * page;
+  ++simt::g.allocations;
+  void* pages = mmap(nullptr, mapped + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) return cudaErrorMemoryAllocation;
+  std::memset(pages, 0xff, mapped);
+  char* base = static_cast<char*>(pages);
+  mprotect(base + mapped, page, PROT_NONE);
+  if (device) mprotect(base, mapped, PROT_NONE);
+  *p = base + mapped - rounded;
+  simt::memory[static_cast<char*>(*p)] = {bytes, device, base, mapped};
+  return cudaSuccess;
+}
+cudaError_t release(void* p) {
+  if (!p) return cudaSuccess;
+  const auto found = simt::memory.find(static_cast<char*>(p));
+  if (found == simt::memory.end()) return cudaErrorInvalidValue;
+  munmap(found->second.pages, found->second.mapped + size_t(sysconf(_SC_PAGESIZE)));
+  simt::memory.erase(found);
+  return cudaSuccess;
+}
+}  // namespace
+
+cudaError_t cudaMalloc(void** p, size_t bytes) { return allocate(p, bytes, true); }
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return allocate(p, bytes, false); }
+cudaError_t cudaFree(void* p) { return release(p); }
+cudaError_t cudaFreeHost(void* p) { return release(p); }
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
+  const simt::Allocation* found = simt::holding(p, 1);
+  *a = {cudaMemoryTypeUnregistered, simt::device, nullptr, nullptr};
+  if (found) a->type = found->device ? cudaMemoryTypeDevice : cudaMemoryTypeHost, a->devicePointer = const_cast<void*>(p);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  const bool down = kind == cudaMemcpyHostToDevice;
+  const simt::Allocation *there = simt::holding(down ? to : from, bytes), *here = simt::holding(down ? from : to, bytes);
+  if (!there || !there->device || (here && here->device)) return cudaErrorInvalidValue;
+  const auto copy = [=] {
+    const simt::OnDevice open;
+    std::memcpy(to, from, bytes);
+  };
+  // The runtime takes a copy of pageable memory before it returns, and fills it before it returns.
+  if (!here) {
+    simt::finish(stream);
+    copy();
+    return cudaSuccess;
+  }
+  return simt::enqueue(stream, copy);
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  const simt::Allocation* there = simt::holding(to, bytes);
+  if (!there || !there->device) return cudaErrorInvalidValue;
+  return simt::enqueue(stream, [=] {
+    const simt::OnDevice open;
+    std::memset(to, value, bytes);
+  });
+}

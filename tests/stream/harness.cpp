@@ -42,10 +42,12 @@ bool same(const Outputs& a, const Outputs& b) {
 
 void call(Session& session, const std::vector<std::vector<float>>& x, const uint8_t* present,
           const uint8_t* active, Outputs& o) {
-  const float* features[kMaxModalities];
-  for (size_t m = 0; m < x.size(); ++m) features[m] = x[m].data();
-  session.step(features, present, active, o.prediction.data(), o.unimodal.data(), o.weights.data(),
-               o.confidence.data(), o.stage.data(), 1);
+  Frame frame = {{}, present, active};
+  for (size_t m = 0; m < x.size(); ++m) frame.features[m] = x[m].data();
+  session.step(
+      frame,
+      {o.prediction.data(), o.unimodal.data(), o.weights.data(), o.confidence.data(), o.stage.data()},
+      {1, nullptr});
 }
 
 int run(const char* name, const Shape& s, int64_t rows, int threads) {
@@ -64,7 +66,8 @@ int run(const char* name, const Shape& s, int64_t rows, int threads) {
   std::vector<std::vector<float>> scratch(threads);
   for (auto& one : scratch) one.resize(model.scratch_floats);
 
-  std::unique_ptr<Session> session(new Session(s, parameters.data(), model.parameters, rows, 1));
+  std::unique_ptr<Session> session(
+      cpu::open_session(s, parameters.data(), model.parameters, rows, 1));
   Outputs ours(s, rows), theirs(s, rows);
   for (int t = 0; t < 40; ++t) {
     std::vector<std::vector<float>> x(s.modalities);
@@ -103,7 +106,8 @@ int run(const char* name, const Shape& s, int64_t rows, int threads) {
       for (int64_t r = 0; r < rows; ++r) which[r] = r;
       std::vector<float> flat(rows * session->state_size());
       session->read(which.data(), rows, flat.data(), at.data());
-      std::unique_ptr<Session> next(new Session(s, parameters.data(), model.parameters, rows, 1));
+      std::unique_ptr<Session> next(
+          cpu::open_session(s, parameters.data(), model.parameters, rows, 1));
       next->write(which.data(), rows, flat.data(), at.data());
       session = std::move(next);
     }

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <tuple>
 #include <utility>
@@ -16,6 +18,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 // No __shared__ here: shared memory is dynamic and comes from device.cuh's one helper, so that its bounds are known.
 
 struct dim3 {
@@ -58,14 +61,29 @@ template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned by) {
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
 };
-using cudaStream_t = void*;
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+// Work on a stream that was created waits there until the host asks for it (or another stream's event does): who forgets
+// to, reads what was there before. On the null stream it runs at once.
+struct CUstream_st { std::deque<std::function<void()>> work; };
+struct CUevent_st { CUstream_st* stream; };
+using cudaStream_t = CUstream_st*;
+using cudaEvent_t = CUevent_st*;
+enum : unsigned { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocMapped = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
+struct cudaPointerAttributes { cudaMemoryType type; int device; void *devicePointer, *hostPointer; };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaFuncAttributes {};
 struct cudaLaunchAttribute {};
@@ -81,6 +99,21 @@ namespace simt {
 inline int device = 0;                      // the current device
 inline cudaError_t planted = cudaSuccess;   // what the next launch returns instead of running
 inline std::map<const void*, int> shared_limit;
+inline int processors = 2, shared_memory_limit = 227 * 1024;  // of the device
+
+inline cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (stream) stream->work.push_back(std::move(work));
+  else work();
+  return cudaSuccess;
+}
+inline cudaError_t finish(cudaStream_t stream) {
+  while (stream && !stream->work.empty()) {
+    const std::function<void()> next = std::move(stream->work.front());
+    stream->work.pop_front();
+    next();
+  }
+  return cudaSuccess;
+}
 }  // namespace simt
 
 inline cudaError_t cudaGetDevice(int* d) { return *d = simt::device, cudaSuccess; }
@@ -89,12 +122,15 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* v) { return *v = 12040, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
-  return *v = a == cudaDevAttrComputeCapabilityMajor ? 7 : 0, cudaSuccess;
+  *v = a == cudaDevAttrComputeCapabilityMajor ? 7 : 0;
+  if (a == cudaDevAttrMultiProcessorCount) *v = simt::processors;
+  if (a == cudaDevAttrMaxSharedMemoryPerBlockOptin) *v = simt::shared_memory_limit;
+  return cudaSuccess;
 }
 inline const char* cudaGetErrorName(cudaError_t e) { return e == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaError"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by the emulator"; }
 template <class K> cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > 227 * 1024) return cudaErrorInvalidValue;
+  if (bytes > simt::shared_memory_limit) return cudaErrorInvalidValue;
   return simt::shared_limit[reinterpret_cast<const void*>(kernel)] = bytes, cudaSuccess;
 }
 template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, K*) { return std::exchange(simt::planted, cudaSuccess); }
@@ -108,6 +144,29 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...)
   if (!g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) return cudaErrorInvalidConfiguration;
   if (!b.x || b.x * b.y * b.z > 1024 || c->dynamicSmemBytes > allowed) return cudaErrorInvalidConfiguration;
   const std::tuple<P...> held(std::forward<A>(arguments)...);
-  simt::run({g.x, g.y, g.z}, {b.x, b.y, b.z}, c->dynamicSmemBytes, [&] { std::apply(kernel, held); });
-  return cudaSuccess;
+  const size_t shared = c->dynamicSmemBytes;
+  return simt::enqueue(c->stream, [g, b, shared, kernel, held] {
+    simt::run({g.x, g.y, g.z}, {b.x, b.y, b.z}, shared, [&] { std::apply(kernel, held); });
+  });
+}
+
+// ---- memory (simt.cpp): the device's lies where the host's code cannot touch it but through copies, poisoned, and ends at a
+// page that nobody can touch; the host's pinned memory is known to the device under the same address.
+cudaError_t cudaMalloc(void** p, size_t bytes);
+cudaError_t cudaFree(void* p);
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned flags);
+cudaError_t cudaFreeHost(void* p);
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream);
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new CUstream_st, cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t s) { return simt::finish(s); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return simt::finish(s), delete s, cudaSuccess; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = new CUevent_st{nullptr}, cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return e->stream = s, cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
+  const cudaStream_t other = e->stream;
+  return simt::enqueue(s, [other] { simt::finish(other); });
 }

@@ -20,6 +20,7 @@ enum Barrier : int { kNone, kBlock, kWarp, kShuffle, kVote };
 void set_order(int order);
 int64_t launches();  // kernels run so far
 int64_t switches();  // fibers entered so far
+int64_t allocations();  // of device and of pinned memory, so far
 
 void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel);
 

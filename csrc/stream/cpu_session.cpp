@@ -1,0 +1,129 @@
+// The session on the CPU: rows shared out over threads, each thread's part one call into step.cpp.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "session.h"
+#include "../cpu/dispatch.h"
+
+namespace sage::stream {
+namespace {
+
+constexpr int64_t kTaskRows = 4;  // fewer are not worth a thread
+constexpr size_t kLine = 64;
+
+struct Variant {
+  void (*pack)(Model&, const float*, void*);
+  void (*step)(const Model&, const Step&);
+};
+Variant
+variant() {  // of the instruction set in use now: a session keeps it, for its matrices are packed for it
+#if defined(SAGE_X86_ISAS)
+  if (cpu::isa() == 2) return {cpu::avx512::stream_pack, cpu::avx512::stream_step};
+  if (cpu::isa() == 1) return {cpu::avx2::stream_pack, cpu::avx2::stream_step};
+#endif
+  return {cpu::baseline::stream_pack, cpu::baseline::stream_step};
+}
+
+class CpuSession final : public Session {
+ public:
+  CpuSession(const Shape& shape, const float* parameters, int64_t count, int64_t rows, int threads)
+      : Session(shape, rows) {
+    const Variant engine = variant();
+    engine.pack(model_, nullptr, nullptr);
+    expect(parameters, count);
+    const int64_t most = (rows + kTaskRows - 1) / kTaskRows;
+    threads_ = int(threads < 1 ? 1 : threads < most ? threads : most);
+    step_ = engine.step;
+
+    const int64_t counters = rows * shape.modalities;
+    size_t used = 0;
+    const auto room = [&](size_t bytes) {
+      const size_t at = used;
+      used += (bytes + kLine - 1) / kLine * kLine;
+      return at;
+    };
+    const size_t packed = room(model_.bytes), state = room(size_t(rows * model_.row_floats) * 4),
+                 scratch = room(size_t(threads_ * model_.scratch_floats) * 4),
+                 frames = room(size_t(rows) * 8), absent = room(size_t(counters) * 8),
+                 refused = room(size_t(counters) * 8), order = room(size_t(rows) * 8);
+    memory_ = std::aligned_alloc(kLine, used);
+    if (!memory_) throw std::bad_alloc();
+    std::memset(memory_, 0, used);
+    char* base = static_cast<char*>(memory_);
+    engine.pack(model_, parameters, base + packed);
+    state_ = reinterpret_cast<float*>(base + state), scratch_ = reinterpret_cast<float*>(base + scratch);
+    frames_ = reinterpret_cast<int64_t*>(base + frames), absent_ = reinterpret_cast<int64_t*>(base + absent);
+    refused_ = reinterpret_cast<int64_t*>(base + refused), order_ = reinterpret_cast<int64_t*>(base + order);
+    for (int64_t r = 0; r < rows; ++r) order_[r] = r;
+    reset(order_, rows);
+  }
+  ~CpuSession() override { std::free(memory_); }
+
+  Totals totals() override {
+    Totals t = {};
+    t.frames = stepped_;
+    const int modalities = model_.shape.modalities;
+    for (int64_t i = 0; i < rows_ * modalities; ++i) {
+      t.absent[i % modalities] += absent_[i];
+      t.refused[i % modalities] += refused_[i];
+    }
+    return t;
+  }
+
+ private:
+  Row lend(int64_t row) override { return {state_ + row * model_.row_floats, frames_ + row}; }
+  void take_back(int64_t) override {}
+
+  void run(const Frame& frame, const Outputs& outputs, Exec exec) override {
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows_; ++r)
+      if (!frame.active || frame.active[r]) order_[count++] = r;
+    stepped_ += count;
+    Step q = {};
+    for (int m = 0; m < model_.shape.modalities; ++m) q.features[m] = frame.features[m];
+    q.present = frame.present, q.order = order_;
+    q.state = state_, q.frames = frames_, q.absent = absent_, q.refused = refused_;
+    q.prediction = outputs.prediction, q.unimodal = outputs.unimodal, q.weights = outputs.weights;
+    q.confidence = outputs.confidence, q.stage = outputs.stage;
+    int64_t tasks = (count + kTaskRows - 1) / kTaskRows;
+    tasks = tasks < exec.where ? tasks : exec.where;
+    tasks = tasks < threads_ ? tasks : threads_;
+    const auto task = [&](int64_t t) {
+      Step part = q;
+      part.first = count * t / tasks, part.count = count * (t + 1) / tasks - part.first;
+      part.scratch = scratch_ + t * model_.scratch_floats;
+      step_(model_, part);
+    };
+#if defined(_OPENMP)
+    if (tasks > 1) {
+#pragma omp parallel for schedule(static) num_threads(int(tasks))
+      for (int64_t t = 0; t < tasks; ++t) task(t);
+      return;
+    }
+#endif
+    if (count > 0) {
+      tasks = 1;
+      task(0);
+    }
+  }
+
+  int threads_ = 1;
+  int64_t stepped_ = 0;
+  void (*step_)(const Model&, const Step&) = nullptr;
+  void* memory_ = nullptr;
+  float *state_ = nullptr, *scratch_ = nullptr;
+  int64_t *frames_ = nullptr, *absent_ = nullptr, *refused_ = nullptr, *order_ = nullptr;
+};
+
+}  // namespace
+}  // namespace sage::stream
+
+namespace sage::cpu {
+
+stream::Session* open_session(const stream::Shape& shape, const float* parameters, int64_t count,
+                              int64_t rows, int threads) {
+  return new stream::CpuSession(shape, parameters, count, rows, threads);
+}
+
+}  // namespace sage::cpu

@@ -1,0 +1,294 @@
+"""StreamingSession on a GPU: emulated (tests/simt) everywhere, real where there is one. The emulated device has as many
+multiprocessors as a test says, which decides how many streams a block takes (1, 2 or 4)."""
+
+import copy
+import ctypes
+import math
+import threading
+import time
+from functools import partialmethod
+from itertools import pairwise
+
+import pytest
+import test_session as on_cpu
+import torch
+from backends import CUDA, SIMT, SIMT_MODULE
+from test_session import CASES, DIMS, FIELDS, assert_close, assert_same, build, draw, frame, keep, offline, stack
+
+from sage_ext._ops import _door
+from sage_ext.models import SAGE
+from sage_ext.stream import StreamOutput
+
+ROOM = 227 * 1024
+ORDERS = (0, 1, 2)
+
+
+@pytest.fixture(params=["simt"] * (SIMT is not None) + ["cuda"] * CUDA)
+def device(request, monkeypatch):
+    if request.param == "simt":
+        monkeypatch.setitem(_door.kernels, "cuda", SIMT)
+        SIMT_MODULE.simt.set_device(2, ROOM)
+    yield "cuda:0"
+    if request.param == "simt":
+        SIMT_MODULE.simt.set_device(2, ROOM)
+        SIMT_MODULE.simt.set_order(0)
+
+
+@pytest.fixture
+def simt(device):
+    if "cuda" in _door.kernels and _door.kernels["cuda"] is not SIMT:
+        pytest.skip("of the emulator")
+    return SIMT_MODULE.simt
+
+
+def orders(request):
+    """Under emulation each order of the threads in turn; a GPU has its own."""
+    for order in ORDERS if "simt" in request.node.name else (0,):
+        if SIMT_MODULE is not None:
+            SIMT_MODULE.simt.set_order(order)
+        yield order
+
+
+# ------------------------------------------------------------------------------------------------------------- equality
+@pytest.mark.parametrize("rows", [1, 3, 5], ids=["1 a block", "2 a block", "4 a block"])
+@pytest.mark.parametrize("case", [c for c in CASES if c != "sequence of dims"])
+def test_steps_equal_the_offline_model(case, rows, device, request):
+    """In float64, after events of every kind; the same bits under every order of the threads."""
+    dims, options = CASES[case]
+    model, frames = build(dims, **options), 12
+    features, present = draw(rows, frames, dims, seed=3)
+    found = []
+    for _ in orders(request):
+        session = model.stream(rows, device=device)
+        found.append(stack([keep(session.step(frame(features, t), present[:, t])) for t in range(frames)]))
+        assert_same(found[0], found[-1])
+    exact = copy.deepcopy(model).double()
+    whole = offline(exact, {k: v.double() for k, v in features.items()}, present)
+    assert_close(
+        StreamOutput(*(x.double() for x in found[0])), StreamOutput(*(getattr(whole, f).double() for f in FIELDS))
+    )
+
+
+@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
+def test_hundreds_of_frames_with_gaps_resets_pauses_and_broken_frames(fusion, device):
+    """Against the offline model in float64 of each stretch between resets, frames in which the row paused taken out."""
+    frames, rows = 300, 5
+    model = build(fusion=fusion)
+    features, present = draw(rows, frames, seed=5)
+    g = torch.Generator().manual_seed(6)
+    active = torch.rand(frames, rows, generator=g) > 0.2
+    resets = torch.rand(frames, rows, generator=g) < 1 / 90
+    broken = (torch.rand(rows, frames, 2, generator=g) < 0.03) & present & active.T[:, :, None]
+    active[100:150, 1] = False
+    resets[0] = False
+    session, outs = model.stream(rows, device=device), []
+    for t in range(frames):
+        if resets[t].any():
+            session.reset(resets[t])
+        x = {k: v.masked_fill(broken[:, t, m, None], math.nan) for m, (k, v) in enumerate(frame(features, t).items())}
+        outs.append(keep(session.step(x, present[:, t], active[t])))
+    outs, exact, compared = stack(outs), copy.deepcopy(model).double(), 0
+    for row in range(rows):
+        for a, b in pairwise([0, *resets[:, row].nonzero().flatten().tolist(), frames]):
+            index = a + active[a:b, row].nonzero().flatten()
+            seen = present[None, row, index] & ~broken[None, row, index]
+            whole = offline(exact, {k: v[None, row, index].double() for k, v in features.items()}, seen)
+            for field in FIELDS:
+                got = getattr(outs, field)[row, index].double()
+                torch.testing.assert_close(got, getattr(whole, field)[0].double(), atol=1e-5, rtol=0)
+            compared += len(index)
+    assert compared == session.stats.frames == int(active.sum())
+    counted = active.T[:, :, None]
+    assert list(session.stats.nonfinite.values()) == (broken & counted).sum((0, 1)).tolist()
+    assert list(session.stats.absent.values()) == ((~present | broken) & counted).sum((0, 1)).tolist()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_bits_depend_on_neither_batch_nor_row(dtype, device, request):
+    """7 streams: 4 to a block, 2 to a block in another order, each alone."""
+    rows, frames, dims = 7, 12, {"audio": 19, "visual": 40}
+    model = build(dims, dim=70, num_targets=3)
+    features, present = draw(rows, frames, dims, seed=8)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    together = model.stream(rows, dtype, device)
+    if "simt" in request.node.name:
+        SIMT_MODULE.simt.set_device(4, ROOM)
+    shuffled = model.stream(rows, dtype, device)
+    alone = [model.stream(1, dtype, device) for _ in range(rows)]
+    for t in range(frames):
+        active = torch.arange(rows) % 5 != t % 5
+        x, p = frame(features, t), present[:, t]
+        a = keep(together.step(x, p, active))
+        b = shuffled.step({k: v[order] for k, v in x.items()}, p[order], active[order])
+        assert_same(StreamOutput(*(v[order] for v in a)), b)
+        for r in range(rows):
+            if active[r]:
+                c = alone[r].step({k: v[r : r + 1] for k, v in x.items()}, p[r : r + 1])
+                assert_same(StreamOutput(*(v[r : r + 1] for v in a)), c)
+    state = together.state_dict()
+    for r in range(rows):
+        assert all(
+            torch.equal(v[r : r + 1], state_r) for v, state_r in zip(state.values(), alone[r].state_dict().values())
+        )
+
+
+def test_bfloat16_rounds_the_matrices_and_nothing_else(device):
+    model = build()
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(module.weight.bfloat16())
+    features, present = draw(2, 40)
+    session = model.stream(2, torch.bfloat16, device)
+    outs = stack([keep(session.step(frame(features, t), present[:, t])) for t in range(40)])
+    assert_close(outs, offline(rounded, features, present))
+    assert (outs.prediction - offline(model, features, present).prediction).abs().max() > 1e-5
+
+
+# ------------------------------------------------------------------------------------- what holds on the CPU holds here
+SHARED = [
+    ("test_a_frame_that_is_not_finite_counts_as_absent", {"bad": math.nan}),
+    ("test_a_frame_that_is_not_finite_counts_as_absent", {"bad": 1e30}),
+    ("test_absent_modalities_and_inactive_rows_are_not_read", {}),
+    ("test_numpy_strided_and_torch_inputs_agree", {}),
+    ("test_mode_dtype_and_inference_mode_do_not_matter", {}),
+    ("test_later_changes_of_the_model_are_not_seen", {}),
+    ("test_a_stream_moves_between_sessions_to_the_bit", {}),
+    ("test_state_is_that_of_the_offline_model", {"fusion": "reliability"}),
+    ("test_state_is_that_of_the_offline_model", {"fusion": "uniform"}),
+    ("test_reset_begins_a_new_stream_in_its_rows_only", {}),
+    *(
+        ("test_errors_name_the_argument_and_move_nothing", dict(zip(("call", "error", "match"), e)))
+        for e in on_cpu.ERRORS
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), SHARED, ids=[name[5:] for name, _ in SHARED])
+def test_as_on_the_cpu(name, arguments, device, monkeypatch):
+    monkeypatch.setattr(SAGE, "stream", partialmethod(SAGE.stream, device=device))
+    getattr(on_cpu, name)(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_stream_moves_between_cpu_and_gpu(dtype, device):
+    """There and back while it runs, into sessions of other sizes: what the offline model computes."""
+    model = build()
+    features, present = draw(1, 60)
+    sessions = [model.stream(3, dtype), model.stream(6, dtype, device)]
+    stay, at, outs, kept = model.stream(1, dtype), 0, [], []
+    for t in range(60):
+        if t % 11 == 10:
+            sessions[1 - at].load_state_dict(sessions[at].state_dict(2), 2)
+            at = 1 - at
+        n = sessions[at].batch_size
+        x = {k: v[:, t].expand(n, -1) for k, v in features.items()}
+        out = sessions[at].step(x, present[:, t].expand(n, -1))
+        outs.append(StreamOutput(*(v[2:3].clone() for v in out)))
+        kept.append(keep(stay.step(frame(features, t), present[:, t])))
+    assert_close(stack(outs), stack(kept))
+
+
+# ------------------------------------------------------------------------------------------------------ the session
+def test_a_step_is_one_launch_and_allocates_nothing(simt):
+    session = build().stream(5, device="cuda:0")
+    features, present = draw(5, 6)
+    session.step(frame(features, 0))
+    launches, allocations = simt.launches(), simt.allocations()
+    for t in range(6):
+        session.step(frame(features, t), present[:, t], torch.arange(5) != t)
+    assert simt.launches() == launches + 6
+    assert simt.allocations() == allocations
+
+
+def test_inputs_may_lie_on_the_host_pinned_or_on_the_device(simt):
+    model, rows = build(), 3
+    features, present = draw(rows, 8)
+    plain, native = model.stream(rows, device="cuda:0"), model.stream(rows, device="cuda:0")
+    features = {k: v.transpose(0, 1).contiguous() for k, v in features.items()}
+    active = torch.tensor([True, False, True])
+    places = [simt.allocate(rows * 7 * 4, True), simt.allocate(rows * 21 * 4, False), simt.allocate(rows * 2, True)]
+    try:
+        for t in range(8):
+            audio, visual, p = features["audio"][t], features["visual"][t], present[:, t].contiguous()
+            simt.upload(places[0], audio.data_ptr(), rows * 7 * 4)
+            torch.frombuffer((ctypes.c_char * (rows * 21 * 4)).from_address(places[1]), dtype=torch.float32).copy_(
+                visual.flatten()
+            )
+            simt.upload(places[2], p.data_ptr(), rows * 2)
+            native._native.step(tuple(places[:2]), places[2], active.data_ptr(), *native._targets, 0, 0)
+            assert_same(plain.step({"audio": audio, "visual": visual}, p, active), native._output)
+    finally:
+        for place in places:
+            simt.release(place)
+
+
+def test_the_gpus_own_tensors(device):
+    """And outputs on the CPU all the same."""
+    if not CUDA:
+        pytest.skip("no GPU")
+    model = build()
+    features, present = draw(2, 20)
+    a, b = model.stream(2, device=device), model.stream(2, device=device)
+    for t in range(20):
+        x = frame(features, t)
+        out = b.step({k: v.to(device) for k, v in x.items()}, present[:, t].to(device))
+        assert_same(a.step(x, present[:, t]), out)
+        assert all(v.is_cpu for v in out)
+
+
+def test_a_failed_launch_is_a_clear_error_and_the_next_step_works(simt):
+    session, other = (build().stream(2, device="cuda:0") for _ in range(2))
+    features, present = draw(2, 3)
+    simt.fail_next_launch(209)
+    with pytest.raises(RuntimeError, match=r"session of 2 rows on cuda:0: .*rebuild with CMAKE_CUDA_ARCHITECTURES"):
+        session.step(frame(features, 0))
+    for t in range(3):
+        assert_same(session.step(frame(features, t), present[:, t]), other.step(frame(features, t), present[:, t]))
+
+
+def test_a_model_that_does_not_fit_a_block_is_refused(simt):
+    simt.set_device(2, 48 * 1024)
+    build().stream(1, device="cuda:0")
+    with pytest.raises(ValueError, match=r"in_dims, dim, evidence_dim.* takes \d+ bytes .* cuda:0 has 49152"):
+        build({"audio": 20_000}).stream(1, device="cuda:0")
+    model = build()
+    outs = [keep(model.stream(9, device="cuda:0").step(frame(draw(9, 1)[0], 0)))]
+    simt.set_device(2, ROOM)  # now 4 streams fit a block
+    assert_same(outs[0], model.stream(9, device="cuda:0").step(frame(draw(9, 1)[0], 0)))
+
+
+def test_one_call_at_a_time(device):
+    session, done = build().stream(40, device=device), threading.Event()
+    x = {k: torch.randn(40, d) for k, d in DIMS.items()}
+
+    def work():
+        while not done.is_set():
+            session.step(x)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        deadline, refused = time.monotonic() + 20, False
+        while not refused and time.monotonic() < deadline:
+            try:
+                session.state_dict(0)
+            except RuntimeError as error:
+                refused = "in use by another thread" in str(error)
+    finally:
+        done.set()
+        worker.join()
+    assert refused
+
+
+def test_devices_are_checked(monkeypatch):
+    model = build()
+    for device, error in (("cuda:0", "no CUDA kernels"), ("tpu", "device must be"), ("meta", "device must be")):
+        with monkeypatch.context() as patch:
+            patch.delitem(_door.kernels, "cuda", raising=False)
+            with pytest.raises(ValueError, match=error):
+                model.stream(device=device)
+    with pytest.raises(TypeError, match="device must be"):
+        model.stream(device=0)
+    assert str(model.stream(device="cpu").device) == str(model.stream().device) == "cpu"
