@@ -57,6 +57,7 @@ def test_chunks_equal_the_whole(options, points, seed):
     features, present = draw(seed)
     mask = torch.ones(BATCH, FRAMES, dtype=torch.bool)
     mask[0, 50:] = False
+    features["audio"][0, 12:34] = features["audio"][0, 12:13]  # stuck
     whole = model(features, present, mask)
     parts, state = [], None
     for a, b in pairwise(sorted({0, FRAMES, *points})):
@@ -124,19 +125,13 @@ def test_receptive_field_is_as_documented(fused_blocks):
 
 # -------------------------------------------------------------------------------------------------------------- memory
 def direct_memory(memory, x, precision):
-    """The docstring's sum, frame by frame, in float64."""
+    """The docstring's sum in float64, one matrix of all pairs of frames."""
     x, p = x.double(), precision.double()
-    frames, out = x.shape[1], []
+    gap = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+    out = []
     for r, halflife in enumerate(memory.halflives):
-        prior = memory.log_prior[r].double().exp()
-        rows = []
-        for t in range(frames):
-            share = torch.zeros_like(p)
-            for k in range(frames):
-                if k <= t or not memory.causal:
-                    share[:, k] = 0.5 ** (abs(t - k) / halflife) * p[:, k]
-            rows.append((share.unsqueeze(-1) * x).sum(1) / (prior + share.sum(1, keepdim=True)))
-        out.append(torch.stack(rows, 1))
+        share = torch.where((gap >= 0) | (not memory.causal), 0.5 ** (gap.abs().double() / halflife), 0.0) * p[:, None]
+        out.append(share @ x / (memory.log_prior[r].double().exp() + share.sum(2, keepdim=True)))
     return torch.cat(out, -1) @ memory.mix.weight.double().T + memory.mix.bias.double()
 
 
@@ -152,7 +147,7 @@ def test_memory_is_the_precision_weighted_mean(causal, frames):
     out, _ = memory(x, precision, None)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
     out, _ = memory.double()(x.double(), precision.double(), None)
-    torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-7)  # the decay is rounded to float32
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-7)
 
 
 def test_memory_holds_through_frames_without_precision():
@@ -185,9 +180,9 @@ def test_memory_remembers_beyond_the_convolutions():
     assert (x["audio"].grad[0].abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("bad", [8.0, (0.0,), (-1.0,), (float("nan"),), (float("inf"),), ("a",)])
+@pytest.mark.parametrize("bad", [8.0, (0.0,), (-1.0,), (float("nan"),), (float("inf"),), ("a",), (4.0,) * 9])
 def test_bad_half_lives_are_named(bad):
-    with pytest.raises(ValueError, match="memory must be half-lives in frames"):
+    with pytest.raises(ValueError, match="memory must be at most 8 half-lives"):
         SAGE(DIMS, memory=bad)
 
 
@@ -236,8 +231,9 @@ def test_stuck_frames_reach_nothing_and_peers_take_the_rule_too():
     assert SAGE(DIMS, fusion="can").config["stuck"] == 0
     assert SAGE(DIMS, fusion="can").config["memory"] == []
     assert build(fusion="late", memory=(4.0,))(features, present).prediction.isfinite().all()
-    with pytest.raises(ValueError, match="stuck"):
-        SAGE(DIMS, stuck=-1)
+    for bad in ({"stuck": -1}, {"stuck": 4, "use_present": False}):
+        with pytest.raises(ValueError, match="stuck"):
+            SAGE(DIMS, **bad)
 
 
 # ----------------------------------------------------------------------------------------------------- missing, padding

@@ -42,8 +42,8 @@ class SAGEState(NamedTuple):
     fused: tuple[Tensor, ...]
     fusion: tuple[Tensor, ...] | None  # a FusionState, a peer's own, or None: nothing to remember
     memory: Tensor | None  # (B, K, R, dim + 1) float32: `PrecisionMemory`'s sums; None without one
-    # (repeats (B, M), last (B, sum of in_dims)): how often each modality's last frame has repeated, and that frame,
-    # standardised, 0 where missing; None where a frame may repeat for ever
+    # (repeats (B, M), last (B, sum of in_dims)): how often each modality's last frame has repeated, at most `stuck`, and that
+    # frame, standardised, 0 where missing; None where a frame may repeat for ever
     still: tuple[Tensor, Tensor] | None
 
 
@@ -149,12 +149,12 @@ class PrecisionMemory(nn.Module):
     """
 
     CHUNK = 64  # frames of one product with the matrix of powers of lambda; sums are carried from chunk to chunk
-    decay: Tensor  # (R,)
+    halflife: Tensor  # (R,)
 
     def __init__(self, dim: int, halflives: Sequence[float], causal: bool) -> None:
         super().__init__()
         self.halflives, self.causal = tuple(halflives), causal
-        self.register_buffer("decay", 0.5 ** (1.0 / torch.tensor(self.halflives)), persistent=False)
+        self.register_buffer("halflife", torch.tensor(self.halflives), persistent=False)
         self.log_prior = nn.Parameter(torch.zeros(len(self.halflives)))
         self.mix = nn.Linear(dim * len(self.halflives), dim)
 
@@ -175,7 +175,7 @@ class PrecisionMemory(nn.Module):
 
     def _leaky(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, T, n) -> (B, R, T, n): `sum_(k <= t) lambda_r^(t-k) x_k`, and the last of them (B, R, n)."""
-        decay = self.decay.to(x.dtype)
+        decay = 0.5 ** (1.0 / self.halflife.to(x.dtype))
         if sums is None:
             sums = x.new_zeros(x.shape[0], len(decay), x.shape[-1])
         age = torch.arange(self.CHUNK, device=x.device, dtype=x.dtype)
@@ -233,7 +233,7 @@ class SAGE(nn.Module):
         memory: half-lives, in frames, of the averages that `PrecisionMemory` keeps; () for none. Default: 8, 32 and 128;
             none with a peer's fusion, whose frames all have the precision of their number of modalities.
         stuck: a frame of a modality that repeats the one before it exactly, as do the `stuck - 1` before it, is missing; 0:
-            a frame may repeat for ever. Default: 8; 0 with a peer's fusion.
+            a frame may repeat for ever. Default: 8; 0 with a peer's fusion, and where `use_present` hides what is missing.
 
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
@@ -280,11 +280,14 @@ class SAGE(nn.Module):
         ours = not issubclass(fusion_type, PeerFusion)
         if memory is None:
             memory = (8.0, 32.0, 128.0) if ours else ()
-        if not isinstance(memory, Sequence) or not all(isinstance(h, (int, float)) and 0 < h < 1e6 for h in memory):
-            raise ValueError(f"memory must be half-lives in frames, each in (0, 1e6), got {memory!r}")
+        lives = isinstance(memory, Sequence) and all(isinstance(h, (int, float)) and 0 < h < 1e6 for h in memory)
+        if not lives or len(memory) > 8:
+            raise ValueError(f"memory must be at most 8 half-lives in frames, each in (0, 1e6), got {memory!r}")
         if stuck is None:
-            stuck = 8 if ours else 0
+            stuck = 8 if ours and use_present else 0
         check_int("stuck", stuck, 0)
+        if stuck and not use_present:
+            raise ValueError(f"stuck: use_present=False hides what is missing, stuck={stuck} would add to it")
         options: dict[str, Any] = dict(fusion_options or {})
         self.config: dict[str, Any] = {
             "in_dims": dict(in_dims) if isinstance(in_dims, Mapping) else list(in_dims),
@@ -522,14 +525,15 @@ class SAGE(nn.Module):
             same = same & valid
         frame = torch.arange(frames, device=same.device)[None, :, None]
         fresh = torch.where(same, -1, frame).cummax(1).values  # the last frame that was not a repeat; -1: in an earlier chunk
-        repeats = torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1))
+        repeats = torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1)).clamp(max=self.stuck)
         moving = repeats < self.stuck
         valid = moving if valid is None else valid & moving
         return blank_missing(x, valid), valid, (repeats[:, -1], torch.cat([v[:, -1] for v in x], -1))
 
     def _precision(self, confidence: Tensor, known: Tensor | None) -> Tensor:
-        """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing."""
-        log_odds = torch.logit(confidence, eps=1e-6)
+        """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing. Confidence
+        counts as within [0.001, 0.999]: one frame must not outweigh thousands."""
+        log_odds = torch.logit(confidence, eps=1e-3)
         if isinstance(self.fusion, ReliabilityFusion):
             log_odds = self.fusion.sharpness * log_odds
         own = log_odds.clamp(-10.0, 10.0).exp()
