@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sage_ext import functional as F
+from sage_ext.models import SAGE
 
 
 def grads(outputs, inputs) -> None:
@@ -42,6 +43,16 @@ def main() -> None:
         for mode in ({}, {"halflife": 30.0}, {"window": 50}):
             p, y = randn(2, 700, 2, dtype=dtype), randn(2, 700, 2, dtype=dtype)
             grads(F.temporal_ccc(p, y, **mode), [p, y])
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for options in ({}, {"fusion": "uniform", "dim": 70}):
+        model = SAGE({"audio": 19, "visual": 40}, **options).eval()
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows in (1, processors + 1, 4 * processors):  # 1, 2 and 4 streams a block
+                session = model.stream(rows, dtype, "cuda")
+                for t in range(3):
+                    x = {"audio": torch.randn(rows, 19), "visual": torch.randn(rows, 40)}
+                    out = session.step(x, torch.rand(rows, 2) > 0.2, torch.arange(rows) % 3 != t)
+                    assert torch.isfinite(out.prediction).all()
     torch.cuda.synchronize()
     print("all kernels ran")
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One session on a GPU, inside 8 minutes: build for this GPU, CUDA tests, compute-sanitizer, the table of targets.
 #
-#   benchmarks/gpu_session.sh OUT       writes OUT/build.log, tests.log, sanitizer-*.log, gpu.json, table.md, summary.txt
+#   benchmarks/gpu_session.sh OUT       writes OUT/build.log, tests.log, sanitizer-*.log, gpu.json, table.md,
+#                                       stream.json, stream.md, summary.txt
 #
 # PYTHON names an interpreter that has torch with CUDA, pybind11, scikit-build-core, cmake, ninja, pytest and hypothesis.
 # A part that fails is noted in summary.txt and the rest still runs; the exit status is 1 then.
@@ -44,7 +45,7 @@ cd "$work" || exit 1
 export SAGE_TEST_SIMT=0 SAGE_EXT_STRICT=1
 "$PYTHON" -c 'from sage_ext import _C; assert hasattr(_C, "cuda"), "built without CUDA"' || { note "built without CUDA"; exit 1; }
 
-part "CUDA tests" 120 "$OUT/tests.log" "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops -k cuda
+part "CUDA tests" 120 "$OUT/tests.log" "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops tests/stream/test_cuda_session.py -k cuda
 tail -n 1 "$OUT/tests.log" | tee -a "$OUT/summary.txt"
 grep -Eq '[1-9][0-9]* passed' "$OUT/tests.log" || { note "no CUDA test ran"; failures=$((failures + 1)); }
 
@@ -67,5 +68,6 @@ fi
 
 part benchmarks 150 "$OUT/table.md" "$PYTHON" benchmarks/gpu.py --json "$OUT/gpu.json"
 tail -n 1 "$OUT/table.md" | tee -a "$OUT/summary.txt"
+part "streaming benchmark" 90 "$OUT/stream.md" "$PYTHON" benchmarks/stream.py --device cuda --rounds 20 --json "$OUT/stream.json"
 note "done, $failures parts failed"
 [ "$failures" -eq 0 ]

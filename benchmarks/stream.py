@@ -1,6 +1,6 @@
 """Measures a streaming step and prints a Markdown table: p50, p99, ratios, targets met or missed.
 
-    python benchmarks/stream.py [--rounds 50] [--steps 20] [--cpu-time] [--no-compile] [--json FILE]
+    python benchmarks/stream.py [--device cuda] [--rounds 50] [--steps 20] [--cpu-time] [--no-compile] [--json FILE]
 
 The default model (features 128 + 512, dim 128, 4 stages, 4 blocks), one frame of one stream on one thread, from float32
 tensors in memory to the outputs in memory. The opponents run `SAGE.forward` on one frame with carried state, in inference
@@ -8,6 +8,9 @@ mode: eager, and under torch.compile. All take turns, round by round, in one pro
 ones. p50 and p99 are over all timed steps; a ratio is the median over the rounds of the ratio of the rounds' medians, so that
 a machine whose speed drifts does not decide it. Many streams: 64 rows in one step with two threads against 64 steps of a
 session of one row, in frames a second. Cold weights: the same step after 64 MB of other memory have been read.
+
+With --device cuda: batch 1 and 256 on the GPU, from inputs in the host's (pageable) memory to the estimates there; the
+opponents copy their inputs to the GPU and their prediction back.
 """
 
 from __future__ import annotations
@@ -39,23 +42,23 @@ def build() -> SAGE:
     return model.eval()
 
 
-def offline_step(model: SAGE, call: Callable) -> Callable[[], object]:
+def offline_step(model: SAGE, call: Callable, rows: int = 1, device: str = "cpu") -> Callable[[], object]:
     """One frame through `call` (the model, or its compiled self), the state carried."""
-    features = {k: torch.randn(1, 1, d) for k, d in DIMS.items()}
+    features = {k: torch.randn(rows, 1, d) for k, d in DIMS.items()}
     with torch.inference_mode():
-        state = [model(features).state]
+        state = [model({k: v.to(device) for k, v in features.items()}).state]
 
     def step() -> object:
         with torch.inference_mode():
-            out = call(features, None, None, state[0])
+            out = call({k: v.to(device) for k, v in features.items()}, None, None, state[0])
             state[0] = out.state
-        return out
+            return out.prediction.cpu()
 
     return step
 
 
-def session_step(model: SAGE, rows: int, dtype: torch.dtype | None) -> Callable[[], object]:
-    session, features = model.stream(rows, dtype), {k: torch.randn(rows, d) for k, d in DIMS.items()}
+def session_step(model: SAGE, rows: int, dtype: torch.dtype | None, device: str = "cpu") -> Callable[[], object]:
+    session, features = model.stream(rows, dtype, device), {k: torch.randn(rows, d) for k, d in DIMS.items()}
     return lambda: session.step(features)
 
 
@@ -82,6 +85,63 @@ def verdict(value: float, target: float, least: bool = True) -> str:
     return f"{value:.2f} (target {'>=' if least else '<='} {target:g}: {'met' if met else 'MISSED'})"
 
 
+def take_turns(runs: dict[str, Callable[[], object]], rounds: int, steps: int) -> dict[str, list[list[float]]]:
+    """Each one's times, a list a round."""
+    times: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, step in runs.items():
+            timed(step, WARM)
+            times[name].append(timed(step, steps))
+    return times
+
+
+def save(path: str | None, result: dict) -> None:
+    if path:
+        with open(path, "w") as f:
+            json.dump(result, f, indent=1)
+            f.write("\n")
+
+
+LIMITS = {1: 40e-6, 256: 150e-6}  # seconds a step of so many streams on a GPU
+
+
+def on_gpu(rounds: int, steps: int, compiled: bool, device: str = "cuda", opponents: str = "cuda") -> dict:
+    """The table of a GPU; `opponents`: where they run."""
+    model, rows = build(), {}
+    there = build().to(opponents)
+    print(
+        "| streams in a step | p50, us | p99, us | eager's time over it | torch.compile's |\n| --- | --- | --- | --- | --- |"
+    )
+    for batch, limit in LIMITS.items():
+        runs = {
+            "float32": session_step(model, batch, None, device),
+            "bfloat16": session_step(model, batch, torch.bfloat16, device),
+            "eager": offline_step(there, there, batch, opponents),
+        }
+        if compiled:
+            compiled_model = torch.compile(there, fullgraph=True, dynamic=False)
+            runs["torch.compile"] = offline_step(there, compiled_model, batch, opponents)
+        for step in runs.values():
+            timed(step, steps)
+        times = take_turns(runs, rounds, steps)
+        medians = {name: [statistics.median(t) for t in of] for name, of in times.items()}
+        for name, of in times.items():
+            pooled = [t for r in of for t in r]
+            p50, p99 = percentile(pooled, 0.5), percentile(pooled, 0.99)
+            row = rows[f"{name}, {batch}"] = {"p50": p50, "p99": p99}
+            shown, cells = f"{p50 * 1e6:.1f}", ["-", "-"]
+            if name in ("float32", "bfloat16"):
+                shown = verdict(p50 * 1e6, limit * 1e6, False)
+                for i, slow in enumerate(("eager", "torch.compile")):
+                    if slow in runs:
+                        row[f"over {slow}"] = gain = statistics.median(
+                            a / b for a, b in zip(medians[slow], medians[name])
+                        )
+                        cells[i] = verdict(gain, 10.0) if slow == "eager" else f"{gain:.1f}"
+            print(f"| {name}, {batch} | {shown} | {p99 * 1e6:.1f} | {cells[0]} | {cells[1]} |", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
@@ -89,7 +149,15 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    if options.device == "cuda":
+        if options.cpu_time:
+            parser.error("--cpu-time is of the CPU")
+        rows = on_gpu(options.rounds, options.steps, not options.no_compile)
+        about = {**machine(), "gpu": torch.cuda.get_device_name()}
+        print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
+        return save(options.json, {"machine": about, "steps": rows})
     global clock
     if options.cpu_time:
         clock = time.thread_time
@@ -107,11 +175,7 @@ def main() -> None:
     for step in runs.values():
         timed(step, 30)
 
-    times: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, step in runs.items():
-            timed(step, WARM)
-            times[name].append(timed(step, options.steps))
+    times = take_turns(runs, options.rounds, options.steps)
     medians = {name: [statistics.median(t) for t in rounds] for name, rounds in times.items()}
 
     def ratio(slow: str, fast: str) -> float:
@@ -158,11 +222,8 @@ def main() -> None:
         print(f"| {name} step with cold weights, p50 | {statistics.median(t) * 1e6:.1f} us |")
     about = {**machine(), "load average": " ".join(f"{x:.1f}" for x in os.getloadavg())}
     print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
-    if options.json:
-        result = {"machine": about, "steps": rows, "bfloat16 gain": half, "many": many_p50, "many gain": gain}
-        with open(options.json, "w") as f:
-            json.dump(result, f, indent=1)
-            f.write("\n")
+    result = {"machine": about, "steps": rows, "bfloat16 gain": half, "many": many_p50, "many gain": gain}
+    save(options.json, result)
 
 
 if __name__ == "__main__":

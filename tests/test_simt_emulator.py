@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,28 @@ def test_a_barrier_that_not_all_reach_is_an_error(planted, which):
 def test_launches_beyond_the_limits_are_refused(planted, which, why):
     with pytest.raises(RuntimeError, match=why):
         results(planted, which)
+
+
+@pytest.mark.parametrize(
+    ("which", "found"),
+    [("pinned", 2.0), ("pageable", 1.0), ("event", 2.0), ("no event", None), ("forgotten", None)],
+)
+def test_streams_run_when_they_are_waited_for(planted, which, found):
+    """A pinned source is read then, a pageable one at once; unwaited work has not happened."""
+    value = planted.runtime(which)
+    assert math.isnan(value) if found is None else value == found
+
+
+@pytest.mark.parametrize("which", ["long", "kind"])
+def test_copies_that_do_not_fit_or_go_the_wrong_way_are_refused(planted, which):
+    with pytest.raises(RuntimeError, match="cudaError 1"):
+        planted.runtime(which)
+
+
+def test_the_host_cannot_touch_device_memory():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from simt import build; build.load(sys.argv[2], 'planted')"
+    command = [sys.executable, "-c", code + ".runtime('touch')", str(HERE.parent), str(planted_module(False))]
+    assert subprocess.run(command, capture_output=True).returncode < 0
 
 
 SANITIZED = """
