@@ -252,7 +252,7 @@ void bind_open_session(py::module_ m) {
   m.def("open_session",
         [](const py::tuple& in_dims, int64_t dim, int targets, int own_blocks, int fused_blocks, int kernel,
            bool reliability, int stages, int64_t evidence, int window, bool value_norm, bool hide_missing,
-           bool bf16, Address parameters, int64_t count, int64_t rows, int where) {
+           bool bf16, int memory, int stuck, Address parameters, int64_t count, int64_t rows, int where) {
           sage::stream::Shape s = {};
           s.modalities = static_cast<int>(in_dims.size());
           check(s.modalities <= sage::kMaxModalities, "stream: 1..8 modalities");
@@ -260,7 +260,7 @@ void bind_open_session(py::module_ m) {
           s.dim = dim, s.targets = targets, s.own_blocks = own_blocks, s.fused_blocks = fused_blocks;
           s.kernel = kernel, s.reliability = reliability, s.stages = stages, s.evidence = evidence;
           s.window = window, s.value_norm = value_norm;
-          s.hide_missing = hide_missing, s.bf16 = bf16;
+          s.hide_missing = hide_missing, s.bf16 = bf16, s.memory = memory, s.stuck = stuck;
           return open(s, static_cast<const float*>(at(parameters)), count, rows, where);
         });
 }

@@ -114,6 +114,8 @@ class StreamingSession:
             fusion.norm_weight is not None,
             not config["use_present"],
             weights_dtype == torch.bfloat16,
+            len(config["memory"]),
+            model.stuck,
             parameters.data_ptr(),
             parameters.numel(),
             batch_size,
@@ -138,7 +140,12 @@ class StreamingSession:
         if reliability:
             pairs = (window - 1, modalities, 2)
             parts |= {"belief": (stages,), "energy": pairs, "counted": pairs}
-        self._parts = {**parts, "last": (sum(self.in_dims),)}  # of a row, in native order
+        parts["last"] = (sum(self.in_dims),)
+        if model.stuck:
+            parts["repeats"] = (modalities,)
+        if config["memory"]:
+            parts["memory"] = (1 + modalities, len(config["memory"]), config["dim"] + 1)
+        self._parts = parts  # of a row, in native order
         assert self._native.state_size == sum(math.prod(p) for p in self._parts.values())
 
     def __repr__(self) -> str:
@@ -399,6 +406,9 @@ def _parameters(model: SAGE) -> Tensor:
                 parts.extend((fusion.norm_weight[m], fusion.norm_bias[m]))
         for after in model.fused_blocks:
             block(after)
+        if model.memory is not None:
+            parts.extend((0.5 ** (1 / model.memory.halflife), model.memory.log_prior.exp()))
+            linear(model.memory.mix)
         norm(model.norm)
         linear(model.head[0])
         linear(model.head[3])

@@ -104,6 +104,12 @@ void pack(Model& model, const float* parameters, char* out, const char* address)
     if (s.value_norm) model.modality[m].value_norm = pack.norm(s.dim);
   }
   for (int b = 0; b < s.fused_blocks; ++b) model.fused[b] = pack.block(s.own_blocks + b, 1 + s.modalities);
+  model.repeats = pack.kept(s.stuck ? s.modalities : 0);
+  model.memory = pack.kept((1 + s.modalities) * memory_floats(s));
+  if (s.memory) {
+    pack.numbers(s.memory, model.decay), pack.numbers(s.memory, model.prior);
+    model.recall = pack.linear(s.memory * s.dim, s.dim);
+  }
   model.norm = pack.norm(s.dim);
   model.head[0] = pack.linear(s.dim, s.dim), model.head[1] = pack.linear(s.dim, s.targets);
   model.row_floats = pack.state;

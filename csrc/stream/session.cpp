@@ -30,6 +30,7 @@ Session::Session(const Shape& s, int64_t rows) : rows_(rows) {
   check(s.stages >= 1 && s.stages <= kMaxStages, "1..16 stages");
   check(s.dim >= 1 && s.targets >= 1 && s.kernel >= 1 && s.window >= 1 && s.evidence >= 0, "sizes");
   check(s.own_blocks >= 0 && s.fused_blocks >= 0 && s.own_blocks + s.fused_blocks <= kMaxBlocks, "blocks");
+  check(s.memory >= 0 && s.memory <= kMaxMemory && s.stuck >= 0, "memory");
   check(rows >= 1, "at least one row");
   model_.shape = s;
 }
@@ -81,6 +82,13 @@ void Session::walk(float* state, int64_t frames, Part&& part) const {
         part(state + model_.typicality + ((frames + f) % history * 2 + kind) * pairs, pairs);
   }
   for (int m = 0; m < s.modalities; ++m) part(state + model_.modality[m].last, s.in_dim[m]);
+  if (s.stuck) part(state + model_.repeats, s.modalities);
+  for (int track = 0; track <= s.modalities && s.memory; ++track)
+    for (int r = 0; r < s.memory; ++r) {
+      float* sums = state + model_.memory + track * memory_floats(s);
+      part(sums + r * stride, s.dim);
+      part(sums + s.memory * stride + r, 1);
+    }
 }
 
 int64_t Session::state_size() {

@@ -30,7 +30,8 @@ class Session {
   void reset(const int64_t* which, int64_t count);
   // Numbers of one row's state, and the state itself, oldest frame first, whatever the place in the rings:
   // for each own block (M, span, dim), for each fused block (1 + M, span, dim); with reliability belief (S), energy and
-  // counted (window - 1, M, 2) each; the last inputs, modality after modality.
+  // counted (window - 1, M, 2) each; the last inputs, modality after modality; their repeats (M) where frames can be stuck;
+  // the memory (1 + M, averages, dim + 1), each weighted sum with its sum of weights behind it.
   int64_t state_size();
   void read(const int64_t* which, int64_t count, float* state, int64_t* frames);
   void write(const int64_t* which, int64_t count, const float* state, const int64_t* frames);

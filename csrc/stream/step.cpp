@@ -183,9 +183,10 @@ struct Group {
   const int64_t* row;  // `rows` of them
   int rows;
   // Scratch; a row of each starts every `wide`, `joined`... floats.
-  float *input, *encoded, *mixed, *tracks, *joint, *hidden, *logits, *emission;
-  int64_t input_stride, dim_stride, joint_stride, hidden_stride, stage_stride;
+  float *input, *encoded, *mixed, *tracks, *joint, *hidden, *logits, *emission, *recalled;
+  int64_t input_stride, dim_stride, joint_stride, hidden_stride, stage_stride, recalled_stride;
   float square[kGroup][2 * kMaxModalities];
+  float precision[(1 + kMaxModalities) * kGroup];  // of the fused frames, then of modality m alone
   bool present[kGroup][kMaxModalities];
 
   Group(const Model& model, const Step& q, const int64_t* row, int rows)
@@ -213,11 +214,14 @@ int64_t cut_scratch(const Shape& s, float* base, Group* g) {
     return at;
   };
   const int64_t all = int64_t(s.modalities) * kGroup, tracks = all + kGroup;
-  float* parts[] = {take(input, kGroup), take(dim, all),       take(dim, tracks), take(dim, tracks),
-                    take(joint, kGroup), take(narrow, tracks), take(stages, all), take(stages, kGroup)};
+  const int64_t recalled = padded(s.memory * s.dim);
+  float* parts[] = {take(input, kGroup),   take(dim, all),       take(dim, tracks),
+                    take(dim, tracks),     take(joint, kGroup),  take(narrow, tracks),
+                    take(stages, all),     take(stages, kGroup), take(recalled, tracks)};
   if (g) {
     g->input = parts[0], g->encoded = parts[1], g->mixed = parts[2], g->tracks = parts[3];
     g->joint = parts[4], g->hidden = parts[5], g->logits = parts[6], g->emission = parts[7];
+    g->recalled = parts[8], g->recalled_stride = recalled;
     g->input_stride = input, g->dim_stride = dim, g->joint_stride = joint, g->hidden_stride = narrow;
     g->stage_stride = stages;
   }
@@ -225,7 +229,8 @@ int64_t cut_scratch(const Shape& s, float* base, Group* g) {
 }
 
 // Standardised input of one modality, zero where it is missing, and the two mean squares that typicality reads. A frame
-// that holds NaN or Inf, or whose squares overflow, is missing: nothing downstream can then become NaN.
+// that holds NaN or Inf, or whose squares overflow, is missing: nothing downstream can then become NaN. So is one that
+// repeats the last one for the stuck-th time.
 void standardise(Group& g, int m) {
   const Shape& s = g.model.shape;
   const Modality& from = g.model.modality[m];
@@ -235,20 +240,28 @@ void standardise(Group& g, int m) {
     const float* raw = g.q.features[m] + row * n;
     float *x = g.input + i * g.input_stride, *last = g.state(i) + from.last;
     const bool given = !g.q.present || g.q.present[row * s.modalities + m];
-    bool here = given;
+    bool here = given, held = false;
     if (given) {
-      V squares(0.0f), steps(0.0f);
+      V squares(0.0f), steps(0.0f), moved(0.0f);
       for_each_vector<W>(n, [&](int64_t d, auto at) {
         const V v = (at.read(raw + d) - load(from.mean + d)) * load(from.scale + d),
                 step = v - load(last + d);
         store(x + d, v);
         squares = fma(v, v, squares);
         steps = fma(step, step, steps);
+        moved += abs(step);
       });
       const float total = sum(squares);
       here = total <= 3.4028235e38f;  // false for NaN
       g.square[i][2 * m] = total / float(n);
       g.square[i][2 * m + 1] = sum(steps) / float(n);
+      held = here && s.stuck && sum(moved) == 0;
+    }
+    if (s.stuck) {
+      float& repeats = g.state(i)[g.model.repeats + m];
+      repeats = held ? repeats + (repeats < float(s.stuck)) : 0.0f;
+      held = repeats >= float(s.stuck);
+      here = here && !held;
     }
     if (!here) {
       V steps(0.0f);
@@ -259,10 +272,11 @@ void standardise(Group& g, int m) {
       g.square[i][2 * m] = 0;
       g.square[i][2 * m + 1] = sum(steps) / float(n);
       ++g.q.absent[row * s.modalities + m];
-      g.q.refused[row * s.modalities + m] += given;
+      g.q.refused[row * s.modalities + m] += given && !held;
     }
     g.present[i][m] = here || s.hide_missing;
-    for (int64_t d = 0; d < n; d += W) store(last + d, load(x + d));
+    // A stuck input stays the last one; typicality counts no motion after a missing frame.
+    for (int64_t d = 0; d < n && !held; d += W) store(last + d, load(x + d));
   }
 }
 
@@ -482,13 +496,60 @@ void fuse(Group& g) {
   }
 }
 
-// Blocks after the fusion, and head, on all tracks.
+// The precision of the fused frames, and of each modality alone: odds(confidence)^sharpness, confidence taken within
+// [0.001, 0.999].
+void weigh(Group& g) {
+  const Shape& s = g.model.shape;
+  for (int i = 0; i < g.rows; ++i) {
+    float own[kMaxModalities] = {}, total = 0;
+    for (int m = 0; m < s.modalities; ++m) own[m] = g.q.confidence[g.row[i] * s.modalities + m];
+    for_each_vector<W>(s.modalities, [&](int64_t m, auto at) {
+      const V c = min(max(at.read(own + m), V(0.001f)), V(0.999f));
+      const V log_odds = log(c / (V(1.0f) - c)) * V(s.reliability ? g.model.sharpness : 1.0f);
+      at.write(own + m, exp(min(max(log_odds, V(-10.0f)), V(10.0f))));
+    });
+    for (int m = 0; m < s.modalities; ++m) {
+      const float p = g.present[i][m] ? own[m] : 0.0f;
+      total += p;
+      g.precision[(1 + m) * g.rows + i] = p;
+    }
+    g.precision[i] = total;
+  }
+}
+
+// x += recall of the memory's averages, once this frame is in them.
+void remember(Group& g) {
+  const Model& model = g.model;
+  const Shape& s = model.shape;
+  const int64_t dim = g.dim_stride;
+  const int rows = (1 + s.modalities) * g.rows;
+  weigh(g);
+  for (int r = 0; r < rows; ++r) {
+    float *sums = g.state(r % g.rows) + model.memory + r / g.rows * memory_floats(s), *weights = sums + s.memory * dim;
+    const float p = g.precision[r], *x = g.tracks + r * dim;
+    float* to = g.recalled + r * g.recalled_stride;
+    for (int h = 0; h < s.memory; ++h) {
+      weights[h] = model.decay[h] * weights[h] + p;
+      const V scale(1.0f / (weights[h] + model.prior[h]));
+      float* sum = sums + h * dim;
+      for_each_vector<W>(s.dim, [&](int64_t d, auto at) {
+        const V next = fma(V(model.decay[h]), load(sum + d), V(p) * at.read(x + d));
+        at.write(sum + d, next);
+        at.write(to + h * s.dim + d, next * scale);
+      });
+    }
+  }
+  product(model, model.recall, rows, g.recalled, g.recalled_stride, g.tracks, dim, true);
+}
+
+// Blocks after the fusion, memory and head, on all tracks.
 void predict(Group& g) {
   const Model& model = g.model;
   const Shape& s = model.shape;
   const int64_t dim = g.dim_stride;
   const int tracks = 1 + s.modalities, rows = tracks * g.rows;
   for (int b = 0; b < s.fused_blocks; ++b) temporal_block(g, model.fused[b], g.tracks, tracks);
+  if (s.memory) remember(g);
   for (int r = 0; r < rows; ++r) layer_norm(model.norm, s.dim, g.tracks + r * dim, g.tracks + r * dim);
   product(model, model.head[0], rows, g.tracks, dim, g.mixed, dim);
   for (int r = 0; r < rows; ++r) map<silu>(g.mixed + r * dim, s.dim, g.mixed + r * dim);

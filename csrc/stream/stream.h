@@ -13,6 +13,7 @@
 namespace sage::stream {
 
 constexpr int kMaxBlocks = 12;
+constexpr int kMaxMemory = 8;
 constexpr int kGroup = 12;  // rows that share each load of a weight
 constexpr int64_t kPad =
     16;  // floats: rows of every buffer start on a cache line, whatever the instruction set
@@ -36,6 +37,8 @@ struct Shape {
   bool
       hide_missing;  // the fusion is not told what is missing: a missing modality is a frame of zeros like any other
   bool bf16;         // matrices are kept as bfloat16
+  int memory;        // averages of the precision-weighted memory; 0: none
+  int stuck;  // a modality that repeats its frame for the stuck-th time is missing; 0: it may repeat for ever
 };
 
 // y = W x + b. How the matrix is packed is the engine's affair.
@@ -75,16 +78,24 @@ struct alignas(16) Model {
   float log_a[kMaxStages * kMaxStages], a[kMaxStages * kMaxStages];  // log_softmax(transition), softmax
   float sharpness;
   Block fused[kMaxBlocks];
+  float decay[kMaxMemory], prior[kMaxMemory];
+  Linear recall;  // of the averages side by side
   Norm norm;
   Linear head[2];
   // A row's state: belief (stages), the typicality ring of window - 1 frames of (energy, counted) x (modality, 2), the last
-  // inputs, the convolutions' rings. Offsets and size in floats.
-  int64_t belief, typicality, row_floats;
+  // inputs, the convolutions' rings, how often each modality's last input has repeated (at most `stuck`), and a track's
+  // memory: for each average the weighted sum of its frames, then the sums of the weights. Offsets and size in floats.
+  int64_t belief, typicality, repeats, memory, row_floats;
   int64_t scratch_floats;  // of one thread
   // What pack() took and needs.
   int64_t parameters;
   size_t bytes;
 };
+
+// Of one track's memory in a row's state.
+SAGE_FN int64_t memory_floats(const Shape& s) {
+  return s.memory ? s.memory * padded(s.dim) + padded(s.memory) : 0;
+}
 
 // One call. Tensors are dense; features (rows, in_dim[m]) each, and the outputs of inactive rows are not touched.
 struct Step {
