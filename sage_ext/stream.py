@@ -221,7 +221,8 @@ class StreamingSession:
 
         "frames" (k,) int64 since the reset; float32, oldest frame first, as `SAGEState` and `FusionState` have them:
         "history.i" (k, M, span, dim), "fused.i" (k, 1 + M, span, dim), "last" (k, sum of in_dims), and with reliability "belief"
-        (k, S), "energy" and "counted" (k, window - 1, M, 2).
+        (k, S), "energy" and "counted" (k, window - 1, M, 2); where the model has them "repeats" (k, M) and "memory"
+        (k, 1 + M, R, dim + 1).
         """
         index = self._rows(rows)
         flat = torch.empty(index.numel(), self._native.state_size)

@@ -41,10 +41,14 @@ def build(dims=DIMS, seed=0, **options):
 
 
 def draw(batch, frames, dims=DIMS, seed=0):
-    """Features whose loudness drifts, and presence with gaps of every length."""
+    """Features whose loudness drifts and that now and then stand still, and presence with gaps of every length."""
     g = torch.Generator().manual_seed(seed)
     loud = torch.randn(batch, frames, 1, generator=g).cumsum(1).mul(0.1).sin().exp()
     features = {k: 2.0 + loud * torch.randn(batch, frames, d, generator=g) for k, d in dims.items()}
+    for k, v in features.items():
+        still = torch.randn(batch, frames, generator=g).cumsum(1).mul(0.1).sin() > 0.95
+        source = torch.where(still, 0, torch.arange(frames)).cummax(1).values
+        features[k] = v.gather(1, source.unsqueeze(-1).expand_as(v))
     gaps = torch.randn(batch, frames, len(dims), generator=g).cumsum(1).mul(0.3).sin()
     return features, (gaps > -0.6) & (torch.rand(batch, frames, len(dims), generator=g) > 0.1)
 
@@ -88,8 +92,11 @@ CASES = {
     "eight modalities": ({f"m{i}": 2 + i for i in range(8)}, {"stages": 16, "dim": 33, "num_targets": 5}),
     "no own blocks": (DIMS, {"fused_blocks": 4}),
     "no fused blocks": (DIMS, {"fused_blocks": 0, "kernel_size": 2}),
-    "no memory": (DIMS, {"blocks": 1, "kernel_size": 1, "dim": 70}),
-    "long memory": (DIMS, {"blocks": 6, "kernel_size": 7}),
+    "one tap": (DIMS, {"blocks": 1, "kernel_size": 1, "dim": 70}),
+    "long kernels": (DIMS, {"blocks": 6, "kernel_size": 7}),
+    "no memory": (DIMS, {"memory": ()}),
+    "eight averages, stuck at once": (DIMS, {"memory": [0.5, 1, 2, 3, 5, 8, 13, 1000], "stuck": 1}),
+    "never stuck": (DIMS, {"stuck": 0, "dim": 16}),
     "ablations": (DIMS, {"use_present": False, "fusion_options": {"filter_stages": False, "norm": False}}),
     "sequence of dims": ([4, 6], {}),
 }
@@ -387,9 +394,10 @@ def test_state_is_that_of_the_offline_model(fusion):
     }
     if whole.fusion is not None:
         expected |= whole.fusion._asdict()
+    expected |= {"repeats": whole.still[0].float(), "last": whole.still[1], "memory": whole.memory}
     for name, x in expected.items():
         torch.testing.assert_close(state[name], x, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    assert set(state) == {"frames", "last", *expected}
+    assert set(state) == {"frames", *expected}
 
 
 def test_reset_begins_a_new_stream_in_its_rows_only():
