@@ -6,7 +6,7 @@
 //
 // Bytes: the matrices, once a block (971 KB float32, 486 KB bfloat16 with the default sizes), from L2; 29 KB of state and
 // 2.6 KB of input a stream. Floor: one multiprocessor takes some 64 bytes a cycle from L2, 9 us for the matrices in float32;
-// 34 barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
+// 30 barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
 //
 // Product: a matrix is packed in vectors of 16 bytes, four outputs of one input (two in bfloat16), so neighbouring lanes
@@ -30,7 +30,8 @@ namespace {
 using namespace sage::stream;
 
 constexpr int kMostWarps = 16;
-constexpr int kTile = 4;  // outputs and inputs that a lane multiplies at a time
+constexpr int kAhead = 4;  // inputs that a thread has on their way from the host
+constexpr int kTile = 4;   // outputs and inputs that a lane multiplies at a time
 // Rows that share each load of a weight after the fusion: with two modalities all three tracks of one or two streams; more
 // would not fit the registers.
 __host__ __device__ constexpr int track_rows(int R) { return R == 1 ? 3 : 6; }
@@ -40,15 +41,16 @@ __host__ __device__ __forceinline__ int tiled(int64_t n) { return int((n + kTile
 // Where things lie in a block's shared memory, in floats, behind the model. Row r of modality m or track t is number
 // m R + r of its kind.
 struct Layout {
-  int input[kMaxModalities];        // R rows of tiled(in_dim) each
+  int modalities, in_dim[kMaxModalities];
+  int input[kMaxModalities];        // R rows of tiled(in_dim) each, one modality behind the other
   int encoded, mixed, tracks, dim;  // rows of tiled(dim): M R, (1 + M) R, (1 + M) R
   int evidence, joint, hidden;  // rows of tiled(width): M R, tiled(M width): R, tiled(evidence): (1 + M) R
   int width, joined, narrow;    // those strides
   int logits, emission, belief, prior, now;  // rows of kMaxStages: M R, R; R each
   int square, weight;                        // rows of 2 kMaxModalities, kMaxModalities: R
-  int present, row;                          // int: rows of kMaxModalities, R; (live, frame) int64: 2 R
+  int given, present, row;                   // int: rows of kMaxModalities, R each; (live, frame) int64: 2 R
   int part;                                  // slices' sums
-  int zeroed, size;                          // [0, zeroed) begins as zeros: what pads rows must be finite
+  int zeroed, size;  // what lies before zeroed begins as zeros or inputs: what pads rows must be finite
 };
 
 struct Launch {
@@ -207,6 +209,10 @@ struct Group {
         warp(int(threadIdx.x) / kWarp),
         warps(int(blockDim.x) / kWarp) {}
 
+  // Whether each modality is said to be present, and whether it is taken to be.
+  __device__ __forceinline__ int* given(int r) const {
+    return reinterpret_cast<int*>(shared + q.at.given) + r * kMaxModalities;
+  }
   __device__ __forceinline__ int* present(int r) const {
     return reinterpret_cast<int*>(shared + q.at.present) + r * kMaxModalities;
   }
@@ -223,6 +229,50 @@ struct Group {
   __device__ __forceinline__ float* state(int r) const { return q.state + row(r) * model.row_floats; }
   __device__ __forceinline__ float* stages(int at, int r) const { return shared + at + r * kMaxStages; }
 
+  // Inputs as they come, padded with zeros, kAhead a thread. They may lie in the host's memory, a microsecond away, so all
+  // threads ask at once.
+  __device__ __forceinline__ void ask(int begin, float (&x)[kAhead]) const {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = begin + k * int(blockDim.x);
+      x[k] = 0;
+      if (i >= q.at.encoded) continue;
+      int m = 0;
+      while (m + 1 < q.at.modalities && i >= q.at.input[m + 1]) ++m;
+      const int n = q.at.in_dim[m], wide = tiled(n), r = (i - q.at.input[m]) / wide,
+                d = (i - q.at.input[m]) % wide;
+      if (d < n) x[k] = q.frame.features[m][row(r) * n + d];
+    }
+  }
+  __device__ __forceinline__ void put(int begin, const float (&x)[kAhead]) const {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (begin + k * int(blockDim.x) < q.at.encoded) shared[begin + k * int(blockDim.x)] = x[k];
+  }
+
+  // The model, the inputs and the flags into shared memory; zeros elsewhere.
+  __device__ __forceinline__ void begin() const {
+    const int thread = int(threadIdx.x), threads = int(blockDim.x);
+    float x[kAhead];
+    ask(thread, x);
+    if (thread < R * kMaxModalities && thread % kMaxModalities < q.at.modalities) {
+      const int64_t flag = row(thread / kMaxModalities) * q.at.modalities + thread % kMaxModalities;
+      given(0)[thread] = !q.frame.present || q.frame.present[flag];
+    }
+    if (thread < R) {
+      const int64_t at = row(thread);
+      now(thread)[0] = int64_t(blockIdx.x) * R + thread == at && (!q.frame.active || q.frame.active[at]);
+      now(thread)[1] = q.frames[at];
+    }
+    for (int i = thread; i < int(sizeof(Model) / sizeof(uint4)); i += threads)
+      reinterpret_cast<uint4*>(shared_memory<unsigned char>())[i] =
+          reinterpret_cast<const uint4*>(q.model)[i];
+    for (int i = q.at.encoded + thread; i < q.at.zeroed; i += threads) shared[i] = 0;
+    put(thread, x);
+    for (int at = thread + kAhead * threads; at < q.at.encoded; at += kAhead * threads)
+      ask(at, x), put(at, x);
+  }
+
   // Standardised input of each modality, zero where it is missing, and the two mean squares that typicality reads; as the
   // CPU has it. A warp a (modality, stream).
   __device__ __forceinline__ void standardise() const {
@@ -232,13 +282,12 @@ struct Group {
       const Modality& from = model.modality[m];
       const int n = int(s.in_dim[m]);
       const int64_t at = row(r);
-      const float* raw = q.frame.features[m] + at * n;
       float *x = shared + q.at.input[m] + r * tiled(n), *last = state(r) + from.last;
-      const bool given = live(r) && (!q.frame.present || q.frame.present[at * s.modalities + m]);
+      const bool told = live(r) && given(r)[m];
       float squares = 0, steps = 0, blank = 0;
-#pragma unroll 4
+#pragma unroll 8
       for (int d = lane; d < n; d += kWarp) {
-        const float before = last[d], v = given ? (raw[d] - from.mean[d]) * from.scale[d] : 0.0f;
+        const float before = last[d], v = told ? (x[d] - from.mean[d]) * from.scale[d] : 0.0f;
         const float step = v - before;
         squares = fma(v, v, squares);
         steps = fma(step, step, steps);
@@ -247,7 +296,7 @@ struct Group {
       }
       squares = lanes_sum<1, kWarp>(squares), steps = lanes_sum<1, kWarp>(steps),
       blank = lanes_sum<1, kWarp>(blank);
-      const bool here = given && squares <= 3.4028235e38f;  // false for NaN
+      const bool here = told && squares <= 3.4028235e38f;  // false for NaN
       if (!here)
         for (int d = lane; d < n; d += kWarp) x[d] = 0;
       if (live(r))
@@ -260,7 +309,7 @@ struct Group {
         if (live(r) && !here) {
           int64_t* counts = q.counts + at * (1 + 2 * s.modalities);
           ++counts[1 + m];
-          counts[1 + s.modalities + m] += given;
+          counts[1 + s.modalities + m] += told;
         }
       }
     }
@@ -285,6 +334,7 @@ struct Group {
       const auto past = [&](int d) {  // of the sum over taps
         float sum = block.bias[d];
         int64_t slot = start;
+#pragma unroll 4
         for (int tap = 0; tap < taps; ++tap) {
           sum = fma(ring[slot * line + d], block.taps[tap * line + d], sum);
           slot += block.dilation;
@@ -318,7 +368,7 @@ struct Group {
     if (kind) counted = here && history && ring[(start ? start - 1 : history - 1) * size + pairs + 2 * m] > 0;
     float total = 0, count = 0;
     int slot = start;
-#pragma unroll 4
+#pragma unroll 8
     for (int f = 0; f < history; ++f) {  // oldest first
       total += ring[slot * size + lane];
       count += ring[slot * size + pairs + lane];
@@ -514,20 +564,12 @@ struct Group {
 };
 
 template <class T, int R>
-__global__ void __launch_bounds__(kMostWarps* kWarp) stream_kernel(const __grid_constant__ Launch q) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1) stream_kernel(const __grid_constant__ Launch q) {
   unsigned char* memory = shared_memory<unsigned char>();
-  float* shared = reinterpret_cast<float*>(memory + sizeof(Model));
-  const int thread = int(threadIdx.x), threads = int(blockDim.x);
-  for (int i = thread; i < int(sizeof(Model) / sizeof(uint4)); i += threads)
-    reinterpret_cast<uint4*>(memory)[i] = reinterpret_cast<const uint4*>(q.model)[i];
-  for (int i = thread; i < q.at.zeroed; i += threads) shared[i] = 0;
-  const Group<T, R> group(q, *reinterpret_cast<const Model*>(memory), shared);
-  if (thread < R) {
-    const int64_t row = group.row(thread);
-    group.now(thread)[0] =
-        int64_t(blockIdx.x) * R + thread == row && (!q.frame.active || q.frame.active[row]);
-    group.now(thread)[1] = q.frames[row];
-  }
+  const int thread = int(threadIdx.x);
+  const Group<T, R> group(q, *reinterpret_cast<const Model*>(memory),
+                          reinterpret_cast<float*>(memory + sizeof(Model)));
+  group.begin();
   __syncthreads();
   group.step();
   if (thread < R && group.live(thread)) {
@@ -628,7 +670,8 @@ Layout lay_out(Model& model, int R) {
   };
   at.dim = tiled(s.dim), at.width = tiled(s.evidence + kTypicality);
   at.joined = tiled(M * (s.evidence + kTypicality)), at.narrow = tiled(s.evidence);
-  for (int m = 0; m < M; ++m) at.input[m] = take(R, s.in_dim[m]);
+  at.modalities = M;
+  for (int m = 0; m < M; ++m) at.input[m] = take(R, s.in_dim[m]), at.in_dim[m] = int(s.in_dim[m]);
   at.encoded = take(M * R, at.dim), at.mixed = take((1 + M) * R, at.dim),
   at.tracks = take((1 + M) * R, at.dim);
   at.evidence = take(M * R, at.width), at.joint = take(R, at.joined),
@@ -637,7 +680,7 @@ Layout lay_out(Model& model, int R) {
   at.logits = take(M * R, kMaxStages), at.emission = take(R, kMaxStages);
   at.belief = take(R, kMaxStages), at.prior = take(R, kMaxStages), at.now = take(R, kMaxStages);
   at.square = take(R, 2 * kMaxModalities), at.weight = take(R, kMaxModalities);
-  at.present = take(R, kMaxModalities), at.row = take(R, 4);
+  at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities), at.row = take(R, 4);
   int64_t most = 0;
   for_each_phase(model, [&](Linear** jobs, int count, bool tracks) {
     int64_t sums = 0;

@@ -260,26 +260,26 @@ def test_a_model_that_does_not_fit_a_block_is_refused(simt):
 
 
 def test_one_call_at_a_time(device):
-    session, done = build().stream(40, device=device), threading.Event()
+    """Whichever of two threads comes second is told so."""
+    session, done, refused = build().stream(40, device=device), threading.Event(), []
     x = {k: torch.randn(40, d) for k, d in DIMS.items()}
 
-    def work():
-        while not done.is_set():
-            session.step(x)
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    try:
-        deadline, refused = time.monotonic() + 20, False
-        while not refused and time.monotonic() < deadline:
+    def work(call):
+        deadline = time.monotonic() + 20
+        while not done.is_set() and time.monotonic() < deadline:
             try:
-                session.state_dict(0)
+                call()
             except RuntimeError as error:
-                refused = "in use by another thread" in str(error)
-    finally:
-        done.set()
-        worker.join()
+                refused.append(str(error))
+                done.set()
+
+    worker = threading.Thread(target=work, args=(lambda: session.step(x),))
+    worker.start()
+    work(lambda: session.state_dict(0))
+    worker.join()
+    assert all("in use by another thread" in r for r in refused)
     assert refused
+    assert session.step(x).prediction.isfinite().all()
 
 
 def test_devices_are_checked(monkeypatch):
