@@ -46,8 +46,10 @@ struct Layout {
   int encoded, mixed, tracks, dim;  // rows of tiled(dim): M R, (1 + M) R, (1 + M) R
   int evidence, joint, hidden;  // rows of tiled(width): M R, tiled(M width): R, tiled(evidence): (1 + M) R
   int width, joined, narrow;    // those strides
+  int recalled, recall;         // rows of tiled(memory dim): (1 + M) R; that stride
   int logits, emission, belief, prior, now;  // rows of kMaxStages: M R, R; R each
   int square, weight;                        // rows of 2 kMaxModalities, kMaxModalities: R
+  int precision;                             // (1 + M) R
   int given, present, row;                   // int: rows of kMaxModalities, R each; (live, frame) int64: 2 R
   int part;                                  // slices' sums
   int zeroed, size;  // what lies before zeroed begins as zeros or inputs: what pads rows must be finite
@@ -284,7 +286,8 @@ struct Group {
       const int64_t at = row(r);
       float *x = shared + q.at.input[m] + r * tiled(n), *last = state(r) + from.last;
       const bool told = live(r) && given(r)[m];
-      float squares = 0, steps = 0, blank = 0;
+      const float repeated = s.stuck ? state(r)[model.repeats + m] : 0.0f;
+      float squares = 0, steps = 0, blank = 0, moved = 0;
 #pragma unroll 8
       for (int d = lane; d < n; d += kWarp) {
         const float before = last[d], v = told ? (x[d] - from.mean[d]) * from.scale[d] : 0.0f;
@@ -292,24 +295,29 @@ struct Group {
         squares = fma(v, v, squares);
         steps = fma(step, step, steps);
         blank = fma(before, before, blank);
+        moved += abs(step);
         x[d] = v;
       }
       squares = lanes_sum<1, kWarp>(squares), steps = lanes_sum<1, kWarp>(steps),
-      blank = lanes_sum<1, kWarp>(blank);
-      const bool here = told && squares <= 3.4028235e38f;  // false for NaN
+      blank = lanes_sum<1, kWarp>(blank), moved = lanes_sum<1, kWarp>(moved);
+      bool here = told && squares <= 3.4028235e38f;  // false for NaN
+      const float repeats = here && moved == 0 ? min(repeated + 1.0f, float(s.stuck)) : 0.0f;
+      const bool held = s.stuck && repeats >= float(s.stuck);
+      here = here && !held;
       if (!here)
         for (int d = lane; d < n; d += kWarp) x[d] = 0;
-      if (live(r))
+      if (live(r) && !held)
         for (int d = lane; d < n; d += kWarp) last[d] = x[d];
       if (lane == 0) {
         float* square = shared + q.at.square + r * 2 * kMaxModalities + 2 * m;
         square[0] = here ? squares / float(n) : 0.0f;
         square[1] = (here ? steps : blank) / float(n);
         present(r)[m] = here || s.hide_missing;
+        if (live(r) && s.stuck) state(r)[model.repeats + m] = repeats;
         if (live(r) && !here) {
           int64_t* counts = q.counts + at * (1 + 2 * s.modalities);
           ++counts[1 + m];
-          counts[1 + s.modalities + m] += told;
+          counts[1 + s.modalities + m] += told && !held;
         }
       }
     }
@@ -437,6 +445,13 @@ struct Group {
       if (lane == 0) now[0] = 1.0f;
     }
     if (lane < M) shared[q.at.weight + r * kMaxModalities + lane] = weight;
+    if (s.memory) {  // odds(confidence)^sharpness, confidence taken within [0.001, 0.999]
+      const float c = min(max(confidence, 0.001f), 0.999f);
+      const float power = log(c / (1.0f - c)) * (s.reliability ? model.sharpness : 1.0f);
+      const float own = mine ? exp(min(max(power, -10.0f), 10.0f)) : 0.0f, total = lanes_sum<1, kWarp>(own);
+      if (lane < M) shared[q.at.precision + (1 + lane) * R + r] = own;
+      if (lane == 0) shared[q.at.precision + r] = total;
+    }
     if (!live(r)) return;
     const int64_t at = row(r);
     if (lane < M) q.out.weights[at * M + lane] = weight, q.out.confidence[at * M + lane] = confidence;
@@ -452,6 +467,26 @@ struct Group {
       for (int d = lane; d < dim; d += kWarp) x[d] = 0;
     } else if (s.value_norm) {
       layer_norm(model.modality[m].value_norm, dim, lane, x);
+    }
+  }
+
+  // Row i of the tracks goes into its memory; the memory's averages side by side.
+  __device__ __forceinline__ void remember(int i) const {
+    const Shape& s = model.shape;
+    const int r = i % R, dim = int(s.dim), line = int(padded(dim));
+    float *sums = state(r) + model.memory + i / R * memory_floats(s), *weights = sums + s.memory * line;
+    const float precision = shared[q.at.precision + i], *x = shared + q.at.tracks + i * q.at.dim;
+    float* to = shared + q.at.recalled + i * q.at.recall;
+    for (int h = 0; h < s.memory; ++h) {
+      const float decay = model.decay[h], weight = fma(decay, weights[h], precision);
+      const float scale = 1.0f / (weight + model.prior[h]);
+      for (int d = lane; d < dim; d += kWarp) {
+        const float sum = fma(decay, sums[h * line + d], precision * x[d]);
+        if (live(r)) sums[h * line + d] = sum;
+        to[h * dim + d] = sum * scale;
+      }
+      __syncwarp();
+      if (lane == 0 && live(r)) weights[h] = weight;
     }
   }
 
@@ -546,6 +581,13 @@ struct Group {
           part, 1, tracks * R, [&](int) { return Job{&model.fused[b].pointwise, mixed, stride}; },
           [&](int, int i, int n, float y) { fused[i * stride + n] += y; });
     }
+    if (s.memory) {
+      for (int i = warp; i < tracks * R; i += warps) remember(i);
+      __syncthreads();
+      product<T, track_rows(R)>(
+          part, 1, tracks * R, [&](int) { return Job{&model.recall, shared + q.at.recalled, q.at.recall}; },
+          [&](int, int i, int n, float y) { fused[i * stride + n] += y; });
+    }
     for (int i = warp; i < tracks * R; i += warps) layer_norm(model.norm, dim, lane, fused + i * stride);
     __syncthreads();
     product<T, track_rows(R)>(
@@ -617,8 +659,11 @@ void for_each_phase(Model& model, Visit&& visit) {
     jobs[M] = &model.emission[i];
     visit(jobs, M + 1, false);
   }
-  for (int b = 0; b < s.fused_blocks + 2; ++b) {
-    jobs[0] = b < s.fused_blocks ? &model.fused[b].pointwise : &model.head[b - s.fused_blocks];
+  for (int b = -1; b < s.fused_blocks + 2; ++b) {
+    if (b < 0 && !s.memory) continue;
+    jobs[0] = b < 0                ? &model.recall
+              : b < s.fused_blocks ? &model.fused[b].pointwise
+                                   : &model.head[b - s.fused_blocks];
     visit(jobs, 1, true);
   }
 }
@@ -676,10 +721,12 @@ Layout lay_out(Model& model, int R) {
   at.tracks = take((1 + M) * R, at.dim);
   at.evidence = take(M * R, at.width), at.joint = take(R, at.joined),
   at.hidden = take((1 + M) * R, at.narrow);
+  at.recall = tiled(s.memory * s.dim), at.recalled = take((1 + M) * R, at.recall);
   at.zeroed = int(used);
   at.logits = take(M * R, kMaxStages), at.emission = take(R, kMaxStages);
   at.belief = take(R, kMaxStages), at.prior = take(R, kMaxStages), at.now = take(R, kMaxStages);
   at.square = take(R, 2 * kMaxModalities), at.weight = take(R, kMaxModalities);
+  at.precision = take(1, (1 + M) * R);
   at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities), at.row = take(R, 4);
   int64_t most = 0;
   for_each_phase(model, [&](Linear** jobs, int count, bool tracks) {
