@@ -249,8 +249,8 @@ def test_a_frame_that_is_not_finite_counts_as_absent(bad):
 
 
 def test_large_values_leave_the_state_finite_and_wash_out():
-    """The largest frames that are still taken: nothing overflows into NaN, and 80 frames later they are forgotten."""
-    model = build(stages=2)
+    """The largest frames that are still taken: nothing overflows into NaN, and later they are forgotten."""
+    model = build(stages=2, memory=[8.0])
     calm, shaken = model.stream(1), model.stream(1)
     for t in range(400):
         x = {k: torch.randn(1, d, generator=torch.Generator().manual_seed(t)) for k, d in DIMS.items()}
@@ -396,7 +396,8 @@ def test_state_is_that_of_the_offline_model(fusion):
         expected |= whole.fusion._asdict()
     expected |= {"repeats": whole.still[0].float(), "last": whole.still[1], "memory": whole.memory}
     for name, x in expected.items():
-        torch.testing.assert_close(state[name], x, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        rtol = 1e-4 if name == "memory" else 1e-5  # odds of a confidence that is rounded to float32
+        torch.testing.assert_close(state[name], x, atol=1e-5, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
     assert set(state) == {"frames", *expected}
 
 
