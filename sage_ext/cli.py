@@ -165,6 +165,7 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _stream_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory that train wrote; a causal model")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     sub.add_argument("--input", default="-", metavar="FILE", help="file or named pipe to read; -: standard input")
     sub.add_argument(
         "--format", choices=("jsonl", "f32"), default="jsonl",

@@ -215,9 +215,9 @@ int64_t cut_scratch(const Shape& s, float* base, Group* g) {
   };
   const int64_t all = int64_t(s.modalities) * kGroup, tracks = all + kGroup;
   const int64_t recalled = padded(s.memory * s.dim);
-  float* parts[] = {take(input, kGroup),   take(dim, all),       take(dim, tracks),
-                    take(dim, tracks),     take(joint, kGroup),  take(narrow, tracks),
-                    take(stages, all),     take(stages, kGroup), take(recalled, tracks)};
+  float* parts[] = {take(input, kGroup), take(dim, all),       take(dim, tracks),
+                    take(dim, tracks),   take(joint, kGroup),  take(narrow, tracks),
+                    take(stages, all),   take(stages, kGroup), take(recalled, tracks)};
   if (g) {
     g->input = parts[0], g->encoded = parts[1], g->mixed = parts[2], g->tracks = parts[3];
     g->joint = parts[4], g->hidden = parts[5], g->logits = parts[6], g->emission = parts[7];
@@ -525,7 +525,8 @@ void remember(Group& g) {
   const int rows = (1 + s.modalities) * g.rows;
   weigh(g);
   for (int r = 0; r < rows; ++r) {
-    float *sums = g.state(r % g.rows) + model.memory + r / g.rows * memory_floats(s), *weights = sums + s.memory * dim;
+    float *sums = g.state(r % g.rows) + model.memory + r / g.rows * memory_floats(s),
+          *weights = sums + s.memory * dim;
     const float p = g.precision[r], *x = g.tracks + r * dim;
     float* to = g.recalled + r * g.recalled_stride;
     for (int h = 0; h < s.memory; ++h) {

@@ -37,7 +37,7 @@ struct Shape {
   bool
       hide_missing;  // the fusion is not told what is missing: a missing modality is a frame of zeros like any other
   bool bf16;         // matrices are kept as bfloat16
-  int memory;        // averages of the precision-weighted memory; 0: none
+  int memory;  // averages of the precision-weighted memory; 0: none
   int stuck;  // a modality that repeats its frame for the stuck-th time is missing; 0: it may repeat for ever
 };
 

@@ -195,7 +195,8 @@ def stream(args: argparse.Namespace) -> int:
         require("matplotlib", "train")
     quality = Quality(*read_annotation(args.labels)) if args.labels is not None else None
     run = Run.load(args.run)
-    estimator = Estimator(run.model, run.names, quality=quality, keep=KEEP if args.report is not None else 0)
+    keep = KEEP if args.report is not None else 0
+    estimator = Estimator(run.model, run.names, device=args.device, quality=quality, keep=keep)
     form = make_format(args.format, run.names, estimator.session.in_dims)
     if args.report is not None:
         Path(args.report).mkdir(parents=True, exist_ok=True)

@@ -156,8 +156,10 @@ class Estimator:
     `keep`: how many of the last frames `trace` remembers for a report; 0: none, and no `trace`.
     """
 
-    def __init__(self, model: SAGE, names: Sequence[str], *, quality: Quality | None = None, keep: int = 0) -> None:
-        self.session, self.names, self.quality = model.stream(batch_size=1), tuple(names), quality
+    def __init__(
+        self, model: SAGE, names: Sequence[str], *, device: str = "cpu", quality: Quality | None = None, keep: int = 0
+    ) -> None:
+        self.session, self.names, self.quality = model.stream(device=device), tuple(names), quality
         if self.session.num_targets != len(TARGETS):
             raise ValueError(
                 f"model: expected {len(TARGETS)} targets ({', '.join(TARGETS)}), got {self.session.num_targets}"

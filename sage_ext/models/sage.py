@@ -198,10 +198,11 @@ class SAGE(nn.Module):
     Per modality: standardised features -> Linear -> causal (or centred) dilated depthwise-separable temporal
     convolutions -> `ReliabilityFusion` -> the widest of the convolutions -> plus `PrecisionMemory` -> head -> tanh. The
     precision of a frame in that memory is the sum over its modalities of `odds(confidence)^sharpness`, of which the fusion
-    weights are the shares. The same convolutions, memory and head on each modality's values alone give the unimodal predictions against which its confidence is trained and
-    calibrated: what the model would say if it had that modality only. Typicality reads the standardised inputs. Long
-    averages come after the fusion because they should not mix reliable frames with unreliable ones before those are
-    told apart. (With a peer's fusion the unimodal predictions are those of a linear head a modality on its encoder.)
+    weights are the shares. The same convolutions, memory and head on each modality's values alone give the unimodal
+    predictions against which its confidence is trained and calibrated: what the model would say if it had that modality
+    only (but for the stage, which all modalities tell). Typicality reads the standardised inputs. Long averages come
+    after the fusion because they should not mix reliable frames with unreliable ones before those are told apart.
+    (With a peer's fusion the unimodal predictions are those of a linear head a modality on its encoder.)
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
     frame of the training data; whatever the tensor holds there, NaN included, reaches nothing. A modality whose features
@@ -524,7 +525,9 @@ class SAGE(nn.Module):
         if valid is not None:
             same = same & valid
         frame = torch.arange(frames, device=same.device)[None, :, None]
-        fresh = torch.where(same, -1, frame).cummax(1).values  # the last frame that was not a repeat; -1: in an earlier chunk
+        fresh = (
+            torch.where(same, -1, frame).cummax(1).values
+        )  # the last frame that was not a repeat; -1: in an earlier chunk
         repeats = torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1)).clamp(max=self.stuck)
         moving = repeats < self.stuck
         valid = moving if valid is None else valid & moving
