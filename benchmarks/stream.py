@@ -7,7 +7,8 @@ tensors in memory to the outputs in memory. The opponents run `SAGE.forward` on 
 mode: eager, and under torch.compile. All take turns, round by round, in one process: 3 warm steps, then `steps` timed
 ones. p50 and p99 are over all timed steps; a ratio is the median over the rounds of the ratio of the rounds' medians, so that
 a machine whose speed drifts does not decide it. Many streams: 64 rows in one step with two threads against 64 steps of a
-session of one row, in frames a second. Cold weights: the same step after 64 MB of other memory have been read.
+session of one row, in frames a second. Cold weights: the same step after 64 MB of other memory have been read. In a row: 5,000
+steps without a break, and beside them a loop of plain arithmetic that takes as long, whose p99 over p50 is the machine's own.
 
 With --device cuda: batch 1 and 256 on the GPU, from inputs in the host's (pageable) memory to the estimates there; the
 opponents copy their inputs to the GPU and their prediction back.
@@ -16,11 +17,12 @@ opponents copy their inputs to the GPU and their prediction back.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # A thread that spins while it waits takes its core from the one it waits for, where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -42,15 +44,27 @@ def build() -> SAGE:
     return model.eval()
 
 
+def moving(*lead: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Two frames in turn: one that stands still is stuck, and a stuck one is missing."""
+    return itertools.cycle([{k: torch.randn(*lead, d) for k, d in DIMS.items()} for _ in range(2)])
+
+
+def busy(seconds: float) -> Callable[[], object]:
+    """A loop that takes about as long, in one core's registers and first cache."""
+    count = 1000
+    count = max(1, int(count * seconds / statistics.median(timed(lambda: sum(range(count)), 200))))
+    return lambda: sum(range(count))
+
+
 def offline_step(model: SAGE, call: Callable, rows: int = 1, device: str = "cpu") -> Callable[[], object]:
     """One frame through `call` (the model, or its compiled self), the state carried."""
-    features = {k: torch.randn(rows, 1, d) for k, d in DIMS.items()}
+    frames = moving(rows, 1)
     with torch.inference_mode():
-        state = [model({k: v.to(device) for k, v in features.items()}).state]
+        state = [model({k: v.to(device) for k, v in next(frames).items()}).state]
 
     def step() -> object:
         with torch.inference_mode():
-            out = call({k: v.to(device) for k, v in features.items()}, None, None, state[0])
+            out = call({k: v.to(device) for k, v in next(frames).items()}, None, None, state[0])
             state[0] = out.state
             return out.prediction.cpu()
 
@@ -58,8 +72,8 @@ def offline_step(model: SAGE, call: Callable, rows: int = 1, device: str = "cpu"
 
 
 def session_step(model: SAGE, rows: int, dtype: torch.dtype | None, device: str = "cpu") -> Callable[[], object]:
-    session, features = model.stream(rows, dtype, device), {k: torch.randn(rows, d) for k, d in DIMS.items()}
-    return lambda: session.step(features)
+    session, frames = model.stream(rows, dtype, device), moving(rows)
+    return lambda: session.step(next(frames))
 
 
 clock = time.perf_counter
@@ -182,6 +196,8 @@ def main() -> None:
         return statistics.median(a / b for a, b in zip(medians[slow], medians[fast]))
 
     pooled = {name: [t for r in rounds for t in r] for name, rounds in times.items()}
+    in_a_row = {name: timed(runs[name], 5000) for name in ("float32", "bfloat16")}
+    in_a_row["a loop of arithmetic"] = timed(busy(statistics.median(in_a_row["float32"])), 5000)
     other = torch.zeros(16 << 20)
     cold = {name: timed(runs[name], 100, other.sum) for name in ("float32", "bfloat16")}
     clock = time.perf_counter  # threads' times do not add up on one thread's
@@ -210,19 +226,29 @@ def main() -> None:
             if slow in runs and name != slow and name in ("float32", "bfloat16"):
                 rows[name][f"over {slow}"] = value = ratio(slow, name)
                 cells[i] = verdict(value, target)
-        tail = verdict(p99 / p50, LIMIT, False) if name in ("float32", "bfloat16") else f"{p99 / p50:.2f}"
-        print(f"| {name} | {p50 * 1e6:.1f} us | {p99 * 1e6:.1f} us | {tail} | {cells[0]} | {cells[1]} |")
+        print(f"| {name} | {p50 * 1e6:.1f} us | {p99 * 1e6:.1f} us | {p99 / p50:.2f} | {cells[0]} | {cells[1]} |")
     half, gain = ratio("float32", "bfloat16"), statistics.median(throughput)
     many_p50 = statistics.median(many_times)
     print("\n| also | |\n| --- | --- |")
     print(f"| float32's time over bfloat16's | {verdict(half, 1.4)} |")
     print(f"| {MANY} streams in one step, 2 threads | {many_p50 * 1e6:.0f} us, {MANY / many_p50:,.0f} frames/s |")
     print(f"| its throughput over that of single steps | {verdict(gain, 3.0)} |")
+    tails = {name: percentile(t, 0.99) / percentile(t, 0.5) for name, t in in_a_row.items()}
+    for name, tail in tails.items():
+        shown = verdict(tail, LIMIT, False) if name in runs else f"{tail:.2f}"
+        print(f"| {name}, 5,000 in a row: p99 over p50 | {shown} |")
     for name, t in cold.items():
         print(f"| {name} step with cold weights, p50 | {statistics.median(t) * 1e6:.1f} us |")
     about = {**machine(), "load average": " ".join(f"{x:.1f}" for x in os.getloadavg())}
     print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
-    result = {"machine": about, "steps": rows, "bfloat16 gain": half, "many": many_p50, "many gain": gain}
+    result = {
+        "machine": about,
+        "steps": rows,
+        "bfloat16 gain": half,
+        "many": many_p50,
+        "many gain": gain,
+        "tails": tails,
+    }
     save(options.json, result)
 
 
