@@ -584,7 +584,7 @@ def test_no_filter_takes_each_frames_own_evidence():
 
 @pytest.mark.parametrize("fusion", ["reliability", "concat", "late"])
 def test_no_mask_shows_missing_inputs_as_the_mean_frame(fusion):
-    net, told, (features, present) = model(fusion=fusion, use_present=False), model(fusion=fusion), clips()
+    net, told, (features, present) = model(fusion=fusion, use_present=False), model(fusion=fusion, stuck=0), clips()
     for m in range(2):
         mean = torch.linspace(1, 2, list(SIZES.values())[m])
         for each in (net, told):
@@ -631,12 +631,15 @@ def test_methods_are_configurations(name):
 
 def test_methods_are_the_studys():
     ablations = {f"sage-{name}" for name in ("one-stage", "no-calibration", "undetached", "no-filter", "no-mask",
-                                             "no-norm")}  # fmt: skip
-    assert set(METHODS) == {"sage", "uniform", *FUSIONS, *ablations}
+                                             "no-norm", "no-memory", "no-stuck")}  # fmt: skip
+    assert set(METHODS) == {"sage", "uniform", "can-plus", *FUSIONS, *ablations}
     base = build_model(TrainConfig("x", dim=8), SIZES).config
     for name in ablations - {"sage-no-calibration"}:
         config = build_model(TrainConfig("x", dim=8, **METHODS[name].overrides), SIZES).config
-        assert sum(config[key] != base[key] for key in base) == 1, name
+        # What is missing is not told where presence is hidden: not by being stuck either.
+        assert sum(config[key] != base[key] for key in base) == (2 if name == "sage-no-mask" else 1), name
+    plus = build_model(TrainConfig("x", dim=8, **METHODS["can-plus"].overrides), SIZES).config
+    assert plus == {**base, "fusion": "can"}
     assert METHODS["sage-no-calibration"].overrides == {"reliability_weight": 0.0}
     assert METHODS["sage"].overrides == {}
 

@@ -148,7 +148,7 @@ class PrecisionMemory(nn.Module):
         dim: channels. halflives: of the averages, in frames. causal: see above.
     """
 
-    CHUNK = 64  # frames of one product with the matrix of powers of lambda; sums are carried from chunk to chunk
+    CHUNK = 64  # frames of one product with the triangular matrix of powers of lambda
     halflife: Tensor  # (R,)
 
     def __init__(self, dim: int, halflives: Sequence[float], causal: bool) -> None:
@@ -175,21 +175,25 @@ class PrecisionMemory(nn.Module):
 
     def _leaky(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, T, n) -> (B, R, T, n): `sum_(k <= t) lambda_r^(t-k) x_k`, and the last of them (B, R, n)."""
-        decay = 0.5 ** (1.0 / self.halflife.to(x.dtype))
-        if sums is None:
-            sums = x.new_zeros(x.shape[0], len(decay), x.shape[-1])
-        age = torch.arange(self.CHUNK, device=x.device, dtype=x.dtype)
-        gap = age[:, None] - age
-        within = torch.where(gap >= 0, decay[:, None, None] ** gap.clamp(min=0), 0.0)  # (R, CHUNK, CHUNK)
-        since = decay[:, None] ** (age + 1)  # (R, CHUNK)
-        parts = []
-        for chunk in x.split(self.CHUNK, 1):
-            n = chunk.shape[1]
-            part = torch.einsum("rts,bsn->brtn", within[:, :n, :n], chunk)
-            part = part + since[:, :n, None] * sums.to(x.dtype).unsqueeze(2)
-            sums = part[:, :, -1]
-            parts.append(part)
-        return torch.cat(parts, 2), sums
+        frames, decay = x.shape[1], 0.5 ** (1.0 / self.halflife.to(x.dtype))
+        x = F.pad(x, (0, 0, 0, -frames % self.CHUNK)).unflatten(1, (-1, self.CHUNK))  # (B, chunks, CHUNK, n)
+        age = torch.arange(self.CHUNK, device=x.device)
+        inside = torch.einsum("rts,bcsn->brctn", _powers(decay, age[:, None] - age), x)
+        # What had come together before each chunk: of the chunks before it, and before the first.
+        chunk = torch.arange(x.shape[1], device=x.device)
+        between = _powers(decay**self.CHUNK, chunk[:, None] - chunk - 1)
+        before = torch.einsum("rcd,brdn->brcn", between, inside[:, :, :, -1])
+        if sums is not None:
+            before = before + _powers(decay**self.CHUNK, chunk).unsqueeze(-1) * sums.to(x.dtype).unsqueeze(2)
+        total = inside + _powers(decay, age + 1)[:, None, :, None] * before.unsqueeze(3)
+        total = total.flatten(2, 3)[:, :, :frames]
+        return total, total[:, :, -1]
+
+
+def _powers(base: Tensor, exponent: Tensor) -> Tensor:
+    """(R,) and (*) whole numbers -> (R, *): base**exponent, 0 where that is negative."""
+    base = base.view(-1, *[1] * exponent.dim())
+    return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0.0)
 
 
 class SAGE(nn.Module):
@@ -490,7 +494,8 @@ class SAGE(nn.Module):
         self, features: Features, present: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What calibration reads: uncalibrated reliability logits (B, T, M, S), stage posterior (B, T, S), unimodal
-        predictions (B, T, M, C) of whole sequences. Arguments as `forward`; ValueError with uniform weights."""
+        predictions (B, T, M, C) of whole sequences, with a memory that goes by uncalibrated confidence: what is fitted
+        must not depend on what was fitted before. Arguments as `forward`; ValueError with uniform weights."""
         if not isinstance(self.fusion, ReliabilityFusion):
             raise ValueError(f'fusion="{self.config["fusion"]}" has no reliability to assess')
         x, valid, mask = self._inputs(features, present, mask)
@@ -501,8 +506,7 @@ class SAGE(nn.Module):
         reliability, stage, _ = self.fusion.assess(encoded, known, None, x)
         precision = None
         if self.memory is not None:
-            confidence = calibrated_confidence(reliability, stage, self.fusion.log_temperature, self.fusion.bias)
-            precision = self._precision(confidence, known)[..., 1:]
+            precision = self._precision(calibrated_confidence(reliability, stage), known)[..., 1:]
         return reliability, stage, self._estimate(self.fusion.alone(encoded, known), precision, mask, None)[0]
 
     def _known(self, valid: Tensor | None, mask: Tensor | None) -> Tensor | None:
