@@ -176,11 +176,12 @@ class PrecisionMemory(nn.Module):
     def _leaky(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, T, n) -> (B, R, T, n): `sum_(k <= t) lambda_r^(t-k) x_k`, and the last of them (B, R, n)."""
         frames, decay = x.shape[1], 0.5 ** (1.0 / self.halflife.to(x.dtype))
-        x = F.pad(x, (0, 0, 0, -frames % self.CHUNK)).unflatten(1, (-1, self.CHUNK))  # (B, chunks, CHUNK, n)
+        chunks = frames // self.CHUNK + 1  # never without padding: torch.export would tell the two cases apart
+        x = F.pad(x, (0, 0, 0, chunks * self.CHUNK - frames)).view(x.shape[0], chunks, self.CHUNK, x.shape[2])
         age = torch.arange(self.CHUNK, device=x.device)
         inside = torch.einsum("rts,bcsn->brctn", _powers(decay, age[:, None] - age), x)
         # What had come together before each chunk: of the chunks before it, and before the first.
-        chunk = torch.arange(x.shape[1], device=x.device)
+        chunk = torch.arange(chunks, device=x.device)
         between = _powers(decay**self.CHUNK, chunk[:, None] - chunk - 1)
         before = torch.einsum("rcd,brdn->brcn", between, inside[:, :, :, -1])
         if sums is not None:
