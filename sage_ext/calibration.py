@@ -211,10 +211,9 @@ def collect(model: SAGE, batches: Iterable[Mapping[str, Any]]) -> Evidence:
         for batch in batches:
             features = {name: x.to(device) for name, x in batch["features"].items()}
             present, frame = (batch[key].to(device) if key in batch else None for key in ("present", "frame"))
-            reliability, stage, unimodal = model.assess(features, present, frame)
+            reliability, stage, unimodal, known = model.assess(features, present, frame)
             error = (unimodal - batch["labels"].to(device).unsqueeze(2)).square()
-            valid = batch["valid"].to(device).unsqueeze(-1)
-            mask = valid.expand(reliability.shape[:-1]) if present is None else valid & present
+            mask = batch["valid"].to(device).unsqueeze(-1) & known
             parts.append([x.flatten(0, 1).cpu() for x in (reliability, stage, error, mask)])
     finally:
         model.train(training)

@@ -147,7 +147,12 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("sage", "SAGE"),
-        Method("uniform", "uniform weights", {"fusion": "uniform"}, note="SAGE's values, equal weights"),
+        Method(
+            "uniform",
+            "SAGE, uniform weights",
+            {"fusion": "uniform"},
+            note="SAGE's values, memory and stuck rule, equal weights",
+        ),
         Method("sage-one-stage", "SAGE, one stage", {"stages": 1}),
         Method(
             "sage-no-calibration",
@@ -178,7 +183,7 @@ METHODS: dict[str, Method] = {
         Method("sage-no-stuck", "SAGE, stuck frames present", {"stuck": 0}),
         Method(
             "can-plus",
-            "CAN attention with SAGE's memory and stuck rule",
+            "CAN attention, SAGE's memory and stuck rule",
             {"fusion": "can", "memory": (8.0, 32.0, 128.0), "stuck": 8},
             note="what is left of SAGE's lead is its reliability's",
         ),

@@ -493,10 +493,11 @@ class SAGE(nn.Module):
 
     def assess(
         self, features: Features, present: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What calibration reads: uncalibrated reliability logits (B, T, M, S), stage posterior (B, T, S), unimodal
-        predictions (B, T, M, C) of whole sequences, with a memory that goes by uncalibrated confidence: what is fitted
-        must not depend on what was fitted before. Arguments as `forward`; ValueError with uniform weights."""
+        predictions (B, T, M, C) of whole sequences, and (B, T, M) bool: present, and not stuck. The memory goes by
+        uncalibrated confidence: what is fitted must not depend on what was fitted before. Arguments as `forward`;
+        ValueError with uniform weights."""
         if not isinstance(self.fusion, ReliabilityFusion):
             raise ValueError(f'fusion="{self.config["fusion"]}" has no reliability to assess')
         x, valid, mask = self._inputs(features, present, mask)
@@ -508,7 +509,10 @@ class SAGE(nn.Module):
         precision = None
         if self.memory is not None:
             precision = self._precision(calibrated_confidence(reliability, stage), known)[..., 1:]
-        return reliability, stage, self._estimate(self.fusion.alone(encoded, known), precision, mask, None)[0]
+        unimodal = self._estimate(self.fusion.alone(encoded, known), precision, mask, None)[0]
+        if valid is None:
+            valid = torch.ones(reliability.shape[:3], dtype=torch.bool, device=reliability.device)
+        return reliability, stage, unimodal, valid
 
     def _known(self, valid: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """(B, T, M) what the fusion is told of `valid`, all of it unless `use_present` is False."""

@@ -435,9 +435,9 @@ class _Evidence(NamedTuple):
 
 def _evidence(run: Run, batch: Batch) -> list[_Evidence]:
     with torch.inference_mode():
-        reliability, stage, unimodal = run.model.assess(batch.features, batch.present, batch.frame)
+        reliability, stage, unimodal, known = run.model.assess(batch.features, batch.present, batch.frame)
     error = (unimodal - batch.labels.unsqueeze(2)).square().mean(-1)
-    mask = batch.present & batch.valid.unsqueeze(-1)
+    mask = known & batch.valid.unsqueeze(-1)
     return [
         _Evidence(clip.name, *(x[b, :length].cpu() for x in (reliability, stage, error, mask)))
         for b, (clip, length) in enumerate(zip(batch.clips, batch.lengths))

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import __version__
 from ..files import write_atomic
-from ..models.peers import METHODS
+from ..models.peers import FUSIONS, METHODS
 from ..report import (
     BLUE,
     DASH,
@@ -63,8 +63,13 @@ class Scores:
         return (self.mean(ours, group) - self.mean(theirs, group), *interval(drawn))
 
     def peers(self) -> list[str]:
-        """Other people's methods, uniform weights included; SAGE, its ablations and single modalities left out."""
-        return [m for m in self.results.methods if m in METHODS and m.partition("-")[0] != REFERENCE]
+        """Other people's methods, by their definitions."""
+        return [m for m in self.results.methods if m in FUSIONS]
+
+    def sharing(self) -> list[str]:
+        """Other fusions, uniform weights among them, in a model that has SAGE's memory and stuck rule."""
+        named = [m for m in self.results.methods if m in METHODS and m not in FUSIONS]
+        return [m for m in named if m.partition("-")[0] != REFERENCE]
 
     def best(self, methods: Sequence[str], group: Group) -> str:
         return max(methods, key=lambda method: self.mean(method, group))
@@ -263,6 +268,16 @@ def _claims(scores: Scores) -> list[Table]:
         found = scores.difference(REFERENCE, best, scores.groups[ALL])
         met = found[0] >= 0.03 and found[1] > 0
         add(f"SAGE less the best peer ({title(best)}), all corruptions", found, ">= +0.03, interval above 0", met)
+    for name, what in ((CLEAN, "clean"), (ALL, "all corruptions")):
+        if scores.sharing() and name in scores.groups:
+            best = scores.best(scores.sharing(), scores.groups[name])
+            found = scores.difference(REFERENCE, best, scores.groups[name])
+            add(
+                f"SAGE less the best that shares its memory and stuck rule ({title(best)}), {what}",
+                found,
+                "stated",
+                None,
+            )
     if "concat" in results.methods and ORACLE in results.methods and ALL in scores.groups:
         known = ~np.isnan(scores.measured[ORACLE]).any(0)
         emptied = [index for name, (index, *_) in scores.groups.items() if name not in (CLEAN, ALL, *WEAKENED)]
