@@ -358,7 +358,7 @@ def _address(
 
 
 def _parameters(model: SAGE) -> Tensor:
-    """All numbers that a step needs, flat, float32, in the order in which csrc/stream/step.cpp packs them."""
+    """All numbers that a step needs, flat, float32, in the order in which csrc/stream/pack.h packs them."""
     parts: list[Tensor] = []
 
     def linear(f: nn.Module) -> None:

@@ -287,7 +287,7 @@ class SAGE(nn.Module):
         if memory is None:
             memory = (8.0, 32.0, 128.0) if ours else ()
         lives = isinstance(memory, Sequence) and all(isinstance(h, (int, float)) and 0 < h < 1e6 for h in memory)
-        if not lives or len(memory) > 8:
+        if not lives or len(memory) > 8:  # csrc/stream/stream.h: kMaxMemory
             raise ValueError(f"memory must be at most 8 half-lives in frames, each in (0, 1e6), got {memory!r}")
         if stuck is None:
             stuck = 8 if ours and use_present else 0
@@ -457,10 +457,7 @@ class SAGE(nn.Module):
         known = self._known(valid, mask)
         result = self.fusion(encoded, known, None, None if state is None else state.fusion, typicality_inputs=x)
         tracks = self._tracks(result.fused, encoded, known)
-        precision = None
-        if self.memory is not None:
-            precision = self._precision(result.confidence, known)  # of the fused frames and each modality's
-            precision = precision[..., 1:] if isinstance(self.fusion, LateFusion) else precision[..., : tracks.shape[2]]
+        precision = self._precision(result.confidence, known)
         estimates, fused, memory = self._estimate(tracks, precision, mask, state)
         if isinstance(self.fusion, LateFusion):
             prediction = self.fusion.mix(estimates, known)
@@ -506,9 +503,7 @@ class SAGE(nn.Module):
         known = self._known(valid, mask)
         encoded = blank_missing(encoded, known)
         reliability, stage, _ = self.fusion.assess(encoded, known, None, x)
-        precision = None
-        if self.memory is not None:
-            precision = self._precision(calibrated_confidence(reliability, stage), known)[..., 1:]
+        precision = self._precision(calibrated_confidence(reliability, stage), known)
         unimodal = self._estimate(self.fusion.alone(encoded, known), precision, mask, None)[0]
         if valid is None:
             valid = torch.ones(reliability.shape[:3], dtype=torch.bool, device=reliability.device)
@@ -534,17 +529,18 @@ class SAGE(nn.Module):
         if valid is not None:
             same = same & valid
         frame = torch.arange(frames, device=same.device)[None, :, None]
-        fresh = (
-            torch.where(same, -1, frame).cummax(1).values
-        )  # the last frame that was not a repeat; -1: in an earlier chunk
+        # The last frame that was not a repeat; -1: in an earlier chunk.
+        fresh = torch.where(same, -1, frame).cummax(1).values
         repeats = torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1)).clamp(max=self.stuck)
         moving = repeats < self.stuck
         valid = moving if valid is None else valid & moving
         return blank_missing(x, valid), valid, (repeats[:, -1], torch.cat([v[:, -1] for v in x], -1))
 
-    def _precision(self, confidence: Tensor, known: Tensor | None) -> Tensor:
+    def _precision(self, confidence: Tensor, known: Tensor | None) -> Tensor | None:
         """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing. Confidence
-        counts as within [0.001, 0.999]: one frame must not outweigh thousands."""
+        counts as within [0.001, 0.999]: one frame must not outweigh thousands. None without a memory."""
+        if self.memory is None:
+            return None
         log_odds = torch.logit(confidence, eps=1e-3)
         if isinstance(self.fusion, ReliabilityFusion):
             log_odds = self.fusion.sharpness * log_odds
@@ -566,8 +562,9 @@ class SAGE(nn.Module):
     def _estimate(
         self, tracks: Tensor, precision: Tensor | None, mask: Tensor | None, state: SAGEState | None
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """Blocks after the fusion, memory and head, on K tracks (B, T, K, dim) in one batch: estimates (B, T, K, C), and for
-        the next chunk the blocks' histories (B, K, span, dim) and the memory's sums (B, K, R, dim + 1)."""
+        """Blocks after the fusion, memory and head, on K tracks (B, T, K, dim) in one batch: the fused frames alone, the
+        modalities, or both; `precision` is of both. Estimates (B, T, K, C), and for the next chunk the blocks' histories
+        (B, K, span, dim) and the memory's sums (B, K, R, dim + 1)."""
         count = tracks.shape[2]
         x = tracks.transpose(1, 2).flatten(0, 1)
         mask = None if mask is None else mask.repeat_interleave(count, 0)
@@ -579,6 +576,7 @@ class SAGE(nn.Module):
         if self.memory is not None and precision is not None:
             if state is not None and state.memory is not None:
                 sums = state.memory.flatten(0, 1)
+            precision = precision[..., :1] if count == 1 else precision[..., -count:]
             kept, sums = self.memory(x, precision.transpose(1, 2).flatten(0, 1), sums)
             x, sums = x + kept, sums.unflatten(0, (-1, count))
         return _bounded(self.head(self.norm(x))).unflatten(0, (-1, count)).transpose(1, 2), tuple(tails), sums
