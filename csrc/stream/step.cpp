@@ -240,7 +240,7 @@ void standardise(Group& g, int m) {
     const float* raw = g.q.features[m] + row * n;
     float *x = g.input + i * g.input_stride, *last = g.state(i) + from.last;
     const bool given = !g.q.present || g.q.present[row * s.modalities + m];
-    bool here = given, held = false;
+    bool here = given, same = false, stuck = false;
     if (given) {
       V squares(0.0f), steps(0.0f), moved(0.0f);
       for_each_vector<W>(n, [&](int64_t d, auto at) {
@@ -255,13 +255,13 @@ void standardise(Group& g, int m) {
       here = total <= 3.4028235e38f;  // false for NaN
       g.square[i][2 * m] = total / float(n);
       g.square[i][2 * m + 1] = sum(steps) / float(n);
-      held = here && s.stuck && sum(moved) == 0;
+      same = here && sum(moved) == 0;
     }
     if (s.stuck) {
       float& repeats = g.state(i)[g.model.repeats + m];
-      repeats = held ? repeats + (repeats < float(s.stuck)) : 0.0f;
-      held = repeats >= float(s.stuck);
-      here = here && !held;
+      repeats = same ? repeats + (repeats < float(s.stuck)) : 0.0f;
+      stuck = repeats >= float(s.stuck);
+      here = here && !stuck;
     }
     if (!here) {
       V steps(0.0f);
@@ -272,11 +272,11 @@ void standardise(Group& g, int m) {
       g.square[i][2 * m] = 0;
       g.square[i][2 * m + 1] = sum(steps) / float(n);
       ++g.q.absent[row * s.modalities + m];
-      g.q.refused[row * s.modalities + m] += given && !held;
+      g.q.refused[row * s.modalities + m] += given && !stuck;
     }
     g.present[i][m] = here || s.hide_missing;
     // A stuck input stays the last one; typicality counts no motion after a missing frame.
-    for (int64_t d = 0; d < n && !held; d += W) store(last + d, load(x + d));
+    for (int64_t d = 0; d < n && !stuck; d += W) store(last + d, load(x + d));
   }
 }
 
