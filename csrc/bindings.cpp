@@ -59,15 +59,17 @@ void check(bool fits, const char* message) {
 }
 
 // values: one (address, row stride) a modality.
-sage::FusionForward fusion_params(int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
-                                  const py::tuple& strides, Address reliability, Address stage,
-                                  Address log_temperature, Address bias, Address sharpness, Address present,
-                                  Address norm_weight, Address norm_bias, double eps, Address fused,
-                                  Address weights, Address confidence, Address stats) {
+sage::ReliabilityFusionForward fusion_params(int dtype, int64_t rows, int64_t dim, int stages,
+                                             const py::tuple& values, const py::tuple& strides,
+                                             Address reliability, Address stage, Address log_temperature,
+                                             Address bias, Address sharpness, Address present,
+                                             Address norm_weight, Address norm_bias, double eps,
+                                             Address fused, Address weights, Address confidence,
+                                             Address stats) {
   const int modalities = static_cast<int>(values.size());
   check(modalities >= 1 && modalities <= sage::kMaxModalities && stages >= 1 && stages <= sage::kMaxStages,
         "reliability_fusion: 1..8 modalities and 1..16 stages");
-  sage::FusionForward q = {};
+  sage::ReliabilityFusionForward q = {};
   q.dtype = dtype_of(dtype);
   q.rows = rows, q.dim = dim, q.modalities = modalities, q.stages = stages;
   for (int m = 0; m < modalities; ++m) {
@@ -103,11 +105,11 @@ sage::CccForward ccc_params(int dtype, int64_t groups, int64_t frames, int chann
   return q;
 }
 
-sage::TemporalForward temporal_params(int dtype, int64_t batch, int64_t frames, int channels, Address pred,
-                                      Address target, Address mask, int mask_kind, int64_t window,
-                                      double decay, int64_t history, Address state_in, Address workspace) {
+sage::TemporalCccForward temporal_params(int dtype, int64_t batch, int64_t frames, int channels, Address pred,
+                                         Address target, Address mask, int mask_kind, int64_t window,
+                                         double decay, int64_t history, Address state_in, Address workspace) {
   check(mask_kind >= 0 && mask_kind <= 2, "temporal_ccc: mask kind");
-  sage::TemporalForward q = {};
+  sage::TemporalCccForward q = {};
   q.dtype = dtype_of(dtype);
   q.batch = batch, q.frames = frames, q.channels = channels;
   const int64_t numbers = batch * frames * channels;
@@ -123,10 +125,11 @@ sage::TemporalForward temporal_params(int dtype, int64_t batch, int64_t frames, 
 
 template <Launcher<sage::StageFilterForward> stage_filter_forward,
           Launcher<sage::StageFilterBackward> stage_filter_backward,
-          Launcher<sage::FusionForward> fusion_forward, Launcher<sage::FusionBackward> fusion_backward,
+          Launcher<sage::ReliabilityFusionForward> reliability_fusion_forward,
+          Launcher<sage::ReliabilityFusionBackward> reliability_fusion_backward,
           Launcher<sage::CccForward> ccc_forward, Launcher<sage::CccBackward> ccc_backward,
-          Launcher<sage::TemporalForward> temporal_forward,
-          Launcher<sage::TemporalBackward> temporal_backward>
+          Launcher<sage::TemporalCccForward> temporal_ccc_forward,
+          Launcher<sage::TemporalCccBackward> temporal_ccc_backward>
 void bind_backend(py::module_ m) {
   m.def("stage_filter_forward", [](int dtype, int64_t batch, int64_t frames, int stages, Address emission,
                                    Address transition, Address initial, int64_t initial_stride, Address mask,
@@ -161,35 +164,40 @@ void bind_backend(py::module_ m) {
                                      at(grad_initial), static_cast<double*>(at(workspace))},
            exec_of(where, stream));
   });
-  m.def("fusion_forward", [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
-                             const py::tuple& strides, Address reliability, Address stage,
-                             Address log_temperature, Address bias, Address sharpness, Address present,
-                             Address norm_weight, Address norm_bias, double eps, Address fused,
-                             Address weights, Address confidence, Address stats, int where, Address stream) {
-    launch(fusion_forward,
-           fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature, bias,
-                         sharpness, present, norm_weight, norm_bias, eps, fused, weights, confidence, stats),
-           exec_of(where, stream));
-  });
-  m.def("fusion_backward", [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
-                              const py::tuple& strides, Address reliability, Address stage,
-                              Address log_temperature, Address bias, Address sharpness, Address present,
-                              Address norm_weight, Address norm_bias, double eps, Address weights,
-                              Address stats, Address grad_fused, Address grad_weights,
-                              Address grad_confidence, const py::tuple& grad_values, Address grad_reliability,
-                              Address grad_stage, Address grad_params, Address workspace, int where,
-                              Address stream) {
-    sage::FusionBackward q = {};
-    q.forward = fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature,
-                              bias, sharpness, present, norm_weight, norm_bias, eps, 0, weights, 0, stats);
-    q.grad_fused = at(grad_fused), q.grad_weights = at(grad_weights), q.grad_confidence = at(grad_confidence);
-    for (int i = 0; i < q.forward.modalities; ++i) q.grad_values[i] = at(grad_values[i].cast<Address>());
-    q.grad_reliability = need("reliability_fusion_backward", "grad_reliability", grad_reliability, rows);
-    q.grad_stage = at(grad_stage);
-    q.grad_params = need("reliability_fusion_backward", "grad_params", grad_params, 1);
-    q.workspace = static_cast<double*>(at(workspace));
-    launch(fusion_backward, q, exec_of(where, stream));
-  });
+  m.def(
+      "reliability_fusion_forward",
+      [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values, const py::tuple& strides,
+         Address reliability, Address stage, Address log_temperature, Address bias, Address sharpness,
+         Address present, Address norm_weight, Address norm_bias, double eps, Address fused, Address weights,
+         Address confidence, Address stats, int where, Address stream) {
+        launch(reliability_fusion_forward,
+               fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature,
+                             bias, sharpness, present, norm_weight, norm_bias, eps, fused, weights,
+                             confidence, stats),
+               exec_of(where, stream));
+      });
+  m.def("reliability_fusion_backward",
+        [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
+           const py::tuple& strides, Address reliability, Address stage, Address log_temperature,
+           Address bias, Address sharpness, Address present, Address norm_weight, Address norm_bias,
+           double eps, Address weights, Address stats, Address grad_fused, Address grad_weights,
+           Address grad_confidence, const py::tuple& grad_values, Address grad_reliability,
+           Address grad_stage, Address grad_params, Address workspace, int where, Address stream) {
+          sage::ReliabilityFusionBackward q = {};
+          q.forward =
+              fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature,
+                            bias, sharpness, present, norm_weight, norm_bias, eps, 0, weights, 0, stats);
+          q.grad_fused = at(grad_fused), q.grad_weights = at(grad_weights),
+          q.grad_confidence = at(grad_confidence);
+          for (int i = 0; i < q.forward.modalities; ++i)
+            q.grad_values[i] = at(grad_values[i].cast<Address>());
+          q.grad_reliability =
+              need("reliability_fusion_backward", "grad_reliability", grad_reliability, rows);
+          q.grad_stage = at(grad_stage);
+          q.grad_params = need("reliability_fusion_backward", "grad_params", grad_params, 1);
+          q.workspace = static_cast<double*>(at(workspace));
+          launch(reliability_fusion_backward, q, exec_of(where, stream));
+        });
   m.def("ccc_forward", [](int dtype, int64_t groups, int64_t frames, int channels, Address pred,
                           Address target, Address mask, int mask_kind, Address moments, Address ccc,
                           Address workspace, int where, Address stream) {
@@ -210,28 +218,29 @@ void bind_backend(py::module_ m) {
     q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
     launch(ccc_backward, q, exec_of(where, stream));
   });
-  m.def("temporal_forward", [](int dtype, int64_t batch, int64_t frames, int channels, Address pred,
-                               Address target, Address mask, int mask_kind, int64_t window, double decay,
-                               int64_t history, Address state_in, int64_t history_out, Address state_out,
-                               Address rho, Address defined, Address workspace, int where, Address stream) {
-    sage::TemporalForward q = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind,
-                                              window, decay, history, state_in, workspace);
-    const int64_t numbers = batch * frames * channels;
-    q.history_out = history_out, q.state_out = static_cast<double*>(at(state_out));
-    q.rho = need("temporal_ccc", "rho", rho, numbers);
-    q.defined = static_cast<uint8_t*>(need("temporal_ccc", "defined", defined, numbers));
-    launch(temporal_forward, q, exec_of(where, stream));
-  });
-  m.def("temporal_backward",
+  m.def(
+      "temporal_ccc_forward",
+      [](int dtype, int64_t batch, int64_t frames, int channels, Address pred, Address target, Address mask,
+         int mask_kind, int64_t window, double decay, int64_t history, Address state_in, int64_t history_out,
+         Address state_out, Address rho, Address defined, Address workspace, int where, Address stream) {
+        sage::TemporalCccForward q = temporal_params(dtype, batch, frames, channels, pred, target, mask,
+                                                     mask_kind, window, decay, history, state_in, workspace);
+        const int64_t numbers = batch * frames * channels;
+        q.history_out = history_out, q.state_out = static_cast<double*>(at(state_out));
+        q.rho = need("temporal_ccc", "rho", rho, numbers);
+        q.defined = static_cast<uint8_t*>(need("temporal_ccc", "defined", defined, numbers));
+        launch(temporal_ccc_forward, q, exec_of(where, stream));
+      });
+  m.def("temporal_ccc_backward",
         [](int dtype, int64_t batch, int64_t frames, int channels, Address pred, Address target, Address mask,
            int mask_kind, int64_t window, double decay, int64_t history, Address state_in, Address grad_rho,
            Address grad_pred, Address grad_target, Address workspace, int where, Address stream) {
-          sage::TemporalBackward q = {};
+          sage::TemporalCccBackward q = {};
           q.forward = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind, window,
                                       decay, history, state_in, workspace);
           q.grad_rho = need("temporal_ccc_backward", "grad_rho", grad_rho, batch * frames * channels);
           q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
-          launch(temporal_backward, q, exec_of(where, stream));
+          launch(temporal_ccc_backward, q, exec_of(where, stream));
         });
 }
 
@@ -312,20 +321,21 @@ void bind_session(py::module_ m) {
       });
 }
 
-#define SAGE_BIND(module, backend)                                                                     \
-  bind_backend<backend::stage_filter_forward, backend::stage_filter_backward, backend::fusion_forward, \
-               backend::fusion_backward, backend::ccc_forward, backend::ccc_backward,                  \
-               backend::temporal_forward, backend::temporal_backward>(module);                         \
+#define SAGE_BIND(module, backend)                                                         \
+  bind_backend<backend::stage_filter_forward, backend::stage_filter_backward,              \
+               backend::reliability_fusion_forward, backend::reliability_fusion_backward,  \
+               backend::ccc_forward, backend::ccc_backward, backend::temporal_ccc_forward, \
+               backend::temporal_ccc_backward>(module);                                    \
   bind_open_session<backend::open_session>(module)
 
 }  // namespace
 
 PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   m.def("stage_filter_workspace", &sage::stage_filter_workspace);
-  m.def("fusion_param_count", &sage::fusion_param_count);
-  m.def("fusion_workspace", &sage::fusion_workspace);
+  m.def("reliability_fusion_param_count", &sage::reliability_fusion_param_count);
+  m.def("reliability_fusion_workspace", &sage::reliability_fusion_workspace);
   m.def("ccc_workspace", &sage::ccc_workspace);
-  m.def("temporal_workspace", &sage::temporal_workspace);
+  m.def("temporal_ccc_workspace", &sage::temporal_ccc_workspace);
   m.attr("max_modalities") = sage::kMaxModalities;
   m.attr("max_stages") = sage::kMaxStages;
   m.attr("build_info") = SAGE_BUILD_INFO;  // JSON

@@ -63,7 +63,7 @@ inline int64_t stage_filter_workspace(int64_t batch, int64_t frames, int stages)
 }
 
 // ---------------------------------------------------------------------------- reliability_fusion (spec 1.2)
-struct FusionForward {
+struct ReliabilityFusionForward {
   DType dtype;  // of values, norm_weight, norm_bias... see gate_dtype()
   int64_t rows, dim;
   int modalities, stages;
@@ -84,42 +84,45 @@ struct FusionForward {
   void* stats;       // (N, M, 2) mean and 1/std for backward; null: not wanted
 };
 
-struct FusionBackward {
-  FusionForward forward;        // as given to forward; fused is unused, weights and stats hold its results
+struct ReliabilityFusionBackward {
+  ReliabilityFusionForward
+      forward;                  // as given to forward; fused is unused, weights and stats hold its results
   const void* grad_fused;       // (N, D) or null: zero
   const void* grad_weights;     // (N, M) or null: zero
   const void* grad_confidence;  // (N, M) or null: zero
   void* grad_values[kMaxModalities];  // (N, D) dense each; null: not wanted
   void* grad_reliability;             // (N, M, S)
   void* grad_stage;                   // (N, S) or null
-  void* grad_params;  // fusion_param_count() numbers: norm_weight, norm_bias (M, D) each if given,
-                      // then log_temperature, bias (M, S), sharpness (M,)
-  double* workspace;  // fusion_workspace() doubles
+  void*
+      grad_params;  // reliability_fusion_param_count() numbers: norm_weight, norm_bias (M, D) each if given,
+                    // then log_temperature, bias (M, S), sharpness (M,)
+  double* workspace;  // reliability_fusion_workspace() doubles
 };
-inline int64_t fusion_param_count(int64_t dim, int modalities, int stages, bool norm) {
+inline int64_t reliability_fusion_param_count(int64_t dim, int modalities, int stages, bool norm) {
   return modalities * ((norm ? 2 * dim : 0) + 2 * stages + 1);
 }
 // Rows are cut into chunks by the row count alone, so parameter gradients do not depend on the thread count.
 constexpr int64_t kFusionChunks = 64, kFusionChunkRows = 64;
-inline int64_t fusion_chunk_rows(int64_t rows) {
+inline int64_t reliability_fusion_chunk_rows(int64_t rows) {
   int64_t per = (rows + kFusionChunks - 1) / kFusionChunks;
   return per < kFusionChunkRows ? kFusionChunkRows
                                 : (per + kFusionChunkRows - 1) / kFusionChunkRows * kFusionChunkRows;
 }
-inline int64_t fusion_chunks(int64_t rows) {
-  return (rows + fusion_chunk_rows(rows) - 1) / fusion_chunk_rows(rows);
+inline int64_t reliability_fusion_chunks(int64_t rows) {
+  return (rows + reliability_fusion_chunk_rows(rows) - 1) / reliability_fusion_chunk_rows(rows);
 }
 // On a GPU a chunk is the rows of one block.
-inline int64_t fusion_cuda_chunk_rows(int64_t rows) {
+inline int64_t reliability_fusion_cuda_chunk_rows(int64_t rows) {
   const int64_t per = (rows + 1023) / 1024;
   return per < 32 ? 32 : (per + 31) / 32 * 32;
 }
-inline int64_t fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages, bool norm) {
+inline int64_t reliability_fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages,
+                                            bool norm) {
   // CPU: a chunk's sums in double, and beside them its running sums in the arithmetic type; GPU: a chunk's
   // sums
-  const int64_t per = fusion_cuda_chunk_rows(rows), cpu = 2 * fusion_chunks(rows),
+  const int64_t per = reliability_fusion_cuda_chunk_rows(rows), cpu = 2 * reliability_fusion_chunks(rows),
                 cuda = (rows + per - 1) / per;
-  return (cpu > cuda ? cpu : cuda) * fusion_param_count(dim, modalities, stages, norm);
+  return (cpu > cuda ? cpu : cuda) * reliability_fusion_param_count(dim, modalities, stages, norm);
 }
 
 // ------------------------------------------------------------------------------------------ ccc (spec 1.3)
@@ -158,7 +161,7 @@ inline int64_t ccc_workspace(int64_t groups, int64_t frames, int channels) {
 constexpr int kTemporalState = 8;
 constexpr int kTemporalCoefficients = 5;
 
-struct TemporalForward {
+struct TemporalCccForward {
   DType dtype;  // of pred, target, rho
   int64_t batch, frames;
   int channels;
@@ -174,38 +177,38 @@ struct TemporalForward {
   double* state_out;       // (B, C, 8), or (B, history_out, C, 3)
   void* rho;               // (B, T, C)
   uint8_t* defined;        // (B, T, C): two valid frames or more and a denominator above 0
-  double* workspace;       // temporal_workspace() doubles, on every backend
+  double* workspace;       // temporal_ccc_workspace() doubles, on every backend
 };
 
 // Frames of the CPU's window stack, and doubles of workspace, enough for every backend: lanes in eights, 6
 // moments a frame of the window mode (a GPU keeps all of them); for backward 5 slopes and a decay a frame,
 // or, in window mode, the slopes and their running sums.
-inline int64_t temporal_stack(int64_t frames, int64_t window, int64_t history) {
+inline int64_t temporal_ccc_stack(int64_t frames, int64_t window, int64_t history) {
   return window == 0 ? 0 : window < history + frames ? window : history + frames;
 }
-inline int64_t temporal_workspace(int64_t batch, int64_t frames, int channels, int64_t window,
-                                  int64_t history, bool backward) {
+inline int64_t temporal_ccc_workspace(int64_t batch, int64_t frames, int channels, int64_t window,
+                                      int64_t history, bool backward) {
   const int64_t lanes = (batch * channels + 7) / 8 * 8;
   return lanes * (window ? 6 * (history + frames) + (backward ? 10 * frames : 0) : backward ? 6 * frames : 0);
 }
 
-struct TemporalBackward {
-  TemporalForward forward;  // rho, defined and state_out (null) are unused
-  const void* grad_rho;     // (B, T, C)
-  void* grad_pred;          // (B, T, C) or null
-  void* grad_target;        // (B, T, C) or null
+struct TemporalCccBackward {
+  TemporalCccForward forward;  // rho, defined and state_out (null) are unused
+  const void* grad_rho;        // (B, T, C)
+  void* grad_pred;             // (B, T, C) or null
+  void* grad_target;           // (B, T, C) or null
 };
 
 // X(op, Params): every kernel entry point of the library.
-#define SAGE_OPS(X)                             \
-  X(stage_filter_forward, StageFilterForward)   \
-  X(stage_filter_backward, StageFilterBackward) \
-  X(fusion_forward, FusionForward)              \
-  X(fusion_backward, FusionBackward)            \
-  X(ccc_forward, CccForward)                    \
-  X(ccc_backward, CccBackward)                  \
-  X(temporal_forward, TemporalForward)          \
-  X(temporal_backward, TemporalBackward)
+#define SAGE_OPS(X)                                         \
+  X(stage_filter_forward, StageFilterForward)               \
+  X(stage_filter_backward, StageFilterBackward)             \
+  X(reliability_fusion_forward, ReliabilityFusionForward)   \
+  X(reliability_fusion_backward, ReliabilityFusionBackward) \
+  X(ccc_forward, CccForward)                                \
+  X(ccc_backward, CccBackward)                              \
+  X(temporal_ccc_forward, TemporalCccForward)               \
+  X(temporal_ccc_backward, TemporalCccBackward)
 
 #define SAGE_DECLARE(op, Params) void op(const Params&, Exec);
 namespace cpu {

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C, reference
-from ._ops import _door, concordance, fusion, temporal
-from ._ops import stage_filter as _stage_filter
+from . import _C, _ops, reference
+from ._ops import _door
 
 __all__ = [
     "ccc",
@@ -125,7 +124,7 @@ def stage_filter(
     emission, transition, initial = emission.to(dtype), transition.to(dtype), _to(initial, dtype)
     if not _door.has_kernels(emission.device):
         return reference.stage_filter(emission, transition, initial, mask)
-    return _stage_filter.stage_filter(emission, transition, initial, mask)
+    return _ops.stage_filter.stage_filter(emission, transition, initial, mask)
 
 
 # --------------------------------------------------------------------------------------------- reliability_fusion
@@ -228,7 +227,7 @@ def reliability_fusion(
             present=present, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
         )  # fmt: skip
     dtype = _arithmetic(first)
-    return fusion.reliability_fusion(
+    return _ops.reliability_fusion.reliability_fusion(
         values, reliability.to(dtype), _to(stage, dtype), _to(log_temperature, dtype), _to(bias, dtype),
         _to(sharpness, dtype), present, _to(norm_weight, dtype), _to(norm_bias, dtype), float(eps),
     )  # fmt: skip
@@ -284,7 +283,7 @@ def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str =
     pooled = _pooled(pool)
     if not _door.has_kernels(pred.device):
         return reference.ccc(pred, target, mask, pool=pool)
-    return concordance.ccc(pred, target, mask, pooled)
+    return _ops.ccc.ccc(pred, target, mask, pooled)
 
 
 def ccc_moments(
@@ -313,7 +312,7 @@ def ccc_moments(
     if not _door.has_kernels(pred.device):
         moments = reference.ccc_moments(pred, target, mask, pool=pool)
     else:
-        moments = concordance.ccc_moments(pred, target, mask, pooled)
+        moments = _ops.ccc.ccc_moments(pred, target, mask, pooled)
     return moments if state is None else merge_moments(state, moments)
 
 
@@ -413,7 +412,7 @@ def _temporal_ccc(
     if not _door.has_kernels(pred.device):
         return reference.temporal_ccc_chunk(pred, target, mask, window=window, halflife=halflife, state=state)
     decay = 1.0 if halflife is None else 0.5 ** (1.0 / halflife)
-    return temporal.temporal_ccc(pred, target, mask, state, window or 0, decay)
+    return _ops.temporal_ccc.temporal_ccc(pred, target, mask, state, window or 0, decay)
 
 
 def _window(window: object, halflife: object) -> None:

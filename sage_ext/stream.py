@@ -366,7 +366,7 @@ def _parameters(model: SAGE) -> Tensor:
         parts.extend((f.weight, f.bias))
 
     def norm(f: nn.LayerNorm) -> None:
-        assert f.eps == 1e-5  # stream.h: kNormEps
+        assert f.eps == 1e-5  # csrc/stream/model.h: kNormEps
         parts.extend((f.weight, f.bias))
 
     def block(f: nn.Module) -> None:

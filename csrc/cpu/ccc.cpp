@@ -5,7 +5,7 @@
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
-#include "../math/concordance.h"
+#include "../math/ccc.h"
 
 namespace sage::cpu::SAGE_ISA {
 namespace {

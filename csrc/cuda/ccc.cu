@@ -8,7 +8,7 @@
 // distance to the first valid frame it met, so a constant gives exact zeros and nothing cancels. Centred moments are then
 // merged in a fixed order: lanes, warps, and, in a second launch where there are several chunks, chunks.
 #include "device.cuh"
-#include "../math/concordance.h"
+#include "../math/ccc.h"
 
 namespace sage::cuda {
 namespace {

@@ -2,7 +2,7 @@
 //
 // A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, fusion,
 // blocks on the fused frames and on each modality's alone, head. What passes between layers stays in shared memory; a
-// stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/stream.h).
+// stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
 //
 // Bytes: the matrices, once a block (1,168 KB float32, 584 KB bfloat16 with the default sizes), from L2; 34 KB of state and
 // 2.6 KB of input a stream. Floor: one multiprocessor takes some 64 bytes a cycle from L2, 11 us for the matrices in float32;
@@ -19,7 +19,7 @@
 
 #include "device.cuh"
 #include "../math/activation.h"
-#include "../math/reliability.h"
+#include "../math/reliability_fusion.h"
 #include "../math/stage_filter.h"
 #include "../stream/pack.h"
 #include "../stream/session.h"

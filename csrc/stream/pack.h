@@ -1,6 +1,6 @@
 // How the parameters of sage_ext/stream.py, one flat array, become a Model: the order is here alone, for every backend.
 #pragma once
-#include "stream.h"
+#include "model.h"
 
 namespace sage::stream {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <atomic>
 
-#include "stream.h"
+#include "model.h"
 
 namespace sage::stream {
 

@@ -1,5 +1,5 @@
 """One file an op: its torch.library schema, fake, autograd, and the eager fast path. `sage_ext.functional` calls these."""
 
-from . import concordance, fusion, stage_filter, temporal
+from . import ccc, reliability_fusion, stage_filter, temporal_ccc
 
-__all__ = ["concordance", "fusion", "stage_filter", "temporal"]
+__all__ = ["ccc", "reliability_fusion", "stage_filter", "temporal_ccc"]

@@ -287,7 +287,7 @@ class SAGE(nn.Module):
         if memory is None:
             memory = (8.0, 32.0, 128.0) if ours else ()
         lives = isinstance(memory, Sequence) and all(isinstance(h, (int, float)) and 0 < h < 1e6 for h in memory)
-        if not lives or len(memory) > 8:  # csrc/stream/stream.h: kMaxMemory
+        if not lives or len(memory) > 8:  # csrc/stream/model.h: kMaxMemory
             raise ValueError(f"memory must be at most 8 half-lives in frames, each in (0, 1e6), got {memory!r}")
         if stuck is None:
             stuck = 8 if ours and use_present else 0

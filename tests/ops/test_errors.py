@@ -296,8 +296,8 @@ def test_a_null_address_where_there_is_work_is_refused(cpu_only):
     with pytest.raises(ValueError, match="mask"):
         kernels.ccc_forward(1, 1, 4, 1, a, a, 0, 1, a, a, a, 1, 0)
     with pytest.raises(ValueError, match="values"):
-        kernels.fusion_forward(1, 1, 2, 1, (0,), (2,), a, 0, 0, 0, 0, 0, 0, 0, 1e-5, a, a, a, 0, 1, 0)
+        kernels.reliability_fusion_forward(1, 1, 2, 1, (0,), (2,), a, 0, 0, 0, 0, 0, 0, 0, 1e-5, a, a, a, 0, 1, 0)
     with pytest.raises(ValueError, match="rho"):
-        kernels.temporal_forward(1, 1, 4, 1, a, a, 0, 0, 0, 1.0, 0, 0, 0, 0, 0, a, a, 1, 0)
+        kernels.temporal_ccc_forward(1, 1, 4, 1, a, a, 0, 0, 0, 1.0, 0, 0, 0, 0, 0, a, a, 1, 0)
     with pytest.raises(ValueError, match="dtype code"):
         kernels.ccc_forward(7, 1, 4, 1, a, a, 0, 0, a, a, a, 1, 0)

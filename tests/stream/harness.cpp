@@ -1,5 +1,5 @@
 // csrc/stream without Python, for the sanitizers (test_sanitizers.py): every buffer is a heap block of exactly the size
-// that stream.h promises, rows are stepped by several threads, and what a Session computes meanwhile, with streams moved
+// that csrc/stream/model.h promises, rows are stepped by several threads, and what a Session computes meanwhile, with streams moved
 // to another Session half way, must be the same bits. Exit status 0, or a line saying what differs.
 #include <cmath>
 #include <cstdio>

@@ -31,7 +31,7 @@ CASES = [(isa, "memory") for isa in {SUPPORTED[0]: 0, SUPPORTED[-1]: 0}] + [(SUP
 def test_harness_runs_clean(isa, sanitizer, tmp_path):
     """The one variant that a build without SAGE_X86_ISAS has, "baseline", compiled with the flags of `isa`."""
     flags = [*SANITIZERS[sanitizer], *(VARIANTS[isa] if platform.machine() in ("x86_64", "AMD64") else [])]
-    sources = [build.ROOT / "csrc/stream" / name for name in ("step.cpp", "session.cpp", "cpu_session.cpp")]
+    sources = [build.ROOT / "csrc" / name for name in ("cpu/stream.cpp", "stream/session.cpp", "cpu/session.cpp")]
     sources.append(HERE / "harness.cpp")
     program = tmp_path / "harness"
     subprocess.run(

@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "device.cuh"
-#include "../math/reliability.h"
+#include "../math/reliability_fusion.h"
 
 namespace sage::cuda {
 namespace {
@@ -42,7 +42,7 @@ __host__ __device__ __forceinline__ int table_size(int modalities, int stages) {
 }
 
 template <class A>
-__device__ __forceinline__ Tables<A> read_tables(const FusionForward& q, A* shared) {
+__device__ __forceinline__ Tables<A> read_tables(const ReliabilityFusionForward& q, A* shared) {
   const int count = q.modalities * q.stages;
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
     shared[i] = q.log_temperature ? exp(-static_cast<const A*>(q.log_temperature)[i]) : A(1);
@@ -95,7 +95,8 @@ struct Gate {
   StageRow<A> stage;
   A confidence, log_odds, weight;
 
-  __device__ __forceinline__ Gate(const FusionForward& q, const Tables<A>& t, int64_t base, int64_t end) {
+  __device__ __forceinline__ Gate(const ReliabilityFusionForward& q, const Tables<A>& t, int64_t base,
+                                  int64_t end) {
     const int M = q.modalities, S = q.stages;
     lane = int(threadIdx.x) % kWarp;
     lanes = M > 4 ? 1 : M > 2 ? 2 : M > 1 ? 4 : 8;
@@ -138,8 +139,8 @@ struct Gate {
 // Gradients of one modality's weight and confidence -> those of the gate's inputs. `sums`: this lane's own row of
 // (2 S M + M) running sums in shared memory: log_temperature, bias, sharpness.
 template <class A>
-__device__ __forceinline__ void gate_backward(const FusionBackward& q, const Tables<A>& t, const Gate<A>& g,
-                                              A grad_w, A grad_c, A* sums) {
+__device__ __forceinline__ void gate_backward(const ReliabilityFusionBackward& q, const Tables<A>& t,
+                                              const Gate<A>& g, A grad_w, A grad_c, A* sums) {
   const int M = q.forward.modalities, S = q.forward.stages;
   grad_w = g.present ? grad_w : A(0);
   const A mean = g.over_modalities(g.weight * grad_w);
@@ -169,7 +170,7 @@ __device__ __forceinline__ A given(const void* p, const Gate<A>& g, int modaliti
   return p && g.real ? static_cast<const A*>(p)[g.row * modalities + g.m] : A(0);
 }
 template <class A>
-__device__ __forceinline__ void write_gate(const FusionForward& q, const Gate<A>& g) {
+__device__ __forceinline__ void write_gate(const ReliabilityFusionForward& q, const Gate<A>& g) {
   if (!g.real || !g.first()) return;
   static_cast<A*>(q.weights)[g.row * q.modalities + g.m] = g.weight;
   static_cast<A*>(q.confidence)[g.row * q.modalities + g.m] = g.confidence;
@@ -177,7 +178,8 @@ __device__ __forceinline__ void write_gate(const FusionForward& q, const Gate<A>
 
 // --------------------------------------------------------------------------------------------------------- forward
 template <class T, int G>
-__global__ void __launch_bounds__(kForwardWarps* kWarp, 4) fusion_kernel(FusionForward q, unsigned whole) {
+__global__ void __launch_bounds__(kForwardWarps* kWarp, 4)
+    reliability_fusion_kernel(ReliabilityFusionForward q, unsigned whole) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>, K = kForwardVectors;
   const Tables<A> tables = read_tables(q, shared_memory<A>());
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, 4) fusion_kernel(FusionF
 // Any D and alignment: a warp a row, its values read once for the mean, once for the variance, once to be mixed.
 template <class T>
 __global__ void __launch_bounds__(kForwardWarps* kWarp, 4)
-    fusion_wide_kernel(FusionForward q, unsigned whole) {
+    reliability_fusion_wide_kernel(ReliabilityFusionForward q, unsigned whole) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
   const Tables<A> tables = read_tables(q, shared_memory<A>());
@@ -393,10 +395,10 @@ __device__ __forceinline__ void finish_gate(const A* sums, int size, double* out
 
 template <class T, int MM, int K>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp)
-    fusion_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
+    reliability_fusion_gradient_kernel(ReliabilityFusionBackward q, unsigned whole, int64_t per) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
-  const FusionForward& f = q.forward;
+  const ReliabilityFusionForward& f = q.forward;
   const int M = f.modalities, S = f.stages, D = int(f.dim), size = sum_size(M, S);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const bool norm = f.norm_weight != nullptr;
@@ -519,10 +521,10 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
 // its columns' sums to the chunk's in workspace.
 template <class T>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
-    fusion_wide_gradient_kernel(FusionBackward q, unsigned whole, int64_t per) {
+    reliability_fusion_wide_gradient_kernel(ReliabilityFusionBackward q, unsigned whole, int64_t per) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
-  const FusionForward& f = q.forward;
+  const ReliabilityFusionForward& f = q.forward;
   const int M = f.modalities, S = f.stages, size = sum_size(M, S);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int64_t D = f.dim;
@@ -630,7 +632,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
 constexpr int kColumns = 32, kSlices = 32;
 template <class A>
 __global__ void __launch_bounds__(kColumns* kSlices)
-    fusion_parameter_kernel(FusionBackward q, int64_t chunks, int64_t count) {
+    reliability_fusion_parameter_kernel(ReliabilityFusionBackward q, int64_t chunks, int64_t count) {
   const int column = int(threadIdx.x) % kColumns, slice = int(threadIdx.x) / kColumns;
   const int64_t i = int64_t(blockIdx.x) * kColumns + column;
   double* shared = shared_memory<double>();
@@ -645,7 +647,7 @@ __global__ void __launch_bounds__(kColumns* kSlices)
 }
 
 // ------------------------------------------------------------------------------------------------------- launchers
-Call call_of(const char* op, const FusionForward& q, Exec exec) {
+Call call_of(const char* op, const ReliabilityFusionForward& q, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
   snprintf(call.text, sizeof call.text, "%s of %d x (%lld, %lld), %d stages, %s", op, q.modalities,
            (long long)q.rows, (long long)q.dim, q.stages, dtype_name(q.dtype));
@@ -653,7 +655,7 @@ Call call_of(const char* op, const FusionForward& q, Exec exec) {
 }
 
 template <class T>
-unsigned whole_bits(const FusionForward& q, const void* row_of_values) {
+unsigned whole_bits(const ReliabilityFusionForward& q, const void* row_of_values) {
   const int64_t size = int64_t(sizeof(T)), affine = q.dim * int64_t(sizeof(ArithmeticOf<T>));
   unsigned bits = aligned(row_of_values, q.dim * size) ? kFusedWhole : 0;
   for (int m = 0; m < q.modalities; ++m) bits |= aligned(q.values[m], q.row_stride[m] * size) ? 1u << m : 0;
@@ -662,7 +664,7 @@ unsigned whole_bits(const FusionForward& q, const void* row_of_values) {
 }
 
 template <class T>
-void forward_all(const FusionForward& q, const Call& call) {
+void forward_all(const ReliabilityFusionForward& q, const Call& call) {
   using A = ArithmeticOf<T>;
   constexpr int kHeld = kForwardVectors * kVector<T>;  // numbers of a row that a lane holds
   const unsigned whole = whole_bits<T>(q, q.fused);
@@ -671,48 +673,50 @@ void forward_all(const FusionForward& q, const Call& call) {
   const int64_t per = narrow ? kForwardWarps * kRows : kForwardWarps;
   const int64_t blocks = (q.rows + per - 1) / per;
   const dim3 grid(unsigned(blocks < kForwardBlocks ? blocks : kForwardBlocks));
-  void (*kernel)(FusionForward, unsigned) = fusion_wide_kernel<T>;
+  void (*kernel)(ReliabilityFusionForward, unsigned) = reliability_fusion_wide_kernel<T>;
   if constexpr (sizeof(T) < 8) {
     constexpr int kFew = 4 * int(sizeof(T));  // lanes for 256 columns
-    if (narrow) kernel = q.dim <= kFew * kHeld ? fusion_kernel<T, kFew> : fusion_kernel<T, kWarp>;
+    if (narrow)
+      kernel =
+          q.dim <= kFew * kHeld ? reliability_fusion_kernel<T, kFew> : reliability_fusion_kernel<T, kWarp>;
   }
   launch(call, kernel, grid, kForwardWarps * kWarp, shared, q, whole);
 }
 
 template <class T>
-void backward_all(const FusionBackward& q, const Call& call) {
+void backward_all(const ReliabilityFusionBackward& q, const Call& call) {
   using A = ArithmeticOf<T>;
   constexpr int kHeld = kWarp * 8;  // columns of a warp's 16-byte vectors, or of its pairs of them
-  const FusionForward& f = q.forward;
+  const ReliabilityFusionForward& f = q.forward;
   const bool norm = f.norm_weight != nullptr;
   unsigned whole = whole_bits<T>(f, q.grad_fused);
   for (int m = 0; m < f.modalities; ++m)
     whole |= aligned(q.grad_values[m], f.dim * int64_t(sizeof(T))) ? 1u << (16 + m) : 0;
-  const int64_t per = fusion_cuda_chunk_rows(f.rows), chunks = (f.rows + per - 1) / per;
+  const int64_t per = reliability_fusion_cuda_chunk_rows(f.rows), chunks = (f.rows + per - 1) / per;
   const int size = sum_size(f.modalities, f.stages);
   size_t shared = size_t(kBackwardWarps * kRows * size + table_size(f.modalities, f.stages)) * sizeof(A);
-  void (*kernel)(FusionBackward, unsigned, int64_t) = nullptr;
+  void (*kernel)(ReliabilityFusionBackward, unsigned, int64_t) = nullptr;
   if constexpr (sizeof(T) < 8) {
     constexpr int K = 8 / kVector<T>;  // vectors a lane for 256 columns
     const bool narrow = f.dim % kVector<T> == 0;
-    if (narrow && f.modalities <= 2 && f.dim <= kHeld) kernel = fusion_gradient_kernel<T, 2, K>;
+    if (narrow && f.modalities <= 2 && f.dim <= kHeld) kernel = reliability_fusion_gradient_kernel<T, 2, K>;
     if constexpr (!std::is_same<T,
                                 __half>::value) {  // float16 does with fewer kernels: each costs build time
       if (narrow && f.modalities <= 2 && f.dim > kHeld && f.dim <= 2 * kHeld)
-        kernel = fusion_gradient_kernel<T, 2, 2 * K>;
+        kernel = reliability_fusion_gradient_kernel<T, 2, 2 * K>;
       if (narrow && f.modalities > 2 && f.modalities <= 4 && f.dim <= kHeld)
-        kernel = fusion_gradient_kernel<T, 4, K>;
+        kernel = reliability_fusion_gradient_kernel<T, 4, K>;
     }
   }
   if (kernel) {
     shared += norm ? size_t(2 * f.modalities * f.dim) * sizeof(double) : 0;
   } else {
-    kernel = fusion_wide_gradient_kernel<T>;
+    kernel = reliability_fusion_wide_gradient_kernel<T>;
     shared += kBackwardWarps * kMaxModalities * sizeof(Affine<A>);
   }
   launch(call, kernel, dim3(grid_x(call, chunks)), kBackwardWarps * kWarp, shared, q, whole, per);
-  const int64_t count = fusion_param_count(f.dim, f.modalities, f.stages, norm);
-  launch(call, fusion_parameter_kernel<A>, dim3(grid_x(call, (count + kColumns - 1) / kColumns)),
+  const int64_t count = reliability_fusion_param_count(f.dim, f.modalities, f.stages, norm);
+  launch(call, reliability_fusion_parameter_kernel<A>, dim3(grid_x(call, (count + kColumns - 1) / kColumns)),
          kColumns * kSlices, kColumns * kSlices * sizeof(double), q, chunks, count);
 }
 
@@ -730,15 +734,15 @@ void backward_all(const FusionBackward& q, const Call& call) {
       return all<__nv_bfloat16>(q, call); \
   }
 
-void fusion_forward(const FusionForward& q, Exec exec) {
+void reliability_fusion_forward(const ReliabilityFusionForward& q, Exec exec) {
   if (!q.rows) return;
   const Call call = call_of("reliability_fusion", q, exec);
   const DeviceGuard guard(exec.where);
   SAGE_BY_TYPE(q.dtype, forward_all, q)
 }
 
-void fusion_backward(const FusionBackward& q, Exec exec) {
-  const FusionForward& f = q.forward;
+void reliability_fusion_backward(const ReliabilityFusionBackward& q, Exec exec) {
+  const ReliabilityFusionForward& f = q.forward;
   if (!f.rows) return;
   const Call call = call_of("reliability_fusion backward", f, exec);
   const DeviceGuard guard(exec.where);

@@ -9,7 +9,7 @@
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
-#include "../math/reliability.h"
+#include "../math/reliability_fusion.h"
 
 namespace sage::cpu::SAGE_ISA {
 namespace {
@@ -23,7 +23,7 @@ template <class A>
 struct Calibration {  // per (m, s)
   A scale[kMaxModalities * kMaxStages], bias[kMaxModalities * kMaxStages], sharpness[kMaxModalities];
 
-  explicit Calibration(const FusionForward& q) {
+  explicit Calibration(const ReliabilityFusionForward& q) {
     for (int i = 0; i < q.modalities * q.stages; ++i) {
       scale[i] = q.log_temperature ? A(__builtin_exp(-double(((const A*)q.log_temperature)[i]))) : A(1);
       bias[i] = q.bias ? ((const A*)q.bias)[i] : A(0);
@@ -57,7 +57,8 @@ SAGE_FN void scatter(A* base, int count, int rows, const Lanes<A>* x) {
 }
 
 template <class A>
-void read_gate(const FusionForward& q, const Calibration<A>& c, int64_t row, int rows, Gate<A>& g) {
+void read_gate(const ReliabilityFusionForward& q, const Calibration<A>& c, int64_t row, int rows,
+               Gate<A>& g) {
   using V = Lanes<A>;
   const int M = q.modalities, S = q.stages;
   gather((const A*)q.reliability + row * M * S, M * S, rows, g.raw);
@@ -82,7 +83,7 @@ void read_gate(const FusionForward& q, const Calibration<A>& c, int64_t row, int
 }
 
 template <class A>
-void weigh(const FusionForward& q, const Calibration<A>& c, Gate<A>& g) {
+void weigh(const ReliabilityFusionForward& q, const Calibration<A>& c, Gate<A>& g) {
   using V = Lanes<A>;
   const V zero(A(0)), lowest(A(-3e38));
   V peak = lowest, total = zero;
@@ -115,7 +116,7 @@ struct Row {
 
 // The rows of a block that have a modality. Returns how many.
 template <class T, class A>
-int live_rows(const FusionForward& q, int64_t row, int rows, const Gate<A>& g, Row<T, A>* out) {
+int live_rows(const ReliabilityFusionForward& q, int64_t row, int rows, const Gate<A>& g, Row<T, A>* out) {
   int live = 0;
   for (int l = 0; l < rows; ++l) {
     if (!g.any_present.v[l]) continue;
@@ -138,7 +139,7 @@ int live_rows(const FusionForward& q, int64_t row, int rows, const Gate<A>& g, R
 // at most a factor D / k of the arithmetic's precision whatever the row: 1e-6 for 256 floats in vectors
 // of 16.
 template <class T, class A>
-SAGE_FN void statistics(const FusionForward& q, Row<T, A>& row, int i) {
+SAGE_FN void statistics(const ReliabilityFusionForward& q, Row<T, A>& row, int i) {
   using V = Lanes<A>;
   constexpr int W = V::width;
   const int64_t dim = q.dim;
@@ -164,7 +165,7 @@ SAGE_FN void statistics(const FusionForward& q, Row<T, A>& row, int i) {
 
 // One row of K present modalities (0: any number).
 template <class T, class A, bool Norm, int K>
-SAGE_FN void mix(const FusionForward& q, const Row<T, A>& row) {
+SAGE_FN void mix(const ReliabilityFusionForward& q, const Row<T, A>& row) {
   using V = Lanes<A>;
   const int count = K ? K : row.count;
   const int64_t dim = q.dim;
@@ -196,8 +197,8 @@ SAGE_FN void mix(const FusionForward& q, const Row<T, A>& row) {
 }
 
 template <class T, bool Norm>
-void forward_block(const FusionForward& q, const Calibration<typename Arithmetic<T>::Type>& c, int64_t row,
-                   int rows) {
+void forward_block(const ReliabilityFusionForward& q, const Calibration<typename Arithmetic<T>::Type>& c,
+                   int64_t row, int rows) {
   using A = typename Arithmetic<T>::Type;
   Gate<A> g;
   read_gate(q, c, row, rows, g);
@@ -226,7 +227,7 @@ void forward_block(const FusionForward& q, const Calibration<typename Arithmetic
 }
 
 template <class T, bool Norm>
-void forward_all(const FusionForward& q, int threads) {
+void forward_all(const ReliabilityFusionForward& q, int threads) {
   using A = typename Arithmetic<T>::Type;
   constexpr int W = Lanes<A>::width;
   const Calibration<A> c(q);
@@ -252,7 +253,7 @@ struct Partial {
 //   u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
 //   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D)
 template <class T, class A, bool Norm>
-SAGE_FN A back_row(const FusionBackward& q, const Row<T, A>& row, int i) {
+SAGE_FN A back_row(const ReliabilityFusionBackward& q, const Row<T, A>& row, int i) {
   using V = Lanes<A>;
   const int64_t dim = q.forward.dim;
   const int m = row.m[i];
@@ -292,8 +293,8 @@ SAGE_FN A back_row(const FusionBackward& q, const Row<T, A>& row, int i) {
 
 // R rows of one modality, just read by back_row: d gamma += w g xhat;  d beta += w g.
 template <class T, class A, int R>
-SAGE_FN void back_affine(const FusionBackward& q, const Row<T, A>* const* rows, const int* at_k, A* gamma_sum,
-                         A* beta_sum) {
+SAGE_FN void back_affine(const ReliabilityFusionBackward& q, const Row<T, A>* const* rows, const int* at_k,
+                         A* gamma_sum, A* beta_sum) {
   using V = Lanes<A>;
   const int64_t dim = q.forward.dim;
   const T *grad[R], *x[R];
@@ -322,8 +323,8 @@ SAGE_FN void back_affine(const FusionBackward& q, const Row<T, A>* const* rows, 
 // Softmax over the present modalities, then each modality's gate. grad_w, grad_c: gradients of weights and
 // confidence.
 template <class A>
-void gate_backward(const FusionBackward& q, const Calibration<A>& c, int64_t row, int rows, const Gate<A>& g,
-                   Lanes<A>* grad_w, const Lanes<A>* grad_c, Partial<A>& partial) {
+void gate_backward(const ReliabilityFusionBackward& q, const Calibration<A>& c, int64_t row, int rows,
+                   const Gate<A>& g, Lanes<A>* grad_w, const Lanes<A>* grad_c, Partial<A>& partial) {
   using V = Lanes<A>;
   const int M = q.forward.modalities, S = q.forward.stages;
   const V zero(A(0));
@@ -354,11 +355,11 @@ void gate_backward(const FusionBackward& q, const Calibration<A>& c, int64_t row
 }
 
 template <class T, bool Norm>
-void backward_block(const FusionBackward& q, const Calibration<typename Arithmetic<T>::Type>& c, int64_t row,
-                    int rows, Partial<typename Arithmetic<T>::Type>& partial) {
+void backward_block(const ReliabilityFusionBackward& q, const Calibration<typename Arithmetic<T>::Type>& c,
+                    int64_t row, int rows, Partial<typename Arithmetic<T>::Type>& partial) {
   using A = typename Arithmetic<T>::Type;
   using V = Lanes<A>;
-  const FusionForward& f = q.forward;
+  const ReliabilityFusionForward& f = q.forward;
   const int M = f.modalities;
   Gate<A> g;
   read_gate(f, c, row, rows, g);
@@ -414,15 +415,15 @@ void backward_block(const FusionBackward& q, const Calibration<typename Arithmet
 }
 
 template <class T, bool Norm>
-void backward_all(const FusionBackward& q, int threads) {
+void backward_all(const ReliabilityFusionBackward& q, int threads) {
   using A = typename Arithmetic<T>::Type;
   constexpr int W = Lanes<A>::width;
-  const FusionForward& f = q.forward;
+  const ReliabilityFusionForward& f = q.forward;
   const Calibration<A> c(f);
   const int M = f.modalities, S = f.stages;
   const int64_t affine = Norm ? 2 * M * f.dim : 0;
-  const int64_t params = fusion_param_count(f.dim, M, S, Norm);
-  const int64_t chunks = fusion_chunks(f.rows), per = fusion_chunk_rows(f.rows);
+  const int64_t params = reliability_fusion_param_count(f.dim, M, S, Norm);
+  const int64_t chunks = reliability_fusion_chunks(f.rows), per = reliability_fusion_chunk_rows(f.rows);
   double* sums = q.workspace;                       // (chunks, params)
   A* floats = (A*)(q.workspace + chunks * params);  // (chunks, affine)
   parallel_for(chunks, f.rows < kSerialRows ? 1 : threads, [&](int64_t i) {
@@ -471,7 +472,11 @@ void backward_all(const FusionBackward& q, int threads) {
       return (f).norm_weight ? call<bf16, true>(q, exec.where) : call<bf16, false>(q, exec.where);     \
   }
 
-void fusion_forward(const FusionForward& q, Exec exec) { SAGE_BY_TYPE(q, q, forward_all) }
-void fusion_backward(const FusionBackward& q, Exec exec) { SAGE_BY_TYPE(q, q.forward, backward_all) }
+void reliability_fusion_forward(const ReliabilityFusionForward& q, Exec exec) {
+  SAGE_BY_TYPE(q, q, forward_all)
+}
+void reliability_fusion_backward(const ReliabilityFusionBackward& q, Exec exec) {
+  SAGE_BY_TYPE(q, q.forward, backward_all)
+}
 
 }  // namespace sage::cpu::SAGE_ISA

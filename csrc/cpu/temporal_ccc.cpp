@@ -2,12 +2,12 @@
 // in T: the cumulative and half-life modes push a frame into running moments; the window mode merges two
 // stacks, the moments of the current block of `window` frames so far and of the tail of the block before, so
 // that nothing is ever subtracted and a constant window has variance exactly 0. Backward recomputes the
-// moments, turns each frame's gradient into five slopes (math/concordance.h) and sums, for every frame, the
+// moments, turns each frame's gradient into five slopes (math/ccc.h) and sums, for every frame, the
 // slopes of all the frames that saw it: a reverse scan with the same decay, or the same two stacks.
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
-#include "../math/concordance.h"
+#include "../math/ccc.h"
 
 namespace sage::cpu::SAGE_ISA {
 namespace {
@@ -26,7 +26,7 @@ struct Group {  // lanes of (sequence, channel) from `first`; lanes past the end
   int64_t number[W], sequence[W], channel[W];
   int count;
 
-  Group(const TemporalForward& q, int64_t first) {
+  Group(const TemporalCccForward& q, int64_t first) {
     const int64_t all = q.batch * q.channels;
     count = int(all - first < W ? all - first : W);
     for (int l = 0; l < W; ++l) {
@@ -35,10 +35,10 @@ struct Group {  // lanes of (sequence, channel) from `first`; lanes past the end
       channel[l] = number[l] % q.channels;
     }
   }
-  SAGE_FN int64_t at(const TemporalForward& q, int l, int64_t t) const {
+  SAGE_FN int64_t at(const TemporalCccForward& q, int l, int64_t t) const {
     return (sequence[l] * q.frames + t) * q.channels + channel[l];
   }
-  SAGE_FN Frame frame(const TemporalForward& q, int64_t t) const {
+  SAGE_FN Frame frame(const TemporalCccForward& q, int64_t t) const {
     Frame f;
     for (int l = 0; l < W; ++l) {
       const int64_t i = at(q, l, t);
@@ -51,7 +51,7 @@ struct Group {  // lanes of (sequence, channel) from `first`; lanes past the end
     return f;
   }
   // Frame j of history and chunk together.
-  SAGE_FN Frame joined(const TemporalForward& q, int64_t j) const {
+  SAGE_FN Frame joined(const TemporalCccForward& q, int64_t j) const {
     if (j >= q.history) return frame(q, j - q.history);
     Frame f;
     for (int l = 0; l < W; ++l) {
@@ -91,7 +91,7 @@ struct Running {
 };
 
 template <class T>
-SAGE_FN Running start(const TemporalForward& q, const Group<T>& g) {
+SAGE_FN Running start(const TemporalCccForward& q, const Group<T>& g) {
   V s[kTemporalState];
   for (int k = 0; k < kTemporalState; ++k)
     for (int l = 0; l < W; ++l) s[k].v[l] = q.state_in ? q.state_in[g.number[l] * kTemporalState + k] : 0;
@@ -101,7 +101,7 @@ SAGE_FN Running start(const TemporalForward& q, const Group<T>& g) {
 // Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for t = 0 .. T
 // - 1.
 template <class T, class Visit>
-SAGE_FN void scan(const TemporalForward& q, const Group<T>& g, double* stack, Visit visit) {
+SAGE_FN void scan(const TemporalCccForward& q, const Group<T>& g, double* stack, Visit visit) {
   if (!q.window) {
     Running r = start(q, g);
     const double log_rate = q.decay < 1 ? __builtin_log(q.decay) : 0;
@@ -150,7 +150,7 @@ SAGE_FN void scan(const TemporalForward& q, const Group<T>& g, double* stack, Vi
 }
 
 template <class T>
-void forward_group(const TemporalForward& q, int64_t first, double* stack) {
+void forward_group(const TemporalCccForward& q, int64_t first, double* stack) {
   const Group<T> g(q, first);
   scan(q, g, stack, [&](int64_t t, const Frame&, const Moments<V>& m, V seen, V) {
     const V denominator = concordance_denominator(m);
@@ -181,8 +181,8 @@ SAGE_FN void add(Slope& s, const Slope& b) {
 }
 
 template <class T>
-void backward_group(const TemporalBackward& q, int64_t first, double* stack, double* slopes) {
-  const TemporalForward& f = q.forward;
+void backward_group(const TemporalCccBackward& q, int64_t first, double* stack, double* slopes) {
+  const TemporalCccForward& f = q.forward;
   const Group<T> g(f, first);
   const V zero(0.0);
   V origin_p(0.0), origin_t(0.0);  // near the data, so that slope * (x - origin) cancels nothing
@@ -248,18 +248,18 @@ void backward_group(const TemporalBackward& q, int64_t first, double* stack, dou
   }
 }
 
-int64_t groups(const TemporalForward& q) { return (q.batch * q.channels + W - 1) / W; }
-int64_t stack_doubles(const TemporalForward& q) {
-  return temporal_stack(q.frames, q.window, q.history) * kMoments * W;
+int64_t groups(const TemporalCccForward& q) { return (q.batch * q.channels + W - 1) / W; }
+int64_t stack_doubles(const TemporalCccForward& q) {
+  return temporal_ccc_stack(q.frames, q.window, q.history) * kMoments * W;
 }
 
 template <class T>
-void forward_all(const TemporalForward& q, int threads) {
+void forward_all(const TemporalCccForward& q, int threads) {
   parallel_for(groups(q), threads,
                [&](int64_t i) { forward_group<T>(q, i * W, q.workspace + i * stack_doubles(q)); });
 }
 template <class T>
-void backward_all(const TemporalBackward& q, int threads) {
+void backward_all(const TemporalCccBackward& q, int threads) {
   const int64_t stack = stack_doubles(q.forward), slopes = q.forward.frames * kSlopes * W;
   parallel_for(groups(q.forward), threads, [&](int64_t i) {
     double* at = q.forward.workspace + i * (stack + slopes);
@@ -269,10 +269,10 @@ void backward_all(const TemporalBackward& q, int threads) {
 
 }  // namespace
 
-void temporal_forward(const TemporalForward& q, Exec exec) {
+void temporal_ccc_forward(const TemporalCccForward& q, Exec exec) {
   q.dtype == DType::f64 ? forward_all<double>(q, exec.where) : forward_all<float>(q, exec.where);
 }
-void temporal_backward(const TemporalBackward& q, Exec exec) {
+void temporal_ccc_backward(const TemporalCccBackward& q, Exec exec) {
   q.forward.dtype == DType::f64 ? backward_all<double>(q, exec.where) : backward_all<float>(q, exec.where);
 }
 

@@ -5,12 +5,12 @@
 // float32 with the default sizes, half in bfloat16), everything else is a few microseconds. A product keeps up to four
 // vectors of outputs of up to kRows rows in registers and walks the inputs, so an output is one chain of multiply-adds
 // (four interleaved ones where few outputs would leave the units idle), the same whatever rows are beside it.
-#include "stream.h"
+#include "../stream/model.h"
 
-#include "pack.h"
-#include "../cpu/isa.h"
+#include "../stream/pack.h"
+#include "isa.h"
 #include "../math/activation.h"
-#include "../math/reliability.h"
+#include "../math/reliability_fusion.h"
 #include "../math/stage_filter.h"
 
 namespace sage::cpu::SAGE_ISA {

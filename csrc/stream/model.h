@@ -1,5 +1,5 @@
 // One frame of the SAGE model for each of many streams: the model as the engines see it, and the CPU engine's interface
-// (step.cpp computes, cpu_session.cpp owns). The CUDA engine is csrc/cuda/stream.cu.
+// (csrc/cpu/stream.cpp computes, csrc/cpu/session.cpp owns). The CUDA engine is csrc/cuda/stream.cu.
 //
 // A stream is a row. A row's result is a function of its own numbers alone, to the bit: every sum runs in an order
 // that neither the batch, nor the row's place in it, nor the thread count changes.

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _C
 from . import _door
 from ._door import address, dense
-from .concordance import mask_kind
+from .ccc import mask_kind
 
 
 def state_shape(batch: int, frames: int, channels: int, window: int, history: int) -> tuple[int, ...]:
@@ -37,8 +37,8 @@ def _forward(
     defined = torch.empty(pred.shape, dtype=torch.bool, device=pred.device)
     new_state = torch.empty(shape, dtype=torch.float64, device=pred.device)
     if batch and channels:
-        space = _door.workspace(_C.temporal_workspace(batch, frames, channels, window, history, False), pred)
-        _door.kernels[pred.device.type].temporal_forward(
+        space = _door.workspace(_C.temporal_ccc_workspace(batch, frames, channels, window, history, False), pred)
+        _door.kernels[pred.device.type].temporal_ccc_forward(
             _door.DTYPE_CODES[pred.dtype], batch, frames, channels, address(pred), address(target), address(mask),
             mask_kind(mask, pred), window, decay, history, address(state), shape[2] if window else 0,
             address(new_state), address(rho), address(defined), address(space), *_door.placement(pred),
@@ -64,8 +64,8 @@ def _backward(
     grad_pred = pred.new_empty(pred.shape if need_pred else 0)
     grad_target = pred.new_empty(pred.shape if need_target else 0)
     if pred.numel():
-        space = _door.workspace(_C.temporal_workspace(batch, frames, channels, window, history, True), pred)
-        _door.kernels[pred.device.type].temporal_backward(
+        space = _door.workspace(_C.temporal_ccc_workspace(batch, frames, channels, window, history, True), pred)
+        _door.kernels[pred.device.type].temporal_ccc_backward(
             _door.DTYPE_CODES[pred.dtype], batch, frames, channels, address(pred), address(target), address(mask),
             mask_kind(mask, pred), window, decay, history, address(state), address(grad_rho), address(grad_pred),
             address(grad_target), address(space), *_door.placement(pred),

@@ -1,10 +1,10 @@
-// The session on the CPU: rows shared out over threads, each thread's part one call into step.cpp.
+// The session on the CPU: rows shared out over threads, each thread's part one call into stream.cpp.
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "session.h"
-#include "../cpu/dispatch.h"
+#include "../stream/session.h"
+#include "dispatch.h"
 
 namespace sage::stream {
 namespace {

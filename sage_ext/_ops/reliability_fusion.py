@@ -82,7 +82,7 @@ def _forward(values: Sequence[Tensor], *gate: Any, want_stats: bool = True) -> t
     confidence = torch.empty_like(weights)
     stats = reliability.new_empty((*lead, 2) if gate[6] is not None else 0) if want_stats else None
     if arguments[1]:
-        _door.kernels[first.device.type].fusion_forward(
+        _door.kernels[first.device.type].reliability_fusion_forward(
             *arguments, address(fused), address(weights), address(confidence), address(stats), *_door.placement(first)
         )
     del held
@@ -117,11 +117,11 @@ def _backward(
     grads = [v.new_empty(v.shape) if need else v.new_empty(0) for v, need in zip(values, needs)]
     grad_reliability = reliability.new_empty(reliability.shape)
     grad_stage = reliability.new_empty(0) if stage is None else reliability.new_empty(stage.shape)
-    count = _C.fusion_param_count(dim, modalities, stages, norm)
+    count = _C.reliability_fusion_param_count(dim, modalities, stages, norm)
     grad_params = reliability.new_empty(count) if rows else reliability.new_zeros(count)
     if rows:
-        space = _door.workspace(_C.fusion_workspace(rows, dim, modalities, stages, norm), reliability)
-        _door.kernels[reliability.device.type].fusion_backward(
+        space = _door.workspace(_C.reliability_fusion_workspace(rows, dim, modalities, stages, norm), reliability)
+        _door.kernels[reliability.device.type].reliability_fusion_backward(
             *arguments, 0, address(stats), address(grad_fused), address(grad_weights), address(grad_confidence),
             tuple([g.data_ptr() for g in grads]), address(grad_reliability),
             0 if stage is None else address(grad_stage), address(grad_params), address(space),

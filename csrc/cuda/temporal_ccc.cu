@@ -9,10 +9,10 @@
 //   cumulative, half-life   moments, merged with the past decayed by the frames gone between the last valid ones
 //   window                  frames in blocks of `window`: tails of a block (a reverse scan) merged with heads of the next (a
 //                           forward scan), so nothing is ever subtracted
-//   backward                slopes of each frame (math/concordance.h), and for every frame the sum of the slopes of the
+//   backward                slopes of each frame (math/ccc.h), and for every frame the sum of the slopes of the
 //                           frames that saw it: a reverse scan with the same decay, or tails and heads once more
 #include "device.cuh"
-#include "../math/concordance.h"
+#include "../math/ccc.h"
 
 namespace sage::cuda {
 namespace {
@@ -125,12 +125,12 @@ struct Frame {
 template <class T>
 struct Lane {  // one (sequence, channel)
   int64_t number, sequence, channel;
-  __device__ __forceinline__ explicit Lane(const TemporalForward& q)
+  __device__ __forceinline__ explicit Lane(const TemporalCccForward& q)
       : number(blockIdx.x), sequence(number / q.channels), channel(number % q.channels) {}
-  __device__ __forceinline__ int64_t at(const TemporalForward& q, int64_t t) const {
+  __device__ __forceinline__ int64_t at(const TemporalCccForward& q, int64_t t) const {
     return (sequence * q.frames + t) * q.channels + channel;
   }
-  __device__ __forceinline__ Frame frame(const TemporalForward& q, int64_t t) const {
+  __device__ __forceinline__ Frame frame(const TemporalCccForward& q, int64_t t) const {
     const int64_t i = at(q, t);
     const bool valid =
         q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::frame ? sequence * q.frames + t : i];
@@ -138,7 +138,7 @@ struct Lane {  // one (sequence, channel)
             valid ? double(static_cast<const T*>(q.target)[i]) : 0, valid};
   }
   // Frame j of history and chunk together.
-  __device__ __forceinline__ Frame joined(const TemporalForward& q, int64_t j) const {
+  __device__ __forceinline__ Frame joined(const TemporalCccForward& q, int64_t j) const {
     if (j >= q.history) return frame(q, j - q.history);
     const double* s = q.state_in + (number * q.history + j) * 3;
     return {s[0], s[1], s[2] > 0};
@@ -161,7 +161,7 @@ __device__ __forceinline__ void extend_past(Past& past, const Frame& f, const De
 // Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for every t, each on one
 // thread. `tails`: (history + frames, 6) of workspace in window mode.
 template <class T, bool Window, class Visit>
-__device__ __forceinline__ void scan(const TemporalForward& q, const Lane<T>& lane, double* tails,
+__device__ __forceinline__ void scan(const TemporalCccForward& q, const Lane<T>& lane, double* tails,
                                      Visit visit) {
   if (!Window) {
     Past* shared = shared_memory<Past>();
@@ -218,7 +218,7 @@ __device__ __forceinline__ bool is_defined(double seen, double denominator) {
 }
 
 template <class T, bool Window>
-__global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalForward q) {
+__global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalCccForward q) {
   const Lane<T> lane(q);
   scan<T, Window>(q, lane, q.workspace + lane.number * kMoments * (q.history + q.frames),
                   [&](int64_t t, const Frame&, const M& m, double seen, double) {
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalForward 
 
 // The first valid frame of the chunk, or its length.
 template <class T>
-__device__ __forceinline__ int64_t first_valid(const TemporalForward& q, const Lane<T>& lane) {
+__device__ __forceinline__ int64_t first_valid(const TemporalCccForward& q, const Lane<T>& lane) {
   int64_t* shared = shared_memory<int64_t>();
   int64_t found = q.frames;
   for (int64_t tile = 0; tile < q.frames && found == q.frames; tile += kThreads) {
@@ -249,8 +249,8 @@ __device__ __forceinline__ int64_t first_valid(const TemporalForward& q, const L
 }
 
 template <class T, bool Window>
-__global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(TemporalBackward q) {
-  const TemporalForward& f = q.forward;
+__global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(TemporalCccBackward q) {
+  const TemporalCccForward& f = q.forward;
   const Lane<T> lane(f);
   const int64_t frames = f.frames, window = f.window;
   double* const tails =
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(Tempora
 }
 
 // --------------------------------------------------------------------------------------------------- launchers
-Call call_of(const char* op, const TemporalForward& q, Exec exec) {
+Call call_of(const char* op, const TemporalCccForward& q, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
   snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.batch,
            (long long)q.frames, q.channels, dtype_name(q.dtype));
@@ -338,7 +338,7 @@ constexpr size_t kShared = kWarps * sizeof(Past);  // the largest item
 
 }  // namespace
 
-void temporal_forward(const TemporalForward& q, Exec exec) {
+void temporal_ccc_forward(const TemporalCccForward& q, Exec exec) {
   if (!q.batch || !q.channels) return;
   const Call call = call_of("temporal_ccc", q, exec);
   const DeviceGuard guard(exec.where);
@@ -350,8 +350,8 @@ void temporal_forward(const TemporalForward& q, Exec exec) {
   launch(call, kernel, grid, kThreads, kShared, q);
 }
 
-void temporal_backward(const TemporalBackward& q, Exec exec) {
-  const TemporalForward& f = q.forward;
+void temporal_ccc_backward(const TemporalCccBackward& q, Exec exec) {
+  const TemporalCccForward& f = q.forward;
   if (!f.batch || !f.frames || !f.channels) return;
   const Call call = call_of("temporal_ccc backward", f, exec);
   const DeviceGuard guard(exec.where);
