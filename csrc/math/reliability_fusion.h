@@ -129,6 +129,25 @@ SAGE_FN Reliability<V> reliability(int stages, const V* l, const V* stage) {
   return reliability<V, const V*, const V*>(stages, l, stage);
 }
 
+// The softmax over modalities: weight[m] = exp(score[m] - peak) / total over those that are present, 0 for the others, and
+// 0 for all where none is. A thread or lane has `count` of a row's modalities; `across` adds up and compares those that
+// lie elsewhere (Alone: all are here).
+template <class V, class Mask, class Across = Alone>
+SAGE_FN void modality_weights(int count, const V* score, const Mask* present, V* weight,
+                              const Across& across = {}) {
+  using T = typename ScalarOf<V>::Type;
+  const V zero(T(0)), lowest(T(-3e38));
+  V peak = lowest, total = zero;
+  for (int m = 0; m < count; ++m) peak = max(peak, select(present[m], score[m], lowest));
+  peak = across.max(peak);
+  for (int m = 0; m < count; ++m) {
+    weight[m] = select(present[m], exp(score[m] - peak), zero);
+    total += weight[m];
+  }
+  total = across.sum(total);
+  for (int m = 0; m < count; ++m) weight[m] = select(total <= zero, zero, weight[m] / total);  // NaN stays
+}
+
 // Adjoint: gradients of r and g to those of l[s] and stage[s], handed to emit(s, grad of l[s], grad of
 // stage[s]).
 template <class V, class L, class W, class Across, class Emit>
