@@ -68,20 +68,40 @@ struct StageRow {
   int stages;
   __device__ __forceinline__ A operator[](int s) const { return s < stages ? (at ? at[s] : uniform) : A(0); }
 };
-struct Spread {  // stages first, first + step, ... are this lane's
+// Over the lanes whose numbers differ from this one's in the bits from .. to / 2 (powers of two): every one gets the same bits.
+template <class A>
+__device__ __forceinline__ A sum_over(int from, int to, A x) {
+  for (int o = from; o < to; o *= 2) x += __shfl_xor_sync(kFull, x, o);
+  return x;
+}
+template <class A>
+__device__ __forceinline__ A max_over(int from, int to, A x) {
+  for (int o = from; o < to; o *= 2) x = max(x, __shfl_xor_sync(kFull, x, o));
+  return x;
+}
+struct StageLanes {  // of one modality: stages first, first + step, ... are this lane's
   int first, step;
   __device__ __forceinline__ int count(int stages) const { return (stages + step - 1) / step; }
   template <class A>
   __device__ __forceinline__ A sum(A x) const {
-    for (int o = 1; o < step; o *= 2) x += __shfl_xor_sync(kFull, x, o);
-    return x;
+    return sum_over(1, step, x);
   }
   template <class A>
   __device__ __forceinline__ A max(A x) const {
-    for (int o = 1; o < step; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
-    return x;
+    return max_over(1, step, x);
   }
   __device__ __forceinline__ bool any(bool m) const { return __any_sync(kFull, m); }
+};
+struct ModalityLanes {  // of one row, `lanes` of them a modality
+  int lanes;
+  template <class A>
+  __device__ __forceinline__ A sum(A x) const {
+    return sum_over(lanes, kGateLanes, x);
+  }
+  template <class A>
+  __device__ __forceinline__ A max(A x) const {
+    return max_over(lanes, kGateLanes, x);
+  }
 };
 
 // Four rows from `base`, of those below `end`: 8 lanes a row, `lanes` of them a modality, all of which hold its results.
@@ -89,8 +109,8 @@ template <class A>
 struct Gate {
   int lane, lanes, m;
   int64_t row;
-  bool real, present, any_present;
-  Spread across;
+  bool real, present;
+  StageLanes stages;
   Logits<A> logit;
   StageRow<A> stage;
   A confidence, log_odds, weight;
@@ -105,35 +125,27 @@ struct Gate {
     const bool inside = row < end;
     real = inside && m < M;
     present = real && (!q.present || q.present[row * M + m]);
-    any_present = __ballot_sync(kFull, present) >> lane / kGateLanes * kGateLanes & 0xffu;
-    across = {lane % lanes, lanes};
+    const bool any_present = __ballot_sync(kFull, present) >> lane / kGateLanes * kGateLanes & 0xffu;
+    stages = {lane % lanes, lanes};
     logit = {present ? static_cast<const A*>(q.reliability) + (row * M + m) * S : nullptr, t.scale + m * S,
              t.bias + m * S, S};
     // a frame with no modality does not need a stage
     stage = {any_present && q.stage ? static_cast<const A*>(q.stage) + row * S : nullptr, A(1) / A(S), S};
 
-    const Reliability<A> r = reliability<A>(S, logit, stage, across);
+    const Reliability<A> r = reliability<A>(S, logit, stage, stages);
     confidence = present ? r.confidence : A(0);
     log_odds = r.log_odds;
     const A score = log_odds * (real ? t.sharpness[m] : A(0));
-    A peak = present ? score : A(-3e38);
-    for (int o = lanes; o < kGateLanes; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
-    weight = present ? exp(score - peak) : A(0);
-    const A total = over_modalities(weight);
-    weight = any_present ? weight / total : A(0);
+    modality_weights(1, &score, &present, &weight, modalities());
   }
-  // Sum over the modalities of a row, in all of its lanes.
-  __device__ __forceinline__ A over_modalities(A x) const {
-    for (int o = lanes; o < kGateLanes; o *= 2) x += __shfl_xor_sync(kFull, x, o);
-    return x;
-  }
+  __device__ __forceinline__ ModalityLanes modalities() const { return {lanes}; }
   __device__ __forceinline__ int lane_of(int r, int modality) const {
     return r * kGateLanes + modality * lanes;
   }
   __device__ __forceinline__ bool serves(int r, int modality) const {
     return lane / kGateLanes == r && m == modality;
   }
-  __device__ __forceinline__ bool first() const { return across.first == 0; }
+  __device__ __forceinline__ bool first() const { return stages.first == 0; }
 };
 
 // Gradients of one modality's weight and confidence -> those of the gate's inputs. `sums`: this lane's own row of
@@ -142,12 +154,11 @@ template <class A>
 __device__ __forceinline__ void gate_backward(const ReliabilityFusionBackward& q, const Tables<A>& t,
                                               const Gate<A>& g, A grad_w, A grad_c, A* sums) {
   const int M = q.forward.modalities, S = q.forward.stages;
-  grad_w = g.present ? grad_w : A(0);
-  const A mean = g.over_modalities(g.weight * grad_w);
-  const A grad_score = g.present ? g.weight * (grad_w - mean) : A(0);
+  A grad_score = grad_w;
+  modality_weights_adjoint(1, &g.weight, &g.present, &grad_score, g.modalities());
   if (g.present && g.first()) sums[2 * M * S + g.m] += grad_score * g.log_odds;
   const A sharpness = g.real ? t.sharpness[g.m] : A(0);
-  reliability_adjoint<A>(S, g.logit, g.stage, g.present ? grad_c : A(0), grad_score * sharpness, g.across,
+  reliability_adjoint<A>(S, g.logit, g.stage, g.present ? grad_c : A(0), grad_score * sharpness, g.stages,
                          [&](int s, A to_logit, A to_stage) {
                            const bool inside = s < S;
                            const int i = g.m * S + s;
@@ -159,7 +170,7 @@ __device__ __forceinline__ void gate_backward(const ReliabilityFusionBackward& q
                            }
                            if (g.real && inside)
                              static_cast<A*>(q.grad_reliability)[(g.row * M + g.m) * S + s] = to_raw;
-                           const A all = g.over_modalities(g.present ? to_stage : A(0));
+                           const A all = g.modalities().sum(g.present ? to_stage : A(0));
                            if (q.grad_stage && g.real && g.m == 0 && inside)
                              static_cast<A*>(q.grad_stage)[g.row * S + s] = all;
                          });
@@ -365,8 +376,9 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, 4)
 //   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D);  d gamma = w g xhat;  d beta = w g
 // Without the norm: c0 = sum g x, d weight = c0, d x = w g.
 template <class A>
-struct Affine {  // of d x = g gamma k + xhat a0 + a1
-  A mean, scale, weight, k, a0, a1;
+struct RowAdjoint {  // what the columns need to know of a row and modality
+  A mean, scale, weight;
+  NormAdjoint<A> back;
 };
 
 // The gate's sums, one row of them for each of a warp's four, and at the end their total for the block's chunk.
@@ -479,13 +491,14 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
         if (norm) c1 = lanes_sum<1, kWarp>(c1), c2 = lanes_sum<1, kWarp>(c2);
         if (here && gate.serves(r, m)) grad_w += c0 + c2;
         if (!q.grad_values[m]) continue;
-        const A k0 = w * scale, a0 = norm ? -k0 * c0 / A(D) : A(0), a1 = -k0 * c1 / A(D);
+        const NormAdjoint<A> back = norm_adjoint(w, scale, c1, norm ? c0 : A(0), A(D));
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const int d = (k * kWarp + lane) * V;
           A y[V];
 #pragma unroll
-          for (int i = 0; i < V; ++i) y[i] = here ? fma(u[k][i], k0, fma(xhat[k][i], a0, a1)) : A(0);
+          for (int i = 0; i < V; ++i)
+            y[i] = here ? fma(u[k][i], back.by_u, fma(xhat[k][i], back.by_xhat, back.constant)) : A(0);
           store_whole(static_cast<T*>(q.grad_values[m]) + row * D + d, d < D, whole >> (16 + m) & 1, y);
         }
       }
@@ -531,7 +544,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
   const bool norm = f.norm_weight != nullptr;
   const int64_t affine = norm ? 2 * M * D : 0;
   double* const out = q.workspace + int64_t(blockIdx.x) * (affine + size);
-  Affine<A>* const rows = shared_memory<Affine<A>>();  // (8 rows, M)
+  RowAdjoint<A>* const rows = shared_memory<RowAdjoint<A>>();  // (8 rows, M)
   A* const sums = reinterpret_cast<A*>(rows + kBackwardWarps * kMaxModalities);
   clear(sums, size);
   const Tables<A> tables = read_tables(f, sums + kBackwardWarps * kRows * size);
@@ -577,8 +590,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
           }
         c0 = lanes_sum<1, kWarp>(c0), c1 = lanes_sum<1, kWarp>(c1), c2 = lanes_sum<1, kWarp>(c2);
         if (here && gate.serves(0, m)) grad_w += c0 + c2;
-        const A k = here ? w * scale : A(0);
-        if (lane == 0) rows[warp * M + m] = {mean, scale, w, k, norm ? -k * c0 / A(D) : A(0), -k * c1 / A(D)};
+        if (lane == 0)
+          rows[warp * M + m] = {mean, scale, w,
+                                norm_adjoint(here ? w : A(0), scale, c1, norm ? c0 : A(0), A(D))};
       }
       gate_backward(q, tables, gate, grad_w, given(q.grad_confidence, gate, M), gate_sums(sums, gate, size));
     }
@@ -594,8 +608,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
           load_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, n, n == V && whole & kAffineWhole,
                           gamma);
         for (int r = 0; r < live; ++r) {
-          const Affine<A> a = rows[r * M + m];
-          const bool here = a.weight != A(0) || a.k != A(0);  // a weight of 0 has no gradient to give
+          const RowAdjoint<A> a = rows[r * M + m];
+          const bool here = a.weight != A(0) || a.back.by_u != A(0);  // a weight of 0 has no gradient to give
           A x[V], g[V], y[V];
           load_vector(static_cast<const T*>(f.values[m]) + (base + r) * f.row_stride[m] + d, here ? n : 0,
                       here && n == V && whole >> m & 1, x);
@@ -606,7 +620,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
             const A h = (x[i] - a.mean) * a.scale, wg = g[i] * a.weight;
             gamma_sum[i] = fma(wg, h, gamma_sum[i]);
             beta_sum[i] += wg;
-            y[i] = here ? fma(g[i] * gamma[i], a.k, fma(h, a.a0, a.a1)) : A(0);
+            y[i] = here ? fma(g[i] * gamma[i], a.back.by_u, fma(h, a.back.by_xhat, a.back.constant)) : A(0);
           }
           if (q.grad_values[m])
             store_vector(static_cast<T*>(q.grad_values[m]) + (base + r) * D + d, n,
@@ -712,7 +726,7 @@ void backward_all(const ReliabilityFusionBackward& q, const Call& call) {
     shared += norm ? size_t(2 * f.modalities * f.dim) * sizeof(double) : 0;
   } else {
     kernel = reliability_fusion_wide_gradient_kernel<T>;
-    shared += kBackwardWarps * kMaxModalities * sizeof(Affine<A>);
+    shared += kBackwardWarps * kMaxModalities * sizeof(RowAdjoint<A>);
   }
   launch(call, kernel, dim3(grid_x(call, chunks)), kBackwardWarps * kWarp, shared, q, whole, per);
   const int64_t count = reliability_fusion_param_count(f.dim, f.modalities, f.stages, norm);
