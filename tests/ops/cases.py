@@ -98,13 +98,12 @@ def moments_inputs(r: Random, *shape: int) -> Tensor:
 
 
 def leaky_inputs(r: Random, batch=2, frames=7, dim=5, averages=3, *, state=False, unread=False) -> dict:
-    """Precisions of 0.1 to 2.1, or, where `unread`, of 0 in a quarter of the frames, whose values are NaN."""
+    """Precisions of 0.1 to 2.1, or, where `unread`, of 0 in a quarter of the frames."""
     g = Random(0, gate_dtype(r.dtype), r.device)
     g.generator = r.generator
     x, precision = r.normal(batch, frames, dim), 0.1 + 2 * g.uniform(batch, frames)
     if unread:
-        seen = r.mask(batch, frames)
-        x, precision = x.masked_fill(~seen.unsqueeze(-1), float("nan")), precision * seen
+        precision = precision * r.mask(batch, frames)
     return {
         "x": x,
         "precision": precision,

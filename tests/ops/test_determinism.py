@@ -158,7 +158,7 @@ def test_the_address_of_a_row_does_not_matter(backend, op):
 
 def big(op, backend):
     case, make, _, _ = ROWS[op]
-    rows = {"stage_filter": 60, "reliability_fusion": 2000, "ccc": 300, "temporal_ccc": 90}
+    rows = {"stage_filter": 60, "reliability_fusion": 2000, "ccc": 300, "temporal_ccc": 90, "leaky_average": 30}
     n = next(v for k, v in rows.items() if op.startswith(k))
     return case, make(Random(4, device=backend.device), backend.size(n, 10))
 

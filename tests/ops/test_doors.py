@@ -117,7 +117,7 @@ def test_plain_eager_takes_the_direct_door(backend, monkeypatch, case):
         def __call__(self, *args):
             raise AssertionError("the registered operator was called")
 
-    for module in (functional.fusion, functional.concordance, functional.temporal, functional._stage_filter):
+    for module in (functional._ops.reliability_fusion, functional.concordance, functional.temporal, functional._stage_filter):
         for name in ("_op", "_backward_op", "_ccc_op", "_moments_op"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Closed())
