@@ -94,8 +94,9 @@ class _LeakyAverage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_average: Tensor | None, grad_after: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
         run = _door.backward_door(_backward, _backward_op, grad_average, grad_after)
-        return _distribute(run(grad_average, grad_after, *ctx.saved_tensors, *ctx.mode), ctx.saved_tensors[4])
+        return _distribute(run(grad_average, grad_after, *saved, *ctx.mode), saved[4])
 
 
 def _distribute(grads: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -134,8 +135,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _autograd(ctx: Any, grad_average: Tensor | None, grad_after: Tensor | None) -> Any:
-    grads = _backward_op(grad_average, grad_after, *ctx.saved_tensors, *ctx.mode)
-    return _distribute(grads, ctx.saved_tensors[4])
+    saved = ctx.saved_tensors
+    return _distribute(_backward_op(grad_average, grad_after, *saved, *ctx.mode), saved[4])
 
 
 _op = _door.register(
