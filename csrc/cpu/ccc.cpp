@@ -184,26 +184,21 @@ void forward_all(const CccForward& q, int threads) {
   }
 }
 
-struct Line {  // the gradients of one (group, channel)
-  double mean_p, mean_t;
-  Slopes<double> slopes;
-};
-
+// at: group * channels + channel
 template <class T>
-SAGE_FN Line line(const CccBackward& q, int64_t at) {
+SAGE_FN FrameGradient gradient_of(const CccBackward& q, int64_t at) {
   const Moments<double> m = read_moments(q.forward.moments + at * kMoments);
-  if (!q.grad_moments)
-    return {m.mean_p, m.mean_t, concordance_slopes(m, m.count, double(((const T*)q.grad_ccc)[at]))};
-  const double* g = q.grad_moments + at * kMoments;
-  return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
+  if (q.grad_moments) return frame_gradient(m, q.grad_moments + at * kMoments);
+  return frame_gradient(m, double(((const T*)q.grad_ccc)[at]));
 }
 
 template <int C, class T>
-void flat_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_pred, T* grad_target) {
+void flat_gradient(const Data<T>& x, int64_t frames, const FrameGradient* gradients, T* grad_pred,
+                   T* grad_target) {
   V mean_p, mean_t;
   Slopes<V> slopes;
   for (int l = 0; l < W; ++l) {
-    const Line& a = lines[l % C];
+    const FrameGradient& a = gradients[l % C];
     mean_p.v[l] = a.mean_p, mean_t.v[l] = a.mean_t;
     slopes.offset_p.v[l] = a.slopes.offset_p, slopes.offset_t.v[l] = a.slopes.offset_t;
     slopes.slope_p.v[l] = a.slopes.slope_p, slopes.slope_t.v[l] = a.slopes.slope_t;
@@ -228,9 +223,9 @@ void flat_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_
 }
 
 template <class T>
-void strided_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_pred, T* grad_target,
-                      int c) {
-  const Line& a = *lines;
+void strided_gradient(const Data<T>& x, int64_t frames, const FrameGradient* gradients, T* grad_pred,
+                      T* grad_target, int c) {
+  const FrameGradient& a = *gradients;
   for (int64_t f = 0; f < frames; ++f) {
     const int64_t i = f * x.channels + c;
     const bool valid = x.valid(f, c);
@@ -256,15 +251,15 @@ void backward_all(const CccBackward& q, int threads) {
     T* grad_pred = q.grad_pred ? (T*)q.grad_pred + at : nullptr;
     T* grad_target = q.grad_target ? (T*)q.grad_target + at : nullptr;
     if (C <= 2) {
-      Line lines[2];
-      for (int c = 0; c < C; ++c) lines[c] = line<T>(q, group * C + c);
+      FrameGradient gradients[2];
+      for (int c = 0; c < C; ++c) gradients[c] = gradient_of<T>(q, group * C + c);
       if (C == 1)
-        flat_gradient<1>(x, frames, lines, grad_pred, grad_target);
+        flat_gradient<1>(x, frames, gradients, grad_pred, grad_target);
       else
-        flat_gradient<2>(x, frames, lines, grad_pred, grad_target);
+        flat_gradient<2>(x, frames, gradients, grad_pred, grad_target);
     } else {
       for (int c = 0; c < C; ++c) {
-        const Line a = line<T>(q, group * C + c);
+        const FrameGradient a = gradient_of<T>(q, group * C + c);
         strided_gradient(x, frames, &a, grad_pred, grad_target, c);
       }
     }

@@ -374,23 +374,14 @@ SAGE_FN void store(f16* p, Lanes<float> x) {
 }
 
 template <class T>
-struct Arithmetic {
-  using Type = float;
-};  // what a stored type is computed in
-template <>
-struct Arithmetic<double> {
-  using Type = double;
-};
-
-template <class T>
-SAGE_FN Lanes<typename Arithmetic<T>::Type> load(const T* p, int n) {
-  T x[Lanes<typename Arithmetic<T>::Type>::width] = {};
+SAGE_FN Lanes<ArithmeticOf<T>> load(const T* p, int n) {
+  T x[Lanes<ArithmeticOf<T>>::width] = {};
   std::memcpy(x, p, size_t(n) * sizeof(T));
   return load(x);
 }
 template <class T>
-SAGE_FN void store(T* p, Lanes<typename Arithmetic<T>::Type> v, int n) {
-  T x[Lanes<typename Arithmetic<T>::Type>::width];
+SAGE_FN void store(T* p, Lanes<ArithmeticOf<T>> v, int n) {
+  T x[Lanes<ArithmeticOf<T>>::width];
   store(x, v);
   std::memcpy(p, x, size_t(n) * sizeof(T));
 }

@@ -191,9 +191,9 @@ SAGE_FN void mix(const ReliabilityFusionForward& q, const Row<T, A>& row) {
 }
 
 template <class T, bool Norm>
-void forward_block(const ReliabilityFusionForward& q, const Calibration<typename Arithmetic<T>::Type>& c,
-                   int64_t row, int rows) {
-  using A = typename Arithmetic<T>::Type;
+void forward_block(const ReliabilityFusionForward& q, const Calibration<ArithmeticOf<T>>& c, int64_t row,
+                   int rows) {
+  using A = ArithmeticOf<T>;
   Gate<A> g;
   read_gate(q, c, row, rows, g);
   weigh(q, c, g);
@@ -222,7 +222,7 @@ void forward_block(const ReliabilityFusionForward& q, const Calibration<typename
 
 template <class T, bool Norm>
 void forward_all(const ReliabilityFusionForward& q, int threads) {
-  using A = typename Arithmetic<T>::Type;
+  using A = ArithmeticOf<T>;
   constexpr int W = Lanes<A>::width;
   const Calibration<A> c(q);
   const int64_t tasks = (q.rows + kTaskRows - 1) / kTaskRows;
@@ -346,9 +346,9 @@ void gate_backward(const ReliabilityFusionBackward& q, const Calibration<A>& c, 
 }
 
 template <class T, bool Norm>
-void backward_block(const ReliabilityFusionBackward& q, const Calibration<typename Arithmetic<T>::Type>& c,
-                    int64_t row, int rows, Partial<typename Arithmetic<T>::Type>& partial) {
-  using A = typename Arithmetic<T>::Type;
+void backward_block(const ReliabilityFusionBackward& q, const Calibration<ArithmeticOf<T>>& c, int64_t row,
+                    int rows, Partial<ArithmeticOf<T>>& partial) {
+  using A = ArithmeticOf<T>;
   using V = Lanes<A>;
   const ReliabilityFusionForward& f = q.forward;
   const int M = f.modalities;
@@ -407,7 +407,7 @@ void backward_block(const ReliabilityFusionBackward& q, const Calibration<typena
 
 template <class T, bool Norm>
 void backward_all(const ReliabilityFusionBackward& q, int threads) {
-  using A = typename Arithmetic<T>::Type;
+  using A = ArithmeticOf<T>;
   constexpr int W = Lanes<A>::width;
   const ReliabilityFusionForward& f = q.forward;
   const Calibration<A> c(f);

@@ -170,25 +170,12 @@ __global__ void __launch_bounds__(kThreads) ccc_merge_kernel(CccForward q, int64
 }
 
 // --------------------------------------------------------------------------------------------------- backward
-struct Line {  // the gradients of one (group, channel)
-  double mean_p, mean_t;
-  Slopes<double> slopes;
-  __device__ __forceinline__ double pred(double x, double y) const {
-    return slopes.pred(x - mean_p, y - mean_t);
-  }
-  __device__ __forceinline__ double target(double x, double y) const {
-    return slopes.target(x - mean_p, y - mean_t);
-  }
-};
-
+// at: group * channels + channel
 template <class T>
-__device__ __forceinline__ Line line(const CccBackward& q, int64_t at) {
-  const M m = read_moments(q.forward.moments + at * kMoments);
-  if (!q.grad_moments)
-    return {m.mean_p, m.mean_t,
-            concordance_slopes(m, m.count, double(static_cast<const T*>(q.grad_ccc)[at]))};
-  const double* g = q.grad_moments + at * kMoments;
-  return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
+__device__ __forceinline__ FrameGradient gradient_of(const CccBackward& q, int64_t at) {
+  const Moments<double> m = read_moments(q.forward.moments + at * kMoments);
+  if (q.grad_moments) return frame_gradient(m, q.grad_moments + at * kMoments);
+  return frame_gradient(m, double(static_cast<const T*>(q.grad_ccc)[at]));
 }
 
 template <class T, int C>
@@ -203,9 +190,9 @@ __global__ void __launch_bounds__(kThreads)
   T* const grad_target = q.grad_target ? static_cast<T*>(q.grad_target) + base : nullptr;
   const bool all_whole =
       aligned(pred, 0) && aligned(target, 0) && aligned(grad_pred, 0) && aligned(grad_target, 0);
-  Line lines[C];
+  FrameGradient gradients[C];
 #pragma unroll
-  for (int c = 0; c < C; ++c) lines[c] = line<T>(q, span.group * C + c);
+  for (int c = 0; c < C; ++c) gradients[c] = gradient_of<T>(q, span.group * C + c);
   for (int64_t i = int64_t(threadIdx.x) * V; i < numbers; i += int64_t(kThreads) * V) {
     const int n = int(numbers - i < V ? numbers - i : V);
     const bool whole = n == V && all_whole;
@@ -215,8 +202,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const bool valid = k < n && counted<C>(f, base + i + k, C);
-      gp[k] = valid ? T(lines[k % C].pred(double(x[k]), double(y[k]))) : T(0);
-      gt[k] = valid ? T(lines[k % C].target(double(x[k]), double(y[k]))) : T(0);
+      gp[k] = valid ? T(gradients[k % C].pred(double(x[k]), double(y[k]))) : T(0);
+      gt[k] = valid ? T(gradients[k % C].target(double(x[k]), double(y[k]))) : T(0);
     }
     if (grad_pred) store_vector(grad_pred + i, n, whole, gp);
     if (grad_target) store_vector(grad_target + i, n, whole, gt);
@@ -231,7 +218,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = blockIdx.x % unsigned(C);
   const Span span(blockIdx.x / unsigned(C), chunks, per, f.frames);
   const int64_t base = (span.group * f.frames + span.begin) * C + c;
-  const Line a = line<T>(q, span.group * C + c);
+  const FrameGradient a = gradient_of<T>(q, span.group * C + c);
   for (int64_t k = threadIdx.x; k < span.frames; k += kThreads) {
     const int64_t i = base + k * C;
     const bool valid = counted<0>(f, i, C);

@@ -26,17 +26,6 @@ constexpr unsigned kFull = 0xffffffffu;
 constexpr int kWarp = 32;
 
 // ---------------------------------------------------------------------------------------------- storage types
-template <class T>
-struct Arithmetic {
-  using Type = float;
-};  // what a stored type is computed in
-template <>
-struct Arithmetic<double> {
-  using Type = double;
-};
-template <class T>
-using ArithmeticOf = typename Arithmetic<T>::Type;
-
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -54,40 +43,10 @@ __host__ __device__ __forceinline__ bool aligned(const void* p, int64_t stride_b
   return (reinterpret_cast<uintptr_t>(p) | uintptr_t(stride_bytes)) % 16 == 0;
 }
 
-// p[0 .. n) widened, zeros behind them. `whole`: p is 16-byte aligned and n is the full vector.
-template <class T>
-__device__ __forceinline__ void load_vector(const T* p, int n, bool whole, ArithmeticOf<T>* out) {
-  constexpr int V = kVector<T>;
-  if (whole) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(p);
-    T x[V];
-    memcpy(x, &bits, 16);
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = i < n ? widen(p[i]) : ArithmeticOf<T>(0);
-  }
-}
-template <class T>
-__device__ __forceinline__ void store_vector(T* p, int n, bool whole, const ArithmeticOf<T>* in) {
-  constexpr int V = kVector<T>;
-  T x[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) narrow(in[i], x[i]);
-  if (whole) {
-    uint4 bits;
-    memcpy(&bits, x, 16);
-    *reinterpret_cast<uint4*>(p) = bits;
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (i < n) p[i] = x[i];
-  }
-}
-
-// A whole vector, by one load where `fast` (aligned), else by its numbers: the same bits. Zeros, and nothing stored, where
-// not `inside`.
+// Loads and stores. `fast`: p is 16-byte aligned, so 16 bytes go at once; else number by number, with the same bits.
+//
+// Count numbers, one vector of 16 bytes or several, where all of them are `inside` the tensor or none is: zeros are loaded,
+// and nothing is stored, where they are not. One test for all costs a kernel up to 30 registers less than one a number.
 template <class T>
 __device__ __forceinline__ uint4 load_bits(const T* p, bool inside, bool fast) {
   uint4 bits = {0, 0, 0, 0};
@@ -103,13 +62,17 @@ __device__ __forceinline__ uint4 load_bits(const T* p, bool inside, bool fast) {
   }
   return bits;
 }
-template <class T>
+template <class T, int Count = kVector<T>>
 __device__ __forceinline__ void load_whole(const T* p, bool inside, bool fast, ArithmeticOf<T>* out) {
-  const uint4 bits = load_bits(p, inside, fast);
-  T x[kVector<T>];
-  memcpy(x, &bits, 16);
+  constexpr int V = kVector<T>;
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) out[i] = widen(x[i]);
+  for (int k = 0; k < Count; k += V) {
+    const uint4 bits = load_bits(p + k, inside, fast);
+    T x[V];
+    memcpy(x, &bits, 16);
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[k + i] = widen(x[i]);
+  }
 }
 template <class T>
 __device__ __forceinline__ void store_whole(T* p, bool inside, bool fast, const ArithmeticOf<T>* in) {
@@ -127,29 +90,36 @@ __device__ __forceinline__ void store_whole(T* p, bool inside, bool fast, const 
     for (int i = 0; i < V; ++i) p[i] = x[i];
   }
 }
-template <int V, class A>
-__device__ __forceinline__ void load_whole_numbers(const A* p, bool inside, bool fast, A* out) {
-  constexpr int W = kVector<A>;
-#pragma unroll
-  for (int k = 0; k < V / W; ++k) {
-    const uint4 bits = load_bits(p + k * W, inside, fast);
-    memcpy(out + k * W, &bits, 16);
-  }
-}
 
-// V numbers of the arithmetic type (an affine's row), by 16-byte loads where aligned.
-template <int V, class A>
-__device__ __forceinline__ void load_numbers(const A* p, int n, bool whole, A* out) {
-  if (whole) {
+// The first n numbers of one vector, zeros in place of the others; `fast` asks for n = kVector<T> besides.
+template <class T>
+__device__ __forceinline__ void load_vector(const T* p, int n, bool fast, ArithmeticOf<T>* out) {
+  constexpr int V = kVector<T>;
+  if (fast) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    T x[V];
+    memcpy(x, &bits, 16);
 #pragma unroll
-    for (int k = 0; k < V * int(sizeof(A)) / 16; ++k) {
-      const uint4 bits = reinterpret_cast<const uint4*>(p)[k];
-      memcpy(out + k * (16 / int(sizeof(A))), &bits, 16);
-    }
+    for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = i < n ? p[i] : A(0);
+    for (int i = 0; i < V; ++i) out[i] = i < n ? widen(p[i]) : ArithmeticOf<T>(0);
   }
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, int n, bool fast, const ArithmeticOf<T>* in) {
+  if (fast) return store_whole(p, true, true, in);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    if (i < n) narrow(in[i], p[i]);
+}
+
+// The first n of Count numbers of the arithmetic type, such as a row's scales; `fast` asks for n = Count besides.
+template <int Count, class A>
+__device__ __forceinline__ void load_numbers(const A* p, int n, bool fast, A* out) {
+  if (fast) return load_whole<A, Count>(p, true, true, out);
+#pragma unroll
+  for (int i = 0; i < Count; ++i) out[i] = i < n ? p[i] : A(0);
 }
 
 // ------------------------------------------------------------------------------------------- warps and blocks

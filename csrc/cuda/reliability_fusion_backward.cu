@@ -106,10 +106,10 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
           const int d = (k * kWarp + lane) * V;
           if (norm) {
             A gamma[V], beta[V];
-            load_whole_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, d < D,
-                                  whole & kAffineWhole, gamma);
-            load_whole_numbers<V>(static_cast<const A*>(f.norm_bias) + m * D + d, d < D, whole & kAffineWhole,
-                                  beta);
+            load_whole<A, V>(static_cast<const A*>(f.norm_weight) + m * D + d, d < D, whole & kAffineWhole,
+                             gamma);
+            load_whole<A, V>(static_cast<const A*>(f.norm_bias) + m * D + d, d < D, whole & kAffineWhole,
+                             beta);
 #pragma unroll
             for (int i = 0; i < V; ++i) {  // g is 0 past the end
               const A h = (xhat[k][i] - mean) * scale, wg = g[k][i] * w;

@@ -96,10 +96,10 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, 4)
           const int d = (k * G + l) * V;
           if (norm) {
             A gamma[V], beta[V];
-            load_whole_numbers<V>(static_cast<const A*>(q.norm_weight) + m * D + d, d < D,
-                                  whole & kAffineWhole, gamma);
-            load_whole_numbers<V>(static_cast<const A*>(q.norm_bias) + m * D + d, d < D, whole & kAffineWhole,
-                                  beta);
+            load_whole<A, V>(static_cast<const A*>(q.norm_weight) + m * D + d, d < D, whole & kAffineWhole,
+                             gamma);
+            load_whole<A, V>(static_cast<const A*>(q.norm_bias) + m * D + d, d < D, whole & kAffineWhole,
+                             beta);
 #pragma unroll
             for (int i = 0; i < V; ++i)
               out[k][i] = fma(w, beta[i], fma(x[k][i] * scale, gamma[i], out[k][i]));

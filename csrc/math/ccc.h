@@ -137,6 +137,23 @@ SAGE_FN Slopes<V> concordance_slopes(const Moments<V>& m, V frames, V grad) {
   return {gap + gap, -(gap + gap), down + down, down + down, scale};
 }
 
+// The gradients of the frames of one group and channel.
+struct FrameGradient {
+  double mean_p, mean_t;
+  Slopes<double> slopes;
+  SAGE_FN double pred(double x, double y) const { return slopes.pred(x - mean_p, y - mean_t); }
+  SAGE_FN double target(double x, double y) const { return slopes.target(x - mean_p, y - mean_t); }
+};
+// From the gradient of its ccc, or from those of its six moments.
+SAGE_FN FrameGradient frame_gradient(const Moments<double>& m, double grad_ccc) {
+  return {m.mean_p, m.mean_t, concordance_slopes(m, m.count, grad_ccc)};
+}
+SAGE_FN FrameGradient frame_gradient(const Moments<double>& m, const double* grad_moments) {
+  return {m.mean_p, m.mean_t,
+          moments_slopes(grad_moments[1], grad_moments[2], grad_moments[3], grad_moments[4], grad_moments[5],
+                         m.count)};
+}
+
 // The same functions of the distances to an origin that lies at mean_p - dp, mean_t - dt.
 template <class V>
 SAGE_FN Slopes<V> about_origin(const Slopes<V>& s, V dp, V dt) {

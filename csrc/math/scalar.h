@@ -26,6 +26,18 @@ struct ScalarOf<double> {
   using Type = double;
 };
 
+// What a stored type is computed in: double in double, all others in float.
+template <class T>
+struct Arithmetic {
+  using Type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using Type = double;
+};
+template <class T>
+using ArithmeticOf = typename Arithmetic<T>::Type;
+
 template <class V>
 using MaskOf = decltype(V() < V());  // bool, or a truth value a lane
 
