@@ -1,7 +1,6 @@
-// The pybind11 module _C: addresses, sizes and codes in, kernels called with the GIL released, nothing else.
-// It knows nothing of torch; sage_ext/_ops turns tensors into these arguments, in this order. One submodule a
-// backend, each with the same functions. `where` is a thread count (cpu) or a device index (cuda), `stream`
-// the caller's CUDA stream or 0.
+// The pybind11 module _C: addresses, sizes and codes in, kernels called with the GIL released, nothing else. It knows
+// nothing of torch; sage_ext/_ops turns tensors into these arguments, in this order. One submodule a backend, each with
+// the same functions. `where` is a thread count (cpu) or a device index (cuda), `stream` the caller's CUDA stream or 0.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -32,14 +31,22 @@ using sage::Exec;
 
 void* at(Address a) { return reinterpret_cast<void*>(a); }
 
-// Rule 4: a null address where there is work is refused, by name.
+// A null address would crash the kernel: where there is work it is refused, by the argument's name.
 void* need(const char* op, const char* name, Address a, int64_t numbers) {
-  if (!a && numbers > 0) throw std::invalid_argument(std::string(op) + ": null address for " + name);
+  if (!a && numbers > 0)
+    throw std::invalid_argument(std::string(op) + ": " + name + ": expected an address, got null");
   return at(a);
 }
 
+void within(const char* op, const char* name, int least, int most, int got) {
+  if (got < least || got > most)
+    throw std::invalid_argument(std::string(op) + ": " + name + ": expected " + std::to_string(least) +
+                                " to " + std::to_string(most) + ", got " + std::to_string(got));
+}
+
 DType dtype_of(int code) {
-  if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+  if (code < 0 || code > 3)
+    throw std::invalid_argument("dtype code: expected 0 to 3, got " + std::to_string(code));
   return static_cast<DType>(code);
 }
 
@@ -49,9 +56,9 @@ template <class Params>
 using Launcher = void (*)(const Params&, Exec);
 
 template <class Params>
-void launch(Launcher<Params> op, const Params& q, Exec exec) {
+void launch(Launcher<Params> op, const Params& params, Exec exec) {
   py::gil_scoped_release release;
-  op(q, exec);
+  op(params, exec);
 }
 
 void check(bool fits, const char* message) {
@@ -67,60 +74,61 @@ sage::ReliabilityFusionForward fusion_params(int dtype, int64_t rows, int64_t di
                                              Address fused, Address weights, Address confidence,
                                              Address stats) {
   const int modalities = static_cast<int>(values.size());
-  check(modalities >= 1 && modalities <= sage::kMaxModalities && stages >= 1 && stages <= sage::kMaxStages,
-        "reliability_fusion: 1..8 modalities and 1..16 stages");
-  sage::ReliabilityFusionForward q = {};
-  q.dtype = dtype_of(dtype);
-  q.rows = rows, q.dim = dim, q.modalities = modalities, q.stages = stages;
+  within("reliability_fusion", "modalities", 1, sage::kMaxModalities, modalities);
+  within("reliability_fusion", "stages", 1, sage::kMaxStages, stages);
+  sage::ReliabilityFusionForward params = {};
+  params.dtype = dtype_of(dtype);
+  params.rows = rows, params.dim = dim, params.modalities = modalities, params.stages = stages;
   for (int m = 0; m < modalities; ++m) {
-    q.values[m] = need("reliability_fusion", "values", values[m].cast<Address>(), rows * dim);
-    q.row_stride[m] = strides[m].cast<int64_t>();
+    params.values[m] = need("reliability_fusion", "values", values[m].cast<Address>(), rows * dim);
+    params.row_stride[m] = strides[m].cast<int64_t>();
   }
-  q.reliability = need("reliability_fusion", "reliability", reliability, rows);
-  q.stage = at(stage), q.log_temperature = at(log_temperature), q.bias = at(bias),
-  q.sharpness = at(sharpness);
-  q.present = static_cast<const uint8_t*>(at(present));
-  q.norm_weight = at(norm_weight), q.norm_bias = at(norm_bias);
-  check(!q.norm_weight == !q.norm_bias, "reliability_fusion: norm_weight and norm_bias go together");
-  q.eps = eps;
-  q.fused = at(fused);
-  q.weights = at(weights), q.confidence = at(confidence), q.stats = at(stats);
-  return q;
+  params.reliability = need("reliability_fusion", "reliability", reliability, rows);
+  params.stage = at(stage), params.log_temperature = at(log_temperature), params.bias = at(bias),
+  params.sharpness = at(sharpness);
+  params.present = static_cast<const uint8_t*>(at(present));
+  params.norm_weight = at(norm_weight), params.norm_bias = at(norm_bias);
+  check(!params.norm_weight == !params.norm_bias,
+        "reliability_fusion: norm_bias: expected together with norm_weight, got one of the two");
+  params.eps = eps;
+  params.fused = at(fused);
+  params.weights = at(weights), params.confidence = at(confidence), params.stats = at(stats);
+  return params;
 }
 
 sage::CccForward ccc_params(int dtype, int64_t groups, int64_t frames, int channels, Address pred,
                             Address target, Address mask, int mask_kind, Address moments, Address ccc,
                             Address workspace) {
-  check(mask_kind >= 0 && mask_kind <= 2, "ccc: mask kind");
-  sage::CccForward q = {};
-  q.dtype = dtype_of(dtype);
-  q.groups = groups, q.frames = frames, q.channels = channels;
+  within("ccc", "mask_kind", 0, 2, mask_kind);
+  sage::CccForward params = {};
+  params.dtype = dtype_of(dtype);
+  params.groups = groups, params.frames = frames, params.channels = channels;
   const int64_t numbers = groups * frames * channels;
-  q.pred = need("ccc", "pred", pred, numbers), q.target = need("ccc", "target", target, numbers);
-  q.mask = static_cast<const uint8_t*>(need("ccc", "mask", mask, mask_kind ? numbers : 0));
-  q.mask_kind = static_cast<sage::Mask>(mask_kind);
-  q.moments = static_cast<double*>(need("ccc", "moments", moments, groups * channels));
-  q.ccc = at(ccc);
-  q.workspace = static_cast<double*>(at(workspace));
-  return q;
+  params.pred = need("ccc", "pred", pred, numbers), params.target = need("ccc", "target", target, numbers);
+  params.mask = static_cast<const uint8_t*>(need("ccc", "mask", mask, mask_kind ? numbers : 0));
+  params.mask_kind = static_cast<sage::Mask>(mask_kind);
+  params.moments = static_cast<double*>(need("ccc", "moments", moments, groups * channels));
+  params.ccc = at(ccc);
+  params.workspace = static_cast<double*>(at(workspace));
+  return params;
 }
 
 sage::TemporalCccForward temporal_params(int dtype, int64_t batch, int64_t frames, int channels, Address pred,
                                          Address target, Address mask, int mask_kind, int64_t window,
                                          double decay, int64_t history, Address state_in, Address workspace) {
-  check(mask_kind >= 0 && mask_kind <= 2, "temporal_ccc: mask kind");
-  sage::TemporalCccForward q = {};
-  q.dtype = dtype_of(dtype);
-  q.batch = batch, q.frames = frames, q.channels = channels;
+  within("temporal_ccc", "mask_kind", 0, 2, mask_kind);
+  sage::TemporalCccForward params = {};
+  params.dtype = dtype_of(dtype);
+  params.batch = batch, params.frames = frames, params.channels = channels;
   const int64_t numbers = batch * frames * channels;
-  q.pred = need("temporal_ccc", "pred", pred, numbers),
-  q.target = need("temporal_ccc", "target", target, numbers);
-  q.mask = static_cast<const uint8_t*>(need("temporal_ccc", "mask", mask, mask_kind ? numbers : 0));
-  q.mask_kind = static_cast<sage::Mask>(mask_kind);
-  q.window = window, q.decay = decay, q.history = history;
-  q.state_in = static_cast<const double*>(at(state_in));
-  q.workspace = static_cast<double*>(at(workspace));
-  return q;
+  params.pred = need("temporal_ccc", "pred", pred, numbers),
+  params.target = need("temporal_ccc", "target", target, numbers);
+  params.mask = static_cast<const uint8_t*>(need("temporal_ccc", "mask", mask, mask_kind ? numbers : 0));
+  params.mask_kind = static_cast<sage::Mask>(mask_kind);
+  params.window = window, params.decay = decay, params.history = history;
+  params.state_in = static_cast<const double*>(at(state_in));
+  params.workspace = static_cast<double*>(at(workspace));
+  return params;
 }
 
 sage::LeakyAverageForward leaky_average_params(int dtype, int64_t batch, int64_t frames, int64_t dim,
@@ -128,39 +136,38 @@ sage::LeakyAverageForward leaky_average_params(int dtype, int64_t batch, int64_t
                                                Address precision, Address halflife, Address prior,
                                                Address state_in, Address average, Address state_out,
                                                Address workspace) {
-  check(averages >= 1 && averages <= sage::kMaxAverages, "leaky_average: 1..8 averages");
-  sage::LeakyAverageForward q = {};
-  q.dtype = dtype_of(dtype);
-  q.batch = batch, q.frames = frames, q.dim = dim, q.averages = averages, q.causal = causal,
-  q.relative = relative;
-  q.x = need("leaky_average", "x", x, batch * frames * dim);
-  q.precision = need("leaky_average", "precision", precision, batch * frames);
-  q.halflife = need("leaky_average", "halflife", halflife, batch);
-  q.prior = need("leaky_average", "prior", prior, batch);
-  q.state_in = at(state_in);
-  q.average = need("leaky_average", "average", average, batch * frames * dim);
-  q.state_out = at(state_out);
-  q.workspace = static_cast<double*>(need("leaky_average", "workspace", workspace, batch));
-  return q;
+  within("leaky_average", "averages", 1, sage::kMaxAverages, averages);
+  sage::LeakyAverageForward params = {};
+  params.dtype = dtype_of(dtype);
+  params.batch = batch, params.frames = frames, params.dim = dim, params.averages = averages,
+  params.causal = causal, params.relative = relative;
+  params.x = need("leaky_average", "x", x, batch * frames * dim);
+  params.precision = need("leaky_average", "precision", precision, batch * frames);
+  params.halflife = need("leaky_average", "halflife", halflife, batch);
+  params.prior = need("leaky_average", "prior", prior, batch);
+  params.state_in = at(state_in);
+  params.average = need("leaky_average", "average", average, batch * frames * dim);
+  params.state_out = at(state_out);
+  params.workspace = static_cast<double*>(need("leaky_average", "workspace", workspace, batch));
+  return params;
 }
 
-template <Launcher<sage::StageFilterForward> stage_filter_forward,
-          Launcher<sage::StageFilterBackward> stage_filter_backward,
-          Launcher<sage::ReliabilityFusionForward> reliability_fusion_forward,
-          Launcher<sage::ReliabilityFusionBackward> reliability_fusion_backward,
-          Launcher<sage::CccForward> ccc_forward, Launcher<sage::CccBackward> ccc_backward,
-          Launcher<sage::TemporalCccForward> temporal_ccc_forward,
-          Launcher<sage::TemporalCccBackward> temporal_ccc_backward,
-          Launcher<sage::LeakyAverageForward> leaky_average_forward,
-          Launcher<sage::LeakyAverageBackward> leaky_average_backward>
-void bind_backend(py::module_ m) {
-  m.def("stage_filter_forward", [](int dtype, int64_t batch, int64_t frames, int stages, Address emission,
-                                   Address transition, Address initial, int64_t initial_stride, Address mask,
-                                   Address posterior, Address belief, Address final_belief, int where,
-                                   Address stream) {
-    check(stages >= 1 && stages <= sage::kMaxStages, "stage_filter: 1..16 stages");
+// A backend's launchers, each under its name in SAGE_OPS.
+struct Backend {
+#define SAGE_FIELD(op, Params) Launcher<sage::Params> op;
+  SAGE_OPS(SAGE_FIELD)
+#undef SAGE_FIELD
+};
+
+void bind_backend(py::module_ m, const Backend& on) {
+  m.def("stage_filter_forward", [run = on.stage_filter_forward](
+                                    int dtype, int64_t batch, int64_t frames, int stages, Address emission,
+                                    Address transition, Address initial, int64_t initial_stride, Address mask,
+                                    Address posterior, Address belief, Address final_belief, int where,
+                                    Address stream) {
+    within("stage_filter", "stages", 1, sage::kMaxStages, stages);
     const int64_t numbers = batch * frames;
-    launch(stage_filter_forward,
+    launch(run,
            sage::StageFilterForward{
                dtype_of(dtype), batch, frames, stages, need("stage_filter", "emission", emission, numbers),
                need("stage_filter", "transition", transition, 1), at(initial), initial_stride,
@@ -168,14 +175,15 @@ void bind_backend(py::module_ m) {
                at(belief), need("stage_filter", "final", final_belief, batch)},
            exec_of(where, stream));
   });
-  m.def("stage_filter_backward", [](int dtype, int64_t batch, int64_t frames, int stages, Address transition,
-                                    Address initial, int64_t initial_stride, Address mask, Address posterior,
-                                    Address belief, Address grad_posterior, Address grad_final,
-                                    Address grad_emission, Address grad_transition, Address grad_initial,
-                                    Address workspace, int where, Address stream) {
-    check(stages >= 1 && stages <= sage::kMaxStages, "stage_filter: 1..16 stages");
+  m.def("stage_filter_backward", [run = on.stage_filter_backward](
+                                     int dtype, int64_t batch, int64_t frames, int stages, Address transition,
+                                     Address initial, int64_t initial_stride, Address mask, Address posterior,
+                                     Address belief, Address grad_posterior, Address grad_final,
+                                     Address grad_emission, Address grad_transition, Address grad_initial,
+                                     Address workspace, int where, Address stream) {
+    within("stage_filter", "stages", 1, sage::kMaxStages, stages);
     const int64_t numbers = batch * frames;
-    launch(stage_filter_backward,
+    launch(run,
            sage::StageFilterBackward{dtype_of(dtype), batch, frames, stages,
                                      need("stage_filter_backward", "transition", transition, 1), at(initial),
                                      initial_stride, static_cast<const uint8_t*>(at(mask)),
@@ -189,106 +197,117 @@ void bind_backend(py::module_ m) {
   });
   m.def(
       "reliability_fusion_forward",
-      [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values, const py::tuple& strides,
-         Address reliability, Address stage, Address log_temperature, Address bias, Address sharpness,
-         Address present, Address norm_weight, Address norm_bias, double eps, Address fused, Address weights,
-         Address confidence, Address stats, int where, Address stream) {
-        launch(reliability_fusion_forward,
+      [run = on.reliability_fusion_forward](
+          int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values, const py::tuple& strides,
+          Address reliability, Address stage, Address log_temperature, Address bias, Address sharpness,
+          Address present, Address norm_weight, Address norm_bias, double eps, Address fused, Address weights,
+          Address confidence, Address stats, int where, Address stream) {
+        launch(run,
                fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature,
                              bias, sharpness, present, norm_weight, norm_bias, eps, fused, weights,
                              confidence, stats),
                exec_of(where, stream));
       });
   m.def("reliability_fusion_backward",
-        [](int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
-           const py::tuple& strides, Address reliability, Address stage, Address log_temperature,
-           Address bias, Address sharpness, Address present, Address norm_weight, Address norm_bias,
-           double eps, Address weights, Address stats, Address grad_fused, Address grad_weights,
-           Address grad_confidence, const py::tuple& grad_values, Address grad_reliability,
-           Address grad_stage, Address grad_params, Address workspace, int where, Address stream) {
-          sage::ReliabilityFusionBackward q = {};
-          q.forward =
+        [run = on.reliability_fusion_backward](
+            int dtype, int64_t rows, int64_t dim, int stages, const py::tuple& values,
+            const py::tuple& strides, Address reliability, Address stage, Address log_temperature,
+            Address bias, Address sharpness, Address present, Address norm_weight, Address norm_bias,
+            double eps, Address weights, Address stats, Address grad_fused, Address grad_weights,
+            Address grad_confidence, const py::tuple& grad_values, Address grad_reliability,
+            Address grad_stage, Address grad_params, Address workspace, int where, Address stream) {
+          sage::ReliabilityFusionBackward params = {};
+          params.forward =
               fusion_params(dtype, rows, dim, stages, values, strides, reliability, stage, log_temperature,
                             bias, sharpness, present, norm_weight, norm_bias, eps, 0, weights, 0, stats);
-          q.grad_fused = at(grad_fused), q.grad_weights = at(grad_weights),
-          q.grad_confidence = at(grad_confidence);
-          for (int i = 0; i < q.forward.modalities; ++i)
-            q.grad_values[i] = at(grad_values[i].cast<Address>());
-          q.grad_reliability =
+          params.grad_fused = at(grad_fused), params.grad_weights = at(grad_weights),
+          params.grad_confidence = at(grad_confidence);
+          for (int i = 0; i < params.forward.modalities; ++i)
+            params.grad_values[i] = at(grad_values[i].cast<Address>());
+          params.grad_reliability =
               need("reliability_fusion_backward", "grad_reliability", grad_reliability, rows);
-          q.grad_stage = at(grad_stage);
-          q.grad_params = need("reliability_fusion_backward", "grad_params", grad_params, 1);
-          q.workspace = static_cast<double*>(at(workspace));
-          launch(reliability_fusion_backward, q, exec_of(where, stream));
+          params.grad_stage = at(grad_stage);
+          params.grad_params = need("reliability_fusion_backward", "grad_params", grad_params, 1);
+          params.workspace = static_cast<double*>(at(workspace));
+          launch(run, params, exec_of(where, stream));
         });
-  m.def("ccc_forward", [](int dtype, int64_t groups, int64_t frames, int channels, Address pred,
-                          Address target, Address mask, int mask_kind, Address moments, Address ccc,
-                          Address workspace, int where, Address stream) {
+  m.def("ccc_forward", [run = on.ccc_forward](int dtype, int64_t groups, int64_t frames, int channels,
+                                              Address pred, Address target, Address mask, int mask_kind,
+                                              Address moments, Address ccc, Address workspace, int where,
+                                              Address stream) {
     launch(
-        ccc_forward,
+        run,
         ccc_params(dtype, groups, frames, channels, pred, target, mask, mask_kind, moments, ccc, workspace),
         exec_of(where, stream));
   });
-  m.def("ccc_backward", [](int dtype, int64_t groups, int64_t frames, int channels, Address pred,
-                           Address target, Address mask, int mask_kind, Address moments, Address grad_ccc,
-                           Address grad_moments, Address grad_pred, Address grad_target, int where,
-                           Address stream) {
-    sage::CccBackward q = {};
-    q.forward = ccc_params(dtype, groups, frames, channels, pred, target, mask, mask_kind, moments, 0, 0);
-    q.grad_ccc = at(grad_ccc), q.grad_moments = static_cast<const double*>(at(grad_moments));
-    check(!q.grad_ccc != !q.grad_moments || groups * channels == 0,
-          "ccc_backward: one of grad_ccc and grad_moments");
-    q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
-    launch(ccc_backward, q, exec_of(where, stream));
+  m.def("ccc_backward",
+        [run = on.ccc_backward](int dtype, int64_t groups, int64_t frames, int channels, Address pred,
+                                Address target, Address mask, int mask_kind, Address moments,
+                                Address grad_ccc, Address grad_moments, Address grad_pred,
+                                Address grad_target, int where, Address stream) {
+          sage::CccBackward params = {};
+          params.forward =
+              ccc_params(dtype, groups, frames, channels, pred, target, mask, mask_kind, moments, 0, 0);
+          params.grad_ccc = at(grad_ccc), params.grad_moments = static_cast<const double*>(at(grad_moments));
+          check(!params.grad_ccc != !params.grad_moments || groups * channels == 0,
+                "ccc_backward: expected one of grad_ccc and grad_moments, got none or both");
+          params.grad_pred = at(grad_pred), params.grad_target = at(grad_target);
+          launch(run, params, exec_of(where, stream));
+        });
+  m.def("temporal_ccc_forward", [run = on.temporal_ccc_forward](
+                                    int dtype, int64_t batch, int64_t frames, int channels, Address pred,
+                                    Address target, Address mask, int mask_kind, int64_t window, double decay,
+                                    int64_t history, Address state_in, int64_t history_out, Address state_out,
+                                    Address rho, Address defined, Address workspace, int where,
+                                    Address stream) {
+    sage::TemporalCccForward params = temporal_params(dtype, batch, frames, channels, pred, target, mask,
+                                                      mask_kind, window, decay, history, state_in, workspace);
+    const int64_t numbers = batch * frames * channels;
+    params.history_out = history_out, params.state_out = static_cast<double*>(at(state_out));
+    params.rho = need("temporal_ccc", "rho", rho, numbers);
+    params.defined = static_cast<uint8_t*>(need("temporal_ccc", "defined", defined, numbers));
+    launch(run, params, exec_of(where, stream));
   });
-  m.def(
-      "temporal_ccc_forward",
-      [](int dtype, int64_t batch, int64_t frames, int channels, Address pred, Address target, Address mask,
-         int mask_kind, int64_t window, double decay, int64_t history, Address state_in, int64_t history_out,
-         Address state_out, Address rho, Address defined, Address workspace, int where, Address stream) {
-        sage::TemporalCccForward q = temporal_params(dtype, batch, frames, channels, pred, target, mask,
-                                                     mask_kind, window, decay, history, state_in, workspace);
-        const int64_t numbers = batch * frames * channels;
-        q.history_out = history_out, q.state_out = static_cast<double*>(at(state_out));
-        q.rho = need("temporal_ccc", "rho", rho, numbers);
-        q.defined = static_cast<uint8_t*>(need("temporal_ccc", "defined", defined, numbers));
-        launch(temporal_ccc_forward, q, exec_of(where, stream));
-      });
   m.def("temporal_ccc_backward",
-        [](int dtype, int64_t batch, int64_t frames, int channels, Address pred, Address target, Address mask,
-           int mask_kind, int64_t window, double decay, int64_t history, Address state_in, Address grad_rho,
-           Address grad_pred, Address grad_target, Address workspace, int where, Address stream) {
-          sage::TemporalCccBackward q = {};
-          q.forward = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind, window,
-                                      decay, history, state_in, workspace);
-          q.grad_rho = need("temporal_ccc_backward", "grad_rho", grad_rho, batch * frames * channels);
-          q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
-          launch(temporal_ccc_backward, q, exec_of(where, stream));
+        [run = on.temporal_ccc_backward](int dtype, int64_t batch, int64_t frames, int channels, Address pred,
+                                         Address target, Address mask, int mask_kind, int64_t window,
+                                         double decay, int64_t history, Address state_in, Address grad_rho,
+                                         Address grad_pred, Address grad_target, Address workspace, int where,
+                                         Address stream) {
+          sage::TemporalCccBackward params = {};
+          params.forward = temporal_params(dtype, batch, frames, channels, pred, target, mask, mask_kind,
+                                           window, decay, history, state_in, workspace);
+          params.grad_rho = need("temporal_ccc_backward", "grad_rho", grad_rho, batch * frames * channels);
+          params.grad_pred = at(grad_pred), params.grad_target = at(grad_target);
+          launch(run, params, exec_of(where, stream));
         });
   m.def("leaky_average_forward",
-        [](int dtype, int64_t batch, int64_t frames, int64_t dim, int averages, bool causal, bool relative,
-           Address x, Address precision, Address halflife, Address prior, Address state_in, Address average,
-           Address state_out, Address workspace, int where, Address stream) {
+        [run = on.leaky_average_forward](int dtype, int64_t batch, int64_t frames, int64_t dim, int averages,
+                                         bool causal, bool relative, Address x, Address precision,
+                                         Address halflife, Address prior, Address state_in, Address average,
+                                         Address state_out, Address workspace, int where, Address stream) {
           need("leaky_average", "state_out", state_out, batch);
-          launch(leaky_average_forward,
+          launch(run,
                  leaky_average_params(dtype, batch, frames, dim, averages, causal, relative, x, precision,
                                       halflife, prior, state_in, average, state_out, workspace),
                  exec_of(where, stream));
         });
   m.def("leaky_average_backward",
-        [](int dtype, int64_t batch, int64_t frames, int64_t dim, int averages, bool causal, bool relative,
-           Address x, Address precision, Address halflife, Address prior, Address state_in, Address average,
-           Address grad_average, Address grad_state_out, Address grad_x, Address grad_precision,
-           Address grad_prior, Address grad_state_in, Address workspace, int where, Address stream) {
-          sage::LeakyAverageBackward q = {};
-          q.forward = leaky_average_params(dtype, batch, frames, dim, averages, causal, relative, x,
-                                           precision, halflife, prior, state_in, average, 0, workspace);
-          q.grad_average = at(grad_average), q.grad_state_out = at(grad_state_out);
-          q.grad_x = need("leaky_average_backward", "grad_x", grad_x, batch * frames * dim);
-          q.grad_precision = need("leaky_average_backward", "grad_precision", grad_precision, batch * frames);
-          q.grad_prior = need("leaky_average_backward", "grad_prior", grad_prior, batch);
-          q.grad_state_in = at(grad_state_in);
-          launch(leaky_average_backward, q, exec_of(where, stream));
+        [run = on.leaky_average_backward](
+            int dtype, int64_t batch, int64_t frames, int64_t dim, int averages, bool causal, bool relative,
+            Address x, Address precision, Address halflife, Address prior, Address state_in, Address average,
+            Address grad_average, Address grad_state_out, Address grad_x, Address grad_precision,
+            Address grad_prior, Address grad_state_in, Address workspace, int where, Address stream) {
+          sage::LeakyAverageBackward params = {};
+          params.forward = leaky_average_params(dtype, batch, frames, dim, averages, causal, relative, x,
+                                                precision, halflife, prior, state_in, average, 0, workspace);
+          params.grad_average = at(grad_average), params.grad_state_out = at(grad_state_out);
+          params.grad_x = need("leaky_average_backward", "grad_x", grad_x, batch * frames * dim);
+          params.grad_precision =
+              need("leaky_average_backward", "grad_precision", grad_precision, batch * frames);
+          params.grad_prior = need("leaky_average_backward", "grad_prior", grad_prior, batch);
+          params.grad_state_in = at(grad_state_in);
+          launch(run, params, exec_of(where, stream));
         });
 }
 
@@ -369,14 +388,6 @@ void bind_session(py::module_ m) {
       });
 }
 
-#define SAGE_BIND(module, backend)                                                         \
-  bind_backend<backend::stage_filter_forward, backend::stage_filter_backward,              \
-               backend::reliability_fusion_forward, backend::reliability_fusion_backward,  \
-               backend::ccc_forward, backend::ccc_backward, backend::temporal_ccc_forward, \
-               backend::temporal_ccc_backward, backend::leaky_average_forward,             \
-               backend::leaky_average_backward>(module);                                   \
-  bind_open_session<backend::open_session>(module)
-
 }  // namespace
 
 PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
@@ -394,7 +405,9 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
 
 #if !defined(SAGE_CUDA_ONLY)
   py::module_ on_cpu = m.def_submodule("cpu");
-  SAGE_BIND(on_cpu, sage::cpu);
+#define SAGE_ON_CPU(op, Params) sage::cpu::op,
+  bind_backend(on_cpu, {SAGE_OPS(SAGE_ON_CPU)});
+  bind_open_session<sage::cpu::open_session>(on_cpu);
   m.def("isa_variants", [] {  // (name, built, supported by this machine)
     py::list all;
     for (int i = 0; i < 3; ++i)
@@ -416,7 +429,9 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
 #endif
 #if defined(SAGE_WITH_CUDA)
   py::module_ on_cuda = m.def_submodule("cuda");
-  SAGE_BIND(on_cuda, sage::cuda);
+#define SAGE_ON_CUDA(op, Params) sage::cuda::op,
+  bind_backend(on_cuda, {SAGE_OPS(SAGE_ON_CUDA)});
+  bind_open_session<sage::cuda::open_session>(on_cuda);
   m.def("cuda_versions", &sage::cuda::versions);
   m.def("cuda_problem", &sage::cuda::problem);
 #endif

@@ -1,7 +1,10 @@
 // The one list of entry points: a params struct an op, and beside each other its cpu:: and cuda:: launchers.
-// Everything below this header is plain C++: raw pointers, sizes, no torch, no Python, no STL in the
-// interfaces. All tensors are dense and row-major unless a stride says otherwise; a null pointer is an absent
-// optional argument.
+// Everything below this header is plain C++: raw pointers, sizes, no torch, no Python, no STL in the interfaces. All
+// tensors are dense and row-major unless a stride says otherwise; a null pointer is an absent optional argument.
+//
+// B sequences, T frames, N rows, M modalities, S stages, D features, C channels; beside each op's name stands its
+// section of docs/math.md. In the kernel files `params` is the struct of the call, and in a backward `forward` is that
+// part of it which forward was given.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +22,7 @@ struct Exec {
   void* stream;
 };
 
-// ---------------------------------------------------------------------------------- stage_filter (spec 1.1)
+// ---------------------------------------------------------------------------------- stage_filter ("Stage filter")
 struct StageFilterForward {
   DType dtype;  // f32 or f64, of every tensor here
   int64_t batch, frames;
@@ -51,8 +54,8 @@ struct StageFilterBackward {
   void* grad_initial;          // (B, S) or null; summed over B by the caller where one row served all
   double* workspace;           // stage_filter_workspace() doubles
 };
-// A GPU cuts long sequences, by their length alone, into chunks of this many frames (the last one up to twice
-// as many).
+// A GPU cuts sequences of more than kStageWholeFrames, by their length alone, into chunks of kStageChunkFrames (the
+// last one up to twice as many).
 constexpr int64_t kStageChunkFrames = 256, kStageWholeFrames = 1024;
 inline int64_t stage_cuda_chunks(int64_t frames) {
   return frames <= kStageWholeFrames ? 1 : frames / kStageChunkFrames;
@@ -62,20 +65,20 @@ inline int64_t stage_filter_workspace(int64_t batch, int64_t frames, int stages)
   return batch * stage_cuda_chunks(frames) * stages * stages;
 }
 
-// ---------------------------------------------------------------------------- reliability_fusion (spec 1.2)
+// --------------------------------------------------------------- reliability_fusion ("Reliability-weighted fusion")
 struct ReliabilityFusionForward {
-  DType dtype;  // of values, norm_weight, norm_bias... see gate_dtype()
+  DType dtype;  // of values, fused and their gradients; the other tensors are f64 where that is f64, else f32
   int64_t rows, dim;
   int modalities, stages;
   const void* values[kMaxModalities];  // (N, D) each
   int64_t row_stride[kMaxModalities];  // elements from row to row of values[m]
-  const void* reliability;             // (N, M, S)   gating tensors: f64 for f64 values, else f32
+  const void* reliability;             // (N, M, S)
   const void* stage;                   // (N, S) or null: uniform
   const void* log_temperature;         // (M, S) or null: 0
   const void* bias;                    // (M, S) or null: 0
   const void* sharpness;               // (M,) or null: 1
   const uint8_t* present;              // (N, M) or null: all
-  const void* norm_weight;             // (M, D), gating dtype, or null: no normalisation (both or neither)
+  const void* norm_weight;             // (M, D), or null: no normalisation (both or neither)
   const void* norm_bias;               // (M, D)
   double eps;
   void* fused;       // (N, D)
@@ -85,17 +88,17 @@ struct ReliabilityFusionForward {
 };
 
 struct ReliabilityFusionBackward {
-  ReliabilityFusionForward
-      forward;                  // as given to forward; fused is unused, weights and stats hold its results
-  const void* grad_fused;       // (N, D) or null: zero
-  const void* grad_weights;     // (N, M) or null: zero
-  const void* grad_confidence;  // (N, M) or null: zero
+  // As given to forward, whose stats it holds; fused, weights and confidence are unused.
+  ReliabilityFusionForward forward;
+  const void* grad_fused;             // (N, D) or null: zero
+  const void* grad_weights;           // (N, M) or null: zero
+  const void* grad_confidence;        // (N, M) or null: zero
   void* grad_values[kMaxModalities];  // (N, D) dense each; null: not wanted
   void* grad_reliability;             // (N, M, S)
   void* grad_stage;                   // (N, S) or null
-  void*
-      grad_params;  // reliability_fusion_param_count() numbers: norm_weight, norm_bias (M, D) each if given,
-                    // then log_temperature, bias (M, S), sharpness (M,)
+  // reliability_fusion_param_count() numbers: norm_weight, norm_bias (M, D) each if given, then log_temperature,
+  // bias (M, S) each, sharpness (M,)
+  void* grad_params;
   double* workspace;  // reliability_fusion_workspace() doubles
 };
 inline int64_t reliability_fusion_param_count(int64_t dim, int modalities, int stages, bool norm) {
@@ -118,23 +121,22 @@ inline int64_t reliability_fusion_cuda_chunk_rows(int64_t rows) {
 }
 inline int64_t reliability_fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages,
                                             bool norm) {
-  // CPU: a chunk's sums in double, and beside them its running sums in the arithmetic type; GPU: a chunk's
-  // sums
+  // CPU: a chunk's sums in double, and beside them its running sums in the arithmetic type. GPU: a chunk's sums.
   const int64_t per = reliability_fusion_cuda_chunk_rows(rows), cpu = 2 * reliability_fusion_chunks(rows),
                 cuda = (rows + per - 1) / per;
   return (cpu > cuda ? cpu : cuda) * reliability_fusion_param_count(dim, modalities, stages, norm);
 }
 
-// ------------------------------------------------------------------------------------------ ccc (spec 1.3)
-enum class Mask : int { none = 0, frame = 1, element = 2 };  // mask of (frames,) or (frames, C)
+// ------------------------------------------------------------------------------------------ ccc ("Concordance")
+enum class Mask : int { none = 0, frame = 1, element = 2 };  // none, or one byte a frame or a number
 
 struct CccForward {
   DType dtype;             // of pred and target: f32 or f64
   int64_t groups, frames;  // groups of `frames` consecutive frames
   int channels;
-  const void* pred;    // (G, F, C)
-  const void* target;  // (G, F, C)
-  const uint8_t* mask;
+  const void* pred;     // (G, F, C)
+  const void* target;   // (G, F, C)
+  const uint8_t* mask;  // of mask_kind's shape, or null
   Mask mask_kind;
   double* moments;    // (G, C, 6): count, mean_p, mean_t, M2_p, M2_t, C_pt
   void* ccc;          // (G, C) of dtype, or null
@@ -154,7 +156,7 @@ inline int64_t ccc_workspace(int64_t groups, int64_t frames, int channels) {
   return groups * ccc_chunks(frames) * channels * 6;
 }
 
-// --------------------------------------------------------------------------------- temporal_ccc (spec 1.4)
+// --------------------------------------------------------------------------------- temporal_ccc ("Temporal CCC")
 // State of the cumulative and half-life modes, 8 numbers a (sequence, channel):
 //   valid frames, weight, mean_p, mean_t, M2_p, M2_t, C_pt, frames since the last valid one.
 // State of the window mode: the last `history` <= window - 1 frames as (pred, target, valid).
@@ -180,12 +182,12 @@ struct TemporalCccForward {
   double* workspace;       // temporal_ccc_workspace() doubles, on every backend
 };
 
-// Frames of the CPU's window stack, and doubles of workspace, enough for every backend: lanes in eights, 6
-// moments a frame of the window mode (a GPU keeps all of them); for backward 5 slopes and a decay a frame,
-// or, in window mode, the slopes and their running sums.
+// Frames of the CPU's window stack.
 inline int64_t temporal_ccc_stack(int64_t frames, int64_t window, int64_t history) {
   return window == 0 ? 0 : window < history + frames ? window : history + frames;
 }
+// Enough for every backend: (sequence, channel) lanes in eights; in window mode 6 moments a frame (a GPU keeps all of
+// them); for backward 5 slopes and a decay a frame, or, in window mode, the slopes and their running sums.
 inline int64_t temporal_ccc_workspace(int64_t batch, int64_t frames, int channels, int64_t window,
                                       int64_t history, bool backward) {
   const int64_t lanes = (batch * channels + 7) / 8 * 8;
@@ -205,9 +207,9 @@ constexpr int kMaxAverages = 8;
 struct LeakyAverageForward {
   DType dtype;  // of x and average; all other tensors: f64 for f64, else f32
   int64_t batch, frames, dim;
-  int averages;  // R
-  bool causal,
-      relative;  // causal: frame t sees no later frame; relative: the prior is in units of the mean precision
+  int averages;           // R
+  bool causal;            // frame t sees no later frame
+  bool relative;          // the prior is in units of the mean precision
   const void* x;          // (B, T, D)
   const void* precision;  // (B, T), at least 0
   const void* halflife;   // (R) in frames, above 0
@@ -241,7 +243,8 @@ inline int64_t leaky_average_workspace(int64_t batch, int64_t frames, int64_t di
   return batch * (scalars + sums + partial + averages);
 }
 
-// X(op, Params): every kernel entry point of the library.
+// X(op, Params): every kernel entry point of the library. A new op is two lines here, two files csrc/cpu/OP.cpp and
+// csrc/cuda/OP.cu in CMakeLists.txt, and its functions in bindings.cpp's bind_backend.
 #define SAGE_OPS(X)                                         \
   X(stage_filter_forward, StageFilterForward)               \
   X(stage_filter_backward, StageFilterBackward)             \

@@ -1,7 +1,6 @@
-// ccc and its moments on the CPU. One pass over pred, target and mask forward, one backward: 8 bytes a
-// float32 pair in, 4 or 8 out. Each group is cut into chunks of kCccChunkFrames; a chunk sums, in double,
-// powers of the distance to its first valid frame (so a constant gives exact zeros), and the chunks' centred
-// moments are merged in order.
+// ccc and its moments on the CPU. One pass over pred, target and mask forward, one backward: 8 bytes a float32 pair in,
+// 4 or 8 out. Each group is cut into chunks of kCccChunkFrames; a chunk sums, in double, powers of the distance to its
+// first valid frame (so a constant gives exact zeros), and the chunks' centred moments are merged in order.
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
@@ -33,8 +32,8 @@ SAGE_FN Bits<double> nonzero(uint64_t bytes) {  // byte l of `bytes` -> lane l
   return {__builtin_convertvector(b, Wide) != 0};
 }
 
-// Flat numbers i .. i + n of a chunk, C channels interleaved (C divides W, i is a multiple of W): the lanes'
-// validity.
+// Which of a chunk's numbers i .. i + n count, a lane a number. The C channels of a frame lie side by side; C divides
+// W, and i is a multiple of W.
 template <int C, class T>
 SAGE_FN Bits<double> flat_mask(const Data<T>& x, int64_t i, int n) {
   uint64_t bytes = 0;
@@ -149,23 +148,24 @@ void strided_moments(const Data<T>& x, int64_t frames, double* out) {
 }
 
 template <class T>
-Data<T> chunk(const CccForward& q, int64_t group, int64_t frame) {
-  const int64_t at = group * q.frames + frame;
-  const int C = q.channels;
-  return {(const T*)q.pred + at * C, (const T*)q.target + at * C,
-          q.mask ? q.mask + (q.mask_kind == Mask::frame ? at : at * C) : nullptr, q.mask_kind, C};
+Data<T> chunk(const CccForward& params, int64_t group, int64_t frame) {
+  const int64_t at = group * params.frames + frame;
+  const int C = params.channels;
+  return {(const T*)params.pred + at * C, (const T*)params.target + at * C,
+          params.mask ? params.mask + (params.mask_kind == Mask::frame ? at : at * C) : nullptr,
+          params.mask_kind, C};
 }
 
 template <class T>
-void forward_all(const CccForward& q, int threads) {
-  const int C = q.channels;
-  const int64_t chunks = ccc_chunks(q.frames);
-  const bool serial = q.groups * q.frames * C < kSerialNumbers;
-  parallel_for(q.groups * chunks, serial ? 1 : threads, [&](int64_t i) {
+void forward_all(const CccForward& params, int threads) {
+  const int C = params.channels;
+  const int64_t chunks = ccc_chunks(params.frames);
+  const bool serial = params.groups * params.frames * C < kSerialNumbers;
+  parallel_for(params.groups * chunks, serial ? 1 : threads, [&](int64_t i) {
     const int64_t begin = i % chunks * kCccChunkFrames;
-    const int64_t frames = q.frames - begin < kCccChunkFrames ? q.frames - begin : kCccChunkFrames;
-    const Data<T> x = chunk<T>(q, i / chunks, begin);
-    double* out = q.workspace + i * C * kMoments;
+    const int64_t frames = params.frames - begin < kCccChunkFrames ? params.frames - begin : kCccChunkFrames;
+    const Data<T> x = chunk<T>(params, i / chunks, begin);
+    double* out = params.workspace + i * C * kMoments;
     if (C == 1)
       flat_moments<1>(x, frames, out);
     else if (C == 2)
@@ -173,23 +173,23 @@ void forward_all(const CccForward& q, int threads) {
     else
       strided_moments(x, frames, out);
   });
-  for (int64_t g = 0; g < q.groups; ++g) {
+  for (int64_t g = 0; g < params.groups; ++g) {
     for (int c = 0; c < C; ++c) {
       Moments<double> m = no_moments<double>();
       for (int64_t k = 0; k < chunks; ++k)
-        m = merge(m, read_moments(q.workspace + ((g * chunks + k) * C + c) * kMoments));
-      write_moments(q.moments + (g * C + c) * kMoments, m);
-      if (q.ccc) ((T*)q.ccc)[g * C + c] = T(concordance(m, m.count).ccc);
+        m = merge(m, read_moments(params.workspace + ((g * chunks + k) * C + c) * kMoments));
+      write_moments(params.moments + (g * C + c) * kMoments, m);
+      if (params.ccc) ((T*)params.ccc)[g * C + c] = T(concordance(m, m.count).ccc);
     }
   }
 }
 
 // at: group * channels + channel
 template <class T>
-SAGE_FN FrameGradient gradient_of(const CccBackward& q, int64_t at) {
-  const Moments<double> m = read_moments(q.forward.moments + at * kMoments);
-  if (q.grad_moments) return frame_gradient(m, q.grad_moments + at * kMoments);
-  return frame_gradient(m, double(((const T*)q.grad_ccc)[at]));
+SAGE_FN FrameGradient gradient_of(const CccBackward& params, int64_t at) {
+  const Moments<double> m = read_moments(params.forward.moments + at * kMoments);
+  if (params.grad_moments) return frame_gradient(m, params.grad_moments + at * kMoments);
+  return frame_gradient(m, double(((const T*)params.grad_ccc)[at]));
 }
 
 template <int C, class T>
@@ -238,28 +238,29 @@ void strided_gradient(const Data<T>& x, int64_t frames, const FrameGradient* gra
 }
 
 template <class T>
-void backward_all(const CccBackward& q, int threads) {
-  const CccForward& f = q.forward;
-  const int C = f.channels;
-  const int64_t chunks = ccc_chunks(f.frames);
-  const bool serial = f.groups * f.frames * C < kSerialNumbers;
-  parallel_for(f.groups * chunks, serial ? 1 : threads, [&](int64_t i) {
+void backward_all(const CccBackward& params, int threads) {
+  const CccForward& forward = params.forward;
+  const int C = forward.channels;
+  const int64_t chunks = ccc_chunks(forward.frames);
+  const bool serial = forward.groups * forward.frames * C < kSerialNumbers;
+  parallel_for(forward.groups * chunks, serial ? 1 : threads, [&](int64_t i) {
     const int64_t group = i / chunks, begin = i % chunks * kCccChunkFrames;
-    const int64_t frames = f.frames - begin < kCccChunkFrames ? f.frames - begin : kCccChunkFrames;
-    const Data<T> x = chunk<T>(f, group, begin);
-    const int64_t at = (group * f.frames + begin) * C;
-    T* grad_pred = q.grad_pred ? (T*)q.grad_pred + at : nullptr;
-    T* grad_target = q.grad_target ? (T*)q.grad_target + at : nullptr;
+    const int64_t frames =
+        forward.frames - begin < kCccChunkFrames ? forward.frames - begin : kCccChunkFrames;
+    const Data<T> x = chunk<T>(forward, group, begin);
+    const int64_t at = (group * forward.frames + begin) * C;
+    T* grad_pred = params.grad_pred ? (T*)params.grad_pred + at : nullptr;
+    T* grad_target = params.grad_target ? (T*)params.grad_target + at : nullptr;
     if (C <= 2) {
       FrameGradient gradients[2];
-      for (int c = 0; c < C; ++c) gradients[c] = gradient_of<T>(q, group * C + c);
+      for (int c = 0; c < C; ++c) gradients[c] = gradient_of<T>(params, group * C + c);
       if (C == 1)
         flat_gradient<1>(x, frames, gradients, grad_pred, grad_target);
       else
         flat_gradient<2>(x, frames, gradients, grad_pred, grad_target);
     } else {
       for (int c = 0; c < C; ++c) {
-        const FrameGradient a = gradient_of<T>(q, group * C + c);
+        const FrameGradient a = gradient_of<T>(params, group * C + c);
         strided_gradient(x, frames, &a, grad_pred, grad_target, c);
       }
     }
@@ -268,11 +269,13 @@ void backward_all(const CccBackward& q, int threads) {
 
 }  // namespace
 
-void ccc_forward(const CccForward& q, Exec exec) {
-  q.dtype == DType::f64 ? forward_all<double>(q, exec.where) : forward_all<float>(q, exec.where);
+void ccc_forward(const CccForward& params, Exec exec) {
+  params.dtype == DType::f64 ? forward_all<double>(params, exec.where)
+                             : forward_all<float>(params, exec.where);
 }
-void ccc_backward(const CccBackward& q, Exec exec) {
-  q.forward.dtype == DType::f64 ? backward_all<double>(q, exec.where) : backward_all<float>(q, exec.where);
+void ccc_backward(const CccBackward& params, Exec exec) {
+  params.forward.dtype == DType::f64 ? backward_all<double>(params, exec.where)
+                                     : backward_all<float>(params, exec.where);
 }
 
 }  // namespace sage::cpu::SAGE_ISA

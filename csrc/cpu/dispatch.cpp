@@ -1,8 +1,7 @@
 #include "dispatch.h"
 #include "../ops.h"
 
-// CMakeLists.txt defines SAGE_X86_ISAS where the compiler targets x86-64; elsewhere the baseline serves
-// alone.
+// CMakeLists.txt defines SAGE_X86_ISAS where the compiler targets x86-64; elsewhere the baseline serves alone.
 namespace sage::cpu {
 
 bool isa_built(int isa) {
@@ -36,15 +35,15 @@ int isa() { return chosen; }
 void set_isa(int isa) { chosen = isa; }
 
 #if defined(SAGE_X86_ISAS)
-#define SAGE_DISPATCH(op, Params)                \
-  void op(const Params& q, Exec exec) {          \
-    if (chosen == 2) return avx512::op(q, exec); \
-    if (chosen == 1) return avx2::op(q, exec);   \
-    baseline::op(q, exec);                       \
+#define SAGE_DISPATCH(op, Params)                     \
+  void op(const Params& params, Exec exec) {          \
+    if (chosen == 2) return avx512::op(params, exec); \
+    if (chosen == 1) return avx2::op(params, exec);   \
+    baseline::op(params, exec);                       \
   }
 #else
 #define SAGE_DISPATCH(op, Params) \
-  void op(const Params& q, Exec exec) { baseline::op(q, exec); }
+  void op(const Params& params, Exec exec) { baseline::op(params, exec); }
 #endif
 SAGE_OPS(SAGE_DISPATCH)
 

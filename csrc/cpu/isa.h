@@ -171,8 +171,8 @@ SAGE_FN T sum(Lanes<T> a) {
   return fold<T>(a.v);
 }
 
-// ------------------------------------------------------------------------------------------------- exp and
-// log Argument reduction with a two-part ln 2, then a Taylor polynomial long enough that its remainder
+// --------------------------------------------------------------------------------------------- exp and log
+// Argument reduction with a two-part ln 2, then a Taylor polynomial long enough that its remainder
 // (noted) is under half an ulp. exp flushes to 0 below the smallest normal number and overflows to infinity
 // half a power of two early.
 template <class T>

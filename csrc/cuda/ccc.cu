@@ -1,12 +1,12 @@
 // ccc and its moments on the GPU.
 //
-// Bytes: forward reads pred and target once (and a byte of mask a frame or number), backward reads both and writes one or
-// two gradients: a float32 pair costs 8 bytes forward, 12 or 16 backward. Memory is the floor; the sums are in double
-// (5 double operations and 2 conversions a pair, under half of what an H200 does while the pair arrives).
+// Bytes: forward reads pred and target once (and a byte of mask a frame or number), backward reads both and writes
+// one or two gradients: a float32 pair costs 8 bytes forward, 12 or 16 backward. Memory is the floor; the sums are in
+// double (5 double operations and 2 conversions a pair, under half of what an H200 does while the pair arrives).
 //
 // A group's frames are cut into chunks by its length alone. A block sums one chunk; each thread sums powers of the
-// distance to the first valid frame it met, so a constant gives exact zeros and nothing cancels. Centred moments are then
-// merged in a fixed order: lanes, warps, and, in a second launch where there are several chunks, chunks.
+// distance to the first valid frame it met, so a constant gives exact zeros and nothing cancels. Centred moments are
+// then merged in a fixed order: lanes, warps, and, in a second launch where there are several chunks, chunks.
 #include "device.cuh"
 #include "../math/ccc.h"
 
@@ -62,9 +62,9 @@ __device__ __forceinline__ M merge_block(M m, double* shared) {
 }
 
 template <class T>
-__device__ __forceinline__ void finish(const CccForward& q, int64_t at, const M& m) {
-  write_moments(q.moments + at * kMoments, m);
-  if (q.ccc) static_cast<T*>(q.ccc)[at] = T(concordance(m, m.count).ccc);
+__device__ __forceinline__ void finish(const CccForward& params, int64_t at, const M& m) {
+  write_moments(params.moments + at * kMoments, m);
+  if (params.ccc) static_cast<T*>(params.ccc)[at] = T(concordance(m, m.count).ccc);
 }
 
 // Where a block of moments or gradients stands: group, first frame, frames.
@@ -79,25 +79,27 @@ struct Span {
 
 // Is number i (channels interleaved, i / C its frame) counted?
 template <int C>
-__device__ __forceinline__ bool counted(const CccForward& q, int64_t i, int channels) {
-  return q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::element ? i : i / (C ? C : channels)];
+__device__ __forceinline__ bool counted(const CccForward& params, int64_t i, int channels) {
+  return params.mask_kind == Mask::none ||
+         params.mask[params.mask_kind == Mask::element ? i : i / (C ? C : channels)];
 }
 
 // ---------------------------------------------------------------------------------------------------- forward
 // One or two channels, in vectors of 16 bytes: the channel of a vector's number is known at compile time.
 template <class T, int C, bool Masked>
-__global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_t chunks, int64_t per) {
+__global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward params, int64_t chunks, int64_t per) {
   constexpr int V = kVector<T>;
-  const Span span(blockIdx.x, chunks, per, q.frames);
-  const int64_t base = (span.group * q.frames + span.begin) * C, numbers = span.frames * C,
+  const Span span(blockIdx.x, chunks, per, params.frames);
+  const int64_t base = (span.group * params.frames + span.begin) * C, numbers = span.frames * C,
                 vectors = numbers / V;
-  const T *pred = static_cast<const T*>(q.pred) + base, *target = static_cast<const T*>(q.target) + base;
+  const T *pred = static_cast<const T*>(params.pred) + base,
+          *target = static_cast<const T*>(params.target) + base;
   const bool whole = aligned(pred, 0) && aligned(target, 0);  // the same vectors either way, so the same bits
   Shifted s[C] = {};
   const auto take = [&](int64_t i, const T* x, const T* y, int n) {
 #pragma unroll
     for (int k = 0; k < V; ++k)
-      if (k < n) s[k % C].add(!Masked || counted<C>(q, base + i + k, C), double(x[k]), double(y[k]));
+      if (k < n) s[k % C].add(!Masked || counted<C>(params, base + i + k, C), double(x[k]), double(y[k]));
   };
   int64_t v = threadIdx.x;
   for (; v + (kBatch - 1) * kThreads < vectors; v += kBatch * kThreads) {
@@ -128,71 +130,74 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_
     const M m = merge_block(s[c].moments(), shared + c * kWarps * kMoments);
     if (threadIdx.x == 0) {
       if (chunks == 1)
-        finish<T>(q, span.group * C + c, m);
+        finish<T>(params, span.group * C + c, m);
       else
-        write_moments(q.workspace + (int64_t(blockIdx.x) * C + c) * kMoments, m);
+        write_moments(params.workspace + (int64_t(blockIdx.x) * C + c) * kMoments, m);
     }
   }
 }
 
 // Any number of channels: a block takes one channel of a chunk.
 template <class T>
-__global__ void __launch_bounds__(kThreads) ccc_strided_kernel(CccForward q, int64_t chunks, int64_t per) {
-  const int C = q.channels;
+__global__ void __launch_bounds__(kThreads)
+    ccc_strided_kernel(CccForward params, int64_t chunks, int64_t per) {
+  const int C = params.channels;
   const int64_t c = blockIdx.x % unsigned(C), block = blockIdx.x / unsigned(C);
-  const Span span(block, chunks, per, q.frames);
-  const int64_t base = (span.group * q.frames + span.begin) * C + c;
+  const Span span(block, chunks, per, params.frames);
+  const int64_t base = (span.group * params.frames + span.begin) * C + c;
   Shifted s = {};
   for (int64_t f = threadIdx.x; f < span.frames; f += kThreads) {
     const int64_t i = base + f * C;
-    if (counted<0>(q, i, C))
-      s.add(true, double(static_cast<const T*>(q.pred)[i]), double(static_cast<const T*>(q.target)[i]));
+    if (counted<0>(params, i, C))
+      s.add(true, double(static_cast<const T*>(params.pred)[i]),
+            double(static_cast<const T*>(params.target)[i]));
   }
   const M m = merge_block(s.moments(), shared_memory<double>());
   if (threadIdx.x == 0) {
     if (chunks == 1)
-      finish<T>(q, span.group * C + c, m);
+      finish<T>(params, span.group * C + c, m);
     else
-      write_moments(q.workspace + int64_t(blockIdx.x) * kMoments, m);
+      write_moments(params.workspace + int64_t(blockIdx.x) * kMoments, m);
   }
 }
 
 // The chunks of one (group, channel), in order.
 template <class T>
-__global__ void __launch_bounds__(kThreads) ccc_merge_kernel(CccForward q, int64_t chunks) {
-  const int C = q.channels;
+__global__ void __launch_bounds__(kThreads) ccc_merge_kernel(CccForward params, int64_t chunks) {
+  const int C = params.channels;
   const int64_t group = blockIdx.x / unsigned(C), c = blockIdx.x % unsigned(C);
   M m = no_moments<double>();
   for (int64_t k = threadIdx.x; k < chunks; k += kThreads)
-    m = merge(m, read_moments(q.workspace + ((group * chunks + k) * C + c) * kMoments));
+    m = merge(m, read_moments(params.workspace + ((group * chunks + k) * C + c) * kMoments));
   m = merge_block(m, shared_memory<double>());
-  if (threadIdx.x == 0) finish<T>(q, blockIdx.x, m);
+  if (threadIdx.x == 0) finish<T>(params, blockIdx.x, m);
 }
 
 // --------------------------------------------------------------------------------------------------- backward
 // at: group * channels + channel
 template <class T>
-__device__ __forceinline__ FrameGradient gradient_of(const CccBackward& q, int64_t at) {
-  const Moments<double> m = read_moments(q.forward.moments + at * kMoments);
-  if (q.grad_moments) return frame_gradient(m, q.grad_moments + at * kMoments);
-  return frame_gradient(m, double(static_cast<const T*>(q.grad_ccc)[at]));
+__device__ __forceinline__ FrameGradient gradient_of(const CccBackward& params, int64_t at) {
+  const Moments<double> m = read_moments(params.forward.moments + at * kMoments);
+  if (params.grad_moments) return frame_gradient(m, params.grad_moments + at * kMoments);
+  return frame_gradient(m, double(static_cast<const T*>(params.grad_ccc)[at]));
 }
 
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads)
-    ccc_flat_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
+    ccc_flat_gradient_kernel(CccBackward params, int64_t chunks, int64_t per) {
   constexpr int V = kVector<T>;
-  const CccForward& f = q.forward;
-  const Span span(blockIdx.x, chunks, per, f.frames);
-  const int64_t base = (span.group * f.frames + span.begin) * C, numbers = span.frames * C;
-  const T *pred = static_cast<const T*>(f.pred) + base, *target = static_cast<const T*>(f.target) + base;
-  T* const grad_pred = q.grad_pred ? static_cast<T*>(q.grad_pred) + base : nullptr;
-  T* const grad_target = q.grad_target ? static_cast<T*>(q.grad_target) + base : nullptr;
+  const CccForward& forward = params.forward;
+  const Span span(blockIdx.x, chunks, per, forward.frames);
+  const int64_t base = (span.group * forward.frames + span.begin) * C, numbers = span.frames * C;
+  const T *pred = static_cast<const T*>(forward.pred) + base,
+          *target = static_cast<const T*>(forward.target) + base;
+  T* const grad_pred = params.grad_pred ? static_cast<T*>(params.grad_pred) + base : nullptr;
+  T* const grad_target = params.grad_target ? static_cast<T*>(params.grad_target) + base : nullptr;
   const bool all_whole =
       aligned(pred, 0) && aligned(target, 0) && aligned(grad_pred, 0) && aligned(grad_target, 0);
   FrameGradient gradients[C];
 #pragma unroll
-  for (int c = 0; c < C; ++c) gradients[c] = gradient_of<T>(q, span.group * C + c);
+  for (int c = 0; c < C; ++c) gradients[c] = gradient_of<T>(params, span.group * C + c);
   for (int64_t i = int64_t(threadIdx.x) * V; i < numbers; i += int64_t(kThreads) * V) {
     const int n = int(numbers - i < V ? numbers - i : V);
     const bool whole = n == V && all_whole;
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(kThreads)
     load_vector(target + i, n, whole, y);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const bool valid = k < n && counted<C>(f, base + i + k, C);
+      const bool valid = k < n && counted<C>(forward, base + i + k, C);
       gp[k] = valid ? T(gradients[k % C].pred(double(x[k]), double(y[k]))) : T(0);
       gt[k] = valid ? T(gradients[k % C].target(double(x[k]), double(y[k]))) : T(0);
     }
@@ -212,80 +217,82 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    ccc_strided_gradient_kernel(CccBackward q, int64_t chunks, int64_t per) {
-  const CccForward& f = q.forward;
-  const int C = f.channels;
+    ccc_strided_gradient_kernel(CccBackward params, int64_t chunks, int64_t per) {
+  const CccForward& forward = params.forward;
+  const int C = forward.channels;
   const int64_t c = blockIdx.x % unsigned(C);
-  const Span span(blockIdx.x / unsigned(C), chunks, per, f.frames);
-  const int64_t base = (span.group * f.frames + span.begin) * C + c;
-  const FrameGradient a = gradient_of<T>(q, span.group * C + c);
+  const Span span(blockIdx.x / unsigned(C), chunks, per, forward.frames);
+  const int64_t base = (span.group * forward.frames + span.begin) * C + c;
+  const FrameGradient a = gradient_of<T>(params, span.group * C + c);
   for (int64_t k = threadIdx.x; k < span.frames; k += kThreads) {
     const int64_t i = base + k * C;
-    const bool valid = counted<0>(f, i, C);
-    const double x = valid ? double(static_cast<const T*>(f.pred)[i]) : 0,
-                 y = valid ? double(static_cast<const T*>(f.target)[i]) : 0;
-    if (q.grad_pred) static_cast<T*>(q.grad_pred)[i] = valid ? T(a.pred(x, y)) : T(0);
-    if (q.grad_target) static_cast<T*>(q.grad_target)[i] = valid ? T(a.target(x, y)) : T(0);
+    const bool valid = counted<0>(forward, i, C);
+    const double x = valid ? double(static_cast<const T*>(forward.pred)[i]) : 0,
+                 y = valid ? double(static_cast<const T*>(forward.target)[i]) : 0;
+    if (params.grad_pred) static_cast<T*>(params.grad_pred)[i] = valid ? T(a.pred(x, y)) : T(0);
+    if (params.grad_target) static_cast<T*>(params.grad_target)[i] = valid ? T(a.target(x, y)) : T(0);
   }
 }
 
 // --------------------------------------------------------------------------------------------------- launchers
-Call call_of(const char* op, const CccForward& q, Exec exec) {
+Call call_of(const char* op, const CccForward& params, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
-  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.groups,
-           (long long)q.frames, q.channels, dtype_name(q.dtype));
+  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)params.groups,
+           (long long)params.frames, params.channels, dtype_name(params.dtype));
   return call;
 }
 
 template <class T>
-void forward_all(const CccForward& q, const Call& call) {
-  const int C = q.channels;
-  const int64_t per = chunk_frames(q.frames), chunks = q.frames ? (q.frames + per - 1) / per : 1;
+void forward_all(const CccForward& params, const Call& call) {
+  const int C = params.channels;
+  const int64_t per = chunk_frames(params.frames),
+                chunks = params.frames ? (params.frames + per - 1) / per : 1;
   constexpr size_t kShared = kWarps * kMoments * sizeof(double);
   if (C <= 2) {
-    const unsigned grid = grid_x(call, q.groups * chunks);
-    const bool masked = q.mask_kind != Mask::none;
+    const unsigned grid = grid_x(call, params.groups * chunks);
+    const bool masked = params.mask_kind != Mask::none;
     const auto kernel = C == 1 ? (masked ? ccc_flat_kernel<T, 1, true> : ccc_flat_kernel<T, 1, false>)
                                : (masked ? ccc_flat_kernel<T, 2, true> : ccc_flat_kernel<T, 2, false>);
-    launch(call, kernel, dim3(grid), kThreads, size_t(C) * kShared, q, chunks, per);
+    launch(call, kernel, dim3(grid), kThreads, size_t(C) * kShared, params, chunks, per);
   } else {
-    launch(call, ccc_strided_kernel<T>, dim3(grid_x(call, q.groups * chunks * C)), kThreads, kShared, q,
-           chunks, per);
+    launch(call, ccc_strided_kernel<T>, dim3(grid_x(call, params.groups * chunks * C)), kThreads, kShared,
+           params, chunks, per);
   }
   if (chunks > 1)
-    launch(call, ccc_merge_kernel<T>, dim3(grid_x(call, q.groups * C)), kThreads, kShared, q, chunks);
+    launch(call, ccc_merge_kernel<T>, dim3(grid_x(call, params.groups * C)), kThreads, kShared, params,
+           chunks);
 }
 
 template <class T>
-void backward_all(const CccBackward& q, const Call& call) {
-  const CccForward& f = q.forward;
-  const int C = f.channels;
+void backward_all(const CccBackward& params, const Call& call) {
+  const CccForward& forward = params.forward;
+  const int C = forward.channels;
   if (C <= 2) {
-    const int64_t per = kBackwardVectors * kVector<T> / C, chunks = (f.frames + per - 1) / per;
+    const int64_t per = kBackwardVectors * kVector<T> / C, chunks = (forward.frames + per - 1) / per;
     const auto kernel = C == 1 ? ccc_flat_gradient_kernel<T, 1> : ccc_flat_gradient_kernel<T, 2>;
-    launch(call, kernel, dim3(grid_x(call, f.groups * chunks)), kThreads, 0, q, chunks, per);
+    launch(call, kernel, dim3(grid_x(call, forward.groups * chunks)), kThreads, 0, params, chunks, per);
   } else {
-    const int64_t per = kChunkFrames, chunks = (f.frames + per - 1) / per;
-    launch(call, ccc_strided_gradient_kernel<T>, dim3(grid_x(call, f.groups * chunks * C)), kThreads, 0, q,
-           chunks, per);
+    const int64_t per = kChunkFrames, chunks = (forward.frames + per - 1) / per;
+    launch(call, ccc_strided_gradient_kernel<T>, dim3(grid_x(call, forward.groups * chunks * C)), kThreads, 0,
+           params, chunks, per);
   }
 }
 
 }  // namespace
 
-void ccc_forward(const CccForward& q, Exec exec) {
-  if (!q.groups || !q.channels) return;
-  const Call call = call_of("ccc", q, exec);
+void ccc_forward(const CccForward& params, Exec exec) {
+  if (!params.groups || !params.channels) return;
+  const Call call = call_of("ccc", params, exec);
   const DeviceGuard guard(exec.where);
-  q.dtype == DType::f64 ? forward_all<double>(q, call) : forward_all<float>(q, call);
+  params.dtype == DType::f64 ? forward_all<double>(params, call) : forward_all<float>(params, call);
 }
 
-void ccc_backward(const CccBackward& q, Exec exec) {
-  const CccForward& f = q.forward;
-  if (!f.groups || !f.frames || !f.channels) return;
-  const Call call = call_of("ccc backward", f, exec);
+void ccc_backward(const CccBackward& params, Exec exec) {
+  const CccForward& forward = params.forward;
+  if (!forward.groups || !forward.frames || !forward.channels) return;
+  const Call call = call_of("ccc backward", forward, exec);
   const DeviceGuard guard(exec.where);
-  f.dtype == DType::f64 ? backward_all<double>(q, call) : backward_all<float>(q, call);
+  forward.dtype == DType::f64 ? backward_all<double>(params, call) : backward_all<float>(params, call);
 }
 
 }  // namespace sage::cuda

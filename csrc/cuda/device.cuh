@@ -45,8 +45,9 @@ __host__ __device__ __forceinline__ bool aligned(const void* p, int64_t stride_b
 
 // Loads and stores. `fast`: p is 16-byte aligned, so 16 bytes go at once; else number by number, with the same bits.
 //
-// Count numbers, one vector of 16 bytes or several, where all of them are `inside` the tensor or none is: zeros are loaded,
-// and nothing is stored, where they are not. One test for all costs a kernel up to 30 registers less than one a number.
+// Count numbers, one vector of 16 bytes or several, where all of them are `inside` the tensor or none is: zeros are
+// loaded, and nothing is stored, where they are not. One test for all costs a kernel up to 30 registers less than one
+// a number.
 template <class T>
 __device__ __forceinline__ uint4 load_bits(const T* p, bool inside, bool fast) {
   uint4 bits = {0, 0, 0, 0};
@@ -134,16 +135,17 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Sums over each group of `lanes` (a power of two) neighbours; every lane gets the same bits.
+// The sum over a group of neighbouring lanes: those whose numbers differ from this one's in the binary digits From,
+// 2 From, ... To / 2 alone (powers of two). Every lane of the group gets the same bits.
 template <int From, int To, class A>
-__device__ __forceinline__ A lanes_sum(A x) {  // offsets From .. To / 2
+__device__ __forceinline__ A lanes_sum(A x) {
 #pragma unroll
   for (int o = From; o < To; o *= 2) x += __shfl_xor_sync(kFull, x, o);
   return x;
 }
 
-// Inclusive scan over the warp: lane l gets op(x_0, ..., x_l) bracketed as Kogge and Stone's circuit has it. `up` moves
-// an item by some lanes: Item shuffle_up(const Item&, unsigned).
+// Inclusive scan over the warp: lane l gets op(x_0, ..., x_l), bracketed as Kogge and Stone's circuit has it. Needs
+// Item shuffle_up(const Item&, int lanes): the item of the lane so many below.
 template <class Item, class Op>
 __device__ __forceinline__ Item warp_scan(Item x, int lane, Op op) {
 #pragma unroll 1  // one copy of op: it is long
@@ -154,8 +156,9 @@ __device__ __forceinline__ Item warp_scan(Item x, int lane, Op op) {
   return x;
 }
 
-// Exclusive scan over a block of Warps warps, in thread order: what came before this thread, starting from `carry`; carry
-// becomes the whole. `shared`: Warps items. Ends with a barrier, so `shared` may be used again at once.
+// Exclusive scan over a block of Warps warps, in thread order. Returns `carry` and the items of the threads before
+// this one, joined; `carry` becomes that of all threads. `shared`: Warps items of shared memory. Ends with a barrier,
+// so `shared` may be used again at once.
 template <int Warps, class Item, class Op>
 __device__ __forceinline__ Item block_scan(Item x, Item& carry, Item* shared, Op op) {
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;

@@ -1,13 +1,14 @@
 // reliability_fusion on the GPU, backward.
 //
-// Bytes: reads (M + 1) D and writes M D values a row; the gate adds 8 (M S + S + 4 M) bytes or so. The floor is the time to
-// move those.
+// Bytes: reads (M + 1) D and writes M D values a row; the gate adds 8 (M S + S + 4 M) bytes or so. The floor is the
+// time to move those.
 //
-// A warp takes four rows at a time: their gates together (gate.cuh), then the features, 32 lanes a row, so that a lane owns
-// D / 32 columns and keeps their sums for norm_weight and norm_bias in registers over all of its rows. The rows of a block
-// are a chunk, whose sums go to workspace in double, and a second launch adds the chunks in order. Rows too wide for
-// registers, or no multiple of 16 bytes, take the `wide` kernel, which reads values again from cache. Which kernel and which
-// lane serves what is decided by dtype, M and D alone: a row's bits depend on nothing else.
+// A warp takes four rows at a time: their gates together (gate.cuh), then the features, 32 lanes a row, so that a
+// lane owns D / 32 columns and keeps their sums for norm_weight and norm_bias in registers over all of its rows. The
+// rows of a block are a chunk, whose sums go to workspace in double, and a second launch adds the chunks in order.
+// Rows too wide for registers, or no multiple of 16 bytes, take the `wide` kernel, which reads values again from
+// cache. Which kernel and which lane serves what is decided by dtype, M and D alone: a row's bits depend on nothing
+// else.
 #include <type_traits>
 
 #include "gate.cuh"
@@ -17,19 +18,21 @@ namespace {
 
 constexpr int kBackwardWarps = 8;  // of a block
 
-// A row, one modality:  xhat = (x - mean) scale;  u = g gamma;  c0 = sum u xhat, c1 = sum u, c2 = sum g beta
-//   d weight = c0 + c2;  d x = w scale (u - c1/D - xhat c0/D);  d gamma = w g xhat;  d beta = w g
-// Without the norm: c0 = sum g x, d weight = c0, d x = w g.
+// With g the gradient of fused, a row and one of its modalities give
+//   xhat = (x - mean) scale,  u = g gamma,  sum_u_xhat and sum_u over the row,  sum_grad_beta = sum g beta
+//   d weight = sum_u_xhat + sum_grad_beta,  d x by norm_adjoint,  d gamma = weight g xhat,  d beta = weight g
+// Without the norm xhat is x and u is g: d weight = sum_u_xhat, d x = weight g.
 template <class A>
 struct RowAdjoint {  // what the columns need to know of a row and modality
   A mean, scale, weight;
   NormAdjoint<A> back;
 };
 
-// The gradients of the gate's parameters: in shared memory a row of running sums for each row of rows that the block's warps
-// take at a time, and at the end their total for the chunk.
+// The gradients of the gate's parameters are summed in shared memory, `size` numbers for each of the four rows that
+// each of the block's warps has in hand: gate_sums() is where this lane's row has them, clear() sets all to 0, and
+// finish_gate() adds them up for the chunk.
 template <class A>
-__device__ __forceinline__ A* gate_sums(A* sums, const Gate<A>& g, int size) {
+__device__ __forceinline__ A* gate_sums(A* sums, const Gate<A>& gate, int size) {
   return sums + (int(threadIdx.x) / kGateLanes) * size;
 }
 template <class A>
@@ -47,232 +50,250 @@ __device__ __forceinline__ void finish_gate(const A* sums, int size, double* out
   }
 }
 
-template <class T, int MM, int K>
+// Rows of at most Modalities modalities, of which a lane holds Vectors vectors of 16 bytes.
+template <class T, int Modalities, int Vectors>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp)
-    reliability_fusion_gradient_kernel(ReliabilityFusionBackward q, unsigned whole, int64_t per) {
+    reliability_fusion_gradient_kernel(ReliabilityFusionBackward params, unsigned fast_bits,
+                                       int64_t chunk_rows) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
-  const ReliabilityFusionForward& f = q.forward;
-  const int M = f.modalities, S = f.stages, D = int(f.dim), size = gate_size(M, S);
+  const ReliabilityFusionForward& forward = params.forward;
+  const int M = forward.modalities, S = forward.stages, D = int(forward.dim), size = gate_size(M, S);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const bool norm = f.norm_weight != nullptr;
+  const bool norm = forward.norm_weight != nullptr;
   const int affine = norm ? 2 * M * D : 0;
   double* const total = shared_memory<double>();  // (2, M, D) of the block
   A* const sums = reinterpret_cast<A*>(total + affine);
   clear(sums, size);
-  const Tables<A> tables = read_tables(f, sums + kBackwardWarps * kRows * size);
-  A gamma_sum[MM][K][V], beta_sum[MM][K][V];
+  const Tables<A> tables = read_tables(forward, sums + kBackwardWarps * kRows * size);
+  A gamma_sum[Modalities][Vectors][V], beta_sum[Modalities][Vectors][V];
 #pragma unroll
-  for (int m = 0; m < MM; ++m)
+  for (int m = 0; m < Modalities; ++m)
 #pragma unroll
-    for (int k = 0; k < K; ++k)
+    for (int k = 0; k < Vectors; ++k)
 #pragma unroll
       for (int i = 0; i < V; ++i) gamma_sum[m][k][i] = beta_sum[m][k][i] = A(0);
 
-  const int64_t begin = int64_t(blockIdx.x) * per, end = begin + per < f.rows ? begin + per : f.rows;
+  const int64_t begin = int64_t(blockIdx.x) * chunk_rows,
+                end = begin + chunk_rows < forward.rows ? begin + chunk_rows : forward.rows;
   for (int64_t base = begin + warp * kRows; base < end; base += kBackwardWarps * kRows) {
-    const Gate<A> gate(f, tables, base, end);
-    A grad_w = given(q.grad_weights, gate, M);
+    const Gate<A> gate(forward, tables, base, end);
+    A grad_weight = given(params.grad_weights, gate, M);
 #pragma unroll 1
-    for (int r = 0; r < kRows && base + r < end; ++r) {
-      const int64_t row = base + r;
-      A g[K][V];
+    for (int slot = 0; slot < kRows && base + slot < end; ++slot) {
+      const int64_t row = base + slot;
+      A grad_vals[Vectors][V];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const int d = (k * kWarp + lane) * V;
-        load_whole(static_cast<const T*>(q.grad_fused) + row * D + d, q.grad_fused && d < D,
-                   whole & kFusedWhole, g[k]);
+      for (int k = 0; k < Vectors; ++k) {
+        const int column = (k * kWarp + lane) * V;
+        load_whole(static_cast<const T*>(params.grad_fused) + row * D + column,
+                   params.grad_fused && column < D, fast_bits & kFusedFast, grad_vals[k]);
       }
 #pragma unroll
-      for (int m = 0; m < MM; ++m) {
-        if (m >= M) continue;  // the same for all
-        const A w = __shfl_sync(kFull, gate.weight, gate.lane_of(r, m));
-        const bool here = __shfl_sync(kFull, int(gate.present), gate.lane_of(r, m)) != 0;
+      for (int m = 0; m < Modalities; ++m) {
+        if (m >= M) continue;  // the same for all lanes
+        const A weight = __shfl_sync(kFull, gate.weight, gate.lane_of(slot, m));
+        const bool present = __shfl_sync(kFull, int(gate.present), gate.lane_of(slot, m)) != 0;
         A mean(0), scale(1);
         if (norm) {
-          const A* stats = static_cast<const A*>(f.stats) + (row * M + m) * 2;
+          const A* stats = static_cast<const A*>(forward.stats) + (row * M + m) * 2;
           mean = stats[0];
           scale = stats[1];
         }
-        A xhat[K][V], u[K][V], c0(0), c1(0), c2(0);
+        A xhat[Vectors][V], u[Vectors][V], sum_u_xhat(0), sum_u(0), sum_grad_beta(0);
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-          const int d = (k * kWarp + lane) * V;
-          load_whole(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, here && d < D,
-                     whole >> m & 1, xhat[k]);
+        for (int k = 0; k < Vectors; ++k) {
+          const int column = (k * kWarp + lane) * V;
+          load_whole(static_cast<const T*>(forward.values[m]) + row * forward.row_stride[m] + column,
+                     present && column < D, fast_bits >> m & 1, xhat[k]);
         }
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-          const int d = (k * kWarp + lane) * V;
+        for (int k = 0; k < Vectors; ++k) {
+          const int column = (k * kWarp + lane) * V;
           if (norm) {
             A gamma[V], beta[V];
-            load_whole<A, V>(static_cast<const A*>(f.norm_weight) + m * D + d, d < D, whole & kAffineWhole,
-                             gamma);
-            load_whole<A, V>(static_cast<const A*>(f.norm_bias) + m * D + d, d < D, whole & kAffineWhole,
-                             beta);
+            load_whole<A, V>(static_cast<const A*>(forward.norm_weight) + m * D + column, column < D,
+                             fast_bits & kAffineFast, gamma);
+            load_whole<A, V>(static_cast<const A*>(forward.norm_bias) + m * D + column, column < D,
+                             fast_bits & kAffineFast, beta);
 #pragma unroll
-            for (int i = 0; i < V; ++i) {  // g is 0 past the end
-              const A h = (xhat[k][i] - mean) * scale, wg = g[k][i] * w;
-              xhat[k][i] = h;
-              u[k][i] = g[k][i] * gamma[i];
-              c1 += u[k][i];
-              c0 = fma(u[k][i], h, c0);
-              c2 = fma(g[k][i], beta[i], c2);
-              gamma_sum[m][k][i] = fma(wg, h, gamma_sum[m][k][i]);
-              beta_sum[m][k][i] += wg;
+            for (int i = 0; i < V; ++i) {  // grad_vals are 0 past the end
+              const A xhat_val = (xhat[k][i] - mean) * scale, weighted = grad_vals[k][i] * weight;
+              xhat[k][i] = xhat_val;
+              u[k][i] = grad_vals[k][i] * gamma[i];
+              sum_u += u[k][i];
+              sum_u_xhat = fma(u[k][i], xhat_val, sum_u_xhat);
+              sum_grad_beta = fma(grad_vals[k][i], beta[i], sum_grad_beta);
+              gamma_sum[m][k][i] = fma(weighted, xhat_val, gamma_sum[m][k][i]);
+              beta_sum[m][k][i] += weighted;
             }
           } else {
 #pragma unroll
             for (int i = 0; i < V; ++i) {
-              u[k][i] = g[k][i];
-              c0 = fma(g[k][i], xhat[k][i], c0);
+              u[k][i] = grad_vals[k][i];
+              sum_u_xhat = fma(grad_vals[k][i], xhat[k][i], sum_u_xhat);
             }
           }
         }
-        c0 = lanes_sum<1, kWarp>(c0);
-        if (norm) c1 = lanes_sum<1, kWarp>(c1), c2 = lanes_sum<1, kWarp>(c2);
-        if (here && gate.serves(r, m)) grad_w += c0 + c2;
-        if (!q.grad_values[m]) continue;
-        const NormAdjoint<A> back = norm_adjoint(w, scale, c1, norm ? c0 : A(0), A(D));
+        sum_u_xhat = lanes_sum<1, kWarp>(sum_u_xhat);
+        if (norm) sum_u = lanes_sum<1, kWarp>(sum_u), sum_grad_beta = lanes_sum<1, kWarp>(sum_grad_beta);
+        if (present && gate.serves(slot, m)) grad_weight += sum_u_xhat + sum_grad_beta;
+        if (!params.grad_values[m]) continue;
+        const NormAdjoint<A> back = norm_adjoint(weight, scale, sum_u, norm ? sum_u_xhat : A(0), A(D));
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-          const int d = (k * kWarp + lane) * V;
-          A y[V];
+        for (int k = 0; k < Vectors; ++k) {
+          const int column = (k * kWarp + lane) * V;
+          A out_vals[V];
 #pragma unroll
           for (int i = 0; i < V; ++i)
-            y[i] = here ? fma(u[k][i], back.by_u, fma(xhat[k][i], back.by_xhat, back.constant)) : A(0);
-          store_whole(static_cast<T*>(q.grad_values[m]) + row * D + d, d < D, whole >> (16 + m) & 1, y);
+            out_vals[i] =
+                present ? fma(u[k][i], back.by_u, fma(xhat[k][i], back.by_xhat, back.constant)) : A(0);
+          store_whole(static_cast<T*>(params.grad_values[m]) + row * D + column, column < D,
+                      fast_bits >> (16 + m) & 1, out_vals);
         }
       }
     }
-    gate_backward(q, tables, gate, grad_w, given(q.grad_confidence, gate, M), gate_sums(sums, gate, size));
+    gate_backward(params, tables, gate, grad_weight, given(params.grad_confidence, gate, M),
+                  gate_sums(sums, gate, size));
   }
 
-  double* const out = q.workspace + int64_t(blockIdx.x) * (affine + size);
+  double* const chunk_out = params.workspace + int64_t(blockIdx.x) * (affine + size);
   if (norm) {
     for (int turn = 0; turn < kBackwardWarps; ++turn) {  // warps add up in order
       if (turn == warp) {
 #pragma unroll
-        for (int m = 0; m < MM; ++m)
+        for (int m = 0; m < Modalities; ++m)
 #pragma unroll
-          for (int k = 0; k < K; ++k)
+          for (int k = 0; k < Vectors; ++k)
 #pragma unroll
             for (int i = 0; i < V; ++i) {
-              const int d = (k * kWarp + lane) * V + i;
-              if (m >= M || d >= D) continue;
-              double *a = total + m * D + d, *b = a + M * D;
+              const int column = (k * kWarp + lane) * V + i;
+              if (m >= M || column >= D) continue;
+              double *a = total + m * D + column, *b = a + M * D;
               *a = (turn ? *a : 0.0) + double(gamma_sum[m][k][i]);
               *b = (turn ? *b : 0.0) + double(beta_sum[m][k][i]);
             }
       }
       __syncthreads();
     }
-    for (int i = int(threadIdx.x); i < affine; i += kBackwardWarps * kWarp) out[i] = total[i];
+    for (int i = int(threadIdx.x); i < affine; i += kBackwardWarps * kWarp) chunk_out[i] = total[i];
   }
-  finish_gate(sums, size, out + affine);
+  finish_gate(sums, size, chunk_out + affine);
 }
 
-// Any M, D and alignment. A block takes 8 rows at a time: a warp a row for its dots, then a thread a vector of columns for all 8, adding
-// its columns' sums to the chunk's in workspace.
+// Any M, D and alignment. A block takes 8 rows at a time: first a warp takes a row, for its sums over D; then a
+// thread takes a vector of columns of all 8 rows, and adds its columns' sums to the chunk's in workspace.
 template <class T>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
-    reliability_fusion_wide_gradient_kernel(ReliabilityFusionBackward q, unsigned whole, int64_t per) {
+    reliability_fusion_wide_gradient_kernel(ReliabilityFusionBackward params, unsigned fast_bits,
+                                            int64_t chunk_rows) {
   using A = ArithmeticOf<T>;
   constexpr int V = kVector<T>;
-  const ReliabilityFusionForward& f = q.forward;
-  const int M = f.modalities, S = f.stages, size = gate_size(M, S);
+  const ReliabilityFusionForward& forward = params.forward;
+  const int M = forward.modalities, S = forward.stages, size = gate_size(M, S);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int64_t D = f.dim;
-  const bool norm = f.norm_weight != nullptr;
+  const int64_t D = forward.dim;
+  const bool norm = forward.norm_weight != nullptr;
   const int64_t affine = norm ? 2 * M * D : 0;
-  double* const out = q.workspace + int64_t(blockIdx.x) * (affine + size);
+  double* const chunk_out = params.workspace + int64_t(blockIdx.x) * (affine + size);
   RowAdjoint<A>* const rows = shared_memory<RowAdjoint<A>>();  // (8 rows, M)
   A* const sums = reinterpret_cast<A*>(rows + kBackwardWarps * kMaxModalities);
   clear(sums, size);
-  const Tables<A> tables = read_tables(f, sums + kBackwardWarps * kRows * size);
-  const int64_t begin = int64_t(blockIdx.x) * per, end = begin + per < f.rows ? begin + per : f.rows;
+  const Tables<A> tables = read_tables(forward, sums + kBackwardWarps * kRows * size);
+  const int64_t begin = int64_t(blockIdx.x) * chunk_rows,
+                end = begin + chunk_rows < forward.rows ? begin + chunk_rows : forward.rows;
   for (int64_t base = begin; base < end; base += kBackwardWarps) {
     const int64_t row = base + warp;
     if (row < end) {  // the same for a whole warp
-      const Gate<A> gate(f, tables, row, row + 1);
-      A grad_w = given(q.grad_weights, gate, M);
+      const Gate<A> gate(forward, tables, row, row + 1);
+      A grad_weight = given(params.grad_weights, gate, M);
       for (int m = 0; m < M; ++m) {
-        const A w = __shfl_sync(kFull, gate.weight, gate.lane_of(0, m));
-        const bool here = __shfl_sync(kFull, int(gate.present), gate.lane_of(0, m)) != 0;
-        A mean(0), scale(1), c0(0), c1(0), c2(0);
+        const A weight = __shfl_sync(kFull, gate.weight, gate.lane_of(0, m));
+        const bool present = __shfl_sync(kFull, int(gate.present), gate.lane_of(0, m)) != 0;
+        A mean(0), scale(1), sum_u_xhat(0), sum_u(0), sum_grad_beta(0);
         if (norm) {
-          const A* stats = static_cast<const A*>(f.stats) + (row * M + m) * 2;
+          const A* stats = static_cast<const A*>(forward.stats) + (row * M + m) * 2;
           mean = stats[0];
           scale = stats[1];
         }
-        if (here && q.grad_fused)
-          for (int64_t d = lane * V; d < D; d += kWarp * V) {
-            const int n = int(D - d < V ? D - d : V);
-            A x[V], g[V];
-            load_vector(static_cast<const T*>(f.values[m]) + row * f.row_stride[m] + d, n,
-                        n == V && whole >> m & 1, x);
-            load_vector(static_cast<const T*>(q.grad_fused) + row * D + d, n, n == V && whole & kFusedWhole,
-                        g);
+        if (present && params.grad_fused)
+          for (int64_t column = lane * V; column < D; column += kWarp * V) {
+            const int count = int(D - column < V ? D - column : V);
+            A x_vals[V], grad_vals[V];
+            load_vector(static_cast<const T*>(forward.values[m]) + row * forward.row_stride[m] + column,
+                        count, count == V && fast_bits >> m & 1, x_vals);
+            load_vector(static_cast<const T*>(params.grad_fused) + row * D + column, count,
+                        count == V && fast_bits & kFusedFast, grad_vals);
             if (norm) {
               A gamma[V], beta[V];
-              const bool fast = n == V && whole & kAffineWhole;
-              load_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, n, fast, gamma);
-              load_numbers<V>(static_cast<const A*>(f.norm_bias) + m * D + d, n, fast, beta);
+              const bool fast = count == V && fast_bits & kAffineFast;
+              load_numbers<V>(static_cast<const A*>(forward.norm_weight) + m * D + column, count, fast,
+                              gamma);
+              load_numbers<V>(static_cast<const A*>(forward.norm_bias) + m * D + column, count, fast, beta);
 #pragma unroll
               for (int i = 0; i < V; ++i) {
-                const A u = g[i] * gamma[i];
-                c1 += u;
-                c0 = fma(u, (x[i] - mean) * scale, c0);
-                c2 = fma(g[i], beta[i], c2);
+                const A u = grad_vals[i] * gamma[i];
+                sum_u += u;
+                sum_u_xhat = fma(u, (x_vals[i] - mean) * scale, sum_u_xhat);
+                sum_grad_beta = fma(grad_vals[i], beta[i], sum_grad_beta);
               }
             } else {
 #pragma unroll
-              for (int i = 0; i < V; ++i) c0 = fma(g[i], x[i], c0);
+              for (int i = 0; i < V; ++i) sum_u_xhat = fma(grad_vals[i], x_vals[i], sum_u_xhat);
             }
           }
-        c0 = lanes_sum<1, kWarp>(c0), c1 = lanes_sum<1, kWarp>(c1), c2 = lanes_sum<1, kWarp>(c2);
-        if (here && gate.serves(0, m)) grad_w += c0 + c2;
+        sum_u_xhat = lanes_sum<1, kWarp>(sum_u_xhat), sum_u = lanes_sum<1, kWarp>(sum_u),
+        sum_grad_beta = lanes_sum<1, kWarp>(sum_grad_beta);
+        if (present && gate.serves(0, m)) grad_weight += sum_u_xhat + sum_grad_beta;
         if (lane == 0)
-          rows[warp * M + m] = {mean, scale, w,
-                                norm_adjoint(here ? w : A(0), scale, c1, norm ? c0 : A(0), A(D))};
+          rows[warp * M + m] = {
+              mean, scale, weight,
+              norm_adjoint(present ? weight : A(0), scale, sum_u, norm ? sum_u_xhat : A(0), A(D))};
       }
-      gate_backward(q, tables, gate, grad_w, given(q.grad_confidence, gate, M), gate_sums(sums, gate, size));
+      gate_backward(params, tables, gate, grad_weight, given(params.grad_confidence, gate, M),
+                    gate_sums(sums, gate, size));
     }
     __syncthreads();
     const int live = int(end - base < kBackwardWarps ? end - base : kBackwardWarps);
-    for (int64_t d = int64_t(threadIdx.x) * V; d < D; d += kBackwardWarps * kWarp * V) {
-      const int n = int(D - d < V ? D - d : V);
+    for (int64_t column = int64_t(threadIdx.x) * V; column < D; column += kBackwardWarps * kWarp * V) {
+      const int count = int(D - column < V ? D - column : V);
       for (int m = 0; m < M; ++m) {
         A gamma[V], gamma_sum[V], beta_sum[V];
 #pragma unroll
         for (int i = 0; i < V; ++i) gamma[i] = A(1), gamma_sum[i] = beta_sum[i] = A(0);
         if (norm)
-          load_numbers<V>(static_cast<const A*>(f.norm_weight) + m * D + d, n, n == V && whole & kAffineWhole,
-                          gamma);
-        for (int r = 0; r < live; ++r) {
-          const RowAdjoint<A> a = rows[r * M + m];
-          const bool here = a.weight != A(0) || a.back.by_u != A(0);  // a weight of 0 has no gradient to give
-          A x[V], g[V], y[V];
-          load_vector(static_cast<const T*>(f.values[m]) + (base + r) * f.row_stride[m] + d, here ? n : 0,
-                      here && n == V && whole >> m & 1, x);
-          load_vector(static_cast<const T*>(q.grad_fused) + (base + r) * D + d, here && q.grad_fused ? n : 0,
-                      here && q.grad_fused && n == V && whole & kFusedWhole, g);
+          load_numbers<V>(static_cast<const A*>(forward.norm_weight) + m * D + column, count,
+                          count == V && fast_bits & kAffineFast, gamma);
+        for (int slot = 0; slot < live; ++slot) {
+          const RowAdjoint<A> adjoint = rows[slot * M + m];
+          const bool present =
+              adjoint.weight != A(0) || adjoint.back.by_u != A(0);  // a weight of 0 has no gradient to give
+          A x_vals[V], grad_vals[V], out_vals[V];
+          load_vector(
+              static_cast<const T*>(forward.values[m]) + (base + slot) * forward.row_stride[m] + column,
+              present ? count : 0, present && count == V && fast_bits >> m & 1, x_vals);
+          load_vector(static_cast<const T*>(params.grad_fused) + (base + slot) * D + column,
+                      present && params.grad_fused ? count : 0,
+                      present && params.grad_fused && count == V && fast_bits & kFusedFast, grad_vals);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            const A h = (x[i] - a.mean) * a.scale, wg = g[i] * a.weight;
-            gamma_sum[i] = fma(wg, h, gamma_sum[i]);
-            beta_sum[i] += wg;
-            y[i] = here ? fma(g[i] * gamma[i], a.back.by_u, fma(h, a.back.by_xhat, a.back.constant)) : A(0);
+            const A xhat_val = (x_vals[i] - adjoint.mean) * adjoint.scale,
+                    weighted = grad_vals[i] * adjoint.weight;
+            gamma_sum[i] = fma(weighted, xhat_val, gamma_sum[i]);
+            beta_sum[i] += weighted;
+            out_vals[i] = present ? fma(grad_vals[i] * gamma[i], adjoint.back.by_u,
+                                        fma(xhat_val, adjoint.back.by_xhat, adjoint.back.constant))
+                                  : A(0);
           }
-          if (q.grad_values[m])
-            store_vector(static_cast<T*>(q.grad_values[m]) + (base + r) * D + d, n,
-                         n == V && whole >> (16 + m) & 1, y);
+          if (params.grad_values[m])
+            store_vector(static_cast<T*>(params.grad_values[m]) + (base + slot) * D + column, count,
+                         count == V && fast_bits >> (16 + m) & 1, out_vals);
         }
         if (norm) {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            if (i >= n) continue;
-            double *a = out + m * D + d + i, *b = a + M * D;
+            if (i >= count) continue;
+            double *a = chunk_out + m * D + column + i, *b = a + M * D;
             *a = (base == begin ? 0.0 : *a) + double(gamma_sum[i]);
             *b = (base == begin ? 0.0 : *b) + double(beta_sum[i]);
           }
@@ -281,72 +302,76 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     }
     __syncthreads();
   }
-  finish_gate(sums, size, out + affine);
+  finish_gate(sums, size, chunk_out + affine);
 }
 
 // Parameter gradients: the chunks in a fixed order, 32 parameters a block.
 constexpr int kColumns = 32, kSlices = 32;
 template <class A>
 __global__ void __launch_bounds__(kColumns* kSlices)
-    reliability_fusion_parameter_kernel(ReliabilityFusionBackward q, int64_t chunks, int64_t count) {
+    reliability_fusion_parameter_kernel(ReliabilityFusionBackward params, int64_t chunks, int64_t count) {
   const int column = int(threadIdx.x) % kColumns, slice = int(threadIdx.x) / kColumns;
   const int64_t i = int64_t(blockIdx.x) * kColumns + column;
   double* shared = shared_memory<double>();
   double sum = 0;
   if (i < count)
-    for (int64_t k = slice; k < chunks; k += kSlices) sum += q.workspace[k * count + i];
+    for (int64_t k = slice; k < chunks; k += kSlices) sum += params.workspace[k * count + i];
   shared[threadIdx.x] = sum;
   __syncthreads();
   if (slice || i >= count) return;
   for (int k = 1; k < kSlices; ++k) sum += shared[k * kColumns + column];
-  static_cast<A*>(q.grad_params)[i] = A(sum);
+  static_cast<A*>(params.grad_params)[i] = A(sum);
 }
 
 template <class T>
-void backward_all(const ReliabilityFusionBackward& q, const Call& call) {
+void backward_all(const ReliabilityFusionBackward& params, const Call& call) {
   using A = ArithmeticOf<T>;
   constexpr int kHeld = kWarp * 8;  // columns of a warp's 16-byte vectors, or of its pairs of them
-  const ReliabilityFusionForward& f = q.forward;
-  const bool norm = f.norm_weight != nullptr;
-  unsigned whole = whole_bits<T>(f, q.grad_fused);
-  for (int m = 0; m < f.modalities; ++m)
-    whole |= aligned(q.grad_values[m], f.dim * int64_t(sizeof(T))) ? 1u << (16 + m) : 0;
-  const int64_t per = reliability_fusion_cuda_chunk_rows(f.rows), chunks = (f.rows + per - 1) / per;
-  const int size = gate_size(f.modalities, f.stages);
-  size_t shared = size_t(kBackwardWarps * kRows * size + gate_size(f.modalities, f.stages)) * sizeof(A);
+  const ReliabilityFusionForward& forward = params.forward;
+  const bool norm = forward.norm_weight != nullptr;
+  unsigned fast_bits = fast_bits_of<T>(forward, params.grad_fused);
+  for (int m = 0; m < forward.modalities; ++m)
+    fast_bits |= aligned(params.grad_values[m], forward.dim * int64_t(sizeof(T))) ? 1u << (16 + m) : 0;
+  const int64_t chunk_rows = reliability_fusion_cuda_chunk_rows(forward.rows),
+                chunks = (forward.rows + chunk_rows - 1) / chunk_rows;
+  const int size = gate_size(forward.modalities, forward.stages);
+  size_t shared =
+      size_t(kBackwardWarps * kRows * size + gate_size(forward.modalities, forward.stages)) * sizeof(A);
   void (*kernel)(ReliabilityFusionBackward, unsigned, int64_t) = nullptr;
   if constexpr (sizeof(T) < 8) {
     constexpr int K = 8 / kVector<T>;  // vectors a lane for 256 columns
-    const bool narrow = f.dim % kVector<T> == 0;
-    if (narrow && f.modalities <= 2 && f.dim <= kHeld) kernel = reliability_fusion_gradient_kernel<T, 2, K>;
+    const bool narrow = forward.dim % kVector<T> == 0;
+    if (narrow && forward.modalities <= 2 && forward.dim <= kHeld)
+      kernel = reliability_fusion_gradient_kernel<T, 2, K>;
     if constexpr (!std::is_same<T,
                                 __half>::value) {  // float16 does with fewer kernels: each costs build time
-      if (narrow && f.modalities <= 2 && f.dim > kHeld && f.dim <= 2 * kHeld)
+      if (narrow && forward.modalities <= 2 && forward.dim > kHeld && forward.dim <= 2 * kHeld)
         kernel = reliability_fusion_gradient_kernel<T, 2, 2 * K>;
-      if (narrow && f.modalities > 2 && f.modalities <= 4 && f.dim <= kHeld)
+      if (narrow && forward.modalities > 2 && forward.modalities <= 4 && forward.dim <= kHeld)
         kernel = reliability_fusion_gradient_kernel<T, 4, K>;
     }
   }
   if (kernel) {
-    shared += norm ? size_t(2 * f.modalities * f.dim) * sizeof(double) : 0;
+    shared += norm ? size_t(2 * forward.modalities * forward.dim) * sizeof(double) : 0;
   } else {
     kernel = reliability_fusion_wide_gradient_kernel<T>;
     shared += kBackwardWarps * kMaxModalities * sizeof(RowAdjoint<A>);
   }
-  launch(call, kernel, dim3(grid_x(call, chunks)), kBackwardWarps * kWarp, shared, q, whole, per);
-  const int64_t count = reliability_fusion_param_count(f.dim, f.modalities, f.stages, norm);
+  launch(call, kernel, dim3(grid_x(call, chunks)), kBackwardWarps * kWarp, shared, params, fast_bits,
+         chunk_rows);
+  const int64_t count = reliability_fusion_param_count(forward.dim, forward.modalities, forward.stages, norm);
   launch(call, reliability_fusion_parameter_kernel<A>, dim3(grid_x(call, (count + kColumns - 1) / kColumns)),
-         kColumns * kSlices, kColumns * kSlices * sizeof(double), q, chunks, count);
+         kColumns * kSlices, kColumns * kSlices * sizeof(double), params, chunks, count);
 }
 
 }  // namespace
 
-void reliability_fusion_backward(const ReliabilityFusionBackward& q, Exec exec) {
-  const ReliabilityFusionForward& f = q.forward;
-  if (!f.rows) return;
-  const Call call = call_of("reliability_fusion backward", f, exec);
+void reliability_fusion_backward(const ReliabilityFusionBackward& params, Exec exec) {
+  const ReliabilityFusionForward& forward = params.forward;
+  if (!forward.rows) return;
+  const Call call = call_of("reliability_fusion backward", forward, exec);
   const DeviceGuard guard(exec.where);
-  SAGE_BY_TYPE(f.dtype, backward_all, q)
+  SAGE_BY_TYPE(forward.dtype, backward_all, params)
 }
 
 }  // namespace sage::cuda

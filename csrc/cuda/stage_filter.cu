@@ -1,17 +1,20 @@
 // stage_filter on the GPU.
 //
-// A sequence is a group of 4 lanes (float32, S <= 4) or 16, a lane a stage; state in registers, emissions loaded some frames ahead. Bytes:
-// forward reads and writes S numbers a frame (2 S with the log-belief), backward reads 3 S and writes S. Neither is the
-// floor: that is the chain of one frame, exchange p, S multiply-adds, total, reciprocal. So logarithms stay off the chain:
+// A sequence is a group of 4 lanes (float32, S <= 4) or 16, a lane a stage; state in registers, emissions loaded some
+// frames ahead. Bytes: forward reads S and writes S numbers a frame (2 S with the log-belief), backward reads 3 S and
+// writes S. Memory is not the floor: that is the chain of one frame, exchange p, S multiply-adds, total, reciprocal.
+// So logarithms stay off the chain; with e the emission of a stage, p its probability and a[i][j] that of going from
+// stage i to j,
 //   p'[j] = sum_j w[j] / total,  sum_j = sum_i p[i] a[i][j],  w[j] = exp(e[j] - max e),  total = sum_j sum_j w[j]
 // Where a sum could have lost terms to underflow (math/stage_filter.h, kSafeSum), or the evidence is so far against the
 // prior that total is small, the frame is taken again as stage_step does it, in log space.
 //
 // Long sequences (by T alone, so a sequence's bits do not depend on the batch) are cut into chunks. Three launches:
 //   1  every chunk from every certain start i: its last log-belief and the log-likelihood L_i of its evidence
-//   2  through the chunks, in order: belief' = log_softmax_j logsumexp_i (belief[i] + L_i + last_i[j]); each chunk's start
+//   2  each chunk's true start, in order: belief' = log_softmax_j logsumexp_i (belief[i] + L_i + last_i[j])
 //   3  every chunk again from its true start, writing posteriors
-// Between launches the summaries lie where the chunk's posterior (backward: its emission gradient) will be written last.
+// The summaries of launch 1 and the starts of launch 2 need no memory of their own: they lie in the output, in the
+// place of the chunk's posterior (in backward, of its emission gradient), which launch 3 then writes over them.
 // Backward is linear in the gradient that arrives at a chunk's end, so the same three launches serve it.
 #include "device.cuh"
 #include "../math/stage_filter.h"
@@ -45,8 +48,8 @@ __device__ __forceinline__ T finite(T logit) {
   return max(nothing<T>(), logit);
 }
 
-// log_softmax of the transition's rows into shared memory: log_a[S * S], and a as columns for a stage's lane (to stage j)
-// and as lines (from stage j), L numbers for each of the L lanes, zeros past S.
+// log_softmax of the transition's rows into shared memory: log_a[S * S], and a as columns for a stage's lane (to
+// stage j) and as lines (from stage j), L numbers for each of the L lanes, zeros past S.
 template <class T, int L>
 __device__ __forceinline__ void read_transition(const T* logits, int S, T* log_a, T* column, T* line) {
   for (int k = int(threadIdx.x); k < L * L; k += kWarp) column[k] = line[k] = T(0);
@@ -146,39 +149,41 @@ __device__ __forceinline__ T* summary(void* buffer, const Cut& cut, int64_t sequ
 enum class Pass { whole, summarise, replay };
 
 template <class T, int L>
-__global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForward q, Cut cut, Pass pass) {
+__global__ void __launch_bounds__(kWarp, 8)
+    stage_filter_kernel(StageFilterForward params, Cut cut, Pass pass) {
   constexpr int kAhead = kFramesAhead<T, L>;
-  const int S = q.stages;
+  const int S = params.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
-  read_transition<T, L>(static_cast<const T*>(q.transition), S, log_a, columns, lines);
-  const Job<L> job(q.batch * cut.chunks * (pass == Pass::summarise ? S : 1), cut.chunks,
+  read_transition<T, L>(static_cast<const T*>(params.transition), S, log_a, columns, lines);
+  const Job<L> job(params.batch * cut.chunks * (pass == Pass::summarise ? S : 1), cut.chunks,
                    pass == Pass::summarise ? S : 1);
   const int j = job.stage;
   const bool inside = j < S;
   const Row<T, L> a(columns, j);  // into this stage
 
   const int64_t begin = cut.begin(job.chunk), end = cut.end(job.chunk);
-  T* const scratch = pass == Pass::whole ? nullptr : summary<T>(q.posterior, cut, job.sequence, job.chunk, S);
+  T* const scratch =
+      pass == Pass::whole ? nullptr : summary<T>(params.posterior, cut, job.sequence, job.chunk, S);
   T belief, mine;
   double likelihood = 0;
   if (pass == Pass::whole) {
-    initial_belief<L>(static_cast<const T*>(q.initial), q.initial_stride, job.sequence, j, S, belief, mine);
+    initial_belief<L>(static_cast<const T*>(params.initial), params.initial_stride, job.sequence, j, S,
+                      belief, mine);
   } else if (pass == Pass::summarise) {
     belief = j == job.start ? T(0) : nothing<T>();
     mine = j == job.start ? T(1) : T(0);
   } else {
     belief = inside ? scratch[S * (S + 2) + j] : nothing<T>();
     mine = inside ? exp(belief) : T(0);
-    // The first posterior overwrites it only after a shuffle of every lane's number: all have been read by
-    // then.
+    // The first posterior overwrites it only after a shuffle of every lane's number: all have been read by then.
   }
   T p[L];
   gather<L>(mine, p);
   T inverse = T(1);  // p is to be multiplied by this
 
-  const int64_t row = (job.sequence * q.frames) * S + j;
-  const T* emission = static_cast<const T*>(q.emission) + row;
-  const uint8_t* mask = q.mask ? q.mask + job.sequence * q.frames : nullptr;
+  const int64_t row = (job.sequence * params.frames) * S + j;
+  const T* emission = static_cast<const T*>(params.emission) + row;
+  const uint8_t* mask = params.mask ? params.mask + job.sequence * params.frames : nullptr;
   const auto read = [&](int64_t t) {
     return inside && t < end && (!mask || mask[t]) ? finite(emission[t * S]) : T(0);
   };
@@ -247,8 +252,8 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForwa
           T own(0);
 #pragma unroll
           for (int i = 0; i < L; ++i) own = i == j ? unscaled[i] : own;
-          static_cast<T*>(q.posterior)[row + t * S] = own * inverse;
-          if (q.belief) static_cast<T*>(q.belief)[row + t * S] = now;
+          static_cast<T*>(params.posterior)[row + t * S] = own * inverse;
+          if (params.belief) static_cast<T*>(params.belief)[row + t * S] = now;
         }
       }
     }
@@ -263,21 +268,22 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForwa
       out[S + 1] = T(likelihood - double(high));
     }
   } else if (job.chunk == cut.chunks - 1) {
-    static_cast<T*>(q.final_belief)[job.sequence * S + j] = belief;
+    static_cast<T*>(params.final_belief)[job.sequence * S + j] = belief;
   }
 }
 
 // Launch 2: a group a sequence, chunk after chunk.
 template <class T, int L>
-__global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilterForward q, Cut cut) {
-  const int S = q.stages;
-  const Job<L> job(q.batch, 1, 1);
+__global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilterForward params, Cut cut) {
+  const int S = params.stages;
+  const Job<L> job(params.batch, 1, 1);
   const int j = job.stage;
   const bool inside = j < S;
   T belief, unused;
-  initial_belief<L>(static_cast<const T*>(q.initial), q.initial_stride, job.sequence, j, S, belief, unused);
+  initial_belief<L>(static_cast<const T*>(params.initial), params.initial_stride, job.sequence, j, S, belief,
+                    unused);
   for (int64_t c = 0; c < cut.chunks; ++c) {
-    T* const s = summary<T>(q.posterior, cut, job.sequence, c, S);
+    T* const s = summary<T>(params.posterior, cut, job.sequence, c, S);
     if (job.real && inside) s[S * (S + 2) + j] = belief;
     // Lane i weighs start i; likelihoods are told apart in double, however large.
     double weight =
@@ -298,43 +304,43 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilte
 }
 
 // ----------------------------------------------------------------------------------------------------- backward
-// As stage_step_backward, a lane a stage. Starts of a chunk's summary: gradient 0 arriving with the outputs' own gradients
-// (start S), or unit gradient i arriving without them (start i < S). `flows`: (B, chunks, S, S) of workspace.
+// As stage_step_backward, a lane a stage. Starts of a chunk's summary: gradient 0 arriving with the outputs' own
+// gradients (start S), or unit gradient i arriving without them (start i < S). `flows`: (B, chunks, S, S) of
+// workspace.
 template <class T, int L>
 __global__ void __launch_bounds__(kWarp, 8)
-    stage_filter_gradient_kernel(StageFilterBackward q, Cut cut, Pass pass) {
+    stage_filter_gradient_kernel(StageFilterBackward params, Cut cut, Pass pass) {
   constexpr int kAhead = kFramesAhead<T, L>;
-  const int S = q.stages;
+  const int S = params.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
-  read_transition<T, L>(static_cast<const T*>(q.transition), S, log_a, columns, lines);
+  read_transition<T, L>(static_cast<const T*>(params.transition), S, log_a, columns, lines);
   const int starts = pass == Pass::summarise ? S + 1 : 1;
-  const Job<L> job(q.batch * cut.chunks * starts, cut.chunks, starts);
+  const Job<L> job(params.batch * cut.chunks * starts, cut.chunks, starts);
   const int j = job.stage;
   const bool inside = j < S;
   const Row<T, L> column(columns, j), line(lines, j);  // into this stage, and out of it
   const int64_t begin = cut.begin(job.chunk), end = cut.end(job.chunk);
   T* const scratch =
-      pass == Pass::whole ? nullptr : summary<T>(q.grad_emission, cut, job.sequence, job.chunk, S);
+      pass == Pass::whole ? nullptr : summary<T>(params.grad_emission, cut, job.sequence, job.chunk, S);
   const bool driven = pass != Pass::summarise || job.start == S;  // do the outputs' gradients enter?
   T grad(0);
   if (pass == Pass::whole) {
-    if (q.grad_final && inside) grad = static_cast<const T*>(q.grad_final)[job.sequence * S + j];
+    if (params.grad_final && inside) grad = static_cast<const T*>(params.grad_final)[job.sequence * S + j];
   } else if (pass == Pass::summarise) {
     grad = j == job.start && inside ? T(1) : T(0);
   } else {
     grad = inside ? scratch[(S + 1) * S + j] : T(0);
-    // The first gradient overwrites it only after a shuffle of every lane's number: all have been read by
-    // then.
+    // The first gradient overwrites it only after a shuffle of every lane's number: all have been read by then.
   }
-  const int64_t row = job.sequence * q.frames * S + j;
-  const T *posterior = static_cast<const T*>(q.posterior) + row,
-          *beliefs = static_cast<const T*>(q.belief) + row;
+  const int64_t row = job.sequence * params.frames * S + j;
+  const T *posterior = static_cast<const T*>(params.posterior) + row,
+          *beliefs = static_cast<const T*>(params.belief) + row;
   const T* grad_posterior =
-      q.grad_posterior && driven ? static_cast<const T*>(q.grad_posterior) + row : nullptr;
-  const uint8_t* mask = q.mask ? q.mask + job.sequence * q.frames : nullptr;
+      params.grad_posterior && driven ? static_cast<const T*>(params.grad_posterior) + row : nullptr;
+  const uint8_t* mask = params.mask ? params.mask + job.sequence * params.frames : nullptr;
   T first_belief, first_p;
-  initial_belief<L>(static_cast<const T*>(q.initial), q.initial_stride, job.sequence, j, S, first_belief,
-                    first_p);
+  initial_belief<L>(static_cast<const T*>(params.initial), params.initial_stride, job.sequence, j, S,
+                    first_belief, first_p);
   const auto read_p = [&](int64_t t) {
     return !inside ? T(0) : t < 0 ? first_p : t >= begin - 1 ? posterior[t * S] : T(0);
   };
@@ -404,7 +410,7 @@ __global__ void __launch_bounds__(kWarp, 8)
 #pragma unroll
         for (int i = 0; i < L; ++i) flow[i] = fma(p[i] * column[i], h, flow[i]);
         if (pass != Pass::summarise && job.real && inside)
-          static_cast<T*>(q.grad_emission)[row + t * S] = !mask || mask[t] ? g : T(0);
+          static_cast<T*>(params.grad_emission)[row + t * S] = !mask || mask[t] ? g : T(0);
         grad = back;
         p_now = p_ahead[k];
       }
@@ -422,24 +428,25 @@ __global__ void __launch_bounds__(kWarp, 8)
   T grads[L];
   gather<L>(grad, grads);
   if (!job.real || !inside) return;
-  double* out = q.workspace + (job.sequence * cut.chunks + job.chunk) * S * S + j;
+  double* out = params.workspace + (job.sequence * cut.chunks + job.chunk) * S * S + j;
 #pragma unroll
   for (int i = 0; i < L; ++i)
     if (i < S) out[i * S] = flows[i] + double(flow[i]);
-  if (job.chunk == 0 && q.grad_initial)  // through log_softmax(initial)
-    static_cast<T*>(q.grad_initial)[job.sequence * S + j] = grad - first_p * sum_of<L>(grads);
+  if (job.chunk == 0 && params.grad_initial)  // through log_softmax(initial)
+    static_cast<T*>(params.grad_initial)[job.sequence * S + j] = grad - first_p * sum_of<L>(grads);
 }
 
 template <class T, int L>
 __global__ void __launch_bounds__(kWarp, 8)
-    stage_filter_gradient_chain_kernel(StageFilterBackward q, Cut cut) {
-  const int S = q.stages;
-  const Job<L> job(q.batch, 1, 1);
+    stage_filter_gradient_chain_kernel(StageFilterBackward params, Cut cut) {
+  const int S = params.stages;
+  const Job<L> job(params.batch, 1, 1);
   const int j = job.stage;
   const bool inside = j < S;
-  T grad = inside && q.grad_final ? static_cast<const T*>(q.grad_final)[job.sequence * S + j] : T(0);
+  T grad =
+      inside && params.grad_final ? static_cast<const T*>(params.grad_final)[job.sequence * S + j] : T(0);
   for (int64_t c = cut.chunks - 1; c >= 0; --c) {
-    T* const s = summary<T>(q.grad_emission, cut, job.sequence, c, S);
+    T* const s = summary<T>(params.grad_emission, cut, job.sequence, c, S);
     if (job.real && inside) s[(S + 1) * S + j] = grad;
     T arriving[L];
     gather<L>(grad, arriving);
@@ -454,17 +461,17 @@ __global__ void __launch_bounds__(kWarp, 8)
 constexpr int kSlices = 16;
 template <class T>
 __global__ void __launch_bounds__(kSlices* kMaxStages)
-    stage_filter_transition_kernel(StageFilterBackward q, int64_t parts) {
-  const int S = q.stages, i = int(blockIdx.x), j = int(threadIdx.x) % kMaxStages,
+    stage_filter_transition_kernel(StageFilterBackward params, int64_t parts) {
+  const int S = params.stages, i = int(blockIdx.x), j = int(threadIdx.x) % kMaxStages,
             slice = int(threadIdx.x) / kMaxStages;
   double* flow = shared_memory<double>();  // (kSlices, kMaxStages)
   double sum = 0;
   if (j < S)
-    for (int64_t k = slice; k < parts; k += kSlices) sum += q.workspace[(k * S + i) * S + j];
+    for (int64_t k = slice; k < parts; k += kSlices) sum += params.workspace[(k * S + i) * S + j];
   flow[threadIdx.x] = sum;
   __syncthreads();
   if (int(threadIdx.x) >= S) return;
-  const T* row = static_cast<const T*>(q.transition) + i * S;
+  const T* row = static_cast<const T*>(params.transition) + i * S;
   double mine = 0, total = 0, peak = row[0], mass = 0;
   for (int c = 0; c < S; ++c) {
     double column = 0;
@@ -474,7 +481,7 @@ __global__ void __launch_bounds__(kSlices* kMaxStages)
     peak = max(peak, double(row[c]));
   }
   for (int c = 0; c < S; ++c) mass += exp(double(row[c]) - peak);
-  static_cast<T*>(q.grad_transition)[i * S + j] = T(mine - exp(double(row[j]) - peak) / mass * total);
+  static_cast<T*>(params.grad_transition)[i * S + j] = T(mine - exp(double(row[j]) - peak) / mass * total);
 }
 
 // ---------------------------------------------------------------------------------------------------- launchers
@@ -491,55 +498,58 @@ dim3 grid_of(const Call& call, int64_t jobs) {
 }
 
 template <class T, int L>
-void forward_all(const StageFilterForward& q, const Call& call) {
-  const int S = q.stages;
-  const Cut cut = {q.frames, stage_cuda_chunks(q.frames)};
+void forward_all(const StageFilterForward& params, const Call& call) {
+  const int S = params.stages;
+  const Cut cut = {params.frames, stage_cuda_chunks(params.frames)};
   const size_t shared = (size_t(S) * S + 2 * L * L) * sizeof(T);
   if (cut.chunks == 1)
-    return launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, shared, q, cut,
+    return launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, shared, params, cut,
                   Pass::whole);
-  const int64_t jobs = q.batch * cut.chunks;
-  launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs * S), kWarp, shared, q, cut, Pass::summarise);
-  launch(call, stage_filter_chain_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, 0, q, cut);
-  launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, q, cut, Pass::replay);
+  const int64_t jobs = params.batch * cut.chunks;
+  launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs * S), kWarp, shared, params, cut,
+         Pass::summarise);
+  launch(call, stage_filter_chain_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, 0, params, cut);
+  launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, params, cut, Pass::replay);
 }
 
 template <class T, int L>
-void backward_all(const StageFilterBackward& q, const Call& call) {
-  const int S = q.stages;
-  const Cut cut = {q.frames, stage_cuda_chunks(q.frames)};
+void backward_all(const StageFilterBackward& params, const Call& call) {
+  const int S = params.stages;
+  const Cut cut = {params.frames, stage_cuda_chunks(params.frames)};
   const size_t shared = (size_t(S) * S + 2 * L * L) * sizeof(T);
-  const int64_t jobs = q.batch * cut.chunks;
+  const int64_t jobs = params.batch * cut.chunks;
   if (cut.chunks == 1) {
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, shared, q, cut,
-           Pass::whole);
+    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, shared, params,
+           cut, Pass::whole);
   } else {
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs * (S + 1)), kWarp, shared, q, cut,
-           Pass::summarise);
-    launch(call, stage_filter_gradient_chain_kernel<T, L>, grid_of<L>(call, q.batch), kWarp, 0, q, cut);
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, q, cut,
+    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs * (S + 1)), kWarp, shared, params,
+           cut, Pass::summarise);
+    launch(call, stage_filter_gradient_chain_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, 0, params,
+           cut);
+    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, params, cut,
            Pass::replay);
   }
   launch(call, stage_filter_transition_kernel<T>, dim3(unsigned(S)), kSlices * kMaxStages,
-         kSlices * kMaxStages * sizeof(double), q, jobs);
+         kSlices * kMaxStages * sizeof(double), params, jobs);
 }
 
 }  // namespace
 
-void stage_filter_forward(const StageFilterForward& q, Exec exec) {
-  if (!q.batch) return;
-  const Call call = call_of("stage_filter", q.batch, q.frames, q.stages, q.dtype, exec);
+void stage_filter_forward(const StageFilterForward& params, Exec exec) {
+  if (!params.batch) return;
+  const Call call = call_of("stage_filter", params.batch, params.frames, params.stages, params.dtype, exec);
   const DeviceGuard guard(exec.where);
-  if (q.dtype == DType::f64) return forward_all<double, 16>(q, call);
-  q.stages <= 4 ? forward_all<float, 4>(q, call) : forward_all<float, 16>(q, call);
+  if (params.dtype == DType::f64) return forward_all<double, 16>(params, call);
+  params.stages <= 4 ? forward_all<float, 4>(params, call) : forward_all<float, 16>(params, call);
 }
 
-void stage_filter_backward(const StageFilterBackward& q, Exec exec) {
-  if (!q.batch) return;
-  const Call call = call_of("stage_filter backward", q.batch, q.frames, q.stages, q.dtype, exec);
+void stage_filter_backward(const StageFilterBackward& params, Exec exec) {
+  if (!params.batch) return;
+  const Call call =
+      call_of("stage_filter backward", params.batch, params.frames, params.stages, params.dtype, exec);
   const DeviceGuard guard(exec.where);
-  if (q.dtype == DType::f64) return backward_all<double, 16>(q, call);
-  q.stages <= 4 ? backward_all<float, 4>(q, call) : backward_all<float, 16>(q, call);
+  if (params.dtype == DType::f64) return backward_all<double, 16>(params, call);
+  params.stages <= 4 ? backward_all<float, 4>(params, call) : backward_all<float, 16>(params, call);
 }
 
 }  // namespace sage::cuda

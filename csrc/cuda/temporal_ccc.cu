@@ -1,16 +1,17 @@
 // temporal_ccc on the GPU.
 //
-// A block is one (sequence, channel). Every step is a scan over frames: each thread folds a run of frames, the block scans
-// the threads' folds, each thread goes over its run again from what came before it; runs longer than the block can hold
-// come in tiles. So the cost is linear in T and its chain is about T / 256 frames long. Bytes: a float32 pair is read twice
-// a sweep (the second time from cache); forward writes 5 bytes, backward reads 12 and writes 4 or 8; with 48 to 128 bytes of
-// workspace a frame where slopes or window tails pass between sweeps. The floor is not memory but the scan's latency.
+// A block is one (sequence, channel). Every step is a scan over frames: each thread folds a run of frames, the block
+// scans the threads' folds, each thread goes over its run again from what came before it; runs longer than the block
+// can hold come in tiles. So the cost is linear in T and its chain is about T / 256 frames long. Bytes: a float32
+// pair is read twice a sweep (the second time from cache); forward writes 5 bytes, backward reads 12 and writes 4 or
+// 8; with 48 to 128 bytes of workspace a frame where slopes or window tails pass between sweeps. The floor is not
+// memory but the scan's latency.
 //
 //   cumulative, half-life   moments, merged with the past decayed by the frames gone between the last valid ones
-//   window                  frames in blocks of `window`: tails of a block (a reverse scan) merged with heads of the next (a
-//                           forward scan), so nothing is ever subtracted
-//   backward                slopes of each frame (math/ccc.h), and for every frame the sum of the slopes of the
-//                           frames that saw it: a reverse scan with the same decay, or tails and heads once more
+//   window                  frames in blocks of `window`: tails of a block (a reverse scan) merged with heads of the next
+//                           (a forward scan), so nothing is ever subtracted
+//   backward                slopes of each frame (math/ccc.h), and for every frame the sum of the slopes of the frames
+//                           that saw it: a reverse scan with the same decay, or tails and heads once more
 #include "device.cuh"
 #include "../math/temporal_ccc.h"
 
@@ -89,8 +90,8 @@ struct Compose {
   }
 };
 
-// A scan over n steps: extend(item, i) appends step i, visit(i, item) sees what all steps up to i come to. `carry` starts
-// it and ends as the whole. All of the block's writes to memory are visible when it returns.
+// A scan over n steps: extend(item, i) appends step i, visit(i, item) sees what all steps up to i come to. `carry`
+// starts it and ends as the whole. All of the block's writes to memory are visible when it returns.
 template <class Item, class Join, class Extend, class Visit>
 __device__ __forceinline__ void sweep(int64_t n, const Item& empty, Item& carry, Item* shared, Join join,
                                       Extend extend, Visit visit) {
@@ -117,22 +118,22 @@ struct Frame {
 template <class T>
 struct Lane {  // one (sequence, channel)
   int64_t number, sequence, channel;
-  __device__ __forceinline__ explicit Lane(const TemporalCccForward& q)
-      : number(blockIdx.x), sequence(number / q.channels), channel(number % q.channels) {}
-  __device__ __forceinline__ int64_t at(const TemporalCccForward& q, int64_t t) const {
-    return (sequence * q.frames + t) * q.channels + channel;
+  __device__ __forceinline__ explicit Lane(const TemporalCccForward& params)
+      : number(blockIdx.x), sequence(number / params.channels), channel(number % params.channels) {}
+  __device__ __forceinline__ int64_t at(const TemporalCccForward& params, int64_t t) const {
+    return (sequence * params.frames + t) * params.channels + channel;
   }
-  __device__ __forceinline__ Frame frame(const TemporalCccForward& q, int64_t t) const {
-    const int64_t i = at(q, t);
-    const bool valid =
-        q.mask_kind == Mask::none || q.mask[q.mask_kind == Mask::frame ? sequence * q.frames + t : i];
-    return {valid ? double(static_cast<const T*>(q.pred)[i]) : 0,
-            valid ? double(static_cast<const T*>(q.target)[i]) : 0, valid};
+  __device__ __forceinline__ Frame frame(const TemporalCccForward& params, int64_t t) const {
+    const int64_t i = at(params, t);
+    const bool valid = params.mask_kind == Mask::none ||
+                       params.mask[params.mask_kind == Mask::frame ? sequence * params.frames + t : i];
+    return {valid ? double(static_cast<const T*>(params.pred)[i]) : 0,
+            valid ? double(static_cast<const T*>(params.target)[i]) : 0, valid};
   }
   // Frame j of history and chunk together.
-  __device__ __forceinline__ Frame joined(const TemporalCccForward& q, int64_t j) const {
-    if (j >= q.history) return frame(q, j - q.history);
-    const double* s = q.state_in + (number * q.history + j) * 3;
+  __device__ __forceinline__ Frame joined(const TemporalCccForward& params, int64_t j) const {
+    if (j >= params.history) return frame(params, j - params.history);
+    const double* s = params.state_in + (number * params.history + j) * 3;
     return {s[0], s[1], s[2] > 0};
   }
 };
@@ -140,37 +141,39 @@ struct Lane {  // one (sequence, channel)
 // Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for every t, each on one
 // thread. `tails`: (history + frames, 6) of workspace in window mode.
 template <class T, bool Window, class Visit>
-__device__ __forceinline__ void scan(const TemporalCccForward& q, const Lane<T>& lane, double* tails,
+__device__ __forceinline__ void scan(const TemporalCccForward& params, const Lane<T>& lane, double* tails,
                                      Visit visit) {
   if (!Window) {
     Past* shared = shared_memory<Past>();
-    const Decay decay = {q.decay, q.decay < 1 ? log(q.decay) : 0};
+    const Decay decay = {params.decay, params.decay < 1 ? log(params.decay) : 0};
     Past carry = empty_past();
-    if (q.state_in) {
-      const double* s = q.state_in + lane.number * kTemporalState;
+    if (params.state_in) {
+      const double* s = params.state_in + lane.number * kTemporalState;
       carry.run = {read_moments(s + 1), s[0], s[7]};
     }
     double applied = 1;
     sweep(
-        q.frames, empty_past(), carry, shared, JoinPast{decay},
+        params.frames, empty_past(), carry, shared, JoinPast{decay},
         [&](Past& past, int64_t t) {
-          const Frame f = lane.frame(q, t);
+          const Frame f = lane.frame(params, t);
           applied = running_step(past.run, decay, f.valid ? 1.0 : 0.0, f.x, f.y);
           past.length += 1;
         },
-        [&](int64_t t, const Past& past) { visit(t, lane.frame(q, t), past.run.m, past.run.seen, applied); });
-    if (q.state_out && threadIdx.x == 0) {
-      double* s = q.state_out + lane.number * kTemporalState;
+        [&](int64_t t, const Past& past) {
+          visit(t, lane.frame(params, t), past.run.m, past.run.seen, applied);
+        });
+    if (params.state_out && threadIdx.x == 0) {
+      double* s = params.state_out + lane.number * kTemporalState;
       s[0] = carry.run.seen, s[7] = carry.run.gap;
       write_moments(s + 1, carry.run.m);
     }
     return;
   }
   Stretch* shared = shared_memory<Stretch>();
-  const int64_t total = q.history + q.frames, window = q.window;
+  const int64_t total = params.history + params.frames, window = params.window;
   const auto extend = [&](Stretch& s, int64_t j, bool edge) {
     if (edge) s = {no_moments<double>(), 1};
-    const Frame f = lane.joined(q, j);
+    const Frame f = lane.joined(params, j);
     s.m = push(s.m, 1.0, f.valid ? 1.0 : 0.0, f.x, f.y);
   };
   Stretch carry = empty_stretch();
@@ -183,69 +186,69 @@ __device__ __forceinline__ void scan(const TemporalCccForward& q, const Lane<T>&
       total, empty_stretch(), carry, shared, JoinStretch{},
       [&](Stretch& s, int64_t j) { extend(s, j, j % window == 0); },
       [&](int64_t j, const Stretch& s) {
-        if (j < q.history) return;
+        if (j < params.history) return;
         const bool whole = j < window || j % window == window - 1;
         const M m = whole ? s.m : merge(read_moments(tails + (j - window + 1) * kMoments), s.m);
-        visit(j - q.history, lane.joined(q, j), m, m.count, 1.0);
+        visit(j - params.history, lane.joined(params, j), m, m.count, 1.0);
       });
-  if (q.state_out)
-    for (int64_t k = threadIdx.x; k < q.history_out; k += kThreads) {
-      const Frame f = lane.joined(q, total - q.history_out + k);
-      double* s = q.state_out + (lane.number * q.history_out + k) * 3;
+  if (params.state_out)
+    for (int64_t k = threadIdx.x; k < params.history_out; k += kThreads) {
+      const Frame f = lane.joined(params, total - params.history_out + k);
+      double* s = params.state_out + (lane.number * params.history_out + k) * 3;
       s[0] = f.x, s[1] = f.y, s[2] = f.valid ? 1 : 0;
     }
 }
 
 template <class T, bool Window>
-__global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalCccForward q) {
-  const Lane<T> lane(q);
-  scan<T, Window>(q, lane, q.workspace + lane.number * kMoments * (q.history + q.frames),
+__global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalCccForward params) {
+  const Lane<T> lane(params);
+  scan<T, Window>(params, lane, params.workspace + lane.number * kMoments * (params.history + params.frames),
                   [&](int64_t t, const Frame&, const M& m, double seen, double) {
                     const auto rho = concordance(m, seen);
-                    const int64_t i = lane.at(q, t);
-                    static_cast<T*>(q.rho)[i] = T(rho.ccc);
-                    q.defined[i] = rho.defined ? 1 : 0;
+                    const int64_t i = lane.at(params, t);
+                    static_cast<T*>(params.rho)[i] = T(rho.ccc);
+                    params.defined[i] = rho.defined ? 1 : 0;
                   });
 }
 
 // The first valid frame of the chunk, or its length.
 template <class T>
-__device__ __forceinline__ int64_t first_valid(const TemporalCccForward& q, const Lane<T>& lane) {
+__device__ __forceinline__ int64_t first_valid(const TemporalCccForward& params, const Lane<T>& lane) {
   int64_t* shared = shared_memory<int64_t>();
-  int64_t found = q.frames;
-  for (int64_t tile = 0; tile < q.frames && found == q.frames; tile += kThreads) {
+  int64_t found = params.frames;
+  for (int64_t tile = 0; tile < params.frames && found == params.frames; tile += kThreads) {
     const int64_t t = tile + threadIdx.x;
-    const unsigned bits = __ballot_sync(kFull, t < q.frames && lane.frame(q, t).valid);
+    const unsigned bits = __ballot_sync(kFull, t < params.frames && lane.frame(params, t).valid);
     int bit = 0;
     while (bit < kWarp - 1 && !(bits >> bit & 1)) ++bit;
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = bits ? t + bit : q.frames;
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = bits ? t + bit : params.frames;
     __syncthreads();
-    for (int w = kWarps - 1; w >= 0; --w) found = shared[w] < q.frames ? shared[w] : found;
+    for (int w = kWarps - 1; w >= 0; --w) found = shared[w] < params.frames ? shared[w] : found;
     __syncthreads();
   }
   return found;
 }
 
 template <class T, bool Window>
-__global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(TemporalCccBackward q) {
-  const TemporalCccForward& f = q.forward;
-  const Lane<T> lane(f);
-  const int64_t frames = f.frames, window = f.window;
+__global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(TemporalCccBackward params) {
+  const TemporalCccForward& forward = params.forward;
+  const Lane<T> lane(forward);
+  const int64_t frames = forward.frames, window = forward.window;
   double* const tails =
-      f.workspace + lane.number * (Window ? kMoments * (f.history + frames) + 2 * kSlopes * frames
-                                          : (kSlopes + 1) * frames);
-  double* const slopes = tails + (Window ? kMoments * (f.history + frames) : 0);  // (frames, 5)
+      forward.workspace + lane.number * (Window ? kMoments * (forward.history + frames) + 2 * kSlopes * frames
+                                                : (kSlopes + 1) * frames);
+  double* const slopes = tails + (Window ? kMoments * (forward.history + frames) : 0);  // (frames, 5)
   double* const beside = slopes + kSlopes * frames;  // window: (frames, 5) running sums; else (frames) decays
 
   // An origin near the data, so that slope * (x - origin) cancels nothing. Frames before it get gradient 0 anyway.
-  const int64_t from = first_valid(f, lane);
+  const int64_t from = first_valid(forward, lane);
   double origin_p = 0, origin_t = 0;
   if (from < frames) {
-    const Frame e = lane.frame(f, from);
+    const Frame e = lane.frame(forward, from);
     origin_p = e.x, origin_t = e.y;
   }
-  scan<T, Window>(f, lane, tails, [&](int64_t t, const Frame&, const M& m, double seen, double decay) {
-    const double grad = double(static_cast<const T*>(q.grad_rho)[lane.at(f, t)]);
+  scan<T, Window>(forward, lane, tails, [&](int64_t t, const Frame&, const M& m, double seen, double decay) {
+    const double grad = double(static_cast<const T*>(params.grad_rho)[lane.at(forward, t)]);
     const Slopes<double> s =
         about_origin(concordance_slopes(m, seen, grad), m.mean_p - origin_p, m.mean_t - origin_t);
     double* at = slopes + t * kSlopes;
@@ -262,12 +265,12 @@ __global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(Tempora
     sum.factor *= factor;
   };
   const auto emit = [&](int64_t t, const double* a) {
-    const Frame e = lane.frame(f, t);
+    const Frame e = lane.frame(forward, t);
     const double x = e.x - origin_p, y = e.y - origin_t;
     const Slopes<double> s = {a[0], a[1], a[2], a[3], a[4]};
-    const int64_t i = lane.at(f, t);
-    if (q.grad_pred) static_cast<T*>(q.grad_pred)[i] = e.valid ? T(s.pred(x, y)) : T(0);
-    if (q.grad_target) static_cast<T*>(q.grad_target)[i] = e.valid ? T(s.target(x, y)) : T(0);
+    const int64_t i = lane.at(forward, t);
+    if (params.grad_pred) static_cast<T*>(params.grad_pred)[i] = e.valid ? T(s.pred(x, y)) : T(0);
+    if (params.grad_target) static_cast<T*>(params.grad_target)[i] = e.valid ? T(s.target(x, y)) : T(0);
   };
   Linear carry = identity();
   if (!Window) {
@@ -302,10 +305,10 @@ __global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(Tempora
 }
 
 // --------------------------------------------------------------------------------------------------- launchers
-Call call_of(const char* op, const TemporalCccForward& q, Exec exec) {
+Call call_of(const char* op, const TemporalCccForward& params, Exec exec) {
   Call call = {exec.where, static_cast<cudaStream_t>(exec.stream), ""};
-  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)q.batch,
-           (long long)q.frames, q.channels, dtype_name(q.dtype));
+  snprintf(call.text, sizeof call.text, "%s of (%lld, %lld, %d) %s", op, (long long)params.batch,
+           (long long)params.frames, params.channels, dtype_name(params.dtype));
   return call;
 }
 
@@ -313,29 +316,30 @@ constexpr size_t kShared = kWarps * sizeof(Past);  // the largest item
 
 }  // namespace
 
-void temporal_ccc_forward(const TemporalCccForward& q, Exec exec) {
-  if (!q.batch || !q.channels) return;
-  const Call call = call_of("temporal_ccc", q, exec);
+void temporal_ccc_forward(const TemporalCccForward& params, Exec exec) {
+  if (!params.batch || !params.channels) return;
+  const Call call = call_of("temporal_ccc", params, exec);
   const DeviceGuard guard(exec.where);
-  const dim3 grid(grid_x(call, q.batch * q.channels));
+  const dim3 grid(grid_x(call, params.batch * params.channels));
   const auto kernel =
-      q.dtype == DType::f64
-          ? (q.window ? temporal_ccc_kernel<double, true> : temporal_ccc_kernel<double, false>)
-          : (q.window ? temporal_ccc_kernel<float, true> : temporal_ccc_kernel<float, false>);
-  launch(call, kernel, grid, kThreads, kShared, q);
+      params.dtype == DType::f64
+          ? (params.window ? temporal_ccc_kernel<double, true> : temporal_ccc_kernel<double, false>)
+          : (params.window ? temporal_ccc_kernel<float, true> : temporal_ccc_kernel<float, false>);
+  launch(call, kernel, grid, kThreads, kShared, params);
 }
 
-void temporal_ccc_backward(const TemporalCccBackward& q, Exec exec) {
-  const TemporalCccForward& f = q.forward;
-  if (!f.batch || !f.frames || !f.channels) return;
-  const Call call = call_of("temporal_ccc backward", f, exec);
+void temporal_ccc_backward(const TemporalCccBackward& params, Exec exec) {
+  const TemporalCccForward& forward = params.forward;
+  if (!forward.batch || !forward.frames || !forward.channels) return;
+  const Call call = call_of("temporal_ccc backward", forward, exec);
   const DeviceGuard guard(exec.where);
-  const dim3 grid(grid_x(call, f.batch * f.channels));
-  const auto kernel = f.dtype == DType::f64 ? (f.window ? temporal_ccc_gradient_kernel<double, true>
-                                                        : temporal_ccc_gradient_kernel<double, false>)
-                                            : (f.window ? temporal_ccc_gradient_kernel<float, true>
-                                                        : temporal_ccc_gradient_kernel<float, false>);
-  launch(call, kernel, grid, kThreads, kShared, q);
+  const dim3 grid(grid_x(call, forward.batch * forward.channels));
+  const auto kernel = forward.dtype == DType::f64
+                          ? (forward.window ? temporal_ccc_gradient_kernel<double, true>
+                                            : temporal_ccc_gradient_kernel<double, false>)
+                          : (forward.window ? temporal_ccc_gradient_kernel<float, true>
+                                            : temporal_ccc_gradient_kernel<float, false>);
+  launch(call, kernel, grid, kThreads, kShared, params);
 }
 
 }  // namespace sage::cuda

@@ -27,8 +27,8 @@ SAGE_FN void write_moments(double* to, const Moments<double>& m) {
   to[0] = m.count, to[1] = m.mean_p, to[2] = m.mean_t, to[3] = m.m2_p, to[4] = m.m2_t, to[5] = m.c_pt;
 }
 
-// `count` frames whose distances to a shift sum up to p and t, their squares to pp and tt, their products to pt. The shift
-// is one of the frames, so equal numbers give exact zeros.
+// `count` frames whose distances to a shift sum up to p and t, their squares to pp and tt, their products to pt. The
+// shift is one of the frames, so equal numbers give exact zeros.
 SAGE_FN Moments<double> centred(double count, double shift_p, double shift_t, double p, double t, double pp,
                                 double tt, double pt) {
   const double inverse = count > 0 ? 1 / count : 0, mean_p = p * inverse, mean_t = t * inverse;
@@ -83,9 +83,9 @@ SAGE_FN V concordance_denominator(const Moments<V>& m) {
   return m.m2_p + m.m2_t + m.count * gap * gap;
 }
 
-// ccc is defined where two frames count and the denominator is not 0; elsewhere it is 0. A denominator that is NaN counts
-// as defined: a model that has diverged must not look like one that is uncorrelated. `frames`: how many frames are valid,
-// which is m.count where none has decayed.
+// ccc is defined where two frames count and the denominator is not 0; elsewhere it is 0. A denominator that is NaN
+// counts as defined: a model that has diverged must not look like one that is uncorrelated. `frames`: how many frames
+// are valid, which is m.count where none has decayed.
 template <class V>
 SAGE_FN MaskOf<V> concordance_defined(V frames, V denominator) {
   using T = typename ScalarOf<V>::Type;

@@ -35,8 +35,8 @@ struct Alone {
 
 template <class V>
 struct SigmoidPair {
-  V p, n;
-};  // sigmoid(l), sigmoid(-l)
+  V p, n;  // sigmoid(l), sigmoid(-l)
+};
 
 template <class V>
 SAGE_FN SigmoidPair<V> sigmoid_pair(V l) {
@@ -91,8 +91,8 @@ SAGE_FN LogMixture<V> log_mixture(int stages, const L& l, const W& stage, int si
 
 template <class V>
 struct Confidence {
-  V r, n;
-};  // and its complement
+  V r, n;  // and its complement
+};
 
 template <class V, class L, class W, class Across>
 SAGE_FN Confidence<V> confidence(int stages, const L& l, const W& stage, const Across& across) {
@@ -129,9 +129,9 @@ SAGE_FN Reliability<V> reliability(int stages, const V* l, const V* stage) {
   return reliability<V, const V*, const V*>(stages, l, stage);
 }
 
-// The softmax over modalities: weight[m] = exp(score[m] - peak) / total over those that are present, 0 for the others, and
-// 0 for all where none is; a score of NaN, or scores that are all -inf, give NaN. A thread or lane has `count` of a row's
-// modalities; `across` adds up and compares those that lie elsewhere (Alone: all are here).
+// The softmax over modalities: weight[m] = exp(score[m] - peak) / total over those that are present, 0 for the
+// others, and 0 for all where none is; a score of NaN, or scores that are all -inf, give NaN. A thread or lane has
+// `count` of a row's modalities; `across` adds up and compares those that lie elsewhere (Alone: all are here).
 template <class V, class Mask, class Across = Alone>
 SAGE_FN void modality_weights(int count, const V* score, const Mask* present, V* weight,
                               const Across& across = {}) {
@@ -163,7 +163,8 @@ SAGE_FN void modality_weights_adjoint(int count, const V* weight, const Mask* pr
   for (int m = 0; m < count; ++m) grad[m] = select(present[m], weight[m] * (grad[m] - mean), zero);
 }
 
-// Adjoint of a modality's LayerNorm where it is mixed, fused = sum_m weight (xhat gamma + beta): with u = d fused gamma,
+// Adjoint of a modality's LayerNorm where it is mixed, fused = sum_m weight (xhat gamma + beta). With
+// u = d fused gamma,
 //   d weight = sum u xhat + sum d fused beta
 //   d x      = weight rstd (u - mean(u) - xhat mean(u xhat)) = u by_u + xhat by_xhat + constant
 template <class A>
@@ -176,8 +177,8 @@ SAGE_FN NormAdjoint<A> norm_adjoint(A weight, A rstd, A sum_u, A sum_u_xhat, A d
   return {scale, -scale * sum_u_xhat / dim, -scale * sum_u / dim};
 }
 
-// Adjoint: gradients of r and g to those of l[s] and stage[s], handed to emit(s, grad of l[s], grad of
-// stage[s]).
+// Adjoint of reliability(): from the gradients of r and g those of l[s] and stage[s], handed to
+// emit(s, grad of l[s], grad of stage[s]).
 template <class V, class L, class W, class Across, class Emit>
 SAGE_FN void reliability_adjoint(int stages, const L& l, const W& stage, V grad_r, V grad_g,
                                  const Across& across, Emit&& emit) {

@@ -1,7 +1,6 @@
-// The number a formula is written in: a float or double of one CUDA thread, or a row of CPU lanes
-// (cpu/isa.h). Both offer
-// + - * / < > and exp, log, fma, abs, min, max, select(mask, a, b), any(mask); here are those of plain
-// numbers.
+// The number V that a formula is written in: a float or double of one CUDA thread, or a row of CPU lanes (cpu/isa.h).
+// Both offer + - * / < > and exp, log, sqrt, fma, abs, min, max, select(mask, a, b), negate(mask), any(mask); here
+// are those of plain numbers.
 #pragma once
 #include <cmath>
 

@@ -1,7 +1,7 @@
 // Running moments of temporal_ccc's cumulative and half-life modes, one frame at a time (docs/math.md, "Temporal CCC").
 //
-// The past decays when a valid frame arrives, by the frames gone since the last valid one: as ccc does not change when all
-// weights are scaled alike, a long gap changes nothing and underflows nothing.
+// The past decays when a valid frame arrives, by the frames gone since the last valid one: as ccc does not change
+// when all weights are scaled alike, a long gap changes nothing and underflows nothing.
 #pragma once
 #include "ccc.h"
 
