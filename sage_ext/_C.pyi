@@ -1,9 +1,60 @@
 """The compiled module (csrc/bindings.cpp): addresses and sizes in, kernels run."""
 
 from types import ModuleType
+from typing import Protocol
 
-cpu: ModuleType
-cuda: ModuleType  # only in a build with CUDA kernels
+class Kernels(Protocol):
+    """The entry points of a backend, those of csrc/ops.h: the same for every backend, all arguments by position.
+
+    A tensor is an address (0: an absent optional one), dense and row-major. dtype is a code of _ops/_door.py. The last two
+    say where: a thread count and 0 on the CPU, a device index and a stream on a GPU.
+    """
+
+    def stage_filter_forward(
+        self, dtype: int, batch: int, frames: int, stages: int, emission: int, transition: int, initial: int,
+        initial_stride: int, mask: int, posterior: int, belief: int, final_belief: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def stage_filter_backward(
+        self, dtype: int, batch: int, frames: int, stages: int, transition: int, initial: int, initial_stride: int,
+        mask: int, posterior: int, belief: int, grad_posterior: int, grad_final: int, grad_emission: int,
+        grad_transition: int, grad_initial: int, workspace: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def reliability_fusion_forward(
+        self, dtype: int, rows: int, dim: int, stages: int, values: tuple[int, ...], row_strides: tuple[int, ...],
+        reliability: int, stage: int, log_temperature: int, bias: int, sharpness: int, present: int, norm_weight: int,
+        norm_bias: int, eps: float, fused: int, weights: int, confidence: int, stats: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def reliability_fusion_backward(
+        self, dtype: int, rows: int, dim: int, stages: int, values: tuple[int, ...], row_strides: tuple[int, ...],
+        reliability: int, stage: int, log_temperature: int, bias: int, sharpness: int, present: int, norm_weight: int,
+        norm_bias: int, eps: float, weights: int, stats: int, grad_fused: int, grad_weights: int, grad_confidence: int,
+        grad_values: tuple[int, ...], grad_reliability: int, grad_stage: int, grad_params: int, workspace: int,
+        where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def ccc_forward(
+        self, dtype: int, groups: int, frames: int, channels: int, pred: int, target: int, mask: int, mask_kind: int,
+        moments: int, ccc: int, workspace: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def ccc_backward(
+        self, dtype: int, groups: int, frames: int, channels: int, pred: int, target: int, mask: int, mask_kind: int,
+        moments: int, grad_ccc: int, grad_moments: int, grad_pred: int, grad_target: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def temporal_ccc_forward(
+        self, dtype: int, batch: int, frames: int, channels: int, pred: int, target: int, mask: int, mask_kind: int,
+        window: int, decay: float, history: int, state_in: int, history_out: int, state_out: int, rho: int,
+        defined: int, workspace: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def temporal_ccc_backward(
+        self, dtype: int, batch: int, frames: int, channels: int, pred: int, target: int, mask: int, mask_kind: int,
+        window: int, decay: float, history: int, state_in: int, grad_rho: int, grad_pred: int, grad_target: int,
+        workspace: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+
+class KernelModule(Kernels, ModuleType):
+    """A submodule of _C: the kernels of one backend."""
+
+cpu: KernelModule
+cuda: KernelModule  # only in a build with CUDA kernels
 
 max_modalities: int
 max_stages: int

@@ -227,10 +227,11 @@ def reliability_fusion(
             present=present, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
         )  # fmt: skip
     dtype = _arithmetic(first)
-    return _ops.reliability_fusion.reliability_fusion(
-        values, reliability.to(dtype), _to(stage, dtype), _to(log_temperature, dtype), _to(bias, dtype),
-        _to(sharpness, dtype), present, _to(norm_weight, dtype), _to(norm_bias, dtype), float(eps),
+    gate = _ops.reliability_fusion.Gate(
+        reliability.to(dtype), _to(stage, dtype), _to(log_temperature, dtype), _to(bias, dtype), _to(sharpness, dtype),
+        present, _to(norm_weight, dtype), _to(norm_bias, dtype),
     )  # fmt: skip
+    return _ops.reliability_fusion.reliability_fusion(values, gate, float(eps))
 
 
 # ------------------------------------------------------------------------------------------------------------ ccc
@@ -377,18 +378,6 @@ def temporal_ccc(
         TypeError: a non-tensor or a wrong dtype, or a ``window`` that is not an int.
         ValueError: shapes, devices, ``window`` < 2, ``halflife`` <= 0, or both given.
     """
-    return _temporal_ccc(pred, target, mask, window, halflife, state)[:2]
-
-
-def _temporal_ccc(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    window: int | None,
-    halflife: float | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`temporal_ccc`, and where it is defined: (B, T, C) bool."""
     _window(window, halflife)
     pred, target = _pair(pred, target, mask)
     if pred.dim() != 3:
@@ -410,7 +399,7 @@ def _temporal_ccc(
         _device("state", state, pred, "pred")
         state = state.detach()
     if not _door.has_kernels(pred.device):
-        return reference.temporal_ccc_chunk(pred, target, mask, window=window, halflife=halflife, state=state)
+        return reference.temporal_ccc(pred, target, mask, window=window, halflife=halflife, state=state)
     decay = 1.0 if halflife is None else 0.5 ** (1.0 / halflife)
     return _ops.temporal_ccc.temporal_ccc(pred, target, mask, state, window or 0, decay)
 

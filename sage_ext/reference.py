@@ -176,20 +176,10 @@ def temporal_ccc(
     halflife: float | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Running concordance. See `sage_ext.functional.temporal_ccc`."""
-    return temporal_ccc_chunk(pred, target, mask, window=window, halflife=halflife, state=state)[:2]
+    """Running concordance. See `sage_ext.functional.temporal_ccc`.
 
-
-def temporal_ccc_chunk(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    *,
-    window: int | None,
-    halflife: float | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rho, state, defined). The window mode looks at every window (O(T window)); the others run frame by frame."""
+    The window mode looks at every window (O(T window)); the others run frame by frame.
+    """
     x, y = pred.double(), target.double()
     valid = torch.ones_like(x) if mask is None else _expand_mask(mask, x).double()
     x, y = torch.where(valid > 0, x, 0.0), torch.where(valid > 0, y, 0.0)
@@ -198,7 +188,7 @@ def temporal_ccc_chunk(
     else:
         moments, seen, state = _running(x, y, valid, halflife, state)
     defined = (seen >= 2) & ~(_denominator(moments) <= 0)
-    return _concordance(moments, defined).to(pred.dtype), state, defined
+    return _concordance(moments, defined).to(pred.dtype), state
 
 
 def _sliding(x: Tensor, y: Tensor, valid: Tensor, window: int, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
