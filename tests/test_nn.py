@@ -330,31 +330,84 @@ def test_repr_names_what_matters():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda m, f, p, k: m({"audio": f["audio"]}), ValueError, "expected the modalities"),
+        (lambda m, f, p, k: m({"audio": f["audio"]}), ValueError, "features: expected the modalities"),
         (lambda m, f, p, k: m([f["audio"]]), ValueError, "expected 2 modalities, got 1"),
         (lambda m, f, p, k: m(f["audio"].tolist), TypeError, "sequence or a mapping"),
-        (lambda m, f, p, k: m({**f, "audio": f["audio"].numpy()}), TypeError, r"features\[audio\] must be a tensor"),
-        (lambda m, f, p, k: m({**f, "audio": f["audio"].long()}), TypeError, "floating point, got torch.int64"),
-        (lambda m, f, p, k: m({**f, "audio": f["visual"]}), ValueError, r"must be \(B, T, 6\)"),
-        (lambda m, f, p, k: m({**f, "visual": f["visual"][:, :5]}), ValueError, "leading shape"),
-        (lambda m, f, p, k: m({**f, "visual": f["visual"].double()}), TypeError, "is torch.float64"),
-        (lambda m, f, p, k: m({**f, "visual": f["visual"].to("meta")}), ValueError, "is on meta"),
-        (lambda m, f, p, k: m({n: v[:, :0] for n, v in f.items()}), ValueError, r"at least one frame, got \(3, 0, 6\)"),
-        (lambda m, f, p, k: m(f, p.float()), TypeError, "present must be bool"),
-        (lambda m, f, p, k: m(f, p.tolist()), TypeError, "present must be a bool tensor"),
-        (lambda m, f, p, k: m(f, p[..., :1]), ValueError, r"present must be \(3, 40, 2\), got \(3, 40, 1\)"),
-        (lambda m, f, p, k: m(f, None, k[:1]), ValueError, r"mask must be \(3, 40\)"),
-        (lambda m, f, p, k: m(f, typicality_inputs=[f["audio"]]), ValueError, "typicality_inputs must be 2 tensors"),
-        (lambda m, f, p, k: ReliabilityFusion([3], 8)({"a": f["audio"]}), TypeError, "pass a sequence, not a mapping"),
+        (
+            lambda m, f, p, k: m({**f, "audio": f["audio"].numpy()}),
+            TypeError,
+            r"features\[audio\]: expected a torch.Tensor, got ndarray",
+        ),
+        (
+            lambda m, f, p, k: m({**f, "audio": f["audio"].long()}),
+            TypeError,
+            r"features\[audio\]: expected dtype .*, got torch.int64",
+        ),
+        (
+            lambda m, f, p, k: m({**f, "audio": f["visual"]}),
+            ValueError,
+            r"features\[audio\]: expected shape \(B, T, 6\) or \(N, 6\), got",
+        ),
+        (
+            lambda m, f, p, k: m({**f, "visual": f["visual"][:, :5]}),
+            ValueError,
+            r"features\[visual\]: expected leading shape \(3, 40\)",
+        ),
+        (
+            lambda m, f, p, k: m({**f, "visual": f["visual"].double()}),
+            TypeError,
+            r"features\[visual\]: expected dtype torch.float32 .*, got torch.float64",
+        ),
+        (
+            lambda m, f, p, k: m({**f, "visual": f["visual"].to("meta")}),
+            ValueError,
+            r"features\[visual\]: expected device cpu .*, got meta",
+        ),
+        (
+            lambda m, f, p, k: m({n: v[:, :0] for n, v in f.items()}),
+            ValueError,
+            r"features\[audio\]: expected at least one frame, got \(3, 0, 6\)",
+        ),
+        (lambda m, f, p, k: m(f, p.float()), TypeError, "present: expected dtype bool, got torch.float32"),
+        (lambda m, f, p, k: m(f, p.tolist()), TypeError, "present: expected a torch.Tensor, got list"),
+        (
+            lambda m, f, p, k: m(f, p[..., :1]),
+            ValueError,
+            r"present: expected shape \(B, T, M\) = \(3, 40, 2\), got \(3, 40, 1\)",
+        ),
+        (lambda m, f, p, k: m(f, None, k[:1]), ValueError, r"mask: expected shape \(B, T\) = \(3, 40\), got \(1, 40\)"),
+        (
+            lambda m, f, p, k: m(f, typicality_inputs=[f["audio"]]),
+            ValueError,
+            "typicality_inputs: expected 2 modalities, got 1",
+        ),
+        (
+            lambda m, f, p, k: m(f, typicality_inputs=[v[:, 1:] for v in f.values()]),
+            ValueError,
+            r"typicality_inputs: expected leading shape \(3, 40\) .*, got \(3, 39\)",
+        ),
+        (
+            lambda m, f, p, k: ReliabilityFusion([3], 8)({"a": f["audio"]}),
+            TypeError,
+            "features: expected a sequence .*, got a mapping",
+        ),
         (lambda m, f, p, k: ReliabilityFusion([], 8), ValueError, "1 to 8 modalities, got 0"),
         (lambda m, f, p, k: ReliabilityFusion([2] * 9, 8), ValueError, "1 to 8 modalities, got 9"),
-        (lambda m, f, p, k: ReliabilityFusion([2.5], 8), TypeError, "in_dims must be int"),
-        (lambda m, f, p, k: ReliabilityFusion([0], 8), ValueError, "in_dims must be >= 1"),
+        (lambda m, f, p, k: ReliabilityFusion([2.5], 8), TypeError, "in_dims: expected an int, got float"),
+        (lambda m, f, p, k: ReliabilityFusion([0], 8), ValueError, "in_dims: expected an int >= 1, got 0"),
         (lambda m, f, p, k: ReliabilityFusion(3, 8), TypeError, "sequence of int or a mapping"),
-        (lambda m, f, p, k: ReliabilityFusion({1: 3}, 8), TypeError, "names must be str"),
-        (lambda m, f, p, k: ReliabilityFusion([3], 0), ValueError, "dim must be >= 1"),
-        (lambda m, f, p, k: ReliabilityFusion([3], 8, stages=17), ValueError, r"stages must be in \[1, 16\]"),
-        (lambda m, f, p, k: ReliabilityFusion([3], 8, evidence_dim=0), ValueError, "evidence_dim must be >= 1"),
+        (lambda m, f, p, k: ReliabilityFusion({1: 3}, 8), TypeError, "in_dims: expected names .* str, got"),
+        (lambda m, f, p, k: ReliabilityFusion([3], 0), ValueError, "dim: expected an int >= 1, got 0"),
+        (
+            lambda m, f, p, k: ReliabilityFusion([3], 8, stages=17),
+            ValueError,
+            r"stages: expected an int in \[1, 16\], got 17",
+        ),
+        (
+            lambda m, f, p, k: ReliabilityFusion([3], 8, evidence_dim=0),
+            ValueError,
+            "evidence_dim: expected an int >= 1",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, match):
@@ -464,7 +517,7 @@ def test_two_forwards_before_one_backward():
 
 
 def test_fit_needs_data():
-    with pytest.raises(ValueError, match="at least two frames"):
+    with pytest.raises(ValueError, match="batches: expected at least two frames"):
         build().fit_typicality([])
 
 
@@ -544,19 +597,23 @@ def test_nll_mask_targets_and_empty():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: ReliabilityNLL(0), ValueError, "kappa must be positive"),
-        (lambda: ReliabilityNLL(math.inf), ValueError, "kappa must be positive and finite"),
-        (lambda: ReliabilityNLL("1"), TypeError, "kappa must be float"),
-        (lambda: ReliabilityNLL(1)(torch.rand(3, 2), torch.rand(3, 4)), ValueError, r"squared_error must be \(3, 2\)"),
+        (lambda: ReliabilityNLL(0), ValueError, "kappa: expected a number > 0"),
+        (lambda: ReliabilityNLL(math.inf), ValueError, "kappa: expected a number > 0 and finite, got inf"),
+        (lambda: ReliabilityNLL("1"), TypeError, "kappa: expected a number, got str"),
+        (
+            lambda: ReliabilityNLL(1)(torch.rand(3, 2), torch.rand(3, 4)),
+            ValueError,
+            r"squared_error: expected shape \(3, 2\)",
+        ),
         (
             lambda: ReliabilityNLL(1)(torch.rand(3, 2), torch.rand(3, 2), torch.ones(3, 2)),
             TypeError,
-            "mask must be bool",
+            "mask: expected dtype bool, got torch.float32",
         ),
         (
             lambda: ReliabilityNLL(1)(torch.rand(3, 2), torch.rand(3, 2), torch.ones(2, 2) > 0),
             ValueError,
-            r"mask must be \(3, 2\) or \(3,\), got \(2, 2\)",
+            r"mask: expected shape \(3, 2\) or \(3,\), got \(2, 2\)",
         ),
     ],
 )
@@ -660,15 +717,23 @@ def test_temporal_loss_is_its_definition(memory, masked):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: CCCLoss("video"), ValueError, 'pool must be "batch" or "sequence"'),
-        (lambda: CCCLoss(channel_weights=[-1.0, 2.0]), ValueError, "non-negative"),
-        (lambda: CCCLoss(channel_weights=[0.0, 0.0]), ValueError, "positive sum"),
-        (lambda: CCCLoss(channel_weights=[1.0, 1.0, 1.0])(*labelled()), ValueError, "has 3 entries, pred 2 targets"),
-        (lambda: TemporalCCCLoss(window=1), ValueError, "window must be >= 2"),
-        (lambda: TemporalCCCLoss(window=2.5), TypeError, "window must be int"),
-        (lambda: TemporalCCCLoss(window=5, halflife=2.0), ValueError, "not both"),
-        (lambda: TemporalCCCLoss(halflife=0), ValueError, "halflife must be positive"),
-        (lambda: TemporalCCCLoss(halflife="3"), TypeError, "halflife must be float"),
+        (lambda: CCCLoss("video"), ValueError, "pool: expected 'batch' or 'sequence', got 'video'"),
+        (
+            lambda: CCCLoss(channel_weights=[-1.0, 2.0]),
+            ValueError,
+            "channel_weights: expected one number >= 0 a target",
+        ),
+        (lambda: CCCLoss(channel_weights=[0.0, 0.0]), ValueError, "channel_weights: .* not all of them 0"),
+        (
+            lambda: CCCLoss(channel_weights=[1.0, 1.0, 1.0])(*labelled()),
+            ValueError,
+            "pred: expected 3 targets .*, got 2",
+        ),
+        (lambda: TemporalCCCLoss(window=1), ValueError, "window: expected an int >= 2, got 1"),
+        (lambda: TemporalCCCLoss(window=2.5), TypeError, "window: expected an int, got float"),
+        (lambda: TemporalCCCLoss(window=5, halflife=2.0), ValueError, "window, halflife: expected at most one"),
+        (lambda: TemporalCCCLoss(halflife=0), ValueError, "halflife: expected a number > 0, got 0"),
+        (lambda: TemporalCCCLoss(halflife="3"), TypeError, "halflife: expected a number, got str"),
     ],
 )
 def test_loss_errors(call, error, match):

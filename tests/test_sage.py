@@ -180,9 +180,15 @@ def test_memory_remembers_beyond_the_convolutions():
     assert (x["audio"].grad[0].abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("bad", [8.0, (0.0,), (-1.0,), (float("nan"),), (float("inf"),), ("a",), (4.0,) * 9])
+@pytest.mark.parametrize("bad", [(0.0,), (-1.0,), (float("nan"),), (float("inf"),), (4.0,) * 9])
 def test_bad_half_lives_are_named(bad):
-    with pytest.raises(ValueError, match="memory must be at most 8 half-lives"):
+    with pytest.raises(ValueError, match="memory: expected at most 8 half-lives"):
+        SAGE(DIMS, memory=bad)
+
+
+@pytest.mark.parametrize("bad", [8.0, "8", ("a",)])
+def test_a_memory_is_a_sequence_of_numbers(bad):
+    with pytest.raises(TypeError, match="memory: expected a sequence of half-lives"):
         SAGE(DIMS, memory=bad)
 
 
@@ -350,9 +356,9 @@ def test_statistics_make_units_irrelevant():
 def test_statistics_errors():
     features, present = draw()
     model = build(statistics=False)
-    with pytest.raises(TypeError, match="iterable more than once"):
+    with pytest.raises(TypeError, match="batches: expected something to iterate over twice"):
         model.fit_statistics(iter([{"features": features}]))
-    with pytest.raises(ValueError, match="modality visual has 0 present frames"):
+    with pytest.raises(ValueError, match="batches: expected 2 frames or more with modality visual, got 0"):
         model.fit_statistics([{"features": features, "present": present & torch.tensor([True, False])}])
 
 
@@ -530,23 +536,35 @@ def test_nothing_annotated_gives_zero_gradient():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda m, f, p: build(causal=False)(f, p, None, m(f, p).state), ValueError, "only a causal SAGE"),
-        (lambda m, f, p: m({k: v[:, 0] for k, v in f.items()}), ValueError, r"features must be \(B, T, d\)"),
-        (lambda m, f, p: m(f, p[:, :-1]), ValueError, r"present must be \(2, 70, 2\)"),
-        (lambda m, f, p: m(f, p, p), ValueError, r"mask must be \(2, 70\)"),
-        (lambda m, f, p: m({"audio": f["audio"]}), ValueError, "expected the modalities"),
+        (
+            lambda m, f, p: build(causal=False)(f, p, None, m(f, p).state),
+            ValueError,
+            "state: expected None .*only a causal SAGE.*causal=False.*, got SAGEState",
+        ),
+        (
+            lambda m, f, p: m({k: v[:, 0] for k, v in f.items()}),
+            ValueError,
+            r"features: expected shape \(B, T, D\) a modality, got \(2, 7\)",
+        ),
+        (lambda m, f, p: m(f, p[:, :-1]), ValueError, r"present: expected shape \(B, T, M\) = \(2, 70, 2\)"),
+        (lambda m, f, p: m(f, p, p), ValueError, r"mask: expected shape \(B, T\) = \(2, 70\)"),
+        (lambda m, f, p: m({"audio": f["audio"]}), ValueError, "features: expected the modalities"),
         (
             lambda m, f, p: build(fusion="gate"),
             ValueError,
-            "fusion must be one of reliability, uniform, concat, .* got 'gate'",
+            "fusion: expected one of reliability, uniform, concat, .* got 'gate'",
         ),
-        (lambda m, f, p: build(dropout=1.0), ValueError, "dropout must be in"),
-        (lambda m, f, p: build(causal=1), TypeError, "causal must be bool"),
-        (lambda m, f, p: build(blocks=0), ValueError, "blocks must be in"),
-        (lambda m, f, p: build(fused_blocks=5), ValueError, r"fused_blocks must be in \[0, 4\], got 5"),
-        (lambda m, f, p: build(kappa=-1.0), ValueError, "kappa must be positive"),
-        (lambda m, f, p: build(fusion="uniform").assess(f, p), ValueError, "no reliability to assess"),
-        (lambda m, f, p: SAGELoss(unimodal=-1), ValueError, "unimodal must be a finite weight"),
+        (lambda m, f, p: build(dropout=1.0), ValueError, r"dropout: expected a number in \[0, 1\), got 1.0"),
+        (lambda m, f, p: build(causal=1), TypeError, "causal: expected a bool, got int"),
+        (lambda m, f, p: build(blocks=0), ValueError, r"blocks: expected an int in \[1, 12\], got 0"),
+        (lambda m, f, p: build(fused_blocks=5), ValueError, r"fused_blocks: expected an int in \[0, 4\], got 5"),
+        (lambda m, f, p: build(kappa=-1.0), ValueError, "kappa: expected a number > 0"),
+        (
+            lambda m, f, p: build(fusion="uniform").assess(f, p),
+            ValueError,
+            "fusion: expected one that has a reliability to assess, got 'uniform'",
+        ),
+        (lambda m, f, p: SAGELoss(unimodal=-1), ValueError, "unimodal: expected a number >= 0 and finite, got -1"),
     ],
 )
 def test_errors_name_the_argument(call, error, match):
