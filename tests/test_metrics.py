@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scores import numpy_ccc
 
 from sage_ext import functional
 from sage_ext.metrics import StreamingCCC
-from tests.test_nn import numpy_ccc
 
 MODES = [{}, {"window": 7}, {"window": 500}, {"halflife": 9.0}]
 
