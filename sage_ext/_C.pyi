@@ -1,6 +1,7 @@
 """The compiled module (csrc/bindings.cpp): addresses and sizes in, kernels run."""
 
 from types import ModuleType
+from typing import Any
 
 cpu: ModuleType
 cuda: ModuleType  # only in a build with CUDA kernels
@@ -22,16 +23,20 @@ def temporal_ccc_workspace(
     batch: int, frames: int, channels: int, window: int, history: int, backward: bool
 ) -> int: ...
 
+# Of a streaming model of this shape: (name, shape) of every tensor that open_session takes, and of every part of a stream's
+# state (csrc/stream/describe.h).
+_Listed = list[tuple[str, tuple[int, ...]]]
+def describe_stream(shape: dict[str, Any], /) -> tuple[_Listed, _Listed]: ...
+
 class StreamSession:
-    """csrc/stream/session.h, made by cpu.open_session or cuda.open_session; sage_ext/stream.py gives it shapes and meaning."""
+    """csrc/stream/session.h, made by cpu.open_session or cuda.open_session(shape, [(name, shape, address) of each tensor that
+    describe_stream lists, in its order], rows, where); sage_ext/stream.py gives it meaning. `outputs`: the addresses of a
+    StreamOutput's tensors."""
 
     def step(
-        self, features: tuple[int, ...], present: int, active: int, prediction: int, unimodal: int, weights: int,
-        confidence: int, stage: int, where: int, stream: int, /,
+        self, features: tuple[int, ...], present: int, active: int, outputs: tuple[int, ...], where: int, stream: int, /,
     ) -> None: ...  # fmt: skip
-    def reset(self, which: int, count: int, /) -> None: ...
+    def reset(self, which: int, count: int, outputs: tuple[int, ...], /) -> None: ...
     def read(self, which: int, count: int, state: int, frames: int, /) -> None: ...
-    def write(self, which: int, count: int, state: int, frames: int, /) -> None: ...
+    def write(self, which: int, count: int, state: int, frames: int, outputs: tuple[int, ...], /) -> None: ...
     def totals(self) -> tuple[int, list[tuple[int, int]]]: ...
-    @property
-    def state_size(self) -> int: ...

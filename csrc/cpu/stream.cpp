@@ -7,7 +7,6 @@
 // (four interleaved ones where few outputs would leave the units idle), the same whatever rows are beside it.
 #include "../stream/model.h"
 
-#include "../stream/pack.h"
 #include "isa.h"
 #include "../math/activation.h"
 #include "../math/reliability_fusion.h"
@@ -238,7 +237,7 @@ void standardise(Group& g, int m) {
   for (int i = 0; i < g.rows; ++i) {
     const int64_t row = g.row[i];
     const float* raw = g.q.features[m] + row * n;
-    float *x = g.input + i * g.input_stride, *last = g.state(i) + from.last;
+    float *x = g.input + i * g.input_stride, *last = g.state(i) + g.model.last[m].at;
     const bool given = !g.q.present || g.q.present[row * s.modalities + m];
     bool here = given, same = false, stuck = false;
     if (given) {
@@ -258,7 +257,7 @@ void standardise(Group& g, int m) {
       same = here && sum(moved) == 0;
     }
     if (s.stuck) {
-      float& repeats = g.state(i)[g.model.repeats + m];
+      float& repeats = g.state(i)[g.model.repeats.at + m];
       repeats = same ? repeats + (repeats < float(s.stuck)) : 0.0f;
       stuck = repeats >= float(s.stuck);
       here = here && !stuck;
@@ -318,9 +317,9 @@ void typicality(Group& g) {
                      count[2 * kMaxModalities] = {};
     for_each_vector<W>(
         pairs, [&](int64_t c, auto at) { at.write(energy + c, log(at.read(g.square[i] + c) + V(1e-8f))); });
-    float* ring = g.state(i) + g.model.typicality;  // (history) x (energy, counted) x pairs
-    const int64_t start = history ? g.q.frames[g.row[i]] % history : 0, size = 2 * pairs;
-    const float* before = ring + (start ? start - 1 : history - 1) * size + pairs;
+    float *energies = g.state(i) + g.model.energy.at, *counts = g.state(i) + g.model.counted.at;
+    const int64_t start = history ? g.q.frames[g.row[i]] % history : 0, line = g.model.energy.line();
+    const float* before = counts + (start ? start - 1 : history - 1) * line;
     for (int m = 0; m < s.modalities; ++m) {
       const bool here = g.present[i][m];
       now[2 * m] = here;
@@ -328,10 +327,9 @@ void typicality(Group& g) {
     }
     int64_t slot = start;
     for (int64_t f = 0; f < history; ++f) {  // oldest first
-      const float* at = ring + slot * size;
       for (int c = 0; c < pairs; ++c) {
-        total[c] += at[c];
-        count[c] += at[pairs + c];
+        total[c] += energies[slot * line + c];
+        count[c] += counts[slot * line + c];
       }
       slot = slot + 1 == history ? 0 : slot + 1;
     }
@@ -340,15 +338,14 @@ void typicality(Group& g) {
       total[c] += energy[c];
       count[c] += now[c];
       if (history) {
-        ring[start * size + c] = energy[c];
-        ring[start * size + pairs + c] = now[c];
+        energies[start * line + c] = energy[c];
+        counts[start * line + c] = now[c];
       }
     }
     float z[2 * kMaxModalities] = {}, level[2 * kMaxModalities];
     for (int c = 0; c < pairs; ++c) {
-      const Modality& from = g.model.modality[c / 2];
       if (g.present[i][c / 2] && count[c] > 0)
-        z[c] = (total[c] / count[c] - from.typical_mean[c % 2]) / from.typical_std[c % 2];
+        z[c] = (total[c] / count[c] - g.model.typical_mean[c]) / g.model.typical_std[c];
     }
     for_each_vector<W>(pairs, [&](int64_t c, auto at) {  // asinh |z|, at most 4
       const V far = abs(at.read(z + c));
@@ -408,7 +405,7 @@ void gate_lanes(Group& g, int first) {
   }
   V belief[kMaxStages], p[kMaxStages], emission[kMaxStages], logit[kMaxStages];
   for (int j = 0; j < stages; ++j) {
-    belief[j] = gather([&](int i) { return g.state(i)[g.model.belief + j]; });
+    belief[j] = gather([&](int i) { return g.state(i)[g.model.belief.at + j]; });
     p[j] = exp(belief[j]);
     emission[j] =
         select(any_present, gather([&](int i) { return g.emission[i * g.stage_stride + j]; }), V(0.0f));
@@ -416,17 +413,17 @@ void gate_lanes(Group& g, int first) {
   stage_step(stages, g.model.log_a, g.model.a, emission, belief, p);
   for (int l = 0; l < lanes; ++l)
     for (int j = 0; j < stages; ++j) {
-      g.state(first + l)[g.model.belief + j] = belief[j][l];
-      g.q.stage[g.row[first + l] * stages + j] = p[j][l];
+      g.state(first + l)[g.model.belief.at + j] = belief[j][l];
+      g.q.out.stage[g.row[first + l] * stages + j] = p[j][l];
     }
 
   const V zero(0.0f), lowest(-3e38f);
   V confidence[kMaxModalities], weight[kMaxModalities], peak = lowest, total = zero;
   for (int m = 0; m < M; ++m) {
-    const Modality& from = g.model.modality[m];
+    const float *scale = g.model.logit_scale + m * stages, *bias = g.model.logit_bias + m * stages;
     for (int j = 0; j < stages; ++j) {
       const V raw = gather([&](int i) { return g.logits_of(m)[i * g.stage_stride + j]; });
-      logit[j] = select(present[m], fma(raw, V(from.logit_scale[j]), V(from.logit_bias[j])), zero);
+      logit[j] = select(present[m], fma(raw, V(scale[j]), V(bias[j])), zero);
     }
     const Reliability<V> r = reliability(stages, logit, p);
     confidence[m] = select(present[m], r.confidence, zero);
@@ -440,8 +437,8 @@ void gate_lanes(Group& g, int first) {
   for (int m = 0; m < M; ++m) {
     const V share = select(any_present, weight[m] / total, zero);
     for (int l = 0; l < lanes; ++l) {
-      g.q.weights[g.row[first + l] * M + m] = share[l];
-      g.q.confidence[g.row[first + l] * M + m] = confidence[m][l];
+      g.q.out.weights[g.row[first + l] * M + m] = share[l];
+      g.q.out.confidence[g.row[first + l] * M + m] = confidence[m][l];
     }
   }
 }
@@ -462,10 +459,10 @@ void gate(Group& g) {
     int count = 0;
     for (int m = 0; m < s.modalities; ++m) count += g.present[i][m];
     for (int m = 0; m < s.modalities; ++m) {
-      g.q.weights[row * s.modalities + m] = g.present[i][m] ? 1.0f / float(count) : 0.0f;
-      g.q.confidence[row * s.modalities + m] = g.present[i][m] ? 0.5f : 0.0f;
+      g.q.out.weights[row * s.modalities + m] = g.present[i][m] ? 1.0f / float(count) : 0.0f;
+      g.q.out.confidence[row * s.modalities + m] = g.present[i][m] ? 0.5f : 0.0f;
     }
-    g.q.stage[row] = 1.0f;
+    g.q.out.stage[row] = 1.0f;
   }
 }
 
@@ -484,8 +481,8 @@ void fuse(Group& g) {
         for (int64_t d = 0; d < dim; d += W) store(x + d, V(0.0f));
         continue;
       }
-      const Norm& norm = g.model.modality[m].value_norm;
-      const V weight(g.q.weights[g.row[i] * s.modalities + m]);
+      const Norm norm = {g.model.value_norm.weight + m * dim, g.model.value_norm.bias + m * dim};
+      const V weight(g.q.out.weights[g.row[i] * s.modalities + m]);
       const Moments stats = s.value_norm ? moments(x, s.dim) : Moments{};
       for (int64_t d = 0; d < dim; d += W) {
         const V value = s.value_norm ? normed(x, stats, norm, d) : load(x + d);
@@ -502,7 +499,7 @@ void weigh(Group& g) {
   const Shape& s = g.model.shape;
   for (int i = 0; i < g.rows; ++i) {
     float own[kMaxModalities] = {}, total = 0;
-    for (int m = 0; m < s.modalities; ++m) own[m] = g.q.confidence[g.row[i] * s.modalities + m];
+    for (int m = 0; m < s.modalities; ++m) own[m] = g.q.out.confidence[g.row[i] * s.modalities + m];
     for_each_vector<W>(s.modalities, [&](int64_t m, auto at) {
       const V c = min(max(at.read(own + m), V(0.001f)), V(0.999f));
       const V log_odds = log(c / (V(1.0f) - c)) * V(s.reliability ? g.model.sharpness : 1.0f);
@@ -525,14 +522,13 @@ void remember(Group& g) {
   const int rows = (1 + s.modalities) * g.rows;
   weigh(g);
   for (int r = 0; r < rows; ++r) {
-    float *sums = g.state(r % g.rows) + model.memory + r / g.rows * memory_floats(s),
-          *weights = sums + s.memory * dim;
+    float* sums = g.state(r % g.rows) + model.memory.array(r / g.rows * s.memory);
     const float p = g.precision[r], *x = g.tracks + r * dim;
     float* to = g.recalled + r * g.recalled_stride;
     for (int h = 0; h < s.memory; ++h) {
-      weights[h] = model.decay[h] * weights[h] + p;
-      const V scale(1.0f / (weights[h] + model.prior[h]));
-      float* sum = sums + h * dim;
+      float *sum = sums + h * model.memory.line(), &weight = sum[s.dim];
+      weight = model.decay[h] * weight + p;
+      const V scale(1.0f / (weight + model.prior[h]));
       for_each_vector<W>(s.dim, [&](int64_t d, auto at) {
         const V next = fma(V(model.decay[h]), load(sum + d), V(p) * at.read(x + d));
         at.write(sum + d, next);
@@ -559,7 +555,8 @@ void predict(Group& g) {
     const int64_t row = g.row[r % g.rows];
     const int m = r / g.rows - 1;
     map<tanh>(g.hidden + r * g.hidden_stride, s.targets,
-              m < 0 ? g.q.prediction + row * s.targets : g.q.unimodal + (row * s.modalities + m) * s.targets);
+              m < 0 ? g.q.out.prediction + row * s.targets
+                    : g.q.out.unimodal + (row * s.modalities + m) * s.targets);
   }
 }
 
@@ -623,14 +620,13 @@ struct Panels {
 
 }  // namespace
 
-void stream_pack(Model& model, const float* parameters, void* memory) {
-  char* to = (char*)memory;
-  if (model.shape.bf16)
-    pack<Panels<bf16>>(model, parameters, to, to);
-  else
-    pack<Panels<float>>(model, parameters, to, to);
-  model.scratch_floats = cut_scratch(model.shape, nullptr, nullptr);
+size_t stream_matrix_bytes(bool half, int64_t inputs, int64_t outputs) {
+  return half ? Panels<bf16>::bytes(inputs, outputs) : Panels<float>::bytes(inputs, outputs);
 }
+void stream_matrix_write(bool half, const float* from, int64_t inputs, int64_t outputs, void* to) {
+  half ? Panels<bf16>::write(from, inputs, outputs, to) : Panels<float>::write(from, inputs, outputs, to);
+}
+int64_t stream_scratch(const Shape& shape) { return cut_scratch(shape, nullptr, nullptr); }
 
 void stream_step(const Model& model, const Step& q) {
   for (int64_t i = 0; i < q.count; i += kGroup) {

@@ -214,7 +214,7 @@ def test_inputs_may_lie_on_the_host_pinned_or_on_the_device(simt):
                 visual.flatten()
             )
             simt.upload(places[2], p.data_ptr(), rows * 2)
-            native._native.step(tuple(places[:2]), places[2], active.data_ptr(), *native._targets, 0, 0)
+            native._native.step(tuple(places[:2]), places[2], active.data_ptr(), native._targets, 0, 0)
             assert_same(plain.step({"audio": audio, "visual": visual}, p, active), native._output)
     finally:
         for place in places:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage_ext import _C
+from sage_ext import _C, stream
 from sage_ext.models import SAGE
 from sage_ext.stream import StreamingSession, StreamOutput
 
@@ -555,7 +555,7 @@ ERRORS = [
     (lambda s, x, p: build().stream(1.0), TypeError, "batch_size must be int"),
     (lambda s, x, p: build().stream(1, torch.float16), ValueError, "weights_dtype must be torch.float32 or torch.bfloat16"),
     (lambda s, x, p: build().stream(1, "bfloat16"), TypeError, "weights_dtype must be a torch.dtype"),
-    (lambda s, x, p: StreamingSession(torch.nn.Linear(2, 2)), TypeError, "model must be SAGE, got Linear"),
+    (lambda s, x, p: StreamingSession(torch.nn.Linear(2, 2)), TypeError, "model: expected a SAGE, got Linear"),
 ]  # fmt: skip
 
 
@@ -575,8 +575,78 @@ def test_a_model_with_broken_weights_is_refused():
     model = build()
     with torch.no_grad():
         model.head[0].bias[3] = math.nan
-    with pytest.raises(ValueError, match="a parameter or statistic is not finite"):
+    with pytest.raises(ValueError, match=r"model: 'head.0.bias' is not finite"):
         model.stream()
+
+
+# ------------------------------------------------------------------------------------------------ the model's description
+def opened(model, change):
+    """Opens a native session on what `change` makes of the model's tensors, a list of (name, tensor)."""
+    shape = stream._shape(model, torch.float32)
+    tensors = change(list(stream._tensors(model, _C.describe_stream(shape)[0]).items()))
+    return _C.cpu.open_session(shape, [(n, tuple(x.shape), x.data_ptr()) for n, x in tensors], 1, 1)
+
+
+def index(tensors, name):
+    return [n for n, _ in tensors].index(name)
+
+
+def swapped(tensors, a, b):
+    i, j = index(tensors, a), index(tensors, b)
+    tensors[i], tensors[j] = tensors[j], tensors[i]
+    return tensors
+
+
+NAMES = [
+    (lambda t: swapped(t, "norm.weight", "norm.bias"), r"expected 'norm.weight' \(20\), got 'norm.bias' \(20\)"),
+    (lambda t: swapped(t, "encoders.0.blocks.0.pointwise.weight", "fused_blocks.1.pointwise.weight"),
+     r"expected 'encoders.0.blocks.0.pointwise.weight' \(20, 20\), got 'fused_blocks.1.pointwise.weight' \(20, 20\)"),
+    (lambda t: swapped(t, "fusion.typicality.mean", "fusion.typicality.std"), r"expected 'fusion.typicality.mean' \(2, 2\)"),
+    (lambda t: [(n, x.T if n == "fusion.log_a" else x[:-1] if n == "memory.decay" else x) for n, x in t],
+     r"expected 'memory.decay' \(3\), got 'memory.decay' \(2\)"),
+    (lambda t: t[:-1], r"expected 'head.3.bias' \(2\), got no more tensors"),
+    (lambda t: [*t, ("unimodal.0.weight", torch.zeros(2))], "'unimodal.0.weight' is none of this model's tensors"),
+    (lambda t: t[1:], r"expected 'input_mean_0' \(7\), got 'input_scale_0' \(7\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "match"), NAMES)
+def test_tensors_are_checked_by_name(change, match):
+    model = build()
+    opened(model, list)
+    with pytest.raises(ValueError, match=match):
+        opened(model, change)
+
+
+def test_the_manifest_is_the_state_dict_and_what_is_folded():
+    """Every tensor of the model is listed under its own name, or folded into one that is."""
+    model = build()
+    names = {name for name, _ in _C.describe_stream(stream._shape(model, torch.float32))[0]}
+    state, folded = set(model.state_dict()), set(stream._folded(model))
+    assert names <= state | folded
+    assert folded <= names
+    assert state - names == {
+        "fusion.typicality.var", "fusion.typicality.updates", "fusion.typicality.fitted", "fusion.log_temperature",
+        "fusion.transition", "fusion.sharpening", "memory.log_prior",
+    }  # fmt: skip
+
+
+def test_a_model_that_drifts_is_refused_by_name():
+    model = build()
+    without = model.state_dict()
+    del without["fusion.value.1.bias"]
+    model.state_dict = lambda: without
+    with pytest.raises(KeyError, match=r"'fusion.value.1.bias'"):
+        model.stream()
+    model = build()
+    model.norm = torch.nn.LayerNorm(21)
+    with pytest.raises(ValueError, match=r"expected 'norm.weight' \(20,\), got \(21,\)"):
+        model.stream()
+    shape = stream._shape(build(), torch.float32)
+    with pytest.raises(KeyError, match="kernel"):
+        _C.describe_stream({name: number for name, number in shape.items() if name != "kernel"})
+    with pytest.raises(ValueError, match="no known name"):
+        _C.describe_stream({**shape, "depth": 3})
 
 
 # --------------------------------------------------------------------------------------------------------------- stamina
