@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "math/frame.h"
 #include "ops.h"
 #if defined(SAGE_WITH_CUDA)
 #include "cuda/query.h"
@@ -414,7 +415,17 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   m.def("temporal_ccc_workspace", &sage::temporal_ccc_workspace);
   m.attr("max_modalities") = sage::kMaxModalities;
   m.attr("max_stages") = sage::kMaxStages;
+  m.attr("max_memory") = sage::stream::kMaxMemory;
+  m.attr("max_blocks") = sage::stream::kMaxBlocks;
   m.attr("build_info") = SAGE_BUILD_INFO;  // JSON
+  py::dict constants;
+  constants["norm_eps"] = sage::stream::kNormEps;
+  constants["energy_floor"] = sage::kEnergyFloor;
+  constants["variance_floor"] = sage::kVarianceFloor;
+  constants["typicality_limit"] = sage::kTypicalityLimit;
+  constants["confidence_margin"] = sage::kConfidenceMargin;
+  constants["log_precision_limit"] = sage::kLogPrecisionLimit;
+  m.attr("constants") = constants;
   bind_session(m);
 
 #if !defined(SAGE_CUDA_ONLY)

@@ -8,7 +8,12 @@ cuda: ModuleType  # only in a build with CUDA kernels
 
 max_modalities: int
 max_stages: int
+max_memory: int  # half-lives
+max_blocks: int
 build_info: str
+# Of csrc/math/frame.h and csrc/stream/model.h: norm_eps, energy_floor, variance_floor, typicality_limit, confidence_margin,
+# log_precision_limit.
+constants: dict[str, float]
 
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
@@ -26,6 +31,7 @@ def temporal_ccc_workspace(
 # Of a streaming model of this shape: (name, shape) of every tensor that open_session takes, and of every part of a stream's
 # state (csrc/stream/describe.h).
 _Listed = list[tuple[str, tuple[int, ...]]]
+
 def describe_stream(shape: dict[str, Any], /) -> tuple[_Listed, _Listed]: ...
 
 class StreamSession:

@@ -40,7 +40,8 @@ class Streamable(Protocol):
 
 
 class StreamOutput(NamedTuple):
-    """One frame of `n` streams, `M` modalities, `C` targets, `S` stages (1 with uniform weights): float32, on the CPU.
+    """One frame of `n` streams, `M` modalities, `C` targets, `S` stages (1 with uniform weights): on the CPU, float32 but for
+    `present`.
 
     The tensors belong to the session and are **overwritten by its next step**: clone what you keep. An inactive row keeps
     what its last active step wrote, zeros before the first.
@@ -51,6 +52,9 @@ class StreamOutput(NamedTuple):
     weights: Tensor  # (n, M) sum to 1 over the present modalities; 0 where absent
     confidence: Tensor  # (n, M) in [0, 1]; 0 where absent
     stage: Tensor  # (n, S)
+    # (n, M) bool: the modality's frame counted: it was said to be present, was finite, and was not stuck. With
+    # use_present=False the fusion is not told, and weighs a missing modality like any other; this tells all the same.
+    present: Tensor
 
 
 class StreamStats(NamedTuple):
@@ -71,7 +75,8 @@ class StreamingSession:
     arithmetic stay float32.
 
     A row's results are the same bits whatever the batch size, the row, the other rows and the number of threads. A step
-    allocates nothing in C++ and releases the GIL; a second call into a busy session raises RuntimeError.
+    allocates nothing in C++ and releases the GIL. While a thread is inside `step`, `reset`, `state_dict`, `load_state_dict` or
+    `stats`, any of them raises RuntimeError in another, with nothing changed.
 
     On the CPU (device None) many rows are shared out over at most `torch.get_num_threads()` threads, and at most as many as
     there were when the session was made. On a GPU (device "cuda" or "cuda:1") a step is one kernel; inputs may lie on the
@@ -125,6 +130,7 @@ class StreamingSession:
                 torch.zeros(batch_size, modalities),
                 torch.zeros(batch_size, modalities),
                 torch.zeros(batch_size, self.stages),
+                torch.zeros(batch_size, modalities, dtype=torch.bool),
             )
         self._targets = tuple(x.data_ptr() for x in self._output)
 
@@ -187,7 +193,7 @@ class StreamingSession:
         return self._output
 
     def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
-        """Begin a new stream in these rows (None: in all): their state is that before a first frame.
+        """Begin a new stream in these rows (None: in all): their state is that before a first frame, their outputs are zeros.
 
         rows: an index, indices, or a (batch_size,) bool tensor. ValueError for one out of range.
         """
@@ -360,7 +366,7 @@ def _tensors(model: Streamable, manifest: Sequence[tuple[str, tuple[int, ...]]])
     """Every tensor of `manifest` (csrc/stream/describe.h) by its name, float32 on the CPU, from the model's state dict and
     what is folded from it."""
     for module in model.modules():
-        assert not isinstance(module, nn.LayerNorm) or module.eps == 1e-5  # csrc/stream/model.h: kNormEps
+        assert not isinstance(module, nn.LayerNorm) or module.eps == _C.constants["norm_eps"]
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         known = {**model.state_dict(), **_folded(model)}
@@ -379,13 +385,15 @@ def _folded(model: Streamable) -> dict[str, Tensor]:
     """What a step uses in place of tensors of the state dict."""
     state, folded = model.state_dict(), {}
     if model.config["fusion"] == "reliability":
-        assert model.fusion.typicality.clamp == 4.0
+        assert model.fusion.typicality.clamp == _C.constants["typicality_limit"]
         # Without a filter a stage's prior is uniform in every frame: that of a transition to anywhere alike.
         stages = model.fusion.stages
         transition = state.get("fusion.transition", torch.zeros(stages, stages))
         folded["fusion.log_a"] = transition.double().log_softmax(1)
         folded["fusion.a"] = folded["fusion.log_a"].exp()
-        folded["fusion.typicality.std"] = state["fusion.typicality.var"].clamp(min=1e-6).sqrt()
+        folded["fusion.typicality.std"] = (
+            state["fusion.typicality.var"].clamp(min=_C.constants["variance_floor"]).sqrt()
+        )
         folded["fusion.logit_scale"] = (-state["fusion.log_temperature"]).exp()
         folded["fusion.sharpness"] = model.fusion.sharpness
     if model.config["memory"]:

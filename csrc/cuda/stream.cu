@@ -10,6 +10,8 @@
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
 #include "stream.cuh"
 #include "../math/activation.h"
+#include "../math/frame.h"
+#include "../math/leaky_average.h"
 #include "../math/reliability_fusion.h"
 #include "../math/stage_filter.h"
 
@@ -32,7 +34,7 @@ __device__ __forceinline__ Moments moments(const float* x, int dim, int lane) {
     const float c = x[d] - mean;
     ss = fma(c, c, ss);
   }
-  return {mean, 1.0f / sqrt(lanes_sum<1, kWarp>(ss) / float(dim) + kNormEps)};
+  return {mean, 1.0f / sqrt(lanes_sum<1, kWarp>(ss) / float(dim) + float(kNormEps))};
 }
 __device__ __forceinline__ float normed(float x, const Moments& m, const Norm& norm, int d) {
   return fma((x - m.mean) * m.rstd, norm.weight[d], norm.bias[d]);
@@ -41,6 +43,16 @@ __device__ __forceinline__ void layer_norm(const Norm& norm, int dim, int lane, 
   const Moments m = moments(x, dim, lane);
   for (int d = lane; d < dim; d += kWarp) x[d] = normed(x[d], m, norm, d);
 }
+
+// A modality a lane: what modality_weights adds up and compares lies in the lanes of a warp.
+struct AcrossWarp {
+  __device__ __forceinline__ float sum(float x) const { return lanes_sum<1, kWarp>(x); }
+  __device__ __forceinline__ float max(float x) const {
+#pragma unroll
+    for (int o = 1; o < kWarp; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
+    return x;
+  }
+};
 
 // --------------------------------------------------------------------------------------------------------- the frame
 template <class T, int R>
@@ -133,38 +145,37 @@ struct Group {
       const int64_t at = row(r);
       float *x = shared + q.at.input[m] + r * tiled(n), *last = state(r) + model.last[m].at;
       const bool told = live(r) && given(r)[m];
-      const float repeated = s.stuck ? state(r)[model.repeats.at + m] : 0.0f;
-      float squares = 0, steps = 0, blank = 0, moved = 0;
+      const float repeats = s.stuck ? state(r)[model.repeats.at + m] : 0.0f;
+      FrameSums<float> sums = {0, 0, 0};
+      float blank = 0;  // the step's squares if the frame turns out not to count
 #pragma unroll 8
       for (int d = lane; d < n; d += kWarp) {
         const float before = last[d], v = told ? (x[d] - from.mean[d]) * from.scale[d] : 0.0f;
-        const float step = v - before;
-        squares = fma(v, v, squares);
-        steps = fma(step, step, steps);
+        sums.add(v, before);
         blank = fma(before, before, blank);
-        moved += abs(step);
         x[d] = v;
       }
-      squares = lanes_sum<1, kWarp>(squares), steps = lanes_sum<1, kWarp>(steps),
-      blank = lanes_sum<1, kWarp>(blank), moved = lanes_sum<1, kWarp>(moved);
-      bool here = told && squares <= 3.4028235e38f;  // false for NaN
-      const float repeats = here && moved == 0 ? min(repeated + 1.0f, float(s.stuck)) : 0.0f;
-      const bool held = s.stuck && repeats >= float(s.stuck);
-      here = here && !held;
-      if (!here)
+      sums = {lanes_sum<1, kWarp>(sums.squares), lanes_sum<1, kWarp>(sums.steps),
+              lanes_sum<1, kWarp>(sums.moved)};
+      blank = lanes_sum<1, kWarp>(blank);
+      const FrameVerdict verdict = judge_frame(told, sums.squares, sums.moved, repeats, s.stuck);
+      if (!verdict.here)
         for (int d = lane; d < n; d += kWarp) x[d] = 0;
-      if (live(r) && !held)
+      if (live(r) && !verdict.stuck)
         for (int d = lane; d < n; d += kWarp) last[d] = x[d];
       if (lane == 0) {
         float* square = shared + q.at.square + r * 2 * kMaxModalities + 2 * m;
-        square[0] = here ? squares / float(n) : 0.0f;
-        square[1] = (here ? steps : blank) / float(n);
-        present(r)[m] = here || s.hide_missing;
-        if (live(r) && s.stuck) state(r)[model.repeats.at + m] = repeats;
-        if (live(r) && !here) {
+        square[0] = verdict.here ? sums.squares / float(n) : 0.0f;
+        square[1] = (verdict.here ? sums.steps : blank) / float(n);
+        present(r)[m] = verdict.here || s.hide_missing;
+        if (live(r)) {
+          if (s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
+          q.out.present[at * s.modalities + m] = verdict.here;
+        }
+        if (live(r) && !verdict.here) {
           int64_t* counts = q.counts + at * (1 + 2 * s.modalities);
           ++counts[1 + m];
-          counts[1 + s.modalities + m] += told && !held;
+          counts[1 + s.modalities + m] += told && !verdict.stuck;
         }
       }
     }
@@ -212,7 +223,7 @@ struct Group {
 
   // The evidence that typicality gives, behind the learnt evidence; and its ring moves on by a frame. A lane a (modality,
   // energy or energy of the step).
-  __device__ __forceinline__ void typicality(int r) const {
+  __device__ __forceinline__ void assess_typicality(int r) const {
     const Shape& s = model.shape;
     const int pairs = 2 * s.modalities, m = lane / 2, kind = lane % 2, history = s.window - 1;
     if (lane >= pairs) return;
@@ -222,23 +233,18 @@ struct Group {
     bool counted = here;
     if (kind) counted = here && history && counts[(start ? start - 1 : history - 1) * line + 2 * m] > 0;
     counts += lane;
-    float total = 0, count = 0;
-    int slot = start;
-#pragma unroll 8
-    for (int f = 0; f < history; ++f) {  // oldest first
-      total += energies[slot * line];
-      count += counts[slot * line];
-      slot = slot + 1 == history ? 0 : slot + 1;
-    }
-    const float energy = counted ? log(shared[q.at.square + r * 2 * kMaxModalities + lane] + 1e-8f) : 0.0f;
-    total += energy;
-    count += counted ? 1.0f : 0.0f;
+    float energy = 0;
+    if (counted) energy = log_energy(shared[q.at.square + r * 2 * kMaxModalities + lane]);
+    const auto past = [&](int slot) {
+      return EnergyWindow<float>{energies[slot * line], counts[slot * line]};
+    };
+    const EnergyWindow<float> window =
+        sum_window(history, start, past, EnergyWindow<float>{energy, counted ? 1.0f : 0.0f});
     if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
-    float z = 0;
-    if (here && count > 0) z = (total / count - model.typical_mean[lane]) / model.typical_std[lane];
-    const float far = abs(z), level = min(log(far + sqrt(fma(far, far, 1.0f))), 4.0f);  // asinh, at most 4
-    put_evidence(r, m, int(s.evidence) + kind, z < 0 ? -level : level);
-    put_evidence(r, m, int(s.evidence) + 2 + kind, level);
+    const Typicality<float> found =
+        typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
+    put_evidence(r, m, int(s.evidence) + kind, found.signed_level);
+    put_evidence(r, m, int(s.evidence) + 2 + kind, found.level);
   }
   // Evidence lies twice: in rows of one modality, and of all together.
   __device__ __forceinline__ void put_evidence(int r, int m, int n, float x) const {
@@ -253,7 +259,7 @@ struct Group {
     const int M = s.modalities, S = s.stages;
     const bool mine = lane < M && present(r)[lane < M ? lane : 0];
     const unsigned all = __ballot_sync(kFull, mine);
-    float *now = stages(q.at.now, r), weight = 0, confidence = 0;
+    float *now = stages(q.at.now, r), score = 0, weight = 0, confidence = 0;
     if (s.reliability) {
       float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
       float* kept = state(r) + model.belief.at;
@@ -265,37 +271,27 @@ struct Group {
         const float evidence = all ? stages(q.at.emission, r)[lane] : 0.0f;
         next = stage_prior(S, model.log_a, model.a, belief, prior, lane) + evidence;
       }
-      float peak = next;
-#pragma unroll
-      for (int o = 1; o < kWarp; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
+      const float peak = AcrossWarp{}.max(next);
       const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
       if (inside) {
         now[lane] = e / total;
         if (live(r)) kept[lane] = next - peak - log(total);
       }
       __syncwarp();
-      float odds = 0;
       if (mine) {
         const Reliability<float> found = reliability(
             S, static_cast<const float*>(stages(q.at.logits, lane * R + r)), static_cast<const float*>(now));
-        confidence = found.confidence, odds = found.log_odds * model.sharpness;
+        confidence = found.confidence, score = found.log_odds * model.sharpness;
       }
-      float most = mine ? odds : -3e38f;
-#pragma unroll
-      for (int o = 1; o < kWarp; o *= 2) most = max(most, __shfl_xor_sync(kFull, most, o));
-      weight = mine ? exp(odds - most) : 0.0f;
-      const float sum = lanes_sum<1, kWarp>(weight);
-      weight = mine ? weight / sum : 0.0f;
     } else {
-      const float count = lanes_sum<1, kWarp>(mine ? 1.0f : 0.0f);
-      if (mine) weight = 1.0f / count, confidence = 0.5f;
+      if (mine) confidence = 0.5f;
       if (lane == 0) now[0] = 1.0f;
     }
+    modality_weights(1, &score, &mine, &weight, AcrossWarp{});
     if (lane < M) shared[q.at.weight + r * kMaxModalities + lane] = weight;
-    if (s.memory) {  // odds(confidence)^sharpness, confidence taken within [0.001, 0.999]
-      const float c = min(max(confidence, 0.001f), 0.999f);
-      const float power = log(c / (1.0f - c)) * (s.reliability ? model.sharpness : 1.0f);
-      const float own = mine ? exp(min(max(power, -10.0f), 10.0f)) : 0.0f, total = lanes_sum<1, kWarp>(own);
+    if (s.memory) {
+      const float own = mine ? frame_precision(confidence, model.sharpness) : 0.0f;
+      const float total = lanes_sum<1, kWarp>(own);
       if (lane < M) shared[q.at.precision + (1 + lane) * R + r] = own;
       if (lane == 0) shared[q.at.precision + r] = total;
     }
@@ -327,10 +323,10 @@ struct Group {
     float* to = shared + q.at.recalled + i * q.at.recall;
     for (int h = 0; h < s.memory; ++h) {
       float* kept = sums + h * line;  // the weighted sum, and behind it the sum of the weights
-      const float decay = model.decay[h], weight = fma(decay, kept[dim], precision);
-      const float scale = 1.0f / (weight + model.prior[h]);
+      const float decay = model.decay[h], weight = leaky_weight(decay, kept[dim], precision);
+      const float scale = leaky_scale(model.prior[h], weight);
       for (int d = lane; d < dim; d += kWarp) {
-        const float sum = fma(decay, kept[d], precision * x[d]);
+        const float sum = leaky_sum(decay, kept[d], precision, x[d]);
         if (live(r)) kept[d] = sum;
         to[h * dim + d] = sum * scale;
       }
@@ -375,7 +371,7 @@ struct Group {
     for (int i = warp; i < M * R; i += warps)
       layer_norm(model.modality[i / R].norm, dim, lane, encoded + i * stride);
     if (s.reliability)
-      for (int r = warp; r < R; r += warps) typicality(r);
+      for (int r = warp; r < R; r += warps) assess_typicality(r);
     __syncthreads();
 
     const int assessed = s.reliability ? M : 0;

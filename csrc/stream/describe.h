@@ -65,7 +65,10 @@ class Description {
       visit_.rows("fusion.norm_weight", {M, s_.dim}, model_.value_norm.weight);
       visit_.rows("fusion.norm_bias", {M, s_.dim}, model_.value_norm.bias);
     }
-    if (s_.reliability) reliability(phase);
+    if (s_.reliability)
+      reliability(phase);
+    else
+      model_.sharpness = 1;
     phase += s_.reliability ? 3 : 1;
 
     for (int b = 0; b < s_.fused_blocks; ++b) {

@@ -19,7 +19,7 @@ constexpr int kGroup = 12;  // rows that share each load of a weight
 constexpr int64_t kPad =
     16;  // floats: rows of every buffer start on a cache line, whatever the instruction set
 constexpr int kTypicality = 4;     // numbers a modality that typicality adds to its evidence
-constexpr float kNormEps = 1e-5f;  // of every LayerNorm
+constexpr double kNormEps = 1e-5;  // of every LayerNorm
 SAGE_FN int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 struct Shape {
@@ -85,7 +85,7 @@ struct alignas(16) Model {
   float logit_scale[kMaxModalities * kMaxStages], logit_bias[kMaxModalities * kMaxStages];
   Linear emission[2];
   float log_a[kMaxStages * kMaxStages], a[kMaxStages * kMaxStages];  // log_softmax(transition), softmax
-  float sharpness;
+  float sharpness;                                                   // 1 without reliability
   Block fused[kMaxBlocks];
   float decay[kMaxMemory], prior[kMaxMemory];
   Linear recall;  // of the averages side by side
@@ -104,6 +104,7 @@ struct alignas(16) Model {
 // (rows, ...) each, on the host; those of inactive rows stay as they were.
 struct Outputs {
   float *prediction, *unimodal, *weights, *confidence, *stage;
+  uint8_t* present;  // (rows, M): the modality's frame counted
 };
 
 // One call. Tensors are dense; features (rows, in_dim[m]) each.

@@ -43,12 +43,12 @@ void measure(Model& model, const Matrices& matrices);
 void pack(Model& model, const Matrices& matrices, Tensors tensors, char* out, const char* address);
 
 // visit(address in outputs, numbers a row) of each output.
-constexpr int kOutputs = 5;
+constexpr int kOutputs = 6;
 template <class Visit>
 void for_each_output(const Shape& s, Outputs& outputs, Visit&& visit) {
   visit(outputs.prediction, s.targets), visit(outputs.unimodal, int64_t(s.modalities) * s.targets);
   visit(outputs.weights, s.modalities), visit(outputs.confidence, s.modalities);
-  visit(outputs.stage, s.stages);
+  visit(outputs.stage, s.stages), visit(outputs.present, s.modalities);
 }
 
 // One call at a time: while a thread is inside step(), reset(), read(), write() or totals(), any of them throws

@@ -54,14 +54,17 @@ struct Drawn : Visitor {
 
 struct Estimates {
   std::vector<float> prediction, unimodal, weights, confidence, stage;
+  std::vector<uint8_t> present;
   Estimates(const Shape& s, int64_t rows)
       : prediction(rows * s.targets),
         unimodal(rows * s.modalities * s.targets),
         weights(rows * s.modalities),
         confidence(rows * s.modalities),
-        stage(rows * s.stages) {}
+        stage(rows * s.stages),
+        present(rows * s.modalities) {}
   Outputs addresses() {
-    return {prediction.data(), unimodal.data(), weights.data(), confidence.data(), stage.data()};
+    return {prediction.data(), unimodal.data(), weights.data(),
+            confidence.data(), stage.data(),    present.data()};
   }
 };
 
@@ -70,7 +73,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 }
 bool same(const Estimates& a, const Estimates& b) {
   return same(a.prediction, b.prediction) && same(a.unimodal, b.unimodal) && same(a.weights, b.weights) &&
-         same(a.confidence, b.confidence) && same(a.stage, b.stage);
+         same(a.confidence, b.confidence) && same(a.stage, b.stage) && a.present == b.present;
 }
 
 void call(Session& session, const std::vector<std::vector<float>>& x, const uint8_t* present,

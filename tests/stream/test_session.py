@@ -20,7 +20,7 @@ from sage_ext.models import SAGE
 from sage_ext.stream import StreamingSession, StreamOutput
 
 DIMS = {"audio": 7, "visual": 21}
-FIELDS = StreamOutput._fields
+FIELDS = StreamOutput._fields[:-1]  # those that the offline model has too
 VARIANTS = [name for name, built, supported in _C.isa_variants() if built and supported]
 
 
@@ -78,7 +78,7 @@ def assert_close(out, whole, tol=1e-5):
         )
 
 
-def assert_same(a, b, fields=FIELDS):
+def assert_same(a, b, fields=StreamOutput._fields):
     for field in fields:
         assert torch.equal(getattr(a, field), getattr(b, field)), field
 
@@ -196,6 +196,47 @@ def test_two_sessions_and_two_runs_are_the_same_bits():
     for t in range(30):
         first = keep(a.step(frame(features, t), present[:, t]))
         assert_same(first, b.step(frame(features, t), present[:, t]))
+
+
+def test_present_tells_which_frames_counted():
+    """Absent, NaN, overflowing and stuck frames do not; an inactive row keeps what its last active step wrote."""
+    stuck = 3
+    session = build(stuck=stuck).stream(3)
+    g = torch.Generator().manual_seed(0)
+    present, expected = torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, 2, dtype=torch.bool)
+    for t in range(24):
+        x = {k: torch.randn(3, d, generator=g) for k, d in DIMS.items()}
+        active = torch.tensor([True, True, t % 3 == 1])
+        present[0, 0] = t % 5 > 1
+        broken = {6: math.nan, 7: math.inf, 8: 1e30}.get(t)
+        if broken is not None:
+            x["visual"][0, 3] = broken
+        if t >= 10:
+            x["audio"][1] = 0.5  # the same frame from now on
+        counts = present.clone()
+        counts[0, 1] = broken is None
+        counts[1, 0] = t < 10 + stuck
+        expected[active] = counts[active]
+        out = session.step(x, present, active)
+        assert out.present.dtype == torch.bool
+        assert torch.equal(out.present, expected), t
+        assert torch.equal(out.present, out.confidence > 0)
+    session.reset(1)
+    assert session._output.present.tolist() == [expected[0].tolist(), [False, False], expected[2].tolist()]
+    session.load_state_dict(session.state_dict(2), 2)
+    assert not any(x[1:].any() for x in session._output)
+    assert session._output.present[0].any()
+
+
+def test_present_tells_what_the_fusion_is_not_told():
+    """With use_present=False a missing modality has a weight, and is missing all the same."""
+    session = build(use_present=False).stream(1)
+    x = {k: torch.randn(1, d) for k, d in DIMS.items()}
+    for flags, broken in (([True, True], False), ([False, True], False), ([True, True], True)):
+        y = {**x, "visual": torch.full((1, 21), math.nan)} if broken else x
+        out = session.step(y, torch.tensor([flags]))
+        assert out.present.tolist() == [[flags[0], not broken]]
+        assert (out.weights > 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- bfloat16
@@ -490,29 +531,72 @@ EVENT_MODEL = build(seed=4)
 
 
 # --------------------------------------------------------------------------------------------------------------- threads
-def test_one_call_at_a_time_and_the_gil_is_free_meanwhile():
-    """While one thread steps, another runs Python, and is told that the session is in use."""
-    session, done = build().stream(4096), threading.Event()
+CALLS = {
+    "step": lambda s, x: s.step(x),
+    "reset": lambda s, x: s.reset(),
+    "state_dict": lambda s, x: s.state_dict(0),
+    "load_state_dict": lambda s, x: s.load_state_dict(s.kept, 0),
+    "stats": lambda s, x: s.stats,
+}
+
+
+@pytest.mark.parametrize("second", CALLS)
+@pytest.mark.parametrize("first", CALLS)
+def test_one_call_at_a_time_and_the_gil_is_free_meanwhile(first, second):
+    """While one thread is inside a call, another runs Python, and whichever of the two comes second is refused with nothing
+    changed."""
+    if "step" not in (first, second) and "reset" not in (first, second):
+        return  # too short to meet
+    session, done, refused = build().stream(4096), threading.Event(), []
+    session.kept = session.state_dict(0)
     x = {k: torch.randn(4096, d) for k, d in DIMS.items()}
 
-    def work():
-        while not done.is_set():
-            session.step(x)
+    def work(call):
+        deadline = time.monotonic() + 20
+        while not done.is_set() and time.monotonic() < deadline:
+            try:
+                call(session, x)
+            except RuntimeError as error:
+                refused.append(str(error))
+                done.set()
 
-    worker = threading.Thread(target=work)
+    worker = threading.Thread(target=work, args=(CALLS[first],))
+    worker.start()
+    work(CALLS[second])
+    worker.join()
+    assert refused
+    assert all("in use by another thread" in r for r in refused)
+    assert session.step(x).prediction.isfinite().all()
+    assert session.stats.frames % 4096 == 0
+
+
+def test_a_refused_reset_leaves_the_outputs_of_the_step_alone():
+    """Outputs are zeroed inside the guard: after every step that another thread's resets met, they are all there."""
+    session, done, outcomes = build().stream(2048), threading.Event(), []
+    x = {k: torch.randn(2048, d) for k, d in DIMS.items()}
+
+    def resets():
+        while not done.is_set():
+            try:
+                session.reset()
+                outcomes.append("reset")
+            except RuntimeError:
+                outcomes.append("refused")
+
+    worker = threading.Thread(target=resets)
     worker.start()
     try:
-        deadline, refused = time.monotonic() + 20, False
-        while not refused and time.monotonic() < deadline:
+        for _ in range(30):
             try:
-                session.state_dict(0)
-            except RuntimeError as error:
-                refused = "in use by another thread" in str(error)
+                out = session.step(x)
+            except RuntimeError:
+                continue
+            weights = out.weights.sum(1)  # 1 after a step, 0 after a reset that followed at once; never in between
+            assert weights.allclose(torch.ones(2048)) or outcomes[-1:] == ["reset"]
     finally:
         done.set()
         worker.join()
-    assert refused
-    assert session.step(x).prediction.isfinite().all()
+    assert "refused" in outcomes
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors
