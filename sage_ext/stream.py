@@ -99,15 +99,15 @@ class StreamingSession:
         if weights_dtype is None:
             weights_dtype = torch.float32
         if not isinstance(weights_dtype, torch.dtype):
-            raise TypeError(f"weights_dtype must be a torch.dtype or None, got {type(weights_dtype).__name__}")
+            raise TypeError(f"weights_dtype: expected a torch.dtype or None, got {type(weights_dtype).__name__}")
         if weights_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"weights_dtype must be torch.float32 or torch.bfloat16, got {weights_dtype}")
+            raise ValueError(f"weights_dtype: expected torch.float32 or torch.bfloat16, got {weights_dtype}")
         self.device = _device(device)
         config = model.config
         if config["fusion"] not in ("reliability", "uniform"):
-            raise ValueError(f'streaming needs fusion="reliability" or "uniform"; this model has {config["fusion"]!r}')
+            raise ValueError(f'model: expected fusion="reliability" or "uniform", got {config["fusion"]!r}')
         if not model.causal:
-            raise ValueError("streaming needs a causal SAGE; this one was built with causal=False")
+            raise ValueError("model: expected a causal SAGE, got one built with causal=False")
         self.batch_size, self.weights_dtype = batch_size, weights_dtype
         self.names, self.in_dims, self.num_targets = model.names, tuple(model.in_dims), model.num_targets
         shape = _shape(model, weights_dtype)
@@ -160,7 +160,7 @@ class StreamingSession:
         """
         if isinstance(features, Mapping):
             if self.names is None:
-                raise TypeError("features: this model was built from a sequence of in_dims; pass a sequence")
+                raise TypeError("features: expected a sequence, as this model's in_dims are one, got a mapping")
             try:
                 given = [features[name] for name in self.names]
             except KeyError:
@@ -169,7 +169,7 @@ class StreamingSession:
                 raise ValueError(f"features: expected the modalities {list(self.names)}, got {list(features)}")
             features = given
         elif not isinstance(features, Sequence):
-            raise TypeError(f"features must be a sequence or a mapping of arrays, got {type(features).__name__}")
+            raise TypeError(f"features: expected a sequence or a mapping of arrays, got {type(features).__name__}")
         elif len(features) != len(self._shapes):
             raise ValueError(f"features: expected {len(self._shapes)} modalities, got {len(features)}")
         held: list[Array] = []  # what the addresses point into, until the call returns
@@ -225,9 +225,9 @@ class StreamingSession:
         """
         index = self._rows(rows)
         if len(set(index.tolist())) != index.numel():
-            raise ValueError(f"rows must be distinct, got {index.tolist()}")
+            raise ValueError(f"rows: expected distinct indices, got {index.tolist()}")
         if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping of tensors, got {type(state).__name__}")
+            raise TypeError(f"state: expected a mapping of tensors, got {type(state).__name__}")
         expected = {"frames": (), **self._parts}
         if set(state) != set(expected):
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
@@ -235,15 +235,15 @@ class StreamingSession:
             x, dtype = state[name], torch.int64 if name == "frames" else torch.float32
             if not isinstance(x, Tensor) or x.dtype != dtype:
                 got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"state[{name!r}] must be a {dtype} tensor, got {got}")
+                raise TypeError(f"state[{name!r}]: expected a {dtype} tensor, got {got}")
             if tuple(x.shape) != (index.numel(), *part):
-                raise ValueError(f"state[{name!r}] must be {(index.numel(), *part)}, got {tuple(x.shape)}")
+                raise ValueError(f"state[{name!r}]: expected {(index.numel(), *part)}, got {tuple(x.shape)}")
             # The energy of a step between huge frames may be +inf.
             if not bool(x.isfinite().all() if name != "energy" else (x >= torch.finfo(dtype).min).all()):
-                raise ValueError(f"state[{name!r}] is not finite")
+                raise ValueError(f"state[{name!r}]: expected finite numbers, got NaN or Inf")
         frames = state["frames"].to("cpu", copy=True).contiguous()
         if not bool(((frames >= 0) & (frames < 2**62)).all()):
-            raise ValueError(f"state['frames'] must be in [0, 2**62), got {frames.tolist()}")
+            raise ValueError(f"state['frames']: expected numbers in [0, 2**62), got {frames.tolist()}")
         flat = torch.cat([state[name].cpu().flatten(1) for name in self._parts], 1).contiguous()
         self._native.write(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr(), self._targets)
 
@@ -269,34 +269,34 @@ class StreamingSession:
             try:
                 rows = torch.as_tensor(rows)
             except (TypeError, ValueError, RuntimeError):
-                raise TypeError(f"rows must be an index, indices or a bool tensor, got {rows!r}") from None
+                raise TypeError(f"rows: expected an index, indices or a bool tensor, got {rows!r}") from None
         if rows.dtype == torch.bool:
             if tuple(rows.shape) != (self.batch_size,):
-                raise ValueError(f"rows: a bool tensor must be ({self.batch_size},), got {tuple(rows.shape)}")
+                raise ValueError(f"rows: expected a bool tensor ({self.batch_size},), got {tuple(rows.shape)}")
             return rows.cpu().nonzero().flatten()
         if rows.is_floating_point() or rows.is_complex():
-            raise TypeError(f"rows must be integers, got {rows.dtype}")
+            raise TypeError(f"rows: expected integers, got {rows.dtype}")
         if rows.dim() > 1:
-            raise ValueError(f"rows must be an index or (k,) indices, got {tuple(rows.shape)}")
+            raise ValueError(f"rows: expected an index or (k,) indices, got {tuple(rows.shape)}")
         index = rows.reshape(-1).to("cpu", torch.int64).contiguous()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
-            raise ValueError(f"rows must be in [0, {self.batch_size}), got {index.tolist()}")
+            raise ValueError(f"rows: expected indices in [0, {self.batch_size}), got {index.tolist()}")
         return index
 
 
 def _device(device: torch.device | str | None) -> torch.device:
     """The device, with an index if it is a GPU, after the checks."""
     if not isinstance(device, (torch.device, str, type(None))):
-        raise TypeError(f"device must be a torch.device, str or None, got {type(device).__name__}")
+        raise TypeError(f"device: expected a torch.device, str or None, got {type(device).__name__}")
     try:
         found = torch.device("cpu" if device is None else device)
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu" or "cuda", got {str(device)!r}')
+        raise ValueError(f'device: expected "cpu" or "cuda", got {str(device)!r}')
     if found.type not in _door.kernels:
         raise ValueError(
-            f"device: this build of sage_ext has no CUDA kernels for {str(device)!r} (`sage-ext info` tells)"
+            f'device: expected "cpu", as this build of sage_ext has no CUDA kernels (`sage-ext info` tells), got {str(device)!r}'
         )
     if found.type == "cpu":
         return torch.device("cpu")
@@ -332,11 +332,11 @@ def _address(
         got = (type(x).__name__,)
     name = f"{argument}[{label}]" if label else argument
     if len(got) == 1 or got[0] not in (dtype, _NUMPY[dtype]):
-        raise TypeError(f"{name} must be a {str(dtype).removeprefix('torch.')} tensor or array, got {got[0]}")
+        raise TypeError(f"{name}: expected a {str(dtype).removeprefix('torch.')} tensor or array, got {got[0]}")
     if got[1] != shape:
-        raise ValueError(f"{name} must be {shape}, got {got[1]}")
+        raise ValueError(f"{name}: expected {shape}, got {got[1]}")
     place = "the CPU" if device.type == "cpu" else f"the CPU or {device}"
-    raise ValueError(f"{name} must be a dense tensor on {place}, got {got[3]} on {got[2]}")
+    raise ValueError(f"{name}: expected a dense tensor on {place}, got {got[3]} on {got[2]}")
 
 
 def _shape(model: Streamable, weights_dtype: torch.dtype) -> dict[str, Any]:
@@ -377,7 +377,7 @@ def _tensors(model: Streamable, manifest: Sequence[tuple[str, tuple[int, ...]]])
                 raise ValueError(f"model: expected {name!r} {shape}, got {tuple(known[name].shape)}")
             found[name] = known[name].detach().to("cpu", torch.float32).contiguous()
             if not bool(found[name].isfinite().all()):
-                raise ValueError(f"model: {name!r} is not finite")
+                raise ValueError(f"model: expected finite numbers in {name!r}, got NaN or Inf")
     return found
 
 

@@ -18,8 +18,8 @@ struct Variant {
   int64_t (*scratch)(const Shape&);
   void (*step)(const Model&, const Step&);
 };
-Variant
-variant() {  // of the instruction set in use now: a session keeps it, for its matrices are packed for it
+// Of the instruction set in use now. A session keeps the one that it was made with: its matrices are packed for it.
+Variant variant() {
 #define SAGE_VARIANT(isa)                                                                       \
   {                                                                                             \
     {isa::stream_matrix_bytes, isa::stream_matrix_write}, isa::stream_scratch, isa::stream_step \
