@@ -127,13 +127,36 @@ sage::TemporalCccForward temporal_params(int dtype, int64_t batch, int64_t frame
   return q;
 }
 
+sage::LeakyAverageForward leaky_average_params(int dtype, int64_t batch, int64_t frames, int64_t dim,
+                                               int averages, bool causal, bool relative, Address x,
+                                               Address precision, Address halflife, Address prior,
+                                               Address state_in, Address average, Address state_out,
+                                               Address workspace) {
+  check(averages >= 1 && averages <= sage::kMaxAverages, "leaky_average: 1..8 averages");
+  sage::LeakyAverageForward q = {};
+  q.dtype = dtype_of(dtype);
+  q.batch = batch, q.frames = frames, q.dim = dim, q.averages = averages, q.causal = causal,
+  q.relative = relative;
+  q.x = need("leaky_average", "x", x, batch * frames * dim);
+  q.precision = need("leaky_average", "precision", precision, batch * frames);
+  q.halflife = need("leaky_average", "halflife", halflife, batch);
+  q.prior = need("leaky_average", "prior", prior, batch);
+  q.state_in = at(state_in);
+  q.average = need("leaky_average", "average", average, batch * frames * dim);
+  q.state_out = at(state_out);
+  q.workspace = static_cast<double*>(need("leaky_average", "workspace", workspace, batch));
+  return q;
+}
+
 template <Launcher<sage::StageFilterForward> stage_filter_forward,
           Launcher<sage::StageFilterBackward> stage_filter_backward,
           Launcher<sage::ReliabilityFusionForward> reliability_fusion_forward,
           Launcher<sage::ReliabilityFusionBackward> reliability_fusion_backward,
           Launcher<sage::CccForward> ccc_forward, Launcher<sage::CccBackward> ccc_backward,
           Launcher<sage::TemporalCccForward> temporal_ccc_forward,
-          Launcher<sage::TemporalCccBackward> temporal_ccc_backward>
+          Launcher<sage::TemporalCccBackward> temporal_ccc_backward,
+          Launcher<sage::LeakyAverageForward> leaky_average_forward,
+          Launcher<sage::LeakyAverageBackward> leaky_average_backward>
 void bind_backend(py::module_ m) {
   m.def("stage_filter_forward", [](int dtype, int64_t batch, int64_t frames, int stages, Address emission,
                                    Address transition, Address initial, int64_t initial_stride, Address mask,
@@ -245,6 +268,31 @@ void bind_backend(py::module_ m) {
           q.grad_rho = need("temporal_ccc_backward", "grad_rho", grad_rho, batch * frames * channels);
           q.grad_pred = at(grad_pred), q.grad_target = at(grad_target);
           launch(temporal_ccc_backward, q, exec_of(where, stream));
+        });
+  m.def("leaky_average_forward",
+        [](int dtype, int64_t batch, int64_t frames, int64_t dim, int averages, bool causal, bool relative,
+           Address x, Address precision, Address halflife, Address prior, Address state_in, Address average,
+           Address state_out, Address workspace, int where, Address stream) {
+          need("leaky_average", "state_out", state_out, batch);
+          launch(leaky_average_forward,
+                 leaky_average_params(dtype, batch, frames, dim, averages, causal, relative, x, precision,
+                                      halflife, prior, state_in, average, state_out, workspace),
+                 exec_of(where, stream));
+        });
+  m.def("leaky_average_backward",
+        [](int dtype, int64_t batch, int64_t frames, int64_t dim, int averages, bool causal, bool relative,
+           Address x, Address precision, Address halflife, Address prior, Address state_in, Address average,
+           Address grad_average, Address grad_state_out, Address grad_x, Address grad_precision,
+           Address grad_prior, Address grad_state_in, Address workspace, int where, Address stream) {
+          sage::LeakyAverageBackward q = {};
+          q.forward = leaky_average_params(dtype, batch, frames, dim, averages, causal, relative, x,
+                                           precision, halflife, prior, state_in, average, 0, workspace);
+          q.grad_average = at(grad_average), q.grad_state_out = at(grad_state_out);
+          q.grad_x = need("leaky_average_backward", "grad_x", grad_x, batch * frames * dim);
+          q.grad_precision = need("leaky_average_backward", "grad_precision", grad_precision, batch * frames);
+          q.grad_prior = need("leaky_average_backward", "grad_prior", grad_prior, batch);
+          q.grad_state_in = at(grad_state_in);
+          launch(leaky_average_backward, q, exec_of(where, stream));
         });
 }
 
@@ -402,7 +450,8 @@ void bind_session(py::module_ m) {
   bind_backend<backend::stage_filter_forward, backend::stage_filter_backward,              \
                backend::reliability_fusion_forward, backend::reliability_fusion_backward,  \
                backend::ccc_forward, backend::ccc_backward, backend::temporal_ccc_forward, \
-               backend::temporal_ccc_backward>(module);                                    \
+               backend::temporal_ccc_backward, backend::leaky_average_forward,             \
+               backend::leaky_average_backward>(module);                                   \
   bind_open_session<backend::open_session>(module)
 
 }  // namespace
@@ -413,6 +462,8 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   m.def("reliability_fusion_workspace", &sage::reliability_fusion_workspace);
   m.def("ccc_workspace", &sage::ccc_workspace);
   m.def("temporal_ccc_workspace", &sage::temporal_ccc_workspace);
+  m.def("leaky_average_workspace", &sage::leaky_average_workspace);
+  m.attr("max_averages") = sage::kMaxAverages;
   m.attr("max_modalities") = sage::kMaxModalities;
   m.attr("max_stages") = sage::kMaxStages;
   m.attr("max_memory") = sage::stream::kMaxMemory;

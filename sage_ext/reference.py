@@ -287,3 +287,44 @@ def _running(
     if not all_moments:
         return x.new_zeros(*x.shape, 6), valid, new_state
     return torch.stack(all_moments, 1), torch.stack(all_seen, 1), new_state
+
+
+# --------------------------------------------------------------------------------------------------- leaky_average
+def leaky_average(
+    x: Tensor,
+    precision: Tensor,
+    halflife: Tensor,
+    prior: Tensor,
+    state: Tensor | None = None,
+    *,
+    causal: bool = True,
+    relative: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Normalised precision-weighted leaky averages. See `sage_ext.functional.leaky_average`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    decay, p = 0.5 ** (1.0 / halflife.to(dtype)), precision.to(dtype).unsqueeze(-1)
+    unread = p <= 0
+    p = torch.where(unread, 0.0, p)
+    # What a frame adds to the sum, to the weight and to the count: (B, T, D + 2).
+    term = torch.cat([p * torch.where(unread, 0.0, x.to(dtype)), p, 1.0 - unread.to(dtype)], -1)
+    if state is None:
+        state = term.new_zeros(x.shape[0], len(halflife), term.shape[-1])
+    sums, state = _leaky_sums(term, decay, state)
+    if not causal:
+        later, _ = _leaky_sums(term.flip(1), decay, torch.zeros_like(state))
+        sums = sums + later.flip(1) - term.unsqueeze(2)
+    weight, count = sums[..., -2], sums[..., -1]
+    if relative:
+        prior = prior.to(dtype) * torch.where(count <= 0, 0.0, weight / torch.where(count <= 0, 1.0, count))
+    total = (prior.to(dtype) + weight).unsqueeze(-1)
+    average = torch.where(total <= 0, 0.0, sums[..., :-2] / torch.where(total <= 0, 1.0, total))
+    return average.to(x.dtype), state
+
+
+def _leaky_sums(term: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """term (B, T, n), decay (R,), state (B, R, n) -> sums (B, T, R, n), and the last of them (B, R, n)."""
+    sums = []
+    for now in term.unbind(1):
+        state = decay[:, None] * state + now.unsqueeze(1)
+        sums.append(state)
+    return (torch.stack(sums, 1) if sums else term.new_zeros(len(term), 0, *state.shape[1:])), state
