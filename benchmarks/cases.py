@@ -112,6 +112,41 @@ def _temporal(op: Callable) -> Run:
     return lambda: _backward((op(pred, target, window=300)[0],), (grad,), [pred])
 
 
+def einsum_leaky_average(x: Tensor, precision: Tensor, halflife: Tensor, prior: Tensor) -> Tensor:
+    """The leaky average as products with triangular matrices of powers of the decay, 64 frames at a time: what a PyTorch
+    user would write, and what the model had before the op."""
+    chunk, frames = 64, x.shape[1]
+    decay = 0.5 ** (1.0 / halflife)
+
+    def powers(base: Tensor, exponent: Tensor) -> Tensor:
+        base = base.view(-1, *[1] * exponent.dim())
+        return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0.0)
+
+    term = torch.cat([precision[..., None] * x, precision[..., None]], -1)
+    chunks = frames // chunk + 1
+    term = torch.nn.functional.pad(term, (0, 0, 0, chunks * chunk - frames)).view(len(x), chunks, chunk, -1)
+    age, number = torch.arange(chunk, device=x.device), torch.arange(chunks, device=x.device)
+    inside = torch.einsum("rts,bcsn->brctn", powers(decay, age[:, None] - age), term)
+    between = powers(decay**chunk, number[:, None] - number - 1)
+    before = torch.einsum("rcd,brdn->brcn", between, inside[:, :, :, -1])
+    total = inside + powers(decay, age + 1)[:, None, :, None] * before.unsqueeze(3)
+    total = total.flatten(2, 3)[:, :, :frames]
+    return (total[..., :-1] / (total[..., -1:] + prior[:, None, None])).transpose(1, 2)
+
+
+def fused_leaky_average(x: Tensor, precision: Tensor, halflife: Tensor, prior: Tensor) -> Tensor:
+    return kernel.leaky_average(x, precision, halflife, prior)[0]
+
+
+def _leaky(op: Callable) -> Run:
+    """SAGE's memory in training: three tracks (the fused frames and two modalities alone) of 8 windows."""
+    g = torch.Generator().manual_seed(4)
+    x, precision = torch.randn(24, 300, 128, generator=g), 3 * torch.rand(24, 300, generator=g)
+    halflife, leaves = torch.tensor([8.0, 32.0, 128.0]), [_leaf(x), _leaf(precision), _leaf(torch.ones(3))]
+    grad = torch.randn(24, 300, 3, 128, generator=g)
+    return lambda: _backward((op(leaves[0], leaves[1], halflife, leaves[2]),), (grad,), leaves)
+
+
 _ROW = 4 * 8 * 300 * 256
 CASES = [
     Case(
@@ -158,5 +193,12 @@ CASES = [
         kernel.temporal_ccc,
         {"eager": 50},
         compiled=False,
+    ),
+    Case(
+        "leaky_average 24x300x128, 3 half-lives, forward + backward (eager: einsum)",
+        _leaky,
+        einsum_leaky_average,
+        fused_leaky_average,
+        {"eager": 3, "compile": 2},
     ),
 ]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from cases import einsum_leaky_average
 from torch import Tensor
 
 import sage_ext
@@ -172,6 +173,22 @@ def training_seconds(rounds: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------- table
+def leaky_average(batch: int, frames: int, grad: bool, d: int = 128) -> Callable[[Callable], Run]:
+    g = torch.Generator(device="cuda").manual_seed(3)
+    x = torch.randn(batch, frames, d, generator=g, device="cuda").requires_grad_(grad)
+    precision = (3 * torch.rand(batch, frames, generator=g, device="cuda")).requires_grad_(grad)
+    halflife, prior = torch.tensor([8.0, 32.0, 128.0], device="cuda"), torch.ones(3, device="cuda", requires_grad=grad)
+    cotangent = torch.randn(batch, frames, 3, d, generator=g, device="cuda")
+
+    def make(op: Callable) -> Run:
+        def forward() -> Tensor:
+            return op(x, precision, halflife, prior)[0]
+
+        return (lambda: torch.autograd.grad(forward(), [x, precision, prior], cotangent)) if grad else forward
+
+    return make
+
+
 class Table:
     def __init__(self) -> None:
         self.rows: list[dict] = []
@@ -313,6 +330,24 @@ def main() -> None:
         )
 
     table.guarded("temporal_ccc", temporal)
+
+    def leaky() -> None:
+        with torch.no_grad():
+            seconds = event_seconds(leaky_average(768, 300, False)(functional.leaky_average), rounds, flush)
+        moved = 768 * 300 * 128 * 4 * 4  # x in, three averages out
+        table.add(
+            "leaky_average forward, B 768, T 300, D 128, R 3",
+            moved / seconds / bandwidth,
+            "of copy",
+            0.7,
+            seconds=seconds,
+        )
+        made = leaky_average(24, 300, True)
+        kernel = wall_seconds(made(functional.leaky_average), rounds)
+        eager = wall_seconds(made(lambda *a: (einsum_leaky_average(*a),)), rounds)
+        table.add("leaky_average 24 x 300 x 128, forward + backward, wall", eager / kernel, "x einsum", 3)
+
+    table.guarded("leaky_average", leaky)
 
     def training() -> None:
         kernel = training_seconds(rounds)

@@ -43,6 +43,13 @@ def main() -> None:
         for mode in ({}, {"halflife": 30.0}, {"window": 50}):
             p, y = randn(2, 700, 2, dtype=dtype), randn(2, 700, 2, dtype=dtype)
             grads(F.temporal_ccc(p, y, **mode), [p, y])
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        gate = torch.float64 if dtype == torch.float64 else torch.float32
+        for averages, frames, dim in ((3, 333, 40), (6, 130, 7), (1, 1100, 128)):
+            for causal in (True, False):
+                x, p = randn(2, frames, dim, dtype=dtype), randn(2, frames, dtype=gate)
+                halflife, prior = torch.arange(1, averages + 1, device="cuda", dtype=gate), randn(averages, dtype=gate)
+                grads(F.leaky_average(x, p.square(), halflife, prior.square(), causal=causal), [x, p, prior])
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for options in ({}, {"fusion": "uniform", "dim": 70}):
         model = SAGE({"audio": 19, "visual": 40}, **options).eval()

@@ -199,6 +199,48 @@ struct TemporalCccBackward {
   void* grad_target;           // (B, T, C) or null
 };
 
+// ------------------------------------------------------------------------------- leaky_average ("Leaky average")
+constexpr int kMaxAverages = 8;
+
+struct LeakyAverageForward {
+  DType dtype;  // of x and average; all other tensors: f64 for f64, else f32
+  int64_t batch, frames, dim;
+  int averages;  // R
+  bool causal,
+      relative;  // causal: frame t sees no later frame; relative: the prior is in units of the mean precision
+  const void* x;          // (B, T, D)
+  const void* precision;  // (B, T), at least 0
+  const void* halflife;   // (R) in frames, above 0
+  const void* prior;      // (R), at least 0
+  const void* state_in;   // (B, R, D + 2): sum, weight, count before the first frame; null: nothing was seen
+  void* average;          // (B, T, R, D)
+  void* state_out;        // (B, R, D + 2) after the last frame
+  double* workspace;      // leaky_average_workspace() doubles
+};
+
+struct LeakyAverageBackward {
+  LeakyAverageForward forward;  // as given to forward, whose average it holds; state_out is unused
+  const void* grad_average;     // (B, T, R, D) or null: zero
+  const void* grad_state_out;   // (B, R, D + 2) or null: zero
+  void* grad_x;                 // (B, T, D)
+  void* grad_precision;         // (B, T)
+  void* grad_prior;             // (R)
+  void* grad_state_in;          // (B, R, D + 2) or null
+};
+// What looks both ways remembers one side's sums at the edges of chunks of so many frames.
+constexpr int64_t kLeakyChunkFrames = 32;
+// On a GPU a block takes so many channels of a sequence.
+constexpr int64_t kLeakyChannels = 32;
+inline int64_t leaky_average_workspace(int64_t batch, int64_t frames, int64_t dim, int averages,
+                                       bool causal) {
+  const int64_t padded = (dim + 31) / 32 * 32, chunks = (frames + kLeakyChunkFrames - 1) / kLeakyChunkFrames;
+  const int64_t scalars =
+      5 * frames * averages;  // weight, count, scale, dot, one more where both sides are summed
+  const int64_t sums = averages * padded * (causal ? 1 : 2 + chunks + kLeakyChunkFrames);
+  const int64_t partial = (averages + 1) * frames * (padded / kLeakyChannels);  // of a GPU's blocks
+  return batch * (scalars + sums + partial + averages);
+}
+
 // X(op, Params): every kernel entry point of the library.
 #define SAGE_OPS(X)                                         \
   X(stage_filter_forward, StageFilterForward)               \
@@ -208,7 +250,9 @@ struct TemporalCccBackward {
   X(ccc_forward, CccForward)                                \
   X(ccc_backward, CccBackward)                              \
   X(temporal_ccc_forward, TemporalCccForward)               \
-  X(temporal_ccc_backward, TemporalCccBackward)
+  X(temporal_ccc_backward, TemporalCccBackward)             \
+  X(leaky_average_forward, LeakyAverageForward)             \
+  X(leaky_average_backward, LeakyAverageBackward)
 
 #define SAGE_DECLARE(op, Params) void op(const Params&, Exec);
 namespace cpu {

@@ -1,7 +1,7 @@
 """The compiled module (csrc/bindings.cpp): addresses and sizes in, kernels run."""
 
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 class Kernels(Protocol):
     """The entry points of a backend, those of csrc/ops.h: the same for every backend, all arguments by position.
@@ -49,6 +49,16 @@ class Kernels(Protocol):
         window: int, decay: float, history: int, state_in: int, grad_rho: int, grad_pred: int, grad_target: int,
         workspace: int, where: int, stream: int, /,
     ) -> None: ...  # fmt: skip
+    def leaky_average_forward(
+        self, dtype: int, batch: int, frames: int, dim: int, averages: int, causal: bool, relative: bool, x: int,
+        precision: int, halflife: int, prior: int, state_in: int, average: int, state_out: int, workspace: int,
+        where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    def leaky_average_backward(
+        self, dtype: int, batch: int, frames: int, dim: int, averages: int, causal: bool, relative: bool, x: int,
+        precision: int, halflife: int, prior: int, state_in: int, average: int, grad_average: int, grad_state_out: int,
+        grad_x: int, grad_precision: int, grad_prior: int, grad_state_in: int, workspace: int, where: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
 
 class KernelModule(Kernels, ModuleType):
     """A submodule of _C: the kernels of one backend."""
@@ -58,7 +68,13 @@ cuda: KernelModule  # only in a build with CUDA kernels
 
 max_modalities: int
 max_stages: int
+max_averages: int
+max_memory: int  # half-lives
+max_blocks: int
 build_info: str
+# Of csrc/math/frame.h and csrc/stream/model.h: norm_eps, energy_floor, variance_floor, typicality_limit, confidence_margin,
+# log_precision_limit.
+constants: dict[str, float]
 
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
@@ -72,17 +88,23 @@ def ccc_workspace(groups: int, frames: int, channels: int) -> int: ...
 def temporal_ccc_workspace(
     batch: int, frames: int, channels: int, window: int, history: int, backward: bool
 ) -> int: ...
+def leaky_average_workspace(batch: int, frames: int, dim: int, averages: int, causal: bool) -> int: ...
+
+# Of a streaming model of this shape: (name, shape) of every tensor that open_session takes, and of every part of a stream's
+# state (csrc/stream/describe.h).
+_Listed = list[tuple[str, tuple[int, ...]]]
+
+def describe_stream(shape: dict[str, Any], /) -> tuple[_Listed, _Listed]: ...
 
 class StreamSession:
-    """csrc/stream/session.h, made by cpu.open_session or cuda.open_session; sage_ext/stream.py gives it shapes and meaning."""
+    """csrc/stream/session.h, made by cpu.open_session or cuda.open_session(shape, [(name, shape, address) of each tensor that
+    describe_stream lists, in its order], rows, where); sage_ext/stream.py gives it meaning. `outputs`: the addresses of a
+    StreamOutput's tensors."""
 
     def step(
-        self, features: tuple[int, ...], present: int, active: int, prediction: int, unimodal: int, weights: int,
-        confidence: int, stage: int, where: int, stream: int, /,
+        self, features: tuple[int, ...], present: int, active: int, outputs: tuple[int, ...], where: int, stream: int, /,
     ) -> None: ...  # fmt: skip
-    def reset(self, which: int, count: int, /) -> None: ...
+    def reset(self, which: int, count: int, outputs: tuple[int, ...], /) -> None: ...
     def read(self, which: int, count: int, state: int, frames: int, /) -> None: ...
-    def write(self, which: int, count: int, state: int, frames: int, /) -> None: ...
+    def write(self, which: int, count: int, state: int, frames: int, outputs: tuple[int, ...], /) -> None: ...
     def totals(self) -> tuple[int, list[tuple[int, int]]]: ...
-    @property
-    def state_size(self) -> int: ...

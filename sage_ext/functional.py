@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _C, _ops, reference
 from ._arguments import (
     BOOL,
     DOUBLE,
     MAX_MODALITIES,
     MAX_STAGES,
     arithmetic_dtype,
+    check_bool,
     check_device,
     check_number,
     check_optional,
@@ -33,11 +35,14 @@ __all__ = [
     "ccc",
     "ccc_from_moments",
     "ccc_moments",
+    "leaky_average",
     "merge_moments",
     "reliability_fusion",
     "stage_filter",
     "temporal_ccc",
 ]
+
+MAX_AVERAGES: int = _C.max_averages
 
 
 # --------------------------------------------------------------------------------------------------- stage_filter
@@ -358,3 +363,88 @@ def temporal_ccc(
         return reference.temporal_ccc(pred, target, mask, window=window, halflife=halflife, state=state)
     decay = 1.0 if halflife is None else 0.5 ** (1.0 / halflife)
     return _ops.temporal_ccc.temporal_ccc(pred, target, mask, state, window or 0, decay)
+
+
+# -------------------------------------------------------------------------------------------------- leaky_average
+def leaky_average(
+    x: Tensor,
+    precision: Tensor,
+    halflife: Tensor | Sequence[float],
+    prior: Tensor | Sequence[float],
+    state: Tensor | None = None,
+    *,
+    causal: bool = True,
+    relative: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Normalised leaky averages of a sequence, each frame counted by its precision, one for each half-life.
+
+    ``average[b, t, r] = sum_k L^|t-k| p_k x_k / (prior_r pbar + sum_k L^|t-k| p_k)``, ``L = 0.5^(1 / halflife_r)``, over the
+    frames ``k <= t`` (all frames if not ``causal``). With ``p`` the inverse variance of a frame's error this is the
+    inverse-variance weighted mean under exponential forgetting, shrunk towards 0 by a prior worth ``prior_r pbar``: ``pbar``
+    is 1, or, with ``relative``, the leaky mean of ``p`` over the frames that count (those of ``p > 0``). Cost is linear in
+    T. Derivation: docs/math.md, "Leaky average".
+
+    Args:
+        x: (B, T, D) float16, bfloat16, float32 or float64.
+        precision: (B, T), at least 0. A frame of precision 0 is not read (NaN there reaches nothing); its gradients are 0.
+        halflife: (R,) in frames, above 0, R <= 8. Constant. A sequence of numbers is checked; a tensor's values are not,
+            which would wait for the device.
+        prior: (R,), at least 0. As ``halflife``, but differentiable.
+        state: (B, R, D + 2), what an earlier call returned: the chunk before this one. Default: nothing was seen.
+        causal: False: frames after t count in t's average too.
+        relative: the prior in units of the mean precision.
+
+    Returns:
+        average: (B, T, R, D), dtype of ``x``; 0 where nothing was seen and the prior is 0.
+        state: (B, R, D + 2): sum, weight and count after the last frame (of the frames up to it, causal or not), float32
+            (float64 for float64 ``x``). Averaging a sequence in chunks equals averaging it whole.
+
+    Arithmetic is float32 (float64 for float64 ``x``). Differentiable in ``x``, ``precision``, ``prior`` and ``state``, through
+    both outputs; saves no more than its inputs and the average.
+
+    Raises:
+        TypeError: a non-tensor, a dtype that is not floating point, a flag that is not bool.
+        ValueError: shapes or devices that do not fit, R outside 1..8, numbers out of range, a half-life that wants a
+            gradient.
+    """
+    check_tensor("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x: expected shape (B, T, D), got {tuple(x.shape)}")
+    batch, frames, dim = x.shape
+    dtype = arithmetic_dtype(x)
+    check_tensor("precision", precision)
+    check_shape("precision", precision, (batch, frames), "(B, T)")
+    check_device("precision", precision, x, "x")
+    halflife = _each_average("halflife", halflife, x, dtype, 0.0, False)
+    averages = halflife.shape[0]
+    if not 1 <= averages <= MAX_AVERAGES:
+        raise ValueError(f"halflife: expected 1 to {MAX_AVERAGES} half-lives, got {averages}")
+    prior = _each_average("prior", prior, x, dtype, 0.0, True)
+    check_shape("prior", prior, (averages,), "(R,)")
+    if halflife.requires_grad and torch.is_grad_enabled():
+        raise ValueError("halflife: expected a constant (it has no gradient), got a tensor that requires one")
+    check_optional("state", state, (batch, averages, dim + 2), "(B, R, D + 2)", x, "x")
+    for name, flag in (("causal", causal), ("relative", relative)):
+        check_bool(name, flag)
+    precision, state = precision.to(dtype), to_dtype(state, dtype)
+    if not _door.has_kernels(x.device):
+        return reference.leaky_average(x, precision, halflife, prior, state, causal=causal, relative=relative)
+    return _ops.leaky_average.leaky_average(x, precision, halflife, prior, state, causal, relative)
+
+
+def _each_average(name: str, given: object, like: Tensor, dtype: torch.dtype, low: float, closed: bool) -> Tensor:
+    """A number for each average, (R,): a tensor, or numbers that are checked to be finite and at least (or above) `low`."""
+    if isinstance(given, Tensor):
+        check_tensor(name, given)
+        if given.dim() != 1:
+            raise ValueError(f"{name}: expected shape (R,), got {tuple(given.shape)}")
+        check_device(name, given, like, "x")
+        return given.to(dtype)
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"{name}: expected a torch.Tensor or a sequence of numbers, got {type(given).__name__}")
+    for value in given:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected numbers, got {type(value).__name__}")
+        if not (value >= low if closed else value > low) or value == float("inf"):
+            raise ValueError(f"{name}: expected finite numbers {'>=' if closed else '>'} {low:g}, got {value}")
+    return torch.tensor(given, dtype=dtype, device=like.device)

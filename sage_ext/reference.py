@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._C import constants
+
 # Bounds d log-odds / d stage[s] by exp(60) where a stage of (next to) no probability would explain the frame better than
 # all likely ones; no value depends on it.
 MAX_LOG_RATIO = 60.0
@@ -97,6 +99,45 @@ def reliability_fusion(
             x = F.layer_norm(x, x.shape[-1:], norm_weight[m].to(compute), norm_bias[m].to(compute), eps)
         fused = fused + weights[..., m, None] * x
     return fused.to(dtype), weights, confidence
+
+
+# --------------------------------------------------------------------------------- what a frame says about itself
+def typicality(
+    inputs: Sequence[Tensor], mean: Tensor, var: Tensor, present: Tensor | None = None, *, window: int = 16
+) -> Tensor:
+    """How usual a modality's energy and motion of the last `window` frames are: see `sage_ext.nn.Typicality`.
+
+    inputs: M whole sequences (B, T, d); mean, var: (M, 2) of the averaged log energy of a frame and of its step from the
+    frame before; present: (B, T, M). Returns (B, T, M, 4): asinh of the two z-scores, and their sizes.
+    """
+    result = []
+    for m, x in enumerate(inputs):
+        here = torch.ones_like(x[..., 0], dtype=torch.bool) if present is None else present[..., m]
+        x = torch.where(here[..., None], x, 0.0)
+        step = x - F.pad(x, (0, 0, 1, 0))[:, :-1]
+        counted = torch.stack([here, here & F.pad(here, (1, 0))[:, :-1]], -1)  # (B, T, 2); a step needs both its frames
+
+        square = torch.stack([x.square().mean(-1), step.square().mean(-1)], -1)
+        energy = torch.where(counted, (square + constants["energy_floor"]).log(), 0.0)
+        total = F.pad(energy, (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
+        count = F.pad(counted.to(x.dtype), (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
+
+        z = (total / count.clamp(min=1) - mean[m]) / var[m].clamp(min=constants["variance_floor"]).sqrt()
+        z = torch.where(here[..., None] & (count > 0), z, 0.0)
+        level = z.asinh().clamp(-constants["typicality_limit"], constants["typicality_limit"])
+        result.append(torch.cat([level, level.abs()], -1))
+    return torch.stack(result, 2)
+
+
+def frame_precision(confidence: Tensor, sharpness: Tensor | float = 1.0, present: Tensor | None = None) -> Tensor:
+    """(*, M) confidence -> (*, 1 + M) precision of the fused frame and of each modality alone: odds(confidence)^sharpness
+    over the modalities that are present (*, M), kept where one frame does not outweigh thousands."""
+    log_odds = torch.logit(confidence, eps=constants["confidence_margin"])
+    limit = constants["log_precision_limit"]
+    own = (sharpness * log_odds).clamp(-limit, limit).exp()
+    if present is not None:
+        own = torch.where(present, own, 0.0)
+    return torch.cat([own.sum(-1, keepdim=True), own], -1)
 
 
 # --------------------------------------------------------------------------------------------- concordance (CCC)
@@ -236,3 +277,44 @@ def _running(
     if not all_moments:
         return x.new_zeros(*x.shape, 6), valid, new_state
     return torch.stack(all_moments, 1), torch.stack(all_seen, 1), new_state
+
+
+# --------------------------------------------------------------------------------------------------- leaky_average
+def leaky_average(
+    x: Tensor,
+    precision: Tensor,
+    halflife: Tensor,
+    prior: Tensor,
+    state: Tensor | None = None,
+    *,
+    causal: bool = True,
+    relative: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Normalised precision-weighted leaky averages. See `sage_ext.functional.leaky_average`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    decay, p = 0.5 ** (1.0 / halflife.to(dtype)), precision.to(dtype).unsqueeze(-1)
+    unread = p <= 0
+    p = torch.where(unread, 0.0, p)
+    # What a frame adds to the sum, to the weight and to the count: (B, T, D + 2).
+    term = torch.cat([p * torch.where(unread, 0.0, x.to(dtype)), p, 1.0 - unread.to(dtype)], -1)
+    if state is None:
+        state = term.new_zeros(x.shape[0], len(halflife), term.shape[-1])
+    sums, state = _leaky_sums(term, decay, state)
+    if not causal:
+        later, _ = _leaky_sums(term.flip(1), decay, torch.zeros_like(state))
+        sums = sums + later.flip(1) - term.unsqueeze(2)
+    weight, count = sums[..., -2], sums[..., -1]
+    if relative:
+        prior = prior.to(dtype) * torch.where(count <= 0, 0.0, weight / torch.where(count <= 0, 1.0, count))
+    total = (prior.to(dtype) + weight).unsqueeze(-1)
+    average = torch.where(total <= 0, 0.0, sums[..., :-2] / torch.where(total <= 0, 1.0, total))
+    return average.to(x.dtype), state
+
+
+def _leaky_sums(term: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """term (B, T, n), decay (R,), state (B, R, n) -> sums (B, T, R, n), and the last of them (B, R, n)."""
+    sums = []
+    for now in term.unbind(1):
+        state = decay[:, None] * state + now.unsqueeze(1)
+        sums.append(state)
+    return (torch.stack(sums, 1) if sums else term.new_zeros(len(term), 0, *state.shape[1:])), state

@@ -15,7 +15,7 @@ from sage_ext import _C, functional, reference
 from sage_ext._ops import _door
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
-from cases import Case, Random, converted, filter_inputs, fusion_inputs, pair_inputs, run
+from cases import Case, Random, converted, filter_inputs, fusion_inputs, leaky_inputs, pair_inputs, run
 
 pytestmark = pytest.mark.skipif(SIMT is None, reason="no C++ compiler for the emulation")
 ORDERS = (0, 1, 2)
@@ -178,3 +178,23 @@ def test_what_info_asks(module):
     module.simt.fail_next_launch(209)
     assert "rebuild with CMAKE_CUDA_ARCHITECTURES=70" in module.cuda_problem(0)
     assert module.cuda_problem(0) == ""
+
+
+# Several tiles of every kernel's runs, a last tile that is not full, and two groups of channels with a partial one.
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
+@pytest.mark.parametrize(("averages", "frames", "dim"), [(3, 233, 37), (6, 130, 5), (2, 61, 33)])
+def test_leaky_average(module, dtype, causal, averages, frames, dim):
+    case = Case("leaky_average", "long", leaky_inputs, ("halflife",), {"causal": causal, "relative": averages == 6})
+    r = Random(frames, dtype)
+    inputs = leaky_inputs(r, 2, frames, dim, averages, state=True)
+    inputs["precision"][:, ::5] = 0  # not read
+    check(module, case, inputs, HALF.get(dtype, 1e-10))
+
+
+def test_leaky_average_scans_longer_than_a_warp_holds(module):
+    """What has no channels is scanned by a warp in tiles of 512 frames."""
+    for causal in (True, False):
+        case = Case("leaky_average", "long", leaky_inputs, ("halflife",), {"causal": causal, "relative": True})
+        check(module, case, leaky_inputs(Random(1, torch.float64), 2, 1100, 1, 2, state=True), 1e-9)

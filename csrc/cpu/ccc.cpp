@@ -90,14 +90,7 @@ inline void finish(const Sums& s, int c, int step, double shift_p, double shift_
   double n = 0, p = 0, t = 0, pp = 0, tt = 0, pt = 0;
   for (int l = c; l < W; l += step)
     n += s.n[l], p += s.p[l], t += s.t[l], pp += s.pp[l], tt += s.tt[l], pt += s.pt[l];
-  const double inverse = n > 0 ? 1 / n : 0, dp = p * inverse, dt = t * inverse;
-  const double m2_p = pp - p * dp, m2_t = tt - t * dt;
-  out[0] = n;
-  out[1] = n > 0 ? shift_p + dp : 0;
-  out[2] = n > 0 ? shift_t + dt : 0;
-  out[3] = m2_p < 0 ? 0 : m2_p;
-  out[4] = m2_t < 0 ? 0 : m2_t;
-  out[5] = pt - p * dt;
+  write_moments(out, centred(n, shift_p, shift_t, p, t, pp, tt, pt));
 }
 
 template <class T>
@@ -129,7 +122,7 @@ void flat_moments(const Data<T>& x, int64_t frames, double* out) {
   if (const int n = int(numbers - full))
     s.add(flat_mask<C>(x, full, n), load_some(x.pred + full, n) - shift_p,
           load_some(x.target + full, n) - shift_t);
-  for (int c = 0; c < C; ++c) finish(s, c, C, p0[c], t0[c], out + c * 6);
+  for (int c = 0; c < C; ++c) finish(s, c, C, p0[c], t0[c], out + c * kMoments);
 }
 
 // Any number of channels: one at a time, lanes along the frames.
@@ -151,7 +144,7 @@ void strided_moments(const Data<T>& x, int64_t frames, double* out) {
       }
       s.add(valid, p - V(p0), t - V(t0));
     }
-    finish(s, 0, 1, p0, t0, out + c * 6);
+    finish(s, 0, 1, p0, t0, out + c * kMoments);
   }
 }
 
@@ -163,8 +156,6 @@ Data<T> chunk(const CccForward& q, int64_t group, int64_t frame) {
           q.mask ? q.mask + (q.mask_kind == Mask::frame ? at : at * C) : nullptr, q.mask_kind, C};
 }
 
-SAGE_FN Moments<double> read(const double* m) { return {m[0], m[1], m[2], m[3], m[4], m[5]}; }
-
 template <class T>
 void forward_all(const CccForward& q, int threads) {
   const int C = q.channels;
@@ -174,7 +165,7 @@ void forward_all(const CccForward& q, int threads) {
     const int64_t begin = i % chunks * kCccChunkFrames;
     const int64_t frames = q.frames - begin < kCccChunkFrames ? q.frames - begin : kCccChunkFrames;
     const Data<T> x = chunk<T>(q, i / chunks, begin);
-    double* out = q.workspace + i * C * 6;
+    double* out = q.workspace + i * C * kMoments;
     if (C == 1)
       flat_moments<1>(x, frames, out);
     else if (C == 2)
@@ -185,52 +176,44 @@ void forward_all(const CccForward& q, int threads) {
   for (int64_t g = 0; g < q.groups; ++g) {
     for (int c = 0; c < C; ++c) {
       Moments<double> m = no_moments<double>();
-      for (int64_t k = 0; k < chunks; ++k) m = merge(m, read(q.workspace + ((g * chunks + k) * C + c) * 6));
-      double* out = q.moments + (g * C + c) * 6;
-      out[0] = m.count, out[1] = m.mean_p, out[2] = m.mean_t, out[3] = m.m2_p, out[4] = m.m2_t,
-      out[5] = m.c_pt;
-      if (q.ccc) {
-        const double denominator = concordance_denominator(m);
-        ((T*)q.ccc)[g * C + c] = T(concordance(m, concordance_defined(m.count, denominator), denominator));
-      }
+      for (int64_t k = 0; k < chunks; ++k)
+        m = merge(m, read_moments(q.workspace + ((g * chunks + k) * C + c) * kMoments));
+      write_moments(q.moments + (g * C + c) * kMoments, m);
+      if (q.ccc) ((T*)q.ccc)[g * C + c] = T(concordance(m, m.count).ccc);
     }
   }
 }
 
-// grad_pred = offset_p + slope_p (x - mean_p) + slope_c (y - mean_t), 0 where not counted; grad_target
-// likewise.
-struct Line {
+struct Line {  // the gradients of one (group, channel)
   double mean_p, mean_t;
-  Slopes<double> s;
+  Slopes<double> slopes;
 };
 
 template <class T>
 SAGE_FN Line line(const CccBackward& q, int64_t at) {
-  const Moments<double> m = read(q.forward.moments + at * 6);
-  if (q.grad_moments) {
-    const double* g = q.grad_moments + at * 6;
-    return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
-  }
-  const double denominator = concordance_denominator(m);
-  const bool defined = concordance_defined(m.count, denominator);
-  return {m.mean_p, m.mean_t,
-          concordance_slopes(m, defined, denominator, double(((const T*)q.grad_ccc)[at]))};
+  const Moments<double> m = read_moments(q.forward.moments + at * kMoments);
+  if (!q.grad_moments)
+    return {m.mean_p, m.mean_t, concordance_slopes(m, m.count, double(((const T*)q.grad_ccc)[at]))};
+  const double* g = q.grad_moments + at * kMoments;
+  return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
 }
 
 template <int C, class T>
 void flat_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* grad_pred, T* grad_target) {
-  V mean_p, mean_t, offset_p, offset_t, slope_p, slope_t, slope_c;
+  V mean_p, mean_t;
+  Slopes<V> slopes;
   for (int l = 0; l < W; ++l) {
     const Line& a = lines[l % C];
     mean_p.v[l] = a.mean_p, mean_t.v[l] = a.mean_t;
-    offset_p.v[l] = a.s.offset_p, offset_t.v[l] = a.s.offset_t;
-    slope_p.v[l] = a.s.slope_p, slope_t.v[l] = a.s.slope_t, slope_c.v[l] = a.s.slope_c;
+    slopes.offset_p.v[l] = a.slopes.offset_p, slopes.offset_t.v[l] = a.slopes.offset_t;
+    slopes.slope_p.v[l] = a.slopes.slope_p, slopes.slope_t.v[l] = a.slopes.slope_t;
+    slopes.slope_c.v[l] = a.slopes.slope_c;
   }
   const V zero(0.0);
   const int64_t numbers = frames * C;
   const auto step = [&](int64_t i, int n) __attribute__((always_inline)) {
     const V p = load_some(x.pred + i, n) - mean_p, t = load_some(x.target + i, n) - mean_t;
-    V gp = fma(slope_p, p, fma(slope_c, t, offset_p)), gt = fma(slope_t, t, fma(slope_c, p, offset_t));
+    V gp = slopes.pred(p, t), gt = slopes.target(p, t);
     if (x.kind != Mask::none) {
       const Bits<double> valid = flat_mask<C>(x, i, n);
       gp = select(valid, gp, zero);
@@ -252,8 +235,10 @@ void strided_gradient(const Data<T>& x, int64_t frames, const Line* lines, T* gr
     const int64_t i = f * x.channels + c;
     const bool valid = x.valid(f, c);
     const double p = valid ? double(x.pred[i]) - a.mean_p : 0, t = valid ? double(x.target[i]) - a.mean_t : 0;
-    if (grad_pred) grad_pred[i] = valid ? T(a.s.offset_p + a.s.slope_p * p + a.s.slope_c * t) : T(0);
-    if (grad_target) grad_target[i] = valid ? T(a.s.offset_t + a.s.slope_t * t + a.s.slope_c * p) : T(0);
+    if (grad_pred)
+      grad_pred[i] = valid ? T(a.slopes.offset_p + a.slopes.slope_p * p + a.slopes.slope_c * t) : T(0);
+    if (grad_target)
+      grad_target[i] = valid ? T(a.slopes.offset_t + a.slopes.slope_t * t + a.slopes.slope_c * p) : T(0);
   }
 }
 

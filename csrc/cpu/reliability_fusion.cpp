@@ -85,20 +85,14 @@ void read_gate(const ReliabilityFusionForward& q, const Calibration<A>& c, int64
 template <class A>
 void weigh(const ReliabilityFusionForward& q, const Calibration<A>& c, Gate<A>& g) {
   using V = Lanes<A>;
-  const V zero(A(0)), lowest(A(-3e38));
-  V peak = lowest, total = zero;
+  V score[kMaxModalities];
   for (int m = 0; m < q.modalities; ++m) {
     const Reliability<V> r = reliability(q.stages, g.logit + m * q.stages, g.stage);
-    g.confidence[m] = select(g.present[m], r.confidence, zero);
+    g.confidence[m] = select(g.present[m], r.confidence, V(A(0)));
     g.log_odds[m] = r.log_odds;
-    g.weight[m] = r.log_odds * V(c.sharpness[m]);
-    peak = max(peak, select(g.present[m], g.weight[m], lowest));
+    score[m] = r.log_odds * V(c.sharpness[m]);
   }
-  for (int m = 0; m < q.modalities; ++m) {
-    g.weight[m] = select(g.present[m], exp(g.weight[m] - peak), zero);
-    total += g.weight[m];
-  }
-  for (int m = 0; m < q.modalities; ++m) g.weight[m] = select(g.any_present, g.weight[m] / total, zero);
+  modality_weights(q.modalities, score, g.present, g.weight);
 }
 
 SAGE_FN float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
@@ -279,16 +273,17 @@ SAGE_FN A back_row(const ReliabilityFusionBackward& q, const Row<T, A>& row, int
     c0 = fma(u, fma(at.read(x + d), scale, shift), c0);
     c2 = fma(g, at.read(betas + d), c2);
   });
-  const A s0 = sum(c0), by = row.weight[i] * row.scale[i];
+  const A sum_u_xhat = sum(c0);
   if (out) {
-    const A a0 = -by * s0 / A(dim), a1 = -by * sum(c1) / A(dim);
-    const V by_u(by), by_x(a0 * row.scale[i]), rest(a0 * row.shift[i] + a1);
+    const NormAdjoint<A> back = norm_adjoint(row.weight[i], row.scale[i], sum(c1), sum_u_xhat, A(dim));
+    const V by_u(back.by_u), by_x(back.by_xhat * row.scale[i]),
+        rest(back.by_xhat * row.shift[i] + back.constant);
     for_each_vector<V::width>(dim, [&](int64_t d, auto at) {
       const V u = at.read(grad + d) * at.read(gammas + d);
       at.write(out + d, fma(u, by_u, fma(at.read(x + d), by_x, rest)));
     });
   }
-  return s0 + sum(c2);
+  return sum_u_xhat + sum(c2);
 }
 
 // R rows of one modality, just read by back_row: d gamma += w g xhat;  d beta += w g.
@@ -328,17 +323,13 @@ void gate_backward(const ReliabilityFusionBackward& q, const Calibration<A>& c, 
   using V = Lanes<A>;
   const int M = q.forward.modalities, S = q.forward.stages;
   const V zero(A(0));
-  V mean_grad = zero, grad_logit[kMaxModalities * kMaxStages], grad_stage[kMaxStages];
-  const Bits<A> real = first<A>(rows);  // repeated rows past the end add nothing to parameter sums
-  for (int m = 0; m < M; ++m) {
-    grad_w[m] = select(g.present[m], grad_w[m], zero);
-    mean_grad = fma(g.weight[m], grad_w[m], mean_grad);
-  }
+  V grad_logit[kMaxModalities * kMaxStages], grad_stage[kMaxStages];
+  Bits<A> counted[kMaxModalities];  // repeated rows past the end add nothing to parameter sums
+  for (int m = 0; m < M; ++m) counted[m] = g.present[m] & first<A>(rows);
+  modality_weights_adjoint(M, g.weight, counted, grad_w);
   for (int s = 0; s < S; ++s) grad_stage[s] = zero;
   for (int m = 0; m < M; ++m) {
-    const Bits<A> counted = g.present[m] & real;
-    const V grad_score = select(counted, g.weight[m] * (grad_w[m] - mean_grad), zero);
-    const V grad_r = select(counted, grad_c[m], zero);
+    const V grad_score = grad_w[m], grad_r = select(counted[m], grad_c[m], zero);
     partial.sharpness[m] = fma(grad_score, g.log_odds[m], partial.sharpness[m]);
     V* grad_l = grad_logit + m * S;
     reliability_backward(S, g.logit + m * S, g.stage, grad_r, grad_score * V(c.sharpness[m]), grad_l,

@@ -17,17 +17,11 @@ struct Transition {
   T log_a[kMaxStages * kMaxStages], a[kMaxStages * kMaxStages];
 
   Transition(const T* logits, int stages) {
-    for (int i = 0; i < stages; ++i) {
-      const T* row = logits + i * stages;
-      double peak = row[0], total = 0;
-      for (int j = 1; j < stages; ++j) peak = row[j] > peak ? row[j] : peak;
-      for (int j = 0; j < stages; ++j) total += __builtin_exp(row[j] - peak);
-      for (int j = 0; j < stages; ++j) {
-        const double l = row[j] - peak - __builtin_log(total);
+    for (int i = 0; i < stages; ++i)
+      transition_row(stages, logits + i * stages, [&](int j, double l) {
         log_a[i * stages + j] = T(l);
         a[i * stages + j] = T(__builtin_exp(l));
-      }
-    }
+      });
   }
 };
 

@@ -7,14 +7,13 @@
 #include "../ops.h"
 #include "isa.h"
 #include "parallel.h"
-#include "../math/ccc.h"
+#include "../math/temporal_ccc.h"
 
 namespace sage::cpu::SAGE_ISA {
 namespace {
 
 using V = Lanes<double>;
 constexpr int W = V::width;
-constexpr int kMoments = 6;
 constexpr int kSlopes = kTemporalCoefficients + 1;  // and the decay that a valid frame applied
 
 struct Frame {
@@ -70,32 +69,12 @@ SAGE_FN Moments<V> get(const double* at) {
   return {load(at), load(at + W), load(at + 2 * W), load(at + 3 * W), load(at + 4 * W), load(at + 5 * W)};
 }
 
-// Running moments of the cumulative and half-life modes. The past decays when a valid frame arrives, by the
-// frames gone since the last one: a long gap changes nothing and underflows nothing.
-struct Running {
-  Moments<V> m;
-  V seen, gap;  // valid frames so far; frames since the last valid one
-  V decay;      // what the newest valid frame applied to the past; 1 at other frames
-
-  SAGE_FN void step(const Frame& f, double rate, double log_rate) {
-    const V one(1.0), zero(0.0);
-    const auto valid = f.valid > zero;
-    V d(rate);
-    const auto late = gap > zero;
-    if (rate < 1 && any(late)) d = select(late, exp((gap + one) * V(log_rate)), d);
-    decay = select(valid, d, one);
-    m = push(m, decay, f.valid, f.x, f.y);
-    seen += f.valid;
-    gap = select(valid, zero, gap + one);
-  }
-};
-
 template <class T>
-SAGE_FN Running start(const TemporalCccForward& q, const Group<T>& g) {
+SAGE_FN Running<V> start(const TemporalCccForward& q, const Group<T>& g) {
   V s[kTemporalState];
   for (int k = 0; k < kTemporalState; ++k)
     for (int l = 0; l < W; ++l) s[k].v[l] = q.state_in ? q.state_in[g.number[l] * kTemporalState + k] : 0;
-  return {{s[1], s[2], s[3], s[4], s[5], s[6]}, s[0], s[7], V(1.0)};
+  return {{s[1], s[2], s[3], s[4], s[5], s[6]}, s[0], s[7]};
 }
 
 // Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for t = 0 .. T
@@ -103,12 +82,12 @@ SAGE_FN Running start(const TemporalCccForward& q, const Group<T>& g) {
 template <class T, class Visit>
 SAGE_FN void scan(const TemporalCccForward& q, const Group<T>& g, double* stack, Visit visit) {
   if (!q.window) {
-    Running r = start(q, g);
-    const double log_rate = q.decay < 1 ? __builtin_log(q.decay) : 0;
+    Running<V> r = start(q, g);
+    const Decay decay = {q.decay, q.decay < 1 ? __builtin_log(q.decay) : 0};
     for (int64_t t = 0; t < q.frames; ++t) {
       const Frame f = g.frame(q, t);
-      r.step(f, q.decay, log_rate);
-      visit(t, f, r.m, r.seen, r.decay);
+      const V applied = running_step(r, decay, f.valid, f.x, f.y);
+      visit(t, f, r.m, r.seen, applied);
     }
     if (q.state_out)
       for (int l = 0; l < g.count; ++l) {
@@ -153,31 +132,29 @@ template <class T>
 void forward_group(const TemporalCccForward& q, int64_t first, double* stack) {
   const Group<T> g(q, first);
   scan(q, g, stack, [&](int64_t t, const Frame&, const Moments<V>& m, V seen, V) {
-    const V denominator = concordance_denominator(m);
-    const auto defined = concordance_defined(seen, denominator);
-    const V rho = concordance(m, defined, denominator);
+    const auto rho = concordance(m, seen);
     for (int l = 0; l < g.count; ++l) {
       const int64_t i = g.at(q, l, t);
-      ((T*)q.rho)[i] = T(rho[l]);
-      q.defined[i] = defined.v[l] ? 1 : 0;
+      ((T*)q.rho)[i] = T(rho.ccc[l]);
+      q.defined[i] = rho.defined.v[l] ? 1 : 0;
     }
   });
 }
 
-struct Slope {
-  V a[kTemporalCoefficients];
-};  // offset_p, offset_t, slope_p, slope_t, slope_c, about the lane's origin
-
-SAGE_FN Slope get_slope(const double* at) {
-  Slope s;
-  for (int k = 0; k < kTemporalCoefficients; ++k) s.a[k] = load(at + k * W);
-  return s;
+// Slopes about the lane's origin, in memory: kTemporalCoefficients vectors.
+SAGE_FN Slopes<V> get_slopes(const double* at) {
+  return {load(at), load(at + W), load(at + 2 * W), load(at + 3 * W), load(at + 4 * W)};
 }
-SAGE_FN void put_slope(double* at, const Slope& s) {
-  for (int k = 0; k < kTemporalCoefficients; ++k) store(at + k * W, s.a[k]);
+SAGE_FN void put_slopes(double* at, const Slopes<V>& s) {
+  store(at, s.offset_p), store(at + W, s.offset_t);
+  store(at + 2 * W, s.slope_p), store(at + 3 * W, s.slope_t), store(at + 4 * W, s.slope_c);
 }
-SAGE_FN void add(Slope& s, const Slope& b) {
-  for (int k = 0; k < kTemporalCoefficients; ++k) s.a[k] += b.a[k];
+SAGE_FN Slopes<V> operator+(const Slopes<V>& a, const Slopes<V>& b) {
+  return {a.offset_p + b.offset_p, a.offset_t + b.offset_t, a.slope_p + b.slope_p, a.slope_t + b.slope_t,
+          a.slope_c + b.slope_c};
+}
+SAGE_FN Slopes<V> operator*(const Slopes<V>& a, V by) {
+  return {a.offset_p * by, a.offset_t * by, a.slope_p * by, a.slope_t * by, a.slope_c * by};
 }
 
 template <class T>
@@ -194,22 +171,17 @@ void backward_group(const TemporalCccBackward& q, int64_t first, double* stack, 
     placed = placed | place;
     V grad;
     for (int l = 0; l < W; ++l) grad.v[l] = double(((const T*)q.grad_rho)[g.at(f, l, t)]);
-    const V denominator = concordance_denominator(m);
-    const auto defined = concordance_defined(seen, denominator);
-    const Slopes<V> s = concordance_slopes(m, defined, denominator, grad);
-    const V mp = m.mean_p - origin_p, mt = m.mean_t - origin_t;
     double* at = slopes + t * kSlopes * W;
-    put_slope(at, {{s.offset_p - s.slope_p * mp - s.slope_c * mt,
-                    s.offset_t - s.slope_t * mt - s.slope_c * mp, s.slope_p, s.slope_t, s.slope_c}});
+    put_slopes(at, about_origin(concordance_slopes(m, seen, grad), m.mean_p - origin_p, m.mean_t - origin_t));
     store(at + kTemporalCoefficients * W, decay);
   });
   // Slopes before the first valid frame are zero (nothing is defined there), so their missing origin is no
   // matter.
-  const auto emit = [&](int64_t t, const Slope& s) {
+  const auto emit = [&](int64_t t, const Slopes<V>& s) {
     const Frame e = g.frame(f, t);
     const V x = e.x - origin_p, y = e.y - origin_t;
-    const V gp = select(e.valid > zero, fma(s.a[2], x, fma(s.a[4], y, s.a[0])), zero);
-    const V gt = select(e.valid > zero, fma(s.a[3], y, fma(s.a[4], x, s.a[1])), zero);
+    const V gp = select(e.valid > zero, s.pred(x, y), zero);
+    const V gt = select(e.valid > zero, s.target(x, y), zero);
     for (int l = 0; l < g.count; ++l) {
       const int64_t i = g.at(f, l, t);
       if (q.grad_pred) ((T*)q.grad_pred)[i] = T(gp[l]);
@@ -217,13 +189,12 @@ void backward_group(const TemporalCccBackward& q, int64_t first, double* stack, 
     }
   };
   if (!f.window) {
-    Slope sum = {{zero, zero, zero, zero, zero}};
+    Slopes<V> sum = {zero, zero, zero, zero, zero};
     for (int64_t t = f.frames - 1; t >= 0; --t) {
       const double* at = slopes + t * kSlopes * W;
-      add(sum, get_slope(at));
+      sum = sum + get_slopes(at);
       emit(t, sum);
-      const V decay = load(at + kTemporalCoefficients * W);
-      for (int k = 0; k < kTemporalCoefficients; ++k) sum.a[k] *= decay;
+      sum = sum * load(at + kTemporalCoefficients * W);
     }
     return;
   }
@@ -232,18 +203,17 @@ void backward_group(const TemporalCccBackward& q, int64_t first, double* stack, 
   const int64_t window = f.window;
   for (int64_t begin = (f.frames - 1) / window * window; begin >= 0; begin -= window) {
     const int64_t end = begin + window < f.frames ? begin + window : f.frames;
-    Slope rest = {{zero, zero, zero, zero, zero}};
+    Slopes<V> rest = {zero, zero, zero, zero, zero};
     for (int64_t t = end - 1; t >= begin; --t) {
-      add(rest, get_slope(slopes + t * kSlopes * W));
-      Slope sum = rest;
+      rest = rest + get_slopes(slopes + t * kSlopes * W);
+      Slopes<V> sum = rest;
       const int64_t last = t + window - 1 < f.frames - 1 ? t + window - 1 : f.frames - 1;
-      if (last >= end) add(sum, get_slope(slopes + last * kSlopes * W));
+      if (last >= end) sum = sum + get_slopes(slopes + last * kSlopes * W);
       emit(t, sum);
     }
     for (int64_t t = begin + 1; t < end; ++t) {
-      Slope s = get_slope(slopes + (t - 1) * kSlopes * W);
-      add(s, get_slope(slopes + t * kSlopes * W));
-      put_slope(slopes + t * kSlopes * W, s);
+      double* at = slopes + t * kSlopes * W;
+      put_slopes(at, get_slopes(at - kSlopes * W) + get_slopes(at));
     }
   }
 }

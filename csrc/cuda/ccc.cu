@@ -32,11 +32,6 @@ __device__ __forceinline__ M shuffle_down(const M& m, int by) {
           __shfl_down_sync(kFull, m.m2_t, by),   __shfl_down_sync(kFull, m.c_pt, by)};
 }
 
-__device__ __forceinline__ void put(double* at, const M& m) {
-  at[0] = m.count, at[1] = m.mean_p, at[2] = m.mean_t, at[3] = m.m2_p, at[4] = m.m2_t, at[5] = m.c_pt;
-}
-__device__ __forceinline__ M get(const double* at) { return {at[0], at[1], at[2], at[3], at[4], at[5]}; }
-
 struct Shifted {  // sums of one thread, about its first valid frame
   double shift_p, shift_t, p, t, pp, tt, pt;
   int64_t count;
@@ -49,31 +44,27 @@ struct Shifted {  // sums of one thread, about its first valid frame
     pp = fma(x, x, pp), tt = fma(y, y, tt), pt = fma(x, y, pt);
   }
   __device__ __forceinline__ M moments() const {
-    const double n = double(count), inverse = count ? 1 / n : 0, dp = p * inverse, dt = t * inverse;
-    return {n, shift_p + dp, shift_t + dt, max(0.0, pp - p * dp), max(0.0, tt - t * dt), pt - p * dt};
+    return centred(double(count), shift_p, shift_t, p, t, pp, tt, pt);
   }
 };
 
-// Merges the block's threads in a fixed order; the result is thread 0's. `shared`: kWarps * 6 doubles.
+// Merges the block's threads in a fixed order; the result is thread 0's. `shared`: kWarps * kMoments doubles.
 __device__ __forceinline__ M merge_block(M m, double* shared) {
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
 #pragma unroll 1  // one copy of merge: it is long
   for (int o = kWarp / 2; o > 0; o /= 2) m = merge(m, shuffle_down(m, o));
-  if (lane == 0) put(shared + warp * 6, m);
+  if (lane == 0) write_moments(shared + warp * kMoments, m);
   __syncthreads();
   if (threadIdx.x == 0)
 #pragma unroll 1
-    for (int w = 1; w < kWarps; ++w) m = merge(m, get(shared + w * 6));
+    for (int w = 1; w < kWarps; ++w) m = merge(m, read_moments(shared + w * kMoments));
   return m;
 }
 
 template <class T>
 __device__ __forceinline__ void finish(const CccForward& q, int64_t at, const M& m) {
-  put(q.moments + at * 6, m);
-  if (q.ccc) {
-    const double denominator = concordance_denominator(m);
-    static_cast<T*>(q.ccc)[at] = T(concordance(m, concordance_defined(m.count, denominator), denominator));
-  }
+  write_moments(q.moments + at * kMoments, m);
+  if (q.ccc) static_cast<T*>(q.ccc)[at] = T(concordance(m, m.count).ccc);
 }
 
 // Where a block of moments or gradients stands: group, first frame, frames.
@@ -134,12 +125,12 @@ __global__ void __launch_bounds__(kThreads) ccc_flat_kernel(CccForward q, int64_
   double* shared = shared_memory<double>();
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    const M m = merge_block(s[c].moments(), shared + c * kWarps * 6);
+    const M m = merge_block(s[c].moments(), shared + c * kWarps * kMoments);
     if (threadIdx.x == 0) {
       if (chunks == 1)
         finish<T>(q, span.group * C + c, m);
       else
-        put(q.workspace + (int64_t(blockIdx.x) * C + c) * 6, m);
+        write_moments(q.workspace + (int64_t(blockIdx.x) * C + c) * kMoments, m);
     }
   }
 }
@@ -162,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) ccc_strided_kernel(CccForward q, int
     if (chunks == 1)
       finish<T>(q, span.group * C + c, m);
     else
-      put(q.workspace + int64_t(blockIdx.x) * 6, m);
+      write_moments(q.workspace + int64_t(blockIdx.x) * kMoments, m);
   }
 }
 
@@ -173,35 +164,31 @@ __global__ void __launch_bounds__(kThreads) ccc_merge_kernel(CccForward q, int64
   const int64_t group = blockIdx.x / unsigned(C), c = blockIdx.x % unsigned(C);
   M m = no_moments<double>();
   for (int64_t k = threadIdx.x; k < chunks; k += kThreads)
-    m = merge(m, get(q.workspace + ((group * chunks + k) * C + c) * 6));
+    m = merge(m, read_moments(q.workspace + ((group * chunks + k) * C + c) * kMoments));
   m = merge_block(m, shared_memory<double>());
   if (threadIdx.x == 0) finish<T>(q, blockIdx.x, m);
 }
 
 // --------------------------------------------------------------------------------------------------- backward
-// grad_pred = offset_p + slope_p (x - mean_p) + slope_c (y - mean_t), 0 where not counted; grad_target likewise.
-struct Line {
+struct Line {  // the gradients of one (group, channel)
   double mean_p, mean_t;
-  Slopes<double> s;
+  Slopes<double> slopes;
   __device__ __forceinline__ double pred(double x, double y) const {
-    return fma(s.slope_p, x - mean_p, fma(s.slope_c, y - mean_t, s.offset_p));
+    return slopes.pred(x - mean_p, y - mean_t);
   }
   __device__ __forceinline__ double target(double x, double y) const {
-    return fma(s.slope_t, y - mean_t, fma(s.slope_c, x - mean_p, s.offset_t));
+    return slopes.target(x - mean_p, y - mean_t);
   }
 };
 
 template <class T>
 __device__ __forceinline__ Line line(const CccBackward& q, int64_t at) {
-  const M m = get(q.forward.moments + at * 6);
-  if (q.grad_moments) {
-    const double* g = q.grad_moments + at * 6;
-    return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
-  }
-  const double denominator = concordance_denominator(m);
-  const bool defined = concordance_defined(m.count, denominator);
-  return {m.mean_p, m.mean_t,
-          concordance_slopes(m, defined, denominator, double(static_cast<const T*>(q.grad_ccc)[at]))};
+  const M m = read_moments(q.forward.moments + at * kMoments);
+  if (!q.grad_moments)
+    return {m.mean_p, m.mean_t,
+            concordance_slopes(m, m.count, double(static_cast<const T*>(q.grad_ccc)[at]))};
+  const double* g = q.grad_moments + at * kMoments;
+  return {m.mean_p, m.mean_t, moments_slopes(g[1], g[2], g[3], g[4], g[5], m.count)};
 }
 
 template <class T, int C>
@@ -267,7 +254,7 @@ template <class T>
 void forward_all(const CccForward& q, const Call& call) {
   const int C = q.channels;
   const int64_t per = chunk_frames(q.frames), chunks = q.frames ? (q.frames + per - 1) / per : 1;
-  constexpr size_t kShared = kWarps * 6 * sizeof(double);
+  constexpr size_t kShared = kWarps * kMoments * sizeof(double);
   if (C <= 2) {
     const unsigned grid = grid_x(call, q.groups * chunks);
     const bool masked = q.mask_kind != Mask::none;

@@ -53,16 +53,10 @@ __device__ __forceinline__ void read_transition(const T* logits, int S, T* log_a
   __syncthreads();
   const int i = int(threadIdx.x);
   if (i < S) {
-    const T* row = logits + i * S;
-    double peak = row[0], total = 0;
-    for (int j = 1; j < S; ++j) peak = max(peak, double(row[j]));
-    for (int j = 0; j < S; ++j) total += exp(double(row[j]) - peak);
-    const double log_total = log(total);
-    for (int j = 0; j < S; ++j) {
-      const double l = double(row[j]) - peak - log_total;
+    transition_row(S, logits + i * S, [&](int j, double l) {
       log_a[i * S + j] = finite(T(l));
       column[i * L + j] = line[j * L + i] = T(exp(l));
-    }
+    });
   }
   __syncthreads();
 }
@@ -224,18 +218,7 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForwa
       if (__any_sync(kFull, hard)) {  // as math/stage_filter.h's stage_step, a lane a stage
         T all[L];
         gather<L>(belief, all);
-        T prior = log(sum);
-        if (lost) {
-          T top = nothing<T>();
-#pragma unroll
-          for (int i = 0; i < L; ++i)
-            if (i < S) top = i ? max(top, all[i] + log_a[i * S + j]) : all[0] + log_a[j];
-          T z(0);
-#pragma unroll
-          for (int i = 0; i < L; ++i)
-            if (i < S) z += exp(all[i] + log_a[i * S + j] - top);
-          prior = top + log(z);
-        }
+        const T prior = lost ? stage_prior_exact<T, T, L>(S, all, log_a, j) : log(sum);
         const T score = inside ? prior + e[k] : nothing<T>();
         T scores[L];
         gather<L>(score, scores);
@@ -304,15 +287,8 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilte
     for (int o = 1; o < L; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
     T weights[L];
     gather<L>(inside ? T(max(weight - peak, -1e30)) : nothing<T>(), weights);
-    T top = nothing<T>(), z(0);
-#pragma unroll
-    for (int i = 0; i < L; ++i)
-      if (i < S && inside) top = i ? max(top, weights[i] + s[i * (S + 2) + j]) : weights[0] + s[j];
-#pragma unroll
-    for (int i = 0; i < L; ++i)
-      if (i < S && inside) z += exp(weights[i] + s[i * (S + 2) + j] - top);
-    T scores[L], total(0);
-    const T score = inside ? top + log(z) : nothing<T>();
+    T scores[L], total(0), score = nothing<T>();
+    if (inside) score = log_sum_exp<T, L>(S, [&](int i) { return weights[i] + s[i * (S + 2) + j]; });
     gather<L>(score, scores);
     const T best = max_of<L>(scores);
 #pragma unroll
@@ -411,15 +387,9 @@ __global__ void __launch_bounds__(kWarp, 8)
         const T last = inside && live ? (t > 0 ? beliefs[(t - 1) * S] : first_belief) : nothing<T>();
         T all[L], theirs[L];
         gather<L>(last, all);
-        T top = nothing<T>(), z(0), prior(0);
+        T prior(0);
         if (lost) {
-#pragma unroll
-          for (int i = 0; i < L; ++i)
-            if (i < S) top = i ? max(top, all[i] + log_a[i * S + j]) : all[0] + log_a[j];
-#pragma unroll
-          for (int i = 0; i < L; ++i)
-            if (i < S) z += exp(all[i] + log_a[i * S + j] - top);
-          prior = top + log(z);
+          prior = stage_prior_exact<T, T, L>(S, all, log_a, j);
 #pragma unroll
           for (int i = 0; i < L; ++i)
             if (i < S) flow[i] += exp(all[i] + log_a[i * S + j] - prior) * g;

@@ -12,14 +12,14 @@
 //   backward                slopes of each frame (math/ccc.h), and for every frame the sum of the slopes of the
 //                           frames that saw it: a reverse scan with the same decay, or tails and heads once more
 #include "device.cuh"
-#include "../math/ccc.h"
+#include "../math/temporal_ccc.h"
 
 namespace sage::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int64_t kRun = 16;  // frames of one thread in a tile, at most
-constexpr int kMoments = 6, kSlopes = kTemporalCoefficients;
+constexpr int kSlopes = kTemporalCoefficients;
 
 using M = Moments<double>;
 
@@ -28,15 +28,10 @@ __device__ __forceinline__ M shuffle_up(const M& m, int by) {
           __shfl_up_sync(kFull, m.mean_t, by), __shfl_up_sync(kFull, m.m2_p, by),
           __shfl_up_sync(kFull, m.m2_t, by),   __shfl_up_sync(kFull, m.c_pt, by)};
 }
-__device__ __forceinline__ void put(double* at, const M& m) {
-  at[0] = m.count, at[1] = m.mean_p, at[2] = m.mean_t, at[3] = m.m2_p, at[4] = m.m2_t, at[5] = m.c_pt;
-}
-__device__ __forceinline__ M get(const double* at) { return {at[0], at[1], at[2], at[3], at[4], at[5]}; }
-
 // ------------------------------------------------------------------------------------- what is folded and merged
-struct Past {                // frames of the cumulative and half-life modes
-  M m;                       // weights as of the last valid frame
-  double seen, gap, length;  // valid frames; frames since the last valid one; frames
+struct Past {  // frames of the cumulative and half-life modes, and how many
+  Running<double> run;
+  double length;
 };
 struct Stretch {  // frames of the window mode since the last edge of a block
   M m;
@@ -47,8 +42,9 @@ struct Linear {  // sum -> a + factor * sum
 };
 
 __device__ __forceinline__ Past shuffle_up(const Past& x, int by) {
-  return {shuffle_up(x.m, by), __shfl_up_sync(kFull, x.seen, by), __shfl_up_sync(kFull, x.gap, by),
-          __shfl_up_sync(kFull, x.length, by)};
+  return {
+      {shuffle_up(x.run.m, by), __shfl_up_sync(kFull, x.run.seen, by), __shfl_up_sync(kFull, x.run.gap, by)},
+      __shfl_up_sync(kFull, x.length, by)};
 }
 __device__ __forceinline__ Stretch shuffle_up(const Stretch& x, int by) {
   return {shuffle_up(x.m, by), __shfl_up_sync(kFull, x.edge, by)};
@@ -60,24 +56,20 @@ __device__ __forceinline__ Linear shuffle_up(const Linear& x, int by) {
   y.factor = __shfl_up_sync(kFull, x.factor, by);
   return y;
 }
-__device__ __forceinline__ Past empty_past() { return {no_moments<double>(), 0, 0, 0}; }
+__device__ __forceinline__ Past empty_past() { return {{no_moments<double>(), 0, 0}, 0}; }
 __device__ __forceinline__ Stretch empty_stretch() { return {no_moments<double>(), 0}; }
 __device__ __forceinline__ Linear identity() { return {{0, 0, 0, 0, 0}, 1}; }
-
-struct Decay {
-  double rate, log_rate;
-  __device__ __forceinline__ double over(double frames) const {
-    return rate < 1 ? exp(frames * log_rate) : 1.0;
-  }
-};
 
 struct JoinPast {
   Decay decay;
   __device__ __forceinline__ Past operator()(const Past& a, const Past& b) const {
-    if (b.seen == 0) return {a.m, a.seen, a.gap + b.length, a.length + b.length};
-    const double d = decay.over(a.gap + b.length - b.gap);
-    const M past = {a.m.count * d, a.m.mean_p, a.m.mean_t, a.m.m2_p * d, a.m.m2_t * d, a.m.c_pt * d};
-    return {merge(past, b.m), a.seen + b.seen, b.gap, a.length + b.length};
+    const double length = a.length + b.length;
+    if (b.run.seen == 0) return {{a.run.m, a.run.seen, a.run.gap + b.length}, length};
+    const double frames = a.run.gap + b.length - b.run.gap;  // from the last valid one of a to that of b
+    const double d = decay.rate < 1 ? exp(frames * decay.log_rate) : 1.0;
+    const M& m = a.run.m;
+    const M past = {m.count * d, m.mean_p, m.mean_t, m.m2_p * d, m.m2_t * d, m.c_pt * d};
+    return {{merge(past, b.run.m), a.run.seen + b.run.seen, b.run.gap}, length};
   }
 };
 struct JoinStretch {
@@ -145,19 +137,6 @@ struct Lane {  // one (sequence, channel)
   }
 };
 
-__device__ __forceinline__ void extend_past(Past& past, const Frame& f, const Decay& decay, double& applied) {
-  applied = 1;
-  past.length += 1;
-  if (!f.valid) {
-    past.gap += 1;
-    return;
-  }
-  applied = past.gap > 0 ? decay.over(past.gap + 1) : decay.rate;
-  past.m = push(past.m, applied, 1.0, f.x, f.y);
-  past.seen += 1;
-  past.gap = 0;
-}
-
 // Calls visit(t, frame, moments of the frames that t sees, how many of them are valid, decay) for every t, each on one
 // thread. `tails`: (history + frames, 6) of workspace in window mode.
 template <class T, bool Window, class Visit>
@@ -169,17 +148,21 @@ __device__ __forceinline__ void scan(const TemporalCccForward& q, const Lane<T>&
     Past carry = empty_past();
     if (q.state_in) {
       const double* s = q.state_in + lane.number * kTemporalState;
-      carry = {{s[1], s[2], s[3], s[4], s[5], s[6]}, s[0], s[7], 0};
+      carry.run = {read_moments(s + 1), s[0], s[7]};
     }
     double applied = 1;
     sweep(
         q.frames, empty_past(), carry, shared, JoinPast{decay},
-        [&](Past& past, int64_t t) { extend_past(past, lane.frame(q, t), decay, applied); },
-        [&](int64_t t, const Past& past) { visit(t, lane.frame(q, t), past.m, past.seen, applied); });
+        [&](Past& past, int64_t t) {
+          const Frame f = lane.frame(q, t);
+          applied = running_step(past.run, decay, f.valid ? 1.0 : 0.0, f.x, f.y);
+          past.length += 1;
+        },
+        [&](int64_t t, const Past& past) { visit(t, lane.frame(q, t), past.run.m, past.run.seen, applied); });
     if (q.state_out && threadIdx.x == 0) {
       double* s = q.state_out + lane.number * kTemporalState;
-      s[0] = carry.seen, s[7] = carry.gap;
-      put(s + 1, carry.m);
+      s[0] = carry.run.seen, s[7] = carry.run.gap;
+      write_moments(s + 1, carry.run.m);
     }
     return;
   }
@@ -194,7 +177,7 @@ __device__ __forceinline__ void scan(const TemporalCccForward& q, const Lane<T>&
   sweep(
       total, empty_stretch(), carry, shared, JoinStretch{},
       [&](Stretch& s, int64_t i) { extend(s, total - 1 - i, (total - 1 - i) % window == window - 1); },
-      [&](int64_t i, const Stretch& s) { put(tails + (total - 1 - i) * kMoments, s.m); });
+      [&](int64_t i, const Stretch& s) { write_moments(tails + (total - 1 - i) * kMoments, s.m); });
   carry = empty_stretch();
   sweep(
       total, empty_stretch(), carry, shared, JoinStretch{},
@@ -202,7 +185,7 @@ __device__ __forceinline__ void scan(const TemporalCccForward& q, const Lane<T>&
       [&](int64_t j, const Stretch& s) {
         if (j < q.history) return;
         const bool whole = j < window || j % window == window - 1;
-        const M m = whole ? s.m : merge(get(tails + (j - window + 1) * kMoments), s.m);
+        const M m = whole ? s.m : merge(read_moments(tails + (j - window + 1) * kMoments), s.m);
         visit(j - q.history, lane.joined(q, j), m, m.count, 1.0);
       });
   if (q.state_out)
@@ -213,20 +196,15 @@ __device__ __forceinline__ void scan(const TemporalCccForward& q, const Lane<T>&
     }
 }
 
-__device__ __forceinline__ bool is_defined(double seen, double denominator) {
-  return concordance_defined(seen, denominator);
-}
-
 template <class T, bool Window>
 __global__ void __launch_bounds__(kThreads) temporal_ccc_kernel(TemporalCccForward q) {
   const Lane<T> lane(q);
   scan<T, Window>(q, lane, q.workspace + lane.number * kMoments * (q.history + q.frames),
                   [&](int64_t t, const Frame&, const M& m, double seen, double) {
-                    const double denominator = concordance_denominator(m);
-                    const bool defined = is_defined(seen, denominator);
+                    const auto rho = concordance(m, seen);
                     const int64_t i = lane.at(q, t);
-                    static_cast<T*>(q.rho)[i] = T(concordance(m, defined, denominator));
-                    q.defined[i] = defined ? 1 : 0;
+                    static_cast<T*>(q.rho)[i] = T(rho.ccc);
+                    q.defined[i] = rho.defined ? 1 : 0;
                   });
 }
 
@@ -268,13 +246,10 @@ __global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(Tempora
   }
   scan<T, Window>(f, lane, tails, [&](int64_t t, const Frame&, const M& m, double seen, double decay) {
     const double grad = double(static_cast<const T*>(q.grad_rho)[lane.at(f, t)]);
-    const double denominator = concordance_denominator(m);
-    const Slopes<double> s = concordance_slopes(m, is_defined(seen, denominator), denominator, grad);
-    const double mp = m.mean_p - origin_p, mt = m.mean_t - origin_t;
+    const Slopes<double> s =
+        about_origin(concordance_slopes(m, seen, grad), m.mean_p - origin_p, m.mean_t - origin_t);
     double* at = slopes + t * kSlopes;
-    at[0] = s.offset_p - s.slope_p * mp - s.slope_c * mt;
-    at[1] = s.offset_t - s.slope_t * mt - s.slope_c * mp;
-    at[2] = s.slope_p, at[3] = s.slope_t, at[4] = s.slope_c;
+    at[0] = s.offset_p, at[1] = s.offset_t, at[2] = s.slope_p, at[3] = s.slope_t, at[4] = s.slope_c;
     if (!Window) beside[t] = decay;
   });
 
@@ -289,10 +264,10 @@ __global__ void __launch_bounds__(kThreads) temporal_ccc_gradient_kernel(Tempora
   const auto emit = [&](int64_t t, const double* a) {
     const Frame e = lane.frame(f, t);
     const double x = e.x - origin_p, y = e.y - origin_t;
+    const Slopes<double> s = {a[0], a[1], a[2], a[3], a[4]};
     const int64_t i = lane.at(f, t);
-    if (q.grad_pred) static_cast<T*>(q.grad_pred)[i] = e.valid ? T(fma(a[2], x, fma(a[4], y, a[0]))) : T(0);
-    if (q.grad_target)
-      static_cast<T*>(q.grad_target)[i] = e.valid ? T(fma(a[3], y, fma(a[4], x, a[1]))) : T(0);
+    if (q.grad_pred) static_cast<T*>(q.grad_pred)[i] = e.valid ? T(s.pred(x, y)) : T(0);
+    if (q.grad_target) static_cast<T*>(q.grad_target)[i] = e.valid ? T(s.target(x, y)) : T(0);
   };
   Linear carry = identity();
   if (!Window) {

@@ -18,6 +18,28 @@ SAGE_FN Moments<V> no_moments() {
   return {zero, zero, zero, zero, zero, zero};
 }
 
+// In memory: six doubles in the order of the fields.
+constexpr int kMoments = 6;
+SAGE_FN Moments<double> read_moments(const double* from) {
+  return {from[0], from[1], from[2], from[3], from[4], from[5]};
+}
+SAGE_FN void write_moments(double* to, const Moments<double>& m) {
+  to[0] = m.count, to[1] = m.mean_p, to[2] = m.mean_t, to[3] = m.m2_p, to[4] = m.m2_t, to[5] = m.c_pt;
+}
+
+// `count` frames whose distances to a shift sum up to p and t, their squares to pp and tt, their products to pt. The shift
+// is one of the frames, so equal numbers give exact zeros.
+SAGE_FN Moments<double> centred(double count, double shift_p, double shift_t, double p, double t, double pp,
+                                double tt, double pt) {
+  const double inverse = count > 0 ? 1 / count : 0, mean_p = p * inverse, mean_t = t * inverse;
+  return {count,
+          count > 0 ? shift_p + mean_p : 0,
+          count > 0 ? shift_t + mean_t : 0,
+          max(0.0, pp - p * mean_p),
+          max(0.0, tt - t * mean_t),
+          pt - p * mean_t};
+}
+
 // Chan, Golub & LeVeque 1979. An empty side changes nothing.
 template <class V>
 SAGE_FN Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
@@ -62,27 +84,37 @@ SAGE_FN V concordance_denominator(const Moments<V>& m) {
 }
 
 // ccc is defined where two frames count and the denominator is not 0; elsewhere it is 0. A denominator that is NaN counts
-// as defined: a model that has diverged must not look like one that is uncorrelated.
+// as defined: a model that has diverged must not look like one that is uncorrelated. `frames`: how many frames are valid,
+// which is m.count where none has decayed.
 template <class V>
-SAGE_FN auto concordance_defined(V count, V denominator) {
+SAGE_FN MaskOf<V> concordance_defined(V frames, V denominator) {
   using T = typename ScalarOf<V>::Type;
-  return (count >= V(T(2))) & negate(denominator <= V(T(0)));
+  return (frames >= V(T(2))) & negate(denominator <= V(T(0)));
 }
 
-template <class V, class Mask>
-SAGE_FN V concordance(const Moments<V>& m, Mask defined, V denominator) {
+template <class V>
+struct Concordance {
+  V ccc;
+  MaskOf<V> defined;
+};
+template <class V>
+SAGE_FN Concordance<V> concordance(const Moments<V>& m, V frames) {
   using T = typename ScalarOf<V>::Type;
-  return select(defined, (m.c_pt + m.c_pt) / denominator, V(T(0)));
+  const V denominator = concordance_denominator(m);
+  const auto defined = concordance_defined(frames, denominator);
+  return {select(defined, (m.c_pt + m.c_pt) / denominator, V(T(0))), defined};
 }
 
-// Adjoint with respect to the data. For a frame (x, y) of weight w:
-//   d ccc / dx = w (offset_p + slope_p (x - mean_p) + slope_c (y - mean_t))
-//   d ccc / dy = w (offset_t + slope_t (y - mean_t) + slope_c (x - mean_p))
+// Adjoint with respect to the data: the gradients of a frame (x, y) that counts, as functions of dx = x - mean_p and
+// dy = y - mean_t. Those of frames that do not count are 0.
 template <class V>
 struct Slopes {
   V offset_p, offset_t, slope_p, slope_t, slope_c;
+  SAGE_FN V pred(V dx, V dy) const { return fma(slope_p, dx, fma(slope_c, dy, offset_p)); }
+  SAGE_FN V target(V dx, V dy) const { return fma(slope_t, dy, fma(slope_c, dx, offset_t)); }
 };
 
+// From the gradients of the six moments; that of the count is none.
 template <class V>
 SAGE_FN Slopes<V> moments_slopes(V grad_mean_p, V grad_mean_t, V grad_m2_p, V grad_m2_t, V grad_c, V count) {
   using T = typename ScalarOf<V>::Type;
@@ -91,15 +123,25 @@ SAGE_FN Slopes<V> moments_slopes(V grad_mean_p, V grad_mean_t, V grad_m2_p, V gr
   return {grad_mean_p * inverse, grad_mean_t * inverse, grad_m2_p + grad_m2_p, grad_m2_t + grad_m2_t, grad_c};
 }
 
-template <class V, class Mask>
-SAGE_FN Slopes<V> concordance_slopes(const Moments<V>& m, Mask defined, V denominator, V grad) {
+// From the gradient of ccc.
+template <class V>
+SAGE_FN Slopes<V> concordance_slopes(const Moments<V>& m, V frames, V grad) {
   using T = typename ScalarOf<V>::Type;
   const V zero(T(0));
+  const V denominator = concordance_denominator(m);
+  const auto defined = concordance_defined(frames, denominator);
   const V scale = select(defined, (grad + grad) / denominator, zero);       // d ccc / d C_pt
   const V down = select(defined, -(scale * (m.c_pt / denominator)), zero);  // d ccc / d denominator
-  const V gap =
-      down * (m.mean_p - m.mean_t);  // d / d mean_p = 2 n gap; the n cancels against d mean / dx = w / n
+  // d / d mean_p = 2 n gap; the n cancels against d mean / dx = w / n
+  const V gap = down * (m.mean_p - m.mean_t);
   return {gap + gap, -(gap + gap), down + down, down + down, scale};
+}
+
+// The same functions of the distances to an origin that lies at mean_p - dp, mean_t - dt.
+template <class V>
+SAGE_FN Slopes<V> about_origin(const Slopes<V>& s, V dp, V dt) {
+  return {s.offset_p - s.slope_p * dp - s.slope_c * dt, s.offset_t - s.slope_t * dt - s.slope_c * dp,
+          s.slope_p, s.slope_t, s.slope_c};
 }
 
 }  // namespace sage

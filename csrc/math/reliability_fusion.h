@@ -130,13 +130,13 @@ SAGE_FN Reliability<V> reliability(int stages, const V* l, const V* stage) {
 }
 
 // The softmax over modalities: weight[m] = exp(score[m] - peak) / total over those that are present, 0 for the others, and
-// 0 for all where none is. A thread or lane has `count` of a row's modalities; `across` adds up and compares those that
-// lie elsewhere (Alone: all are here).
+// 0 for all where none is; a score of NaN, or scores that are all -inf, give NaN. A thread or lane has `count` of a row's
+// modalities; `across` adds up and compares those that lie elsewhere (Alone: all are here).
 template <class V, class Mask, class Across = Alone>
 SAGE_FN void modality_weights(int count, const V* score, const Mask* present, V* weight,
                               const Across& across = {}) {
   using T = typename ScalarOf<V>::Type;
-  const V zero(T(0)), lowest(T(-3e38));
+  const V zero(T(0)), lowest(-T(INFINITY));
   V peak = lowest, total = zero;
   for (int m = 0; m < count; ++m) peak = max(peak, select(present[m], score[m], lowest));
   peak = across.max(peak);
@@ -146,6 +146,34 @@ SAGE_FN void modality_weights(int count, const V* score, const Mask* present, V*
   }
   total = across.sum(total);
   for (int m = 0; m < count; ++m) weight[m] = select(total <= zero, zero, weight[m] / total);  // NaN stays
+}
+
+// Its adjoint, in place: grad[m] comes as the gradient of weight[m] and leaves as that of score[m].
+template <class V, class Mask, class Across = Alone>
+SAGE_FN void modality_weights_adjoint(int count, const V* weight, const Mask* present, V* grad,
+                                      const Across& across = {}) {
+  using T = typename ScalarOf<V>::Type;
+  const V zero(T(0));
+  V mean = zero;
+  for (int m = 0; m < count; ++m) {
+    grad[m] = select(present[m], grad[m], zero);
+    mean = fma(weight[m], grad[m], mean);
+  }
+  mean = across.sum(mean);
+  for (int m = 0; m < count; ++m) grad[m] = select(present[m], weight[m] * (grad[m] - mean), zero);
+}
+
+// Adjoint of a modality's LayerNorm where it is mixed, fused = sum_m weight (xhat gamma + beta): with u = d fused gamma,
+//   d weight = sum u xhat + sum d fused beta
+//   d x      = weight rstd (u - mean(u) - xhat mean(u xhat)) = u by_u + xhat by_xhat + constant
+template <class A>
+struct NormAdjoint {
+  A by_u, by_xhat, constant;
+};
+template <class A>
+SAGE_FN NormAdjoint<A> norm_adjoint(A weight, A rstd, A sum_u, A sum_u_xhat, A dim) {
+  const A scale = weight * rstd;
+  return {scale, -scale * sum_u_xhat / dim, -scale * sum_u / dim};
 }
 
 // Adjoint: gradients of r and g to those of l[s] and stage[s], handed to emit(s, grad of l[s], grad of

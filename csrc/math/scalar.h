@@ -26,6 +26,9 @@ struct ScalarOf<double> {
   using Type = double;
 };
 
+template <class V>
+using MaskOf = decltype(V() < V());  // bool, or a truth value a lane
+
 SAGE_FN float select(bool m, float a, float b) { return m ? a : b; }
 SAGE_FN double select(bool m, double a, double b) { return m ? a : b; }
 SAGE_FN bool any(bool m) { return m; }

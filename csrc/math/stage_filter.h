@@ -14,14 +14,34 @@ namespace sage {
 
 constexpr double kSafeSum = 1e-25;  // lost terms are under 2^-126 each
 
-template <class V, class Matrix>
-SAGE_FN V stage_prior_exact(int stages, const V* belief, const Matrix* log_a, int j) {
+// log sum_i exp(term(i)) over i < count, of which there are Most at the most: a GPU keeps that many in registers.
+template <class V, int Most, class Term>
+SAGE_FN V log_sum_exp(int count, Term&& term) {
   using T = typename ScalarOf<V>::Type;
-  V peak = max(V(T(-3e38)), belief[0] + V(log_a[j]));  // finite where no way leads to j: logits of -inf
-  for (int i = 1; i < stages; ++i) peak = max(peak, belief[i] + V(log_a[i * stages + j]));
-  V z = exp(belief[0] + V(log_a[j]) - peak);
-  for (int i = 1; i < stages; ++i) z += exp(belief[i] + V(log_a[i * stages + j]) - peak);
+  V peak = max(V(T(-3e38)), term(0)), z(T(0));  // finite where every term is log 0: -inf
+#pragma unroll
+  for (int i = 1; i < Most; ++i)
+    if (i < count) peak = max(peak, term(i));
+#pragma unroll
+  for (int i = 0; i < Most; ++i)
+    if (i < count) z += exp(term(i) - peak);
   return peak + log(z);
+}
+
+// The prior in log space, for sums that may have lost terms to underflow.
+template <class V, class Matrix, int Most = kMaxStages>
+SAGE_FN V stage_prior_exact(int stages, const V* belief, const Matrix* log_a, int j) {
+  return log_sum_exp<V, Most>(stages, [&](int i) { return belief[i] + V(log_a[i * stages + j]); });
+}
+
+// One row of log_softmax(transition), in double: calls emit(j, log probability).
+template <class T, class Emit>
+SAGE_FN void transition_row(int stages, const T* logits, Emit&& emit) {
+  double peak = logits[0], total = 0;
+  for (int j = 1; j < stages; ++j) peak = max(peak, double(logits[j]));
+  for (int j = 0; j < stages; ++j) total += exp(double(logits[j]) - peak);
+  const double log_total = log(total);
+  for (int j = 0; j < stages; ++j) emit(j, double(logits[j]) - peak - log_total);
 }
 
 // log of P(stage j) before this frame's evidence.

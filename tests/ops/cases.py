@@ -97,6 +97,22 @@ def moments_inputs(r: Random, *shape: int) -> Tensor:
     return torch.stack([torch.full_like(p[..., 0], 5.0), p.mean(-1), t.mean(-1), *sums], -1)
 
 
+def leaky_inputs(r: Random, batch=2, frames=7, dim=5, averages=3, *, state=False, unread=False) -> dict:
+    """Precisions of 0.1 to 2.1, or, where `unread`, of 0 in a quarter of the frames."""
+    g = Random(0, gate_dtype(r.dtype), r.device)
+    g.generator = r.generator
+    x, precision = r.normal(batch, frames, dim), 0.1 + 2 * g.uniform(batch, frames)
+    if unread:
+        precision = precision * r.mask(batch, frames)
+    return {
+        "x": x,
+        "precision": precision,
+        "halflife": 0.5 + 9 * g.uniform(averages),
+        "prior": 0.1 + g.uniform(averages),
+        "state": 0.2 + g.uniform(batch, averages, dim + 2) if state else None,
+    }
+
+
 # ----------------------------------------------------------------------------------------------------------- cases
 @dataclass(frozen=True)
 class Case:
@@ -133,6 +149,13 @@ def _temporal(name: str, mask: str | None, chunked: bool, **mode: Any) -> Case:
     return Case("temporal_ccc", name, make, constant=("state",), kwargs=mode)
 
 
+def _leaky(name: str, *, causal=True, relative=False, constant: tuple[str, ...] = (), **shape: Any) -> Case:
+    return Case(
+        "leaky_average", name, lambda r: leaky_inputs(r, **shape), ("halflife", *constant),
+        {"causal": causal, "relative": relative},
+    )  # fmt: skip
+
+
 CASES = [
     Case("stage_filter", "plain", lambda r: filter_inputs(r, initial=None, mask=False)),
     Case("stage_filter", "shared", lambda r: filter_inputs(r, initial="shared")),
@@ -167,8 +190,18 @@ CASES = [
     _temporal("halflife", None, False, halflife=2.5),
     _temporal("halflife-chunk", "frame", True, halflife=3),
     _temporal("halflife-element", "element", False, halflife=0.7),
+    _leaky("plain"),
+    _leaky("chunk", state=True),
+    _leaky("both-ways", causal=False, state=True),
+    _leaky("relative", relative=True, state=True),
+    _leaky("relative-both-ways", causal=False, relative=True),
+    # Gradients of a precision of 0 are 0 by definition, which gradcheck's differences do not see.
+    _leaky("unread", constant=("precision",), unread=True, frames=11),
+    _leaky("unread-both-ways", causal=False, relative=True, constant=("precision",), unread=True, frames=11),
+    _leaky("R1T1", averages=1, frames=1),
+    _leaky("R8", averages=8, dim=3, frames=5, state=True),
 ]  # fmt: skip
-OPS = ["stage_filter", "reliability_fusion", "ccc", "ccc_moments", "temporal_ccc"]
+OPS = ["stage_filter", "reliability_fusion", "ccc", "ccc_moments", "temporal_ccc", "leaky_average"]
 # Formulas over moments that are PyTorch by definition: no kernel of ours, but the same promises.
 MOMENT_CASES = [
     Case("merge_moments", "both", lambda r: {"a": moments_inputs(r, 3), "b": moments_inputs(r, 3)}),

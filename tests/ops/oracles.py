@@ -134,3 +134,30 @@ def temporal_ccc(pred, target, mask=None, *, window=None, halflife=None):
             w = np.ones(len(index)) if halflife is None else 0.5 ** (age / halflife)
             rho[b, now, c] = _ccc(p[b, index, c], t[b, index, c], w)
     return rho
+
+
+def leaky_average(x, precision, halflife, prior, state=None, *, causal=True, relative=False):
+    """Every average by its own sum over all frames: O(T^2)."""
+    x, precision, halflife, prior, state = map(array, (x, precision, halflife, prior, state))
+    batch, frames, dim = x.shape
+    average = np.zeros((batch, frames, len(halflife), dim))
+    after = np.zeros((batch, len(halflife), dim + 2))
+    for b, r in np.ndindex(batch, len(halflife)):
+        decay = 0.5 ** (1 / halflife[r])
+        past = np.zeros(dim + 2) if state is None else state[b, r]
+        seen = np.flatnonzero(precision[b] > 0)
+
+        def total(now, index):
+            """Sum, weight and count of the frames `index`, as frame `now` sees them."""
+            share = decay ** np.abs(now - index)  # noqa: B023
+            p = precision[b, index]  # noqa: B023
+            return np.concatenate([(share * p) @ x[b, index], [np.sum(share * p), np.sum(share)]])  # noqa: B023
+
+        for t in range(frames):
+            whole = past * decay ** (t + 1) + total(t, seen[seen <= t] if causal else seen)
+            weight, count = whole[-2:]
+            mean = (weight / count if count > 0 else 0.0) if relative else 1.0
+            if prior[r] * mean + weight > 0:
+                average[b, t, r] = whole[:-2] / (prior[r] * mean + weight)
+        after[b, r] = past * decay**frames + (total(frames - 1, seen) if frames else 0)
+    return average, after

@@ -13,7 +13,7 @@ TABLE = [name for name in dir(_C.cpu) if not name.startswith("_")]
 
 
 def test_the_cpu_backend_has_every_kernel():
-    ops = ["stage_filter", "reliability_fusion", "ccc", "temporal_ccc"]
+    ops = ["stage_filter", "reliability_fusion", "ccc", "temporal_ccc", "leaky_average"]
     assert sorted(TABLE) == sorted(["open_session", *(f"{op}_{way}" for op in ops for way in ("forward", "backward"))])
 
 

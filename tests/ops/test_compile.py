@@ -18,6 +18,7 @@ from cases import (
     filter_inputs,
     fresh,
     fusion_inputs,
+    leaky_inputs,
     leaves,
     named,
     pair_inputs,
@@ -116,6 +117,7 @@ def sizes(op, r, n):
         "ccc": lambda: pair_inputs(r, n, n + 1, 2, mask="frame"),
         "ccc_moments": lambda: pair_inputs(r, n, n + 1, 2, mask="element"),
         "temporal_ccc": lambda: pair_inputs(r, n, n + 1, 2, mask="frame"),
+        "leaky_average": lambda: leaky_inputs(r, n, n + 1, n + 3, 3),
     }[op]()
 
 

@@ -17,6 +17,7 @@ from cases import (
     filter_inputs,
     fresh,
     fusion_inputs,
+    leaky_inputs,
     leaves,
     named,
     pair_inputs,
@@ -73,6 +74,13 @@ ROWS = {
         )
         for name, mode in {"cumulative": {}, "window": {"window": 9}, "halflife": {"halflife": 5.0}}.items()
     },
+    **{
+        f"leaky_average-{name}": (
+            Case("leaky_average", "rows", leaky_inputs, ("halflife",), kwargs=mode),
+            lambda r, n: leaky_inputs(r, n, 70, 37, state=True, unread=True), ("x", "precision", "state"), (0, 1),
+        )
+        for name, mode in {"causal": {}, "both-ways": {"causal": False, "relative": True}}.items()
+    },
 }  # fmt: skip
 ALL_ROWS = pytest.mark.parametrize("op", ROWS)
 FLOATS = [torch.float32, torch.float64]
@@ -91,7 +99,12 @@ def assert_same(a, b, what=""):
 
 @pytest.mark.parametrize(
     ("op", "dtype"),
-    [(op, d) for op in ROWS for d in (*FLOATS, torch.bfloat16) if d != torch.bfloat16 or "fusion" in op],
+    [
+        (op, d)
+        for op in ROWS
+        for d in (*FLOATS, torch.bfloat16)
+        if d != torch.bfloat16 or "fusion" in op or "leaky" in op
+    ],
     ids=str,
 )
 def test_batch_invariance(backend, op, dtype):
@@ -145,7 +158,7 @@ def test_the_address_of_a_row_does_not_matter(backend, op):
 
 def big(op, backend):
     case, make, _, _ = ROWS[op]
-    rows = {"stage_filter": 60, "reliability_fusion": 2000, "ccc": 300, "temporal_ccc": 90}
+    rows = {"stage_filter": 60, "reliability_fusion": 2000, "ccc": 300, "temporal_ccc": 90, "leaky_average": 30}
     n = next(v for k, v in rows.items() if op.startswith(k))
     return case, make(Random(4, device=backend.device), backend.size(n, 10))
 

@@ -131,7 +131,7 @@ def test_plain_eager_takes_the_direct_door(backend, monkeypatch, case):
         def __call__(self, *args):
             raise AssertionError("the registered operator was called")
 
-    for module in (_ops.reliability_fusion, _ops.ccc, _ops.temporal_ccc, _ops.stage_filter):
+    for module in [getattr(_ops, name) for name in _ops.__all__]:
         for name in ("_op", "_backward_op", "_ccc_op", "_moments_op"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Closed())
@@ -449,7 +449,9 @@ def test_an_input_changed_in_place_before_backward_is_an_error(backend, register
     if "values" in inputs:
         copies["values"] = [v * 1 for v in inputs["values"]]
     output = case.call(functional, copies)[0]
-    name = {"stage_filter": "transition", "reliability_fusion": "reliability"}.get(case.op, "pred")
+    name = {"stage_filter": "transition", "reliability_fusion": "reliability", "leaky_average": "x"}.get(
+        case.op, "pred"
+    )
     copies[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
@@ -496,6 +498,7 @@ SAVED = {
     "reliability_fusion": lambda i: 2 * i["reliability"].shape[:-1].numel(),  # a LayerNorm's mean and 1/std
     "ccc": lambda i: 6 * i["pred"].shape[0] * i["pred"].shape[-1],  # moments of each group
     "ccc_moments": lambda i: 6 * i["pred"].shape[0] * i["pred"].shape[-1],
+    "leaky_average": lambda i: i["x"].numel() * len(i["halflife"]),  # the average
     "temporal_ccc": lambda i: 0,
 }
 
