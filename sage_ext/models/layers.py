@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import functional
+
 
 class ChannelDropout(nn.Module):
     """Dropout of whole channels for a whole sequence: x (B, T, dim), one draw a (B, dim).
@@ -99,7 +101,6 @@ class PrecisionMemory(nn.Module):
         dim: channels. halflives: of the averages, in frames. causal: see above.
     """
 
-    CHUNK = 64  # frames of one product with the triangular matrix of powers of lambda
     halflife: Tensor  # (R,)
 
     def __init__(self, dim: int, halflives: Sequence[float], causal: bool) -> None:
@@ -115,34 +116,9 @@ class PrecisionMemory(nn.Module):
     def forward(self, x: Tensor, precision: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, dim), precision (B, T) >= 0, sums (B, R, dim + 1) before this chunk (None: nothing was seen): the
         memory (B, T, dim), and the sums for the next chunk."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        p = precision.to(dtype).unsqueeze(-1)
-        weighed = torch.cat([p * x.to(dtype), p], -1)  # (B, T, dim + 1)
-        total, sums = self._leaky(weighed, sums)
-        if not self.causal:
-            total = total + self._leaky(weighed.flip(1), None)[0].flip(2) - weighed.unsqueeze(1)
-        average = total[..., :-1] / (total[..., -1:] + self.log_prior.to(dtype).exp()[:, None, None])
-        return self.mix(average.transpose(1, 2).flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums
-
-    def _leaky(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T, n) -> (B, R, T, n): `sum_(k <= t) lambda_r^(t-k) x_k`, and the last of them (B, R, n)."""
-        frames, decay = x.shape[1], 0.5 ** (1.0 / self.halflife.to(x.dtype))
-        chunks = frames // self.CHUNK + 1  # never without padding: torch.export would tell the two cases apart
-        x = F.pad(x, (0, 0, 0, chunks * self.CHUNK - frames)).view(x.shape[0], chunks, self.CHUNK, x.shape[2])
-        age = torch.arange(self.CHUNK, device=x.device)
-        inside = torch.einsum("rts,bcsn->brctn", _powers(decay, age[:, None] - age), x)
-        # What had come together before each chunk: of the chunks before it, and before the first.
-        chunk = torch.arange(chunks, device=x.device)
-        between = _powers(decay**self.CHUNK, chunk[:, None] - chunk - 1)
-        before = torch.einsum("rcd,brdn->brcn", between, inside[:, :, :, -1])
-        if sums is not None:
-            before = before + _powers(decay**self.CHUNK, chunk).unsqueeze(-1) * sums.to(x.dtype).unsqueeze(2)
-        total = inside + _powers(decay, age + 1)[:, None, :, None] * before.unsqueeze(3)
-        total = total.flatten(2, 3)[:, :, :frames]
-        return total, total[:, :, -1]
-
-
-def _powers(base: Tensor, exponent: Tensor) -> Tensor:
-    """(R,) and (*) whole numbers -> (R, *): base**exponent, 0 where that is negative."""
-    base = base.view(-1, *[1] * exponent.dim())
-    return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0.0)
+        if sums is not None:  # the op counts frames too; with an absolute prior that number is not needed
+            sums = F.pad(sums, (0, 1))
+        average, sums = functional.leaky_average(
+            x, precision, self.halflife, self.log_prior.exp(), sums, causal=self.causal
+        )
+        return self.mix(average.flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums[..., :-1]
