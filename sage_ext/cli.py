@@ -289,7 +289,9 @@ def _stream(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from .data.affwild2 import AffWild2
-    from .training.compare import Study, compare, default_methods, quick_methods, synthesise
+    from .study.methods import default_methods, quick_methods
+    from .study.plan import Study, synthesise
+    from .study.run import compare
 
     data = synthesise(args.out) if args.data is None else args.data
     methods = args.methods
@@ -318,7 +320,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .training.demo import demo
+    from .demo import demo
 
     print("\n\n".join(table.text() for table in demo(args.out, seed=args.seed, overwrite=args.overwrite)))
     return 0

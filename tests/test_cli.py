@@ -12,8 +12,9 @@ import pytest
 
 from sage_ext import cli
 from sage_ext.data.affwild2 import AffWild2
+from sage_ext.data.synthetic import TruthClips
+from sage_ext.demo import read_submission
 from sage_ext.training.checkpoint import load_checkpoint
-from sage_ext.training.demo import TruthClips, read_submission
 
 SMALL = ("--dim=8", "--stages=2", "--blocks=2", "--window=60", "--hop=40", "--batch-size=4", "--threads=1")
 

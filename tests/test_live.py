@@ -32,7 +32,6 @@ from sage_ext.live.estimator import Estimator, Latency, Quality, Trace
 from sage_ext.live.frames import JsonLines, MalformedFrame, RawFloats
 from sage_ext.live.page import Page
 from sage_ext.models import SAGE
-from sage_ext.training.demo import TruthClips, stream_clip
 from sage_ext.training.runs import Run
 from sage_ext.training.trainer import TrainConfig, train
 
@@ -207,18 +206,6 @@ def test_pace(capfd, trained, files, tmp_path):
     assert (code, len(answers)) == (0, 21)
     assert time.monotonic() - began > 20 / 50
     assert np.median([a["latency_us"] for a in answers]) < 1e4  # waiting is not in it
-
-
-def test_the_demos_streamed_clip(trained):
-    run = Run.load(trained)
-    clip = next(iter(TruthClips(trained.parent / "data")))
-    table = stream_clip(run, clip, lines=3)
-    said = run.predict(clip)
-    assert [row[0] for row in table.rows] == [str(t) for t in range(clip.num_frames - 2, clip.num_frames + 1)]
-    np.testing.assert_allclose([row[1:3] for row in table.rows], said.prediction[-3:], atol=1e-5)
-    np.testing.assert_allclose([row[3:5] for row in table.rows], said.weights[-3:], atol=1e-5)
-    assert [row[5][0] for row in table.rows] == [str(s + 1) for s in said.stage[-3:].argmax(1)]
-    assert re.search(rf"{clip.num_frames} frames: latency p50 .* p99 ", table.note)
 
 
 # ---------------------------------------------------------------------------------------------------- what it survives

@@ -40,6 +40,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import replacing
+
 FPS = 30.0
 SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",), "test": ()}
 ANNOTATION_HEADER = "valence,arousal"
@@ -535,13 +537,14 @@ def write_submission(
         if len(values) < frames:
             raise ValueError(f"predictions[{video!r}]: {sample} names {frames} frames, got {len(values)}")
         rows[video] = values[:frames].tolist()
-    with _replacing(path) as file:
-        file.write(SUBMISSION_HEADER + "\n")
+    with replacing(path) as file:
+        file.write(f"{SUBMISSION_HEADER}\n".encode())
         for location, video, frame in _sample_rows(sample):
             valence, arousal = rows[video][frame - 1]
             if not (math.isfinite(valence) and math.isfinite(arousal)):
                 raise ValueError(f"predictions[{video!r}]: frame {frame}: expected numbers, got {valence}, {arousal}")
-            file.write(f"{location},{min(max(valence, -1.0), 1.0):.6f},{min(max(arousal, -1.0), 1.0):.6f}\n")
+            row = f"{location},{min(max(valence, -1.0), 1.0):.6f},{min(max(arousal, -1.0), 1.0):.6f}\n"
+            file.write(row.encode())
 
 
 def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
@@ -560,17 +563,3 @@ def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
         if match is None or int(match["frame"]) < 1:
             raise ValueError(f"{path}:{number}: expected <video>/<frame>.jpg,valence,arousal, got {line.strip()!r}")
         yield location, videos.setdefault(match["video"], match["video"]), int(match["frame"])
-
-
-@contextlib.contextmanager
-def _replacing(path: Path):
-    """A text file that takes the place of `path` when the block ends well, and else leaves nothing behind."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ import torch
 
 from .affwild2 import Clip
 
+_KEYS = ("present", "labels", "valid", "frame")  # of an item, beside its features
+
 
 def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | None = None) -> dict[str, Any]:
     """Frames start..stop - 1 (0-based; default: to the end) of a clip, W of them, as tensors without a batch axis.
@@ -87,10 +89,7 @@ class Windows(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         index, start = self.spans[i]
-        clip = self.clips[index]
-        item = clip_tensors(clip, self.names, start, min(start + self.window, clip.num_frames))
-        item = pad_tensors(item, self.window)
-        return {**item, "clip": index, "start": start}
+        return {**window_tensors(self.clips[index], self.names, start, self.window), "clip": index, "start": start}
 
 
 def window_starts(num_frames: int, window: int, hop: int) -> list[int]:
@@ -99,15 +98,16 @@ def window_starts(num_frames: int, window: int, hop: int) -> list[int]:
     return [*range(0, last, hop), last]
 
 
-def pad_tensors(item: Mapping[str, Any], frames: int) -> dict[str, Any]:
-    """What `clip_tensors` gave, padded at its end to at least `frames`: `frame`, `valid` and `present` are False
-    there, everything else is 0."""
-    missing = frames - len(item["frame"])
-    if missing <= 0:
-        return dict(item)
+def window_tensors(clip: Clip, names: Sequence[str], start: int, size: int) -> dict[str, Any]:
+    """What `clip_tensors` gives for the `size` frames from `start` on. Beyond the clip's end is padding: there `frame`,
+    `valid` and `present` are False and everything else is 0."""
+    item = clip_tensors(clip, names, min(start, clip.num_frames), min(start + size, clip.num_frames))
+    missing = size - len(item["frame"])
+    if missing == 0:
+        return item
     return {
         "features": {name: _pad(rows, missing) for name, rows in item["features"].items()},
-        **{key: _pad(item[key], missing) for key in ("present", "labels", "valid", "frame")},
+        **{key: _pad(item[key], missing) for key in _KEYS},
     }
 
 
@@ -115,17 +115,23 @@ def _pad(rows: torch.Tensor, missing: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
-def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stacks windows to (B, W, ...); `clip` and `start` become (B,) int64."""
-    first = items[0]
-    batch: dict[str, Any] = {
-        "features": {name: torch.stack([item["features"][name] for item in items]) for name in first["features"]}
+def stack(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """B windows of one length, as `window_tensors` gives them, with a batch axis: (B, W, ...)."""
+    return {
+        "features": {name: torch.stack([item["features"][name] for item in items]) for name in items[0]["features"]},
+        **{key: torch.stack([item[key] for item in items]) for key in _KEYS},
     }
-    for key in ("present", "labels", "valid", "frame"):
-        batch[key] = torch.stack([item[key] for item in items])
-    for key in ("clip", "start"):
-        batch[key] = torch.tensor([item[key] for item in items])
-    return batch
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks items of `Windows` to (B, W, ...); `clip` and `start` become (B,) int64."""
+    return {**stack(items), **{key: torch.tensor([item[key] for item in items]) for key in ("clip", "start")}}
+
+
+def whole_clips(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, Any]:
+    """Clips side by side from their first frame to their last, padded at their ends to the longest: (B, W, ...)."""
+    longest = max(clip.num_frames for clip in clips)
+    return stack([window_tensors(clip, names, 0, longest) for clip in clips])
 
 
 class OverlapAverage:

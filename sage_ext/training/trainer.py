@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,13 @@ class TrainConfig:
 
 
 # What may differ when a run is continued: none of it changes the numbers on the CPU.
-_FREE = {"data", "num_workers", "checkpoint_every"}
+FREE = ("data", "num_workers", "checkpoint_every")
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = FREE) -> str:
+    """What differs between two configurations, "name OLD -> NEW" each; empty where nothing does. `free` may."""
+    names = [name for name in {**stored, **asked} if name not in free and stored.get(name) != asked.get(name)]
+    return "; ".join(f"{name} {stored.get(name)!r} -> {asked.get(name)!r}" for name in names)
 
 
 def derived_seed(seed: int, what: str, index: int) -> int:
@@ -415,11 +421,9 @@ def data_shape(data: Mapping[str, AffWild2]) -> dict[str, Any]:
 
 def _check_same(run: Path, config: TrainConfig, shape: Mapping[str, Any]) -> None:
     stored, began_with = _read_config(run)
-    theirs, ours = stored.to_json(), config.to_json()
-    differ = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
-              if name not in _FREE and theirs[name] != ours[name]]  # fmt: skip
+    differ = differences(stored.to_json(), config.to_json())
     if differ:
-        raise RunError(f"{run}: cannot resume with another configuration ({'; '.join(differ)})")
+        raise RunError(f"{run}: cannot resume with another configuration ({differ})")
     if began_with != shape:
         raise RunError(f"{run}: cannot resume on other data: began with {began_with}, {config.data} is {shape}")
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .data.affwild2 import Clip, bare_name
+from ..data.affwild2 import Clip, bare_name
 
 VERSION = 1  # of the protocol: part of every random number's key
 SEVERITIES = (1, 2, 3, 4, 5)
