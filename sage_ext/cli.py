@@ -27,7 +27,7 @@ def _pair(text: str) -> tuple[int, int]:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise argparse.ArgumentTypeError("expected names separated by commas")
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
     return names
 
 
@@ -238,7 +238,9 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume and (Path(args.run) / CONFIG).exists():
         config = dataclasses.replace(read_config(args.run), **given)
     elif "data" not in given:
-        raise ValueError("--data: expected the root of a data set (only --resume of a begun run can do without)")
+        raise ValueError(
+            "--data: expected the root of a data set (only --resume of a begun run can do without), got none"
+        )
     else:
         config = TrainConfig(**given)
     best = train(

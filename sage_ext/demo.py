@@ -83,8 +83,8 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, overwrite: bool = False)
     began, out = time.monotonic(), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (overwrite and (out / MARKER).exists()):
-            hint = "give --overwrite to replace it" if (out / MARKER).exists() else "and no earlier demo"
-            raise RunError(f"{out}: is not empty, {hint}")
+            holds = "an earlier demo (--overwrite replaces it)" if (out / MARKER).exists() else "something else"
+            raise RunError(f"out: expected a directory that is empty or new, got {out}, which holds {holds}")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / MARKER, json.dumps({"seed": seed, "data": DATA, "model": MODEL}, indent=1) + "\n")

@@ -269,7 +269,9 @@ def test_reports_of_one_kind_become_rare_and_the_count_stays_exact(capfd, traine
 def test_nothing_but_garbage_is_a_wrong_request(capfd, trained, files):
     code, answers, err = run(capfd, "--run", trained, "--input", files / "clip.f32")
     assert (code, answers) == (2, [])
-    assert err.splitlines()[-1].startswith("sage-ext stream: error: --input: none of ")
+    assert err.splitlines()[-1].startswith(
+        "sage-ext stream: error: --input: expected frames (--format jsonl), got none in "
+    )
     code, answers, err = run(capfd, "--run", trained, "--input", os.devnull)
     assert (code, answers) == (0, [])
 
@@ -382,12 +384,12 @@ def test_latency_quantiles():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--follow"], "--follow: needs --input FILE"),
+        (["--follow"], "--follow: expected --input FILE"),
         (["--pace", "0"], "--pace: expected frames a second above 0, got 0.0"),
         (["--serve", "70000"], "--serve: expected a port from 0 to 65535, got 70000"),
         (["--input", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--input", os.sep], "Is a directory"),
-        (["--labels", os.devnull], "the file is empty"),
+        (["--labels", os.devnull], "got an empty file"),
         (["--serve", "0", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
     ],
 )

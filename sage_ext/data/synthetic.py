@@ -117,7 +117,7 @@ def write_dataset(
     _check(spec)
     root = Path(os.path.abspath(root))
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"root: {root} exists and is not empty")
+        raise FileExistsError(f"root: expected a folder that is empty or new, got {root}, which holds something")
     with replacing_folder(root) as part:
         _write(part, spec)
     return spec

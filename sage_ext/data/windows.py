@@ -34,7 +34,7 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
     declared = getattr(clip.present, "declared", clip.present)  # NaN rows: found in the span, not in the whole file
     for m, name in enumerate(names):
         if name not in clip.features:
-            raise ValueError(f"names: {clip.name} has no modality {name!r} (it has {', '.join(clip.features)})")
+            raise ValueError(f"names: expected modalities of {clip.name} ({', '.join(clip.features)}), got {name!r}")
         rows = np.asarray(clip.features[name][start:stop])  # shorter than the span where the features end early
         here = declared[name][start : start + len(rows)] & ~np.isnan(rows).any(axis=1)
         values = np.zeros((stop - start, rows.shape[1]), dtype=np.float32)
@@ -74,14 +74,16 @@ class Windows(torch.utils.data.Dataset):
         if not 1 <= hop <= window:
             raise ValueError(f"window, hop: expected 1 <= hop <= window (no frame may be skipped), got {window}, {hop}")
         if len(clips) == 0:
-            raise ValueError("clips: expected at least one")
+            raise ValueError("clips: expected one or more, got none")
         self.clips, self.window, self.hop = clips, window, hop
         self.names = list(clips[0].features)
         self.spans: list[tuple[int, int]] = []
         for index in range(len(clips)):
             clip = clips[index]
             if list(clip.features) != self.names:
-                raise ValueError(f"clips: {clip.name} has modalities {list(clip.features)}, expected {self.names}")
+                raise ValueError(
+                    f"clips: expected the modalities {self.names} in all, got {list(clip.features)} in {clip.name}"
+                )
             self.spans += [(index, start) for start in window_starts(clip.num_frames, window, hop)]
 
     def __len__(self) -> int:
@@ -152,7 +154,7 @@ class OverlapAverage:
         index = start + np.flatnonzero(frame)
         if len(index) and not (index[0] >= 0 and index[-1] < len(self._count)):
             raise ValueError(
-                f"start: frames {index[0]} to {index[-1]} are not within the clip's {len(self._count)} frames"
+                f"start: expected a window within the clip's {len(self._count)} frames, got {index[0]} to {index[-1]}"
             )
         self._sum[index] += values[frame]
         self._count[index] += 1
@@ -160,5 +162,6 @@ class OverlapAverage:
     def result(self) -> np.ndarray:
         """(T, C) float64. Raises ValueError where a frame is in no window."""
         if (self._count == 0).any():
-            raise ValueError(f"frame {int(np.argmax(self._count == 0))} (0-based) is in no window")
+            missed = int(np.argmax(self._count == 0))
+            raise ValueError(f"add: expected windows that hold every frame, got none with frame {missed} (0-based)")
         return self._sum / self._count[:, None]

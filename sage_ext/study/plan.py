@@ -67,7 +67,7 @@ class Study:
         """What all methods share; `seed` and `lr` are set by the study."""
         fixed = {"data", "seed", "lr", "fusion", "modalities"} & set(self.train)
         if fixed:
-            raise ValueError(f"train: the study itself decides {', '.join(sorted(fixed))}")
+            raise ValueError(f"train: expected none of what the study itself sets, got {', '.join(sorted(fixed))}")
         return TrainConfig.from_json({"data": self.data, "threads": 1, "patience": 10**9, **self.train})
 
     def to_json(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def finished(config: TrainConfig, path: str | os.PathLike[str]) -> dict[str, Any
         return None
     differ = differences(read_config(run).to_json(), config.to_json())
     if differ:
-        raise RunError(f"{run}: was trained with another configuration ({differ})")
+        raise RunError(f"{run}: expected the configuration that it was trained with, got another ({differ})")
     return json.loads((run / RESULT).read_text())
 
 
@@ -154,13 +154,15 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> tuple[Path, bool]:
             raise RunError(f"{path}: damaged ({error})") from error
         differ = differences(stored, asked, (*GROWS, *FREE))
         if differ:
-            raise RunError(f"{out}: holds a study with another configuration ({differ}); continue it or name another")
+            raise RunError(f"{out}: expected the configuration of the study that it holds, got another ({differ})")
     elif any(entry.name not in (".lock", "data") for entry in out.iterdir()):
-        raise RunError(f"{out}: is not empty, and holds no study")
+        raise RunError(
+            f"{out}: expected a directory that is empty, new or a study's, got one that holds something else"
+        )
     known = default_methods(list(shape["modalities"]))
     unknown = [name for name in study.methods if name not in known]
     if unknown:
-        raise ValueError(f"methods: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"methods: expected names among {', '.join(known)}, got {', '.join(unknown)}")
     write_atomic(path, json.dumps(asked, indent=1) + "\n")
     if truth:
         reporter.say("scored on the test split with the synthesiser's truth, tuned on the validation split")

@@ -67,8 +67,10 @@ def predict_clips(
 
     Shorter clips are padded at their ends, and the padding masked: see `alike` for which to take together.
     """
-    if chunk < 1 or window < 1 or not 1 <= hop <= window:
-        raise ValueError(f"expected chunk >= 1 and 1 <= hop <= window, got chunk={chunk}, window={window}, hop={hop}")
+    if chunk < 1:
+        raise ValueError(f"chunk: expected frames >= 1, got {chunk}")
+    if not 1 <= hop <= window:
+        raise ValueError(f"window, hop: expected 1 <= hop <= window (no frame may be skipped), got {window}, {hop}")
     was_training = model.training
     model.eval()
     try:

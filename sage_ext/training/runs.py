@@ -56,13 +56,15 @@ class Run:
         path = Path(path)
         config = read_config(path)
         if not (path / BEST).exists():
-            raise RunError(f"{path}: no {BEST}: no epoch is finished yet")
+            raise RunError(f"{path}: expected a run with {BEST}, got one of which no epoch is finished yet")
         state = load_checkpoint(path / BEST)
         try:
             model = SAGE.from_config(state["model_config"])
             model.load_state_dict(state["model"])
         except (RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{path / BEST}: written by a version with another model ({error})") from error
+            raise CheckpointError(
+                f"{path / BEST}: expected weights of this version's model, got others ({error})"
+            ) from error
         return cls(
             path, model.to(device).eval(), state["modalities"], config.data, config.window, config.hop,
             state["epoch"], state["step"], state["calibration"], device,
@@ -75,7 +77,9 @@ class Run:
         data = AffWild2(self.data if root is None else root, split, modalities=self.names, sample_file=sample)
         want = dict(zip(self.names, self.model.in_dims))
         if dict(data.modalities) != want:
-            raise ValueError(f"{root}: features are {dict(data.modalities)}, the model of {self.path} reads {want}")
+            raise ValueError(
+                f"root: expected features {want} for the model of {self.path}, got {dict(data.modalities)} in {data.root}"
+            )
         return data
 
     def predict(self, clip: Clip, *, smooth: Sequence[int] = (1, 1), chunk: int = 3000) -> ClipPrediction:
