@@ -16,7 +16,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -29,7 +28,7 @@ from ..nn import Fusion, FusionOutput
 from ..nn.fusion import SHARPENING_RATE
 from .fusions import FUSIONS, fusion_class, fusion_names
 
-__all__ = ["FUSIONS", "METHODS", "Method", "PeerFusion", "fusion_class", "fusion_names", "parameter_table", "register"]
+__all__ = ["FUSIONS", "PeerFusion", "fusion_class", "fusion_names", "parameter_table", "register"]
 
 Dims = Mapping[str, int] | Sequence[int]
 
@@ -99,76 +98,21 @@ class PeerFusion(Fusion):
 
 
 # ------------------------------------------------------------------------------------------------------------ registry
-@dataclass(frozen=True)
-class Method:
-    """A method of the comparison: a name, and what it changes in a `TrainConfig`."""
-
-    name: str
-    title: str  # for tables and plots
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig fields
-    fixed_length: bool = False  # runs on windows of the training length only
-    note: str = ""
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("sage", "SAGE"),
-        Method(
-            "uniform",
-            "SAGE, uniform weights",
-            {"fusion": "uniform"},
-            note="SAGE's values, memory and stuck rule, equal weights",
-        ),
-        Method("sage-one-stage", "SAGE, one stage", {"stages": 1}),
-        Method(
-            "sage-no-calibration",
-            "SAGE, no calibration loss",
-            {"reliability_weight": 0.0},
-            note="the weights learn from the prediction alone",
-        ),
-        Method(
-            "sage-undetached",
-            "SAGE, undetached evidence",
-            {"fusion_options": {"detach_evidence": False}},
-            note="the reliability path also shapes the encoders",
-        ),
-        Method(
-            "sage-no-filter",
-            "SAGE, no stage filter",
-            {"fusion_options": {"filter_stages": False}},
-            note="each frame's stage from its own evidence",
-        ),
-        Method(
-            "sage-no-mask",
-            "SAGE, no presence mask",
-            {"use_present": False},
-            note="missing inputs are the mean frame, and look present",
-        ),
-        Method("sage-no-norm", "SAGE, no norm", {"fusion_options": {"norm": False}}),
-        Method("sage-no-memory", "SAGE, no memory", {"memory": ()}),
-        Method("sage-no-stuck", "SAGE, stuck frames present", {"stuck": 0}),
-        Method(
-            "can-plus",
-            "CAN attention, SAGE's memory and stuck rule",
-            {"fusion": "can", "memory": (8.0, 32.0, 128.0), "stuck": 8},
-            note="what is left of SAGE's lead is its reliability's",
-        ),
-    )
-}
 Peer = TypeVar("Peer", bound=type[PeerFusion])
 
 
 def register(name: str, title: str, note: str = "") -> Callable[[Peer], Peer]:
-    """Class decorator: adds a `PeerFusion` to `FUSIONS` and `METHODS` under `name`. ValueError for a taken name."""
+    """Class decorator: adds a `PeerFusion` to `FUSIONS` under `name`. ValueError for a taken name.
+
+    `title` names it in tables and pictures, `note` says in a sentence what sets it apart; the class keeps both.
+    """
 
     def add(cls: Peer) -> Peer:
         if not (isinstance(cls, type) and issubclass(cls, PeerFusion)):
             raise TypeError(f"register: expected a subclass of PeerFusion, got {cls!r}")
-        if name in fusion_names() or name in METHODS:
+        if name in fusion_names():
             raise ValueError(f"name: there is a method {name!r} already")
-        FUSIONS[name] = cls
-        METHODS[name] = Method(name, title, {"fusion": name}, cls.fixed_length, note)
+        FUSIONS[name], cls.title, cls.note = cls, title, note
         return cls
 
     return add

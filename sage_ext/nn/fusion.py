@@ -67,6 +67,8 @@ class Fusion(nn.Module):
         dim: size of the fused representation.
     """
 
+    title: ClassVar[str] = ""  # for tables and pictures; `note` says in a sentence what sets it apart
+    note: ClassVar[str] = ""
     causal: ClassVar[bool] = True  # frame t depends on no later frame
     fixed_length: ClassVar[bool] = False  # every call has exactly `length` frames, an argument of the constructor
     pairwise: ClassVar[bool] = False  # defined for two modalities only

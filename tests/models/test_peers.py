@@ -15,12 +15,12 @@ import torch
 from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.synthetic import write_dataset
 from sage_ext.data.windows import clip_tensors
-from sage_ext.models import FUSIONS, METHODS, SAGE, PeerFusion, SAGELoss
+from sage_ext.models import FUSIONS, SAGE, PeerFusion, SAGELoss
 from sage_ext.models.peers import LateFusion, fusion_class, fusion_names, parameter_table, register
 from sage_ext.nn import ReliabilityFusion, UniformFusion
 from sage_ext.training.evaluate import predict_clip
 from sage_ext.training.runs import Run, calibrate_run, evaluate_run
-from sage_ext.training.trainer import TrainConfig, build_model, train
+from sage_ext.training.trainer import TrainConfig, train
 
 LENGTH = 11
 PAIRWISE = {"gmu", "jca", "rjca", "dca", "grjca", "tagf"}
@@ -644,33 +644,6 @@ def test_no_norm_has_no_norm():
     assert not torch.allclose(net(*clips()).prediction, model()(*clips()).prediction)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_are_configurations(name):
-    method = METHODS[name]
-    assert method.name == name
-    config = TrainConfig("somewhere", window=24, hop=16, dim=8, blocks=2, **method.overrides)
-    assert TrainConfig.from_json(config.to_json()) == config
-    net = build_model(config, SIZES)
-    assert method.fixed_length == net.fusion.fixed_length == (net.length == 24)
-    features, present = clips(frames=24)
-    assert net(features, present).prediction.isfinite().all()
-
-
-def test_methods_are_the_studys():
-    ablations = {f"sage-{name}" for name in ("one-stage", "no-calibration", "undetached", "no-filter", "no-mask",
-                                             "no-norm", "no-memory", "no-stuck")}  # fmt: skip
-    assert set(METHODS) == {"sage", "uniform", "can-plus", *FUSIONS, *ablations}
-    base = build_model(TrainConfig("x", dim=8), SIZES).config
-    for name in ablations - {"sage-no-calibration"}:
-        config = build_model(TrainConfig("x", dim=8, **METHODS[name].overrides), SIZES).config
-        # What is missing is not told where presence is hidden: not by being stuck either.
-        assert sum(config[key] != base[key] for key in base) == (2 if name == "sage-no-mask" else 1), name
-    plus = build_model(TrainConfig("x", dim=8, **METHODS["can-plus"].overrides), SIZES).config
-    assert plus == {**base, "fusion": "can"}
-    assert METHODS["sage-no-calibration"].overrides == {"reliability_weight": 0.0}
-    assert METHODS["sage"].overrides == {}
-
-
 # ----------------------------------------------------------------------------------------------- training, evaluation
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -732,9 +705,11 @@ def test_the_peer_of_the_contributing_page(tmp_path):
     (tmp_path / "my_peer.py").write_text(source)
     check = f"""
 import torch
-from sage_ext.models import SAGE, FUSIONS, METHODS
+from sage_ext.models import SAGE, FUSIONS
+from sage_ext.study.methods import default_methods, find
 from sage_ext.training.trainer import TrainConfig, build_model
-config = TrainConfig("x", dim=8, **METHODS[{name!r}].overrides)
+assert {name!r} in default_methods(["audio", "visual"])
+config = TrainConfig("x", dim=8, **find({name!r}).overrides)
 net = build_model(config, {{"audio": 3, "visual": 4}})
 assert type(net.fusion) is FUSIONS[{name!r}]
 flags = torch.tensor([[[True, True], [True, False], [False, False]]])
@@ -755,10 +730,9 @@ assert SAGE.from_config(net.config).causal
 
 
 def test_register_refuses_what_is_taken(monkeypatch):
-    for names in (FUSIONS, METHODS):  # so that pytest takes "mine" out again
-        monkeypatch.setitem(names, "mine", None)
-        monkeypatch.delitem(names, "mine")
-    for taken in ("gmu", "reliability", "uniform", "sage", "sage-no-norm"):
+    monkeypatch.setitem(FUSIONS, "mine", None)  # so that pytest takes "mine" out again
+    monkeypatch.delitem(FUSIONS, "mine")
+    for taken in ("gmu", "reliability", "uniform"):
         with pytest.raises(ValueError, match=f"there is a method '{taken}' already"):
             register(taken, "mine")(PeerFusion)
     with pytest.raises(TypeError, match="expected a subclass of PeerFusion"):
@@ -769,6 +743,6 @@ def test_register_refuses_what_is_taken(monkeypatch):
         pass
 
     assert FUSIONS["mine"] is Mine
-    assert METHODS["mine"].overrides == {"fusion": "mine"}
+    assert (Mine.title, Mine.note) == ("my sum", "a note")
     assert "mine" in fusion_names()
     assert {fusion_class("reliability"), fusion_class("uniform")} == {ReliabilityFusion, UniformFusion}
