@@ -36,7 +36,7 @@ def report(source: Path) -> list[Kernel]:
     assert NVCC is not None
     command = [NVCC, "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", str(source), "-o", os.devnull]
     digest = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True).stdout)
-    for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), ROOT / "csrc" / "cuda" / "device.cuh"]:
+    for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), *sorted((ROOT / "csrc").rglob("*.cuh"))]:
         digest.update(path.read_bytes())
     kept = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.txt"
     if not kept.exists():
@@ -52,6 +52,7 @@ def report(source: Path) -> list[Kernel]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("file", FILES)
 def test_no_spills_and_no_stack(file):
