@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from processes import start_interruptible
 
 from sage_ext import cli
 from sage_ext.data.affwild2 import AffWild2
@@ -193,7 +194,7 @@ def test_interrupt_leaves_a_resumable_run(data, tmp_path):
     """Ctrl-C: no traceback, a hint, exit code 130, and the run goes on from there."""
     path = tmp_path / "run"
     arguments = ["train", "--data", str(data), "--run", str(path), *SMALL, "--epochs", "400", "--checkpoint-every", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "sage_ext", *arguments], stderr=subprocess.PIPE, text=True)
+    process = start_interruptible([sys.executable, "-m", "sage_ext", *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (path / "last.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -23,6 +23,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import start_interruptible
 
 from sage_ext import cli
 from sage_ext.data.synthetic import write_dataset
@@ -415,7 +416,8 @@ class Process:
 
     def __init__(self, *arguments, stdin=subprocess.PIPE):
         command = [sys.executable, "-m", "sage_ext", "stream", *(str(a) for a in arguments)]
-        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+        pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = start_interruptible(command, bufsize=0, **pipes)
         self.out = b""
 
     def __enter__(self):

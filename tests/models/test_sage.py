@@ -399,6 +399,7 @@ def test_compiles_with_inductor():
     close(torch.compile(model, fullgraph=True)(features, present), model(features, present), tol=1e-4)
 
 
+@pytest.mark.slow
 def test_trains_compiled():
     model = build(dropout=0.0, blocks=2).train()
     features, present = draw()

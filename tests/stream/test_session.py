@@ -763,6 +763,7 @@ def march(steps, chunk=10_000):
     return growth
 
 
+@pytest.mark.slow
 def test_a_million_steps_without_growth_or_drift():
     assert march(1_000_000) < 4096
 

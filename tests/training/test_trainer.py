@@ -171,6 +171,7 @@ def _kill_and_resume(data, tmp_path, kills, seed):
     return out
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
     """kill -9, for real, twice; the calibrated best model and the log are the same bytes."""
     out = _kill_and_resume(data, tmp_path, kills=2, seed=0)
