@@ -391,7 +391,10 @@ def test_latency_quantiles():
         (["--input", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--input", os.sep], "Is a directory"),
         (["--labels", os.devnull], "got an empty file"),
-        (["--serve", "0", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (
+            ["--serve", "0", "--host", "no.such.host.invalid"],
+            "--serve, --host: expected an address to listen on, got 0, no.such.host.invalid",
+        ),
     ],
 )
 def test_wrong_requests(capfd, trained, arguments, message):
@@ -407,7 +410,7 @@ def test_a_port_that_is_taken(capfd, trained):
         port = taken.getsockname()[1]
         code, _, err = run(capfd, "--run", trained, "--input", os.devnull, "--serve", port)
     assert code == 2
-    assert f"--serve {port}, --host 127.0.0.1: Address already in use" in err
+    assert f"--serve, --host: expected an address to listen on, got {port}, 127.0.0.1: Address already in use" in err
 
 
 # --------------------------------------------------------------------------------------------------- as a process of its own

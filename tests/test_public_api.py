@@ -18,7 +18,7 @@ from types import ModuleType
 import sage_ext
 
 LIST = Path(__file__).with_name("public_api.txt")
-WITHOUT_ALL = ("sage_ext.reference", "sage_ext.robustness")  # public, though nobody imports * from them
+WITHOUT_ALL = ("sage_ext.reference", "sage_ext.study.corruptions")  # public, though nobody imports * from them
 BESIDES_ALL = {"sage_ext.metrics": ["TorchMetricsCCC"]}  # made on first use, as it needs torchmetrics
 SPECIAL = ("__call__", "__len__", "__getitem__", "__iter__", "__enter__", "__exit__")
 WIDTH = 120
