@@ -1,17 +1,26 @@
-# make demo | make test | make lint | make bench: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
+# make demo | make test | make test-all | make lint | make bench: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
 # creates the virtual environment, installs torch if it is absent, builds the kernels, and runs.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.sage-ready
+# One process a core, at most four: each holds a torch of its own. They share what tests/simt/build.py compiles.
+PYTEST = $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow test-all lint bench clean
 demo: $(READY)
 	$(BIN)/sage-ext demo --out demo-run --overwrite
 
+# Every part of the project, in minutes; test-slow: what the `slow` marker keeps from it; test-all: both.
 test: $(READY)
-	$(BIN)/pytest -q
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
+
+test-all: $(READY)
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

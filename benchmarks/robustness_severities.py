@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sage_ext.data import AffWild2, Clip, write_dataset
-from sage_ext.robustness import CORRUPTIONS, PROTOCOL, SEVERITIES, conditions, corrupted
+from sage_ext.study.corruptions import CORRUPTIONS, PROTOCOL, SEVERITIES, conditions, corrupted
 
 WINDOW, RIDGE = 25, 30.0
 

@@ -6,12 +6,16 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "build_info.h"
+#include "math/frame.h"
 #include "ops.h"
 #if defined(SAGE_WITH_CUDA)
 #include "cuda/query.h"
 #endif
+#include "stream/describe.h"
 #include "stream/session.h"
 #if !defined(SAGE_CUDA_ONLY)
 #include "cpu/dispatch.h"
@@ -321,32 +325,88 @@ const int64_t* rows_of(const Session& session, Address which, int64_t count) {
   return rows;
 }
 
-using OpenSession = Session* (*)(const sage::stream::Shape&, const float*, int64_t, int64_t, int);
+// The model's shape from a dict of its numbers by name.
+sage::stream::Shape shape_of(const py::dict& given) {
+  sage::stream::Shape s = {};
+  size_t read = 0;
+  const auto number = [&](const char* name, auto& to) {
+    if (!given.contains(name)) throw py::key_error(std::string("stream: the shape has no ") + name);
+    to = given[name].cast<std::decay_t<decltype(to)>>();
+    ++read;
+  };
+  py::tuple in_dims;
+  number("in_dims", in_dims);
+  s.modalities = static_cast<int>(in_dims.size());
+  check(s.modalities <= sage::kMaxModalities, "stream: 1..8 modalities");
+  for (int k = 0; k < s.modalities; ++k) s.in_dim[k] = in_dims[k].cast<int64_t>();
+  number("dim", s.dim), number("targets", s.targets), number("own_blocks", s.own_blocks);
+  number("fused_blocks", s.fused_blocks), number("kernel", s.kernel), number("reliability", s.reliability);
+  number("stages", s.stages), number("evidence", s.evidence), number("window", s.window);
+  number("value_norm", s.value_norm), number("hide_missing", s.hide_missing), number("bf16", s.bf16);
+  number("memory", s.memory), number("stuck", s.stuck);
+  check(read == given.size(), "stream: the shape has a number of no known name");
+  return s;
+}
 
+// Lists of (name, shape): the tensors that a session is opened with, and the parts of a stream's state.
+struct Lists : sage::stream::Visitor {
+  py::list tensors, parts;
+  static void add(py::list& to, const std::string& name, sage::stream::Extents shape) {
+    py::tuple sizes(shape.size());
+    size_t i = 0;
+    for (const int64_t n : shape) sizes[i++] = n;
+    to.append(py::make_tuple(name, sizes));
+  }
+  void rows(const std::string& name, sage::stream::Extents shape, const float*&) {
+    add(tensors, name, shape);
+  }
+  void numbers(const std::string& name, sage::stream::Extents shape, float*) { add(tensors, name, shape); }
+  void linear(const std::string& name, int64_t inputs, int64_t outputs, sage::stream::Phase,
+              sage::stream::Linear&) {
+    add(tensors, name + ".weight", {outputs, inputs}), add(tensors, name + ".bias", {outputs});
+  }
+  void state(const std::string& name, sage::stream::Extents shape, sage::stream::Part*, int) {
+    add(parts, name, shape);
+  }
+};
+
+using OpenSession = Session* (*)(const sage::stream::Shape&, sage::stream::Tensors, int64_t, int);
+
+// tensors: (name, shape, address) of each tensor that describe_stream lists, in its order.
 template <OpenSession open>
 void bind_open_session(py::module_ m) {
-  m.def("open_session",
-        [](const py::tuple& in_dims, int64_t dim, int targets, int own_blocks, int fused_blocks, int kernel,
-           bool reliability, int stages, int64_t evidence, int window, bool value_norm, bool hide_missing,
-           bool bf16, int memory, int stuck, Address parameters, int64_t count, int64_t rows, int where) {
-          sage::stream::Shape s = {};
-          s.modalities = static_cast<int>(in_dims.size());
-          check(s.modalities <= sage::kMaxModalities, "stream: 1..8 modalities");
-          for (int k = 0; k < s.modalities; ++k) s.in_dim[k] = in_dims[k].cast<int64_t>();
-          s.dim = dim, s.targets = targets, s.own_blocks = own_blocks, s.fused_blocks = fused_blocks;
-          s.kernel = kernel, s.reliability = reliability, s.stages = stages, s.evidence = evidence;
-          s.window = window, s.value_norm = value_norm;
-          s.hide_missing = hide_missing, s.bf16 = bf16, s.memory = memory, s.stuck = stuck;
-          return open(s, static_cast<const float*>(at(parameters)), count, rows, where);
-        });
+  m.def("open_session", [](const py::dict& shape, const py::sequence& tensors, int64_t rows, int where) {
+    std::vector<std::string> names(tensors.size());
+    std::vector<std::vector<int64_t>> sizes(tensors.size());
+    std::vector<sage::stream::Tensor> all(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const py::tuple one = tensors[i].cast<py::tuple>();
+      names[i] = one[0].cast<std::string>();
+      for (const py::handle n : one[1].cast<py::tuple>()) sizes[i].push_back(n.cast<int64_t>());
+      all[i] = {names[i].c_str(), sizes[i].data(), static_cast<int>(sizes[i].size()),
+                static_cast<const float*>(at(one[2].cast<Address>()))};
+    }
+    return open(shape_of(shape), {all.data(), static_cast<int64_t>(all.size())}, rows, where);
+  });
+}
+
+// The addresses of a step's outputs, in the order of the struct.
+sage::stream::Outputs outputs_of(const Session& session, const py::tuple& addresses) {
+  check(addresses.size() == sage::stream::kOutputs, "stream: one address an output");
+  sage::stream::Outputs outputs = {};
+  int next = 0;
+  sage::stream::for_each_output(session.shape(), outputs, [&](auto*& to, int64_t numbers) {
+    const Address address = addresses[next++].cast<Address>();
+    to = static_cast<std::decay_t<decltype(to)>>(need("stream", "outputs", address, numbers));
+  });
+  return outputs;
 }
 
 void bind_session(py::module_ m) {
   py::class_<Session>(m, "StreamSession", py::module_local())
       .def("step",
            [](Session& session, const py::tuple& features, Address present, Address active,
-              Address prediction, Address unimodal, Address weights, Address confidence, Address stage,
-              int where, Address stream) {
+              const py::tuple& outputs, int where, Address stream) {
              sage::stream::Frame frame = {};
              const int modalities = session.shape().modalities;
              check(static_cast<int>(features.size()) == modalities, "stream: one address a modality");
@@ -355,37 +415,54 @@ void bind_session(py::module_ m) {
                    static_cast<const float*>(need("stream", "features", features[k].cast<Address>(), 1));
              frame.present = static_cast<const uint8_t*>(at(present));
              frame.active = static_cast<const uint8_t*>(at(active));
-             const auto out = [](const char* name, Address a) {
-               return static_cast<float*>(need("stream", name, a, 1));
-             };
-             const sage::stream::Outputs outputs = {out("prediction", prediction), out("unimodal", unimodal),
-                                                    out("weights", weights), out("confidence", confidence),
-                                                    out("stage", stage)};
+             const sage::stream::Outputs to = outputs_of(session, outputs);
              py::gil_scoped_release release;
-             session.step(frame, outputs, exec_of(where, stream));
+             session.step(frame, to, exec_of(where, stream));
            })
-      .def("reset", [](Session& session, Address which,
-                       int64_t count) { session.reset(rows_of(session, which, count), count); })
-      .def_property_readonly("state_size", &Session::state_size)
+      .def("reset",
+           [](Session& session, Address which, int64_t count, const py::tuple& outputs) {
+             const int64_t* rows = rows_of(session, which, count);
+             const sage::stream::Outputs to = outputs_of(session, outputs);
+             py::gil_scoped_release release;
+             session.reset(rows, count, to);
+           })
       .def("read",
            [](Session& session, Address which, int64_t count, Address state, Address frames) {
-             session.read(rows_of(session, which, count), count,
-                          static_cast<float*>(need("stream", "state", state, count)),
-                          static_cast<int64_t*>(need("stream", "frames", frames, count)));
+             const int64_t* rows = rows_of(session, which, count);
+             float* to = static_cast<float*>(need("stream", "state", state, count));
+             int64_t* taken = static_cast<int64_t*>(need("stream", "frames", frames, count));
+             py::gil_scoped_release release;
+             session.read(rows, count, to, taken);
            })
       .def("write",
-           [](Session& session, Address which, int64_t count, Address state, Address frames) {
-             session.write(rows_of(session, which, count), count,
-                           static_cast<const float*>(need("stream", "state", state, count)),
-                           static_cast<const int64_t*>(need("stream", "frames", frames, count)));
+           [](Session& session, Address which, int64_t count, Address state, Address frames,
+              const py::tuple& outputs) {
+             const int64_t* rows = rows_of(session, which, count);
+             const float* from = static_cast<const float*>(need("stream", "state", state, count));
+             const int64_t* taken = static_cast<const int64_t*>(need("stream", "frames", frames, count));
+             const sage::stream::Outputs to = outputs_of(session, outputs);
+             py::gil_scoped_release release;
+             session.write(rows, count, from, taken, to);
            })
       .def("totals", [](Session& session) {  // frames, and a modality: (frames without it, those refused)
-        const sage::stream::Totals totals = session.totals();
+        sage::stream::Totals totals;
+        {
+          py::gil_scoped_release release;
+          totals = session.totals();
+        }
         py::list all;
         for (int k = 0; k < session.shape().modalities; ++k)
           all.append(py::make_tuple(totals.absent[k], totals.refused[k]));
         return py::make_tuple(totals.frames, all);
       });
+  m.def("describe_stream", [](const py::dict& shape) {
+    sage::stream::Model model = {};
+    model.shape = shape_of(shape);
+    sage::stream::check_shape(model.shape);
+    Lists lists;
+    sage::stream::describe(model, lists);
+    return py::make_tuple(lists.tensors, lists.parts);
+  });
 }
 
 }  // namespace
@@ -400,7 +477,17 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   m.attr("max_averages") = sage::kMaxAverages;
   m.attr("max_modalities") = sage::kMaxModalities;
   m.attr("max_stages") = sage::kMaxStages;
+  m.attr("max_memory") = sage::stream::kMaxMemory;
+  m.attr("max_blocks") = sage::stream::kMaxBlocks;
   m.attr("build_info") = SAGE_BUILD_INFO;  // JSON
+  py::dict constants;
+  constants["norm_eps"] = sage::stream::kNormEps;
+  constants["energy_floor"] = sage::kEnergyFloor;
+  constants["variance_floor"] = sage::kVarianceFloor;
+  constants["typicality_limit"] = sage::kTypicalityLimit;
+  constants["confidence_margin"] = sage::kConfidenceMargin;
+  constants["log_precision_limit"] = sage::kLogPrecisionLimit;
+  m.attr("constants") = constants;
   bind_session(m);
 
 #if !defined(SAGE_CUDA_ONLY)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._arguments import BOOL, check_int, check_kappa, check_number, check_shape, check_tensor
 from .models.sage import SAGE
 from .nn import ReliabilityFusion, ReliabilityNLL, calibrated_confidence
 
@@ -92,29 +93,28 @@ def fit_calibration(
     """
     score = ReliabilityNLL(kappa)
     *lead, modalities, stages = reliability.shape
-    if tuple(stage.shape) != (*lead, stages):
-        raise ValueError(f"stage must be {(*lead, stages)}, got {tuple(stage.shape)}")
+    check_shape("stage", stage, (*lead, stages), "(*, S)")
     if tuple(squared_error.shape[: len(lead) + 1]) != (*lead, modalities):
-        raise ValueError(f"squared_error must begin with {(*lead, modalities)}, got {tuple(squared_error.shape)}")
+        raise ValueError(
+            f"squared_error: expected shape {(*lead, modalities)}, or that and targets at the end, got "
+            f"{tuple(squared_error.shape)}"
+        )
     if mask is None:
         mask = torch.ones(*lead, modalities, dtype=torch.bool)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    if tuple(mask.shape) != (*lead, modalities):
-        raise ValueError(f"mask must be {(*lead, modalities)}, got {tuple(mask.shape)}")
-    if not prior >= 0:
-        raise ValueError(f"prior must be >= 0, got {prior}")
+    check_tensor("mask", mask, BOOL)
+    check_shape("mask", mask, (*lead, modalities), "(*, M)")
+    check_number("prior", prior, ">= 0", lambda frames: frames >= 0)
     mask = mask.cpu().reshape(-1, modalities)
     logit = torch.where(mask[..., None], reliability.detach().cpu().double().reshape(-1, modalities, stages), 0.0)
     belief = stage.detach().cpu().double().reshape(-1, stages)
     error = squared_error.detach().cpu().double().reshape(len(mask), modalities, -1).mean(-1)
     error = torch.where(mask, error, 0.0)
     if not bool(logit.isfinite().all() and belief.isfinite().all() and error.isfinite().all()):
-        raise ValueError("reliability, stage and squared_error must be finite wherever mask is True")
+        raise ValueError("reliability, stage, squared_error: expected finite numbers wherever mask is True, got others")
     count = int(mask.sum())
     parameters = torch.zeros(2, modalities, stages, dtype=torch.float64)
     if not count:
-        raise ValueError("mask: not a single frame to calibrate on")
+        raise ValueError("mask: expected a frame or more to calibrate on, got none")
 
     def objective(p: Tensor) -> Tensor:
         nll = score(calibrated_confidence(logit, belief, p[0], p[1]), error, mask)
@@ -147,25 +147,25 @@ def reliability_diagram(
     confidence: (*,) in [0, 1]; squared_error: (*,), or (*, C); mask: (*,) bool. Frames are sorted by confidence and cut
     into `bins` equal parts (at most one frame of difference; fewer bins where there are fewer frames).
     """
-    ReliabilityNLL(kappa)  # checks kappa
-    if bins < 1:
-        raise ValueError(f"bins must be >= 1, got {bins}")
+    check_kappa(kappa)
+    check_int("bins", bins, 1)
     error = squared_error.detach().cpu().double()
     if error.dim() > confidence.dim():
         error = error.mean(-1)
     if error.shape != confidence.shape:
-        raise ValueError(f"squared_error must begin with {tuple(confidence.shape)}, got {tuple(squared_error.shape)}")
+        raise ValueError(
+            f"squared_error: expected shape {tuple(confidence.shape)}, or that and targets at the end, got "
+            f"{tuple(squared_error.shape)}"
+        )
     r = confidence.detach().cpu().double()
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        if mask.shape != confidence.shape:
-            raise ValueError(f"mask must be {tuple(confidence.shape)}, got {tuple(mask.shape)}")
+        check_tensor("mask", mask, BOOL)
+        check_shape("mask", mask, tuple(confidence.shape), "(*,)")
         r, error = r[mask.cpu()], error[mask.cpu()]
     r, order = r.flatten().sort(stable=True)
     error = error.flatten()[order]
     if not len(r):
-        raise ValueError("mask: not a single frame to measure on")
+        raise ValueError("mask: expected a frame or more to measure on, got none")
     parts = list(zip(r.tensor_split(min(bins, len(r))), error.tensor_split(min(bins, len(r)))))
     return ReliabilityDiagram(
         predicted=torch.stack([p.mean() for p, _ in parts]),
@@ -185,7 +185,7 @@ def expected_calibration_error(diagram: ReliabilityDiagram) -> float:
 def spearman(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two 1-d tensors, ties averaged; nan where one of them is constant."""
     if a.dim() != 1 or a.shape != b.shape:
-        raise ValueError(f"expected two 1-d tensors of one length, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"a, b: expected two 1-d tensors of one length, got {tuple(a.shape)} and {tuple(b.shape)}")
     return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
 
 
@@ -218,7 +218,7 @@ def collect(model: SAGE, batches: Iterable[Mapping[str, Any]]) -> Evidence:
     finally:
         model.train(training)
     if not parts:
-        raise ValueError("batches: none given")
+        raise ValueError("batches: expected one or more, got none")
     return Evidence(*(torch.cat(column) for column in zip(*parts)))
 
 
@@ -262,7 +262,9 @@ def diagrams(
 
 def _fusion(model: SAGE) -> ReliabilityFusion:
     if not isinstance(model, SAGE):
-        raise TypeError(f"model must be a SAGE, got {type(model).__name__}")
+        raise TypeError(f"model: expected a SAGE, got {type(model).__name__}")
     if not isinstance(model.fusion, ReliabilityFusion):
-        raise ValueError(f"model: a {model.config['fusion']} fusion has no confidence to calibrate")
+        raise ValueError(
+            f"model: expected fusion='reliability', with a confidence to calibrate, got {model.config['fusion']!r}"
+        )
     return model.fusion

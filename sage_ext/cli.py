@@ -27,7 +27,7 @@ def _pair(text: str) -> tuple[int, int]:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise argparse.ArgumentTypeError("expected names separated by commas")
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
     return names
 
 
@@ -238,7 +238,9 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume and (Path(args.run) / CONFIG).exists():
         config = dataclasses.replace(read_config(args.run), **given)
     elif "data" not in given:
-        raise ValueError("--data: expected the root of a data set (only --resume of a begun run can do without)")
+        raise ValueError(
+            "--data: expected the root of a data set (only --resume of a begun run can do without), got none"
+        )
     else:
         config = TrainConfig(**given)
     best = train(
@@ -289,7 +291,9 @@ def _stream(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from .data.affwild2 import AffWild2
-    from .training.compare import Study, compare, default_methods, quick_methods, synthesise
+    from .study.methods import default_methods, quick_methods
+    from .study.plan import Study, synthesise
+    from .study.run import compare
 
     data = synthesise(args.out) if args.data is None else args.data
     methods = args.methods
@@ -318,7 +322,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .training.demo import demo
+    from .demo import demo
 
     print("\n\n".join(table.text() for table in demo(args.out, seed=args.seed, overwrite=args.overwrite)))
     return 0

@@ -13,6 +13,22 @@ import torch
 from torch import Tensor
 
 from . import _C, _ops, reference
+from ._arguments import (
+    BOOL,
+    DOUBLE,
+    MAX_MODALITIES,
+    MAX_STAGES,
+    arithmetic_dtype,
+    check_bool,
+    check_device,
+    check_number,
+    check_optional,
+    check_pool,
+    check_shape,
+    check_tensor,
+    check_window,
+    to_dtype,
+)
 from ._ops import _door
 
 __all__ = [
@@ -26,56 +42,7 @@ __all__ = [
     "temporal_ccc",
 ]
 
-MAX_MODALITIES: int = _C.max_modalities
-MAX_STAGES: int = _C.max_stages
 MAX_AVERAGES: int = _C.max_averages
-
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-# ------------------------------------------------------------------------------------------------------- checking
-def _tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        wanted = "bool" if dtypes == (torch.bool,) else "float32, float64, float16 or bfloat16"
-        raise TypeError(f"{name}: expected dtype {wanted}, got {x.dtype}")
-
-
-def _shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -> None:
-    if x.shape != expected:
-        raise ValueError(f"{name}: expected shape {letters} = {tuple(expected)}, got {tuple(x.shape)}")
-
-
-def _device(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} (that of {like_name}), got {x.device}")
-
-
-def _optional(
-    name: str,
-    x: object,
-    expected: tuple[int, ...],
-    letters: str,
-    like: Tensor,
-    like_name: str,
-    dtypes: tuple[torch.dtype, ...] = _FLOATS,
-) -> None:
-    if x is None:
-        return
-    _tensor(name, x, dtypes)
-    assert isinstance(x, Tensor)
-    _shape(name, x, expected, letters)
-    _device(name, x, like, like_name)
-
-
-def _arithmetic(x: Tensor) -> torch.dtype:
-    """What numbers are computed in: float64 for float64, float32 for all else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------- stage_filter
@@ -105,25 +72,25 @@ def stage_filter(
         TypeError: a non-tensor, or a dtype that is not floating point (``mask``: not bool).
         ValueError: shapes or devices that do not fit, or S outside 1..16.
     """
-    _tensor("emission", emission)
+    check_tensor("emission", emission)
     if emission.dim() != 3:
         raise ValueError(f"emission: expected shape (B, T, S), got {tuple(emission.shape)}")
     batch, frames, stages = emission.shape
     if not 1 <= stages <= MAX_STAGES:
         raise ValueError(f"emission: expected 1 to {MAX_STAGES} stages in the last dimension, got {stages}")
-    _tensor("transition", transition)
-    _shape("transition", transition, (stages, stages), "(S, S)")
-    _device("transition", transition, emission, "emission")
+    check_tensor("transition", transition)
+    check_shape("transition", transition, (stages, stages), "(S, S)")
+    check_device("transition", transition, emission, "emission")
     if initial is not None:
-        _tensor("initial", initial)
+        check_tensor("initial", initial)
         if initial.shape != (stages,) and initial.shape != (batch, stages):
             raise ValueError(
                 f"initial: expected shape (S,) = ({stages},) or (B, S) = ({batch}, {stages}), got {tuple(initial.shape)}"
             )
-        _device("initial", initial, emission, "emission")
-    _optional("mask", mask, (batch, frames), "(B, T)", emission, "emission", (torch.bool,))
-    dtype = _arithmetic(emission)
-    emission, transition, initial = emission.to(dtype), transition.to(dtype), _to(initial, dtype)
+        check_device("initial", initial, emission, "emission")
+    check_optional("mask", mask, (batch, frames), "(B, T)", emission, "emission", BOOL)
+    dtype = arithmetic_dtype(emission)
+    emission, transition, initial = emission.to(dtype), transition.to(dtype), to_dtype(initial, dtype)
     if not _door.has_kernels(emission.device):
         return reference.stage_filter(emission, transition, initial, mask)
     return _ops.stage_filter.stage_filter(emission, transition, initial, mask)
@@ -183,18 +150,18 @@ def reliability_fusion(
         raise ValueError(f"values: expected 1 to {MAX_MODALITIES} modalities, got {modalities}")
     first = values[0]
     for m, x in enumerate(values):
-        _tensor(f"values[{m}]", x)
+        check_tensor(f"values[{m}]", x)
         if x.dtype != first.dtype:
             raise TypeError(f"values[{m}]: expected dtype {first.dtype} (that of values[0]), got {x.dtype}")
         if x.shape != first.shape:
             raise ValueError(
                 f"values[{m}]: expected shape {tuple(first.shape)} (that of values[0]), got {tuple(x.shape)}"
             )
-        _device(f"values[{m}]", x, first, "values[0]")
+        check_device(f"values[{m}]", x, first, "values[0]")
     if first.dim() < 1:
         raise ValueError("values[0]: expected shape (*, D), got a scalar")
     lead, dim = first.shape[:-1], first.shape[-1]
-    _tensor("reliability", reliability)
+    check_tensor("reliability", reliability)
     if reliability.dim() != first.dim() + 1 or reliability.shape[:-1] != (*lead, modalities):
         raise ValueError(
             f"reliability: expected shape (*, M, S) = {(*tuple(lead), modalities)} + (S,), got {tuple(reliability.shape)}"
@@ -202,65 +169,62 @@ def reliability_fusion(
     stages = reliability.shape[-1]
     if not 1 <= stages <= MAX_STAGES:
         raise ValueError(f"reliability: expected 1 to {MAX_STAGES} stages in the last dimension, got {stages}")
-    _device("reliability", reliability, first, "values[0]")
-    _optional("stage", stage, (*lead, stages), "(*, S)", first, "values[0]")
-    _optional("log_temperature", log_temperature, (modalities, stages), "(M, S)", first, "values[0]")
-    _optional("bias", bias, (modalities, stages), "(M, S)", first, "values[0]")
+    check_device("reliability", reliability, first, "values[0]")
+    check_optional("stage", stage, (*lead, stages), "(*, S)", first, "values[0]")
+    check_optional("log_temperature", log_temperature, (modalities, stages), "(M, S)", first, "values[0]")
+    check_optional("bias", bias, (modalities, stages), "(M, S)", first, "values[0]")
     if sharpness is not None:
-        _tensor("sharpness", sharpness)
+        check_tensor("sharpness", sharpness)
         if sharpness.dim() != 0 and sharpness.shape != (modalities,):
             raise ValueError(f"sharpness: expected shape () or (M,) = ({modalities},), got {tuple(sharpness.shape)}")
-        _device("sharpness", sharpness, first, "values[0]")
+        check_device("sharpness", sharpness, first, "values[0]")
         if sharpness.dim() == 0:
             sharpness = sharpness.expand(modalities)
-    _optional("present", present, (*lead, modalities), "(*, M)", first, "values[0]", (torch.bool,))
+    check_optional("present", present, (*lead, modalities), "(*, M)", first, "values[0]", BOOL)
     if (norm_weight is None) != (norm_bias is None):
         missing = "norm_weight" if norm_weight is None else "norm_bias"
         raise ValueError(f"{missing}: norm_weight and norm_bias go together: expected both or neither, got None")
-    _optional("norm_weight", norm_weight, (modalities, dim), "(M, D)", first, "values[0]")
-    _optional("norm_bias", norm_bias, (modalities, dim), "(M, D)", first, "values[0]")
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
-        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    check_optional("norm_weight", norm_weight, (modalities, dim), "(M, D)", first, "values[0]")
+    check_optional("norm_bias", norm_bias, (modalities, dim), "(M, D)", first, "values[0]")
+    check_number("eps", eps, ">= 0", lambda number: number >= 0)
     if not _door.has_kernels(first.device):
         return reference.reliability_fusion(
             values, reliability, stage, log_temperature=log_temperature, bias=bias, sharpness=sharpness,
             present=present, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
         )  # fmt: skip
-    dtype = _arithmetic(first)
-    return _ops.reliability_fusion.reliability_fusion(
-        values, reliability.to(dtype), _to(stage, dtype), _to(log_temperature, dtype), _to(bias, dtype),
-        _to(sharpness, dtype), present, _to(norm_weight, dtype), _to(norm_bias, dtype), float(eps),
-    )  # fmt: skip
+    dtype = arithmetic_dtype(first)
+    gate = _ops.reliability_fusion.Gate(
+        reliability.to(dtype),
+        to_dtype(stage, dtype),
+        to_dtype(log_temperature, dtype),
+        to_dtype(bias, dtype),
+        to_dtype(sharpness, dtype),
+        present,
+        to_dtype(norm_weight, dtype),
+        to_dtype(norm_bias, dtype),
+    )
+    return _ops.reliability_fusion.reliability_fusion(values, gate, float(eps))
 
 
 # ------------------------------------------------------------------------------------------------------------ ccc
 def _pair(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Checks pred, target and mask; returns the pair in one arithmetic dtype."""
-    _tensor("pred", pred)
-    _tensor("target", target)
+    check_tensor("pred", pred)
+    check_tensor("target", target)
     if pred.dim() not in (2, 3):
         raise ValueError(f"pred: expected shape (B, T, C) or (T, C), got {tuple(pred.shape)}")
     if target.shape != pred.shape:
         raise ValueError(f"target: expected shape {tuple(pred.shape)} (that of pred), got {tuple(target.shape)}")
-    _device("target", target, pred, "pred")
+    check_device("target", target, pred, "pred")
     if mask is not None:
-        _tensor("mask", mask, (torch.bool,))
+        check_tensor("mask", mask, BOOL)
         if mask.shape != pred.shape and mask.shape != pred.shape[:-1]:
             raise ValueError(
                 f"mask: expected shape {tuple(pred.shape[:-1])} or {tuple(pred.shape)}, got {tuple(mask.shape)}"
             )
-        _device("mask", mask, pred, "pred")
-    double = pred.dtype == torch.float64 or target.dtype == torch.float64
-    dtype = torch.float64 if double else torch.float32
+        check_device("mask", mask, pred, "pred")
+    dtype = arithmetic_dtype(pred, target)
     return pred.to(dtype), target.to(dtype)
-
-
-def _pooled(pool: str) -> bool:
-    if pool not in ("batch", "sequence"):
-        raise ValueError(f"pool: expected 'batch' or 'sequence', got {pool!r}")
-    return pool == "batch"
 
 
 def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch") -> Tensor:
@@ -282,10 +246,10 @@ def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str =
         TypeError: a non-tensor or a wrong dtype. ValueError: shapes, devices or ``pool``.
     """
     pred, target = _pair(pred, target, mask)
-    pooled = _pooled(pool)
+    check_pool(pool)
     if not _door.has_kernels(pred.device):
         return reference.ccc(pred, target, mask, pool=pool)
-    return _ops.ccc.ccc(pred, target, mask, pooled)
+    return _ops.ccc.ccc(pred, target, mask, pool == "batch")
 
 
 def ccc_moments(
@@ -303,26 +267,24 @@ def ccc_moments(
         TypeError: a non-tensor or a wrong dtype. ValueError: shapes, devices or ``pool``.
     """
     pred, target = _pair(pred, target, mask)
-    pooled = _pooled(pool)
+    check_pool(pool)
     if state is not None:
         _moments("state", state)
-        if pred.dim() == 3 and not pooled:
-            _shape("state", state, (pred.shape[0], pred.shape[2], 6), "(B, C, 6)")
+        if pred.dim() == 3 and pool == "sequence":
+            check_shape("state", state, (pred.shape[0], pred.shape[2], 6), "(B, C, 6)")
         else:
-            _shape("state", state, (pred.shape[-1], 6), "(C, 6)")
-        _device("state", state, pred, "pred")
+            check_shape("state", state, (pred.shape[-1], 6), "(C, 6)")
+        check_device("state", state, pred, "pred")
     if not _door.has_kernels(pred.device):
         moments = reference.ccc_moments(pred, target, mask, pool=pool)
     else:
-        moments = _ops.ccc.ccc_moments(pred, target, mask, pooled)
+        moments = _ops.ccc.ccc_moments(pred, target, mask, pool == "batch")
     return moments if state is None else merge_moments(state, moments)
 
 
 def _moments(name: str, m: object) -> None:
-    _tensor(name, m)
+    check_tensor(name, m, DOUBLE)
     assert isinstance(m, Tensor)
-    if m.dtype != torch.float64:
-        raise TypeError(f"{name}: expected dtype torch.float64, got {m.dtype}")
     if m.dim() < 1 or m.shape[-1] != 6:
         raise ValueError(f"{name}: expected shape (..., 6), got {tuple(m.shape)}")
 
@@ -336,7 +298,7 @@ def merge_moments(a: Tensor, b: Tensor) -> Tensor:
     _moments("b", b)
     if a.shape != b.shape:
         raise ValueError(f"b: expected shape {tuple(a.shape)} (that of a), got {tuple(b.shape)}")
-    _device("b", b, a, "a")
+    check_device("b", b, a, "a")
     return reference.merge_moments(a, b)
 
 
@@ -379,29 +341,15 @@ def temporal_ccc(
         TypeError: a non-tensor or a wrong dtype, or a ``window`` that is not an int.
         ValueError: shapes, devices, ``window`` < 2, ``halflife`` <= 0, or both given.
     """
-    return _temporal_ccc(pred, target, mask, window, halflife, state)[:2]
-
-
-def _temporal_ccc(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    window: int | None,
-    halflife: float | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`temporal_ccc`, and where it is defined: (B, T, C) bool."""
-    _window(window, halflife)
+    check_window(window, halflife)
     pred, target = _pair(pred, target, mask)
     if pred.dim() != 3:
         raise ValueError(f"pred: expected shape (B, T, C), got {tuple(pred.shape)}")
     batch, _, channels = pred.shape
     if state is not None:
-        _tensor("state", state)
-        if state.dtype != torch.float64:
-            raise TypeError(f"state: expected dtype torch.float64, got {state.dtype}")
+        check_tensor("state", state, DOUBLE)
         if window is None:
-            _shape("state", state, (batch, channels, 8), "(B, C, 8)")
+            check_shape("state", state, (batch, channels, 8), "(B, C, 8)")
         elif (
             state.dim() != 4 or state.shape[:2] != (batch, channels) or state.shape[3] != 3 or state.shape[2] >= window
         ):
@@ -409,27 +357,12 @@ def _temporal_ccc(
                 f"state: expected shape (B, C, L, 3) = ({batch}, {channels}, at most {window - 1}, 3), "
                 f"got {tuple(state.shape)}"
             )
-        _device("state", state, pred, "pred")
+        check_device("state", state, pred, "pred")
         state = state.detach()
     if not _door.has_kernels(pred.device):
-        return reference.temporal_ccc_chunk(pred, target, mask, window=window, halflife=halflife, state=state)
+        return reference.temporal_ccc(pred, target, mask, window=window, halflife=halflife, state=state)
     decay = 1.0 if halflife is None else 0.5 ** (1.0 / halflife)
     return _ops.temporal_ccc.temporal_ccc(pred, target, mask, state, window or 0, decay)
-
-
-def _window(window: object, halflife: object) -> None:
-    if window is not None and halflife is not None:
-        raise ValueError(f"window, halflife: expected at most one of the two, got {window} and {halflife}")
-    if window is not None:
-        if not isinstance(window, int) or isinstance(window, bool):
-            raise TypeError(f"window: expected an int, got {type(window).__name__}")
-        if window < 2:
-            raise ValueError(f"window: expected an int >= 2, got {window}")
-    if halflife is not None:
-        if not isinstance(halflife, (int, float)) or isinstance(halflife, bool):
-            raise TypeError(f"halflife: expected a number, got {type(halflife).__name__}")
-        if not halflife > 0:
-            raise ValueError(f"halflife: expected a number > 0, got {halflife}")
 
 
 # -------------------------------------------------------------------------------------------------- leaky_average
@@ -474,27 +407,26 @@ def leaky_average(
         ValueError: shapes or devices that do not fit, R outside 1..8, numbers out of range, a half-life that wants a
             gradient.
     """
-    _tensor("x", x)
+    check_tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: expected shape (B, T, D), got {tuple(x.shape)}")
     batch, frames, dim = x.shape
-    dtype = _arithmetic(x)
-    _tensor("precision", precision)
-    _shape("precision", precision, (batch, frames), "(B, T)")
-    _device("precision", precision, x, "x")
+    dtype = arithmetic_dtype(x)
+    check_tensor("precision", precision)
+    check_shape("precision", precision, (batch, frames), "(B, T)")
+    check_device("precision", precision, x, "x")
     halflife = _each_average("halflife", halflife, x, dtype, 0.0, False)
     averages = halflife.shape[0]
     if not 1 <= averages <= MAX_AVERAGES:
         raise ValueError(f"halflife: expected 1 to {MAX_AVERAGES} half-lives, got {averages}")
     prior = _each_average("prior", prior, x, dtype, 0.0, True)
-    _shape("prior", prior, (averages,), "(R,)")
+    check_shape("prior", prior, (averages,), "(R,)")
     if halflife.requires_grad and torch.is_grad_enabled():
         raise ValueError("halflife: expected a constant (it has no gradient), got a tensor that requires one")
-    _optional("state", state, (batch, averages, dim + 2), "(B, R, D + 2)", x, "x")
+    check_optional("state", state, (batch, averages, dim + 2), "(B, R, D + 2)", x, "x")
     for name, flag in (("causal", causal), ("relative", relative)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected bool, got {type(flag).__name__}")
-    precision, state = precision.to(dtype), _to(state, dtype)
+        check_bool(name, flag)
+    precision, state = precision.to(dtype), to_dtype(state, dtype)
     if not _door.has_kernels(x.device):
         return reference.leaky_average(x, precision, halflife, prior, state, causal=causal, relative=relative)
     return _ops.leaky_average.leaky_average(x, precision, halflife, prior, state, causal, relative)
@@ -503,10 +435,10 @@ def leaky_average(
 def _each_average(name: str, given: object, like: Tensor, dtype: torch.dtype, low: float, closed: bool) -> Tensor:
     """A number for each average, (R,): a tensor, or numbers that are checked to be finite and at least (or above) `low`."""
     if isinstance(given, Tensor):
-        _tensor(name, given)
+        check_tensor(name, given)
         if given.dim() != 1:
             raise ValueError(f"{name}: expected shape (R,), got {tuple(given.shape)}")
-        _device(name, given, like, "x")
+        check_device(name, given, like, "x")
         return given.to(dtype)
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"{name}: expected a torch.Tensor or a sequence of numbers, got {type(given).__name__}")

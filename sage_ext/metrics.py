@@ -10,23 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._arguments import arithmetic_dtype, check_int, check_window
 from .extras import require
-from .nn import check_int, check_memory
 
 __all__ = ["StreamingCCC"]  # and TorchMetricsCCC, which `import *` would make need torchmetrics
 
 
-def _check_update(pred: Tensor, target: Tensor, num_targets: int) -> None:
+def _update_pair(pred: Tensor, target: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
+    """What an update was given, checked, detached and in one arithmetic dtype (integers are welcome)."""
     for name, value in (("pred", pred), ("target", target)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
         if value.dim() not in (2, 3) or value.shape[-1] != num_targets:
-            raise ValueError(f"{name} must be (T, {num_targets}) or (B, T, {num_targets}), got {tuple(value.shape)}")
-
-
-def _real(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both detached, in float64 if either is, else in float32."""
-    dtype = torch.float64 if torch.float64 in (pred.dtype, target.dtype) else torch.float32
+            raise ValueError(
+                f"{name}: expected shape (T, {num_targets}) or (B, T, {num_targets}), got {tuple(value.shape)}"
+            )
+    dtype = arithmetic_dtype(pred, target)
     return pred.detach().to(dtype), target.detach().to(dtype)
 
 
@@ -53,7 +52,7 @@ class StreamingCCC(nn.Module):
     def __init__(self, num_targets: int = 2, window: int | None = None, halflife: float | None = None) -> None:
         super().__init__()
         check_int("num_targets", num_targets, 1)
-        check_memory(window, halflife)
+        check_window(window, halflife)
         self.num_targets, self.window, self.halflife = num_targets, window, halflife
         if self.pooled:
             self.register_buffer("moments", torch.zeros(num_targets, 6, dtype=torch.float64))
@@ -80,16 +79,15 @@ class StreamingCCC(nn.Module):
     @torch.no_grad()
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
         """Add frames. pred, target: (T, C) or (B, T, C); mask: bool, that shape or without C, False: not counted."""
-        _check_update(pred, target, self.num_targets)
-        pred, target = _real(pred, target)
+        pred, target = _update_pair(pred, target, self.num_targets)
         if self.pooled:
             self.moments.copy_(functional.ccc_moments(pred, target, mask, state=self.moments))
             return
         lead = pred.shape[:-2]
         if self.running.numel() and self.rho.shape[:-1] != lead:
             raise ValueError(
-                f"pred: this stream began with {_streams(self.rho.shape[:-1])}, this update has {_streams(lead)}; "
-                f"reset() starts another"
+                f"pred: expected {_streams(self.rho.shape[:-1])}, as this stream began (reset() starts another), got "
+                f"{_streams(lead)}"
             )
         if pred.shape[-2] == 0:
             return
@@ -118,11 +116,14 @@ class StreamingCCC(nn.Module):
     def merge(self, other: StreamingCCC) -> None:
         """Add everything `other` has seen. Pooled mode only: two running streams have no common order in time."""
         if not isinstance(other, StreamingCCC):
-            raise TypeError(f"other must be a StreamingCCC, got {type(other).__name__}")
+            raise TypeError(f"other: expected a StreamingCCC, got {type(other).__name__}")
         if not (self.pooled and other.pooled):
-            raise ValueError("merge is for the pooled mode only: running streams have no common order in time")
+            running = repr(self if not self.pooled else other)
+            raise ValueError(
+                f"other: expected both metrics pooled (running streams have no common order in time), got {running}"
+            )
         if other.num_targets != self.num_targets:
-            raise ValueError(f"other must have num_targets={self.num_targets}, got {other.num_targets}")
+            raise ValueError(f"other: expected num_targets={self.num_targets}, got {other.num_targets}")
         self.moments.copy_(functional.merge_moments(self.moments, other.moments.to(self.moments.device)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> StreamingCCC:
@@ -174,8 +175,7 @@ def _torchmetrics_adapter() -> type:
             self.add_state("moments", zeros, dist_reduce_fx=_merge_stacked)
 
         def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-            _check_update(pred, target, self.num_targets)
-            pred, target = _real(pred, target)
+            pred, target = _update_pair(pred, target, self.num_targets)
             self.moments = functional.ccc_moments(pred, target, mask, state=self.moments)
 
         def compute(self) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._C import constants
+
 # Bounds d log-odds / d stage[s] by exp(60) where a stage of (next to) no probability would explain the frame better than
 # all likely ones; no value depends on it.
 MAX_LOG_RATIO = 60.0
@@ -99,6 +101,45 @@ def reliability_fusion(
     return fused.to(dtype), weights, confidence
 
 
+# --------------------------------------------------------------------------------- what a frame says about itself
+def typicality(
+    inputs: Sequence[Tensor], mean: Tensor, var: Tensor, present: Tensor | None = None, *, window: int = 16
+) -> Tensor:
+    """How usual a modality's energy and motion of the last `window` frames are: see `sage_ext.nn.Typicality`.
+
+    inputs: M whole sequences (B, T, d); mean, var: (M, 2) of the averaged log energy of a frame and of its step from the
+    frame before; present: (B, T, M). Returns (B, T, M, 4): asinh of the two z-scores, and their sizes.
+    """
+    result = []
+    for m, x in enumerate(inputs):
+        here = torch.ones_like(x[..., 0], dtype=torch.bool) if present is None else present[..., m]
+        x = torch.where(here[..., None], x, 0.0)
+        step = x - F.pad(x, (0, 0, 1, 0))[:, :-1]
+        counted = torch.stack([here, here & F.pad(here, (1, 0))[:, :-1]], -1)  # (B, T, 2); a step needs both its frames
+
+        square = torch.stack([x.square().mean(-1), step.square().mean(-1)], -1)
+        energy = torch.where(counted, (square + constants["energy_floor"]).log(), 0.0)
+        total = F.pad(energy, (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
+        count = F.pad(counted.to(x.dtype), (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
+
+        z = (total / count.clamp(min=1) - mean[m]) / var[m].clamp(min=constants["variance_floor"]).sqrt()
+        z = torch.where(here[..., None] & (count > 0), z, 0.0)
+        level = z.asinh().clamp(-constants["typicality_limit"], constants["typicality_limit"])
+        result.append(torch.cat([level, level.abs()], -1))
+    return torch.stack(result, 2)
+
+
+def frame_precision(confidence: Tensor, sharpness: Tensor | float = 1.0, present: Tensor | None = None) -> Tensor:
+    """(*, M) confidence -> (*, 1 + M) precision of the fused frame and of each modality alone: odds(confidence)^sharpness
+    over the modalities that are present (*, M), kept where one frame does not outweigh thousands."""
+    log_odds = torch.logit(confidence, eps=constants["confidence_margin"])
+    limit = constants["log_precision_limit"]
+    own = (sharpness * log_odds).clamp(-limit, limit).exp()
+    if present is not None:
+        own = torch.where(present, own, 0.0)
+    return torch.cat([own.sum(-1, keepdim=True), own], -1)
+
+
 # --------------------------------------------------------------------------------------------- concordance (CCC)
 def ccc_moments(
     pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch", state: Tensor | None = None
@@ -176,20 +217,10 @@ def temporal_ccc(
     halflife: float | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Running concordance. See `sage_ext.functional.temporal_ccc`."""
-    return temporal_ccc_chunk(pred, target, mask, window=window, halflife=halflife, state=state)[:2]
+    """Running concordance. See `sage_ext.functional.temporal_ccc`.
 
-
-def temporal_ccc_chunk(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    *,
-    window: int | None,
-    halflife: float | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rho, state, defined). The window mode looks at every window (O(T window)); the others run frame by frame."""
+    The window mode looks at every window (O(T window)); the others run frame by frame.
+    """
     x, y = pred.double(), target.double()
     valid = torch.ones_like(x) if mask is None else _expand_mask(mask, x).double()
     x, y = torch.where(valid > 0, x, 0.0), torch.where(valid > 0, y, 0.0)
@@ -198,7 +229,7 @@ def temporal_ccc_chunk(
     else:
         moments, seen, state = _running(x, y, valid, halflife, state)
     defined = (seen >= 2) & ~(_denominator(moments) <= 0)
-    return _concordance(moments, defined).to(pred.dtype), state, defined
+    return _concordance(moments, defined).to(pred.dtype), state
 
 
 def _sliding(x: Tensor, y: Tensor, valid: Tensor, window: int, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -234,7 +234,7 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     lines = Path(path).read_text().splitlines()
     rows = [[float(value) for value in line.split(",")] for line in lines[1:]]
     if not rows:
-        raise ValueError(f"{path}: no epoch was finished")
+        raise ValueError(f"{path}: expected a row an epoch, got none: no epoch was finished")
     return dict(zip(lines[0].split(","), np.array(rows).T))
 
 
@@ -299,7 +299,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if len({picture.name for picture in pictures}) != len(pictures):
-        raise ValueError(f"pictures: names must differ, got {[picture.name for picture in pictures]}")
+        raise ValueError(f"pictures: expected different names, got {[picture.name for picture in pictures]}")
     parts = [table.html() for table in tables]
     for picture in pictures:
         png = _png(picture.figure)

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from ._ops import _door
-from .models.sage import SAGE, Encoder, TemporalBlock
-from .nn import ReliabilityFusion, UniformFusion, check_int
+from .nn import check_int
 
 __all__ = ["StreamOutput", "StreamStats", "StreamingSession"]
 
@@ -21,8 +21,27 @@ Array = Tensor | np.ndarray
 _NUMPY = {torch.float32: np.dtype(np.float32), torch.bool: np.dtype(np.bool_)}
 
 
+@runtime_checkable
+class Streamable(Protocol):
+    """What a session reads of a `SAGE`, beside the tensors of its state dict."""
+
+    config: dict[str, Any]
+    names: tuple[str, ...] | None
+    num_targets: int
+    causal: bool
+    stuck: int
+
+    @property
+    def in_dims(self) -> Sequence[int]: ...
+    @property
+    def fusion(self) -> Any: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+    def modules(self) -> Any: ...
+
+
 class StreamOutput(NamedTuple):
-    """One frame of `n` streams, `M` modalities, `C` targets, `S` stages (1 with uniform weights): float32, on the CPU.
+    """One frame of `n` streams, `M` modalities, `C` targets, `S` stages (1 with uniform weights): on the CPU, float32 but for
+    `present`.
 
     The tensors belong to the session and are **overwritten by its next step**: clone what you keep. An inactive row keeps
     what its last active step wrote, zeros before the first.
@@ -33,6 +52,9 @@ class StreamOutput(NamedTuple):
     weights: Tensor  # (n, M) sum to 1 over the present modalities; 0 where absent
     confidence: Tensor  # (n, M) in [0, 1]; 0 where absent
     stage: Tensor  # (n, S)
+    # (n, M) bool: the modality's frame counted: it was said to be present, was finite, and was not stuck. With
+    # use_present=False the fusion is not told, and weighs a missing modality like any other; this tells all the same.
+    present: Tensor
 
 
 class StreamStats(NamedTuple):
@@ -53,7 +75,8 @@ class StreamingSession:
     arithmetic stay float32.
 
     A row's results are the same bits whatever the batch size, the row, the other rows and the number of threads. A step
-    allocates nothing in C++ and releases the GIL; a second call into a busy session raises RuntimeError.
+    allocates nothing in C++ and releases the GIL. While a thread is inside `step`, `reset`, `state_dict`, `load_state_dict` or
+    `stats`, any of them raises RuntimeError in another, with nothing changed.
 
     On the CPU (device None) many rows are shared out over at most `torch.get_num_threads()` threads, and at most as many as
     there were when the session was made. On a GPU (device "cuda" or "cuda:1") a step is one kernel; inputs may lie on the
@@ -65,88 +88,51 @@ class StreamingSession:
 
     def __init__(
         self,
-        model: SAGE,
+        model: Streamable,
         batch_size: int = 1,
         weights_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(model, SAGE):
-            raise TypeError(f"model must be SAGE, got {type(model).__name__}")
+        if not isinstance(model, Streamable):
+            raise TypeError(f"model: expected a SAGE, got {type(model).__name__}")
         check_int("batch_size", batch_size, 1)
         if weights_dtype is None:
             weights_dtype = torch.float32
         if not isinstance(weights_dtype, torch.dtype):
-            raise TypeError(f"weights_dtype must be a torch.dtype or None, got {type(weights_dtype).__name__}")
+            raise TypeError(f"weights_dtype: expected a torch.dtype or None, got {type(weights_dtype).__name__}")
         if weights_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"weights_dtype must be torch.float32 or torch.bfloat16, got {weights_dtype}")
+            raise ValueError(f"weights_dtype: expected torch.float32 or torch.bfloat16, got {weights_dtype}")
         self.device = _device(device)
-        fusion = model.fusion
-        if type(fusion) not in (ReliabilityFusion, UniformFusion):
-            raise ValueError(
-                f'streaming needs fusion="reliability" or "uniform"; this model has {model.config["fusion"]!r}'
-            )
-        if not model.causal:
-            raise ValueError("streaming needs a causal SAGE; this one was built with causal=False")
         config = model.config
+        if config["fusion"] not in ("reliability", "uniform"):
+            raise ValueError(f'model: expected fusion="reliability" or "uniform", got {config["fusion"]!r}')
+        if not model.causal:
+            raise ValueError("model: expected a causal SAGE, got one built with causal=False")
         self.batch_size, self.weights_dtype = batch_size, weights_dtype
         self.names, self.in_dims, self.num_targets = model.names, tuple(model.in_dims), model.num_targets
-        reliability, stages, evidence_dim, window = False, 1, 0, 1
-        if isinstance(fusion, ReliabilityFusion):
-            reliability, stages, evidence_dim = True, fusion.stages, fusion.evidence_dim
-            window = fusion.typicality.window
-        self.stages = stages
-        own, after = config["blocks"] - config["fused_blocks"], config["fused_blocks"]
-        parameters = _parameters(model)
+        shape = _shape(model, weights_dtype)
+        self.stages = shape["stages"]
+        manifest, parts = _C.describe_stream(shape)
+        self._parts: dict[str, tuple[int, ...]] = dict(parts)  # of a row's state, in native order
         self._on_cpu = self.device.type == "cpu"
         # Where the kernels run: threads, or the GPU's index.
         where = torch.get_num_threads() if self._on_cpu else self.device.index
-        self._native = _door.kernels[self.device.type].open_session(
-            self.in_dims,
-            config["dim"],
-            self.num_targets,
-            own,
-            after,
-            config["kernel_size"],
-            reliability,
-            stages,
-            evidence_dim,
-            window,
-            fusion.norm_weight is not None,
-            not config["use_present"],
-            weights_dtype == torch.bfloat16,
-            len(config["memory"]),
-            model.stuck,
-            parameters.data_ptr(),
-            parameters.numel(),
-            batch_size,
-            where,
-        )
+        tensors = _tensors(model, manifest)  # held until they are packed
+        addresses = [(name, tuple(x.shape), x.data_ptr()) for name, x in tensors.items()]
+        self._native = _door.kernels[self.device.type].open_session(shape, addresses, batch_size, where)
         modalities = len(self.in_dims)
         self._labels = self.names or tuple(str(m) for m in range(modalities))
         self._shapes = tuple((batch_size, d) for d in self.in_dims)
-        with torch.inference_mode(False):  # else reset() could not write to them outside that mode
+        with torch.inference_mode(False):  # else autograd could not take them outside that mode
             self._output = StreamOutput(
                 torch.zeros(batch_size, self.num_targets),
                 torch.zeros(batch_size, modalities, self.num_targets),
                 torch.zeros(batch_size, modalities),
                 torch.zeros(batch_size, modalities),
                 torch.zeros(batch_size, self.stages),
+                torch.zeros(batch_size, modalities, dtype=torch.bool),
             )
-        prediction, unimodal, weights, confidence, stage = (x.data_ptr() for x in self._output)
-        self._targets = prediction, unimodal, weights, confidence, stage
-        spans = [(config["kernel_size"] - 1) * 2**i for i in range(own + after)]
-        parts: dict[str, tuple[int, ...]] = {f"history.{i}": (modalities, spans[i], config["dim"]) for i in range(own)}
-        parts |= {f"fused.{i}": (1 + len(model.in_dims), spans[own + i], config["dim"]) for i in range(after)}
-        if reliability:
-            pairs = (window - 1, modalities, 2)
-            parts |= {"belief": (stages,), "energy": pairs, "counted": pairs}
-        parts["last"] = (sum(self.in_dims),)
-        if model.stuck:
-            parts["repeats"] = (modalities,)
-        if config["memory"]:
-            parts["memory"] = (1 + modalities, len(config["memory"]), config["dim"] + 1)
-        self._parts = parts  # of a row, in native order
-        assert self._native.state_size == sum(math.prod(p) for p in self._parts.values())
+        self._targets = tuple(x.data_ptr() for x in self._output)
 
     def __repr__(self) -> str:
         dims = dict(zip(self.names, self.in_dims)) if self.names else list(self.in_dims)
@@ -174,7 +160,7 @@ class StreamingSession:
         """
         if isinstance(features, Mapping):
             if self.names is None:
-                raise TypeError("features: this model was built from a sequence of in_dims; pass a sequence")
+                raise TypeError("features: expected a sequence, as this model's in_dims are one, got a mapping")
             try:
                 given = [features[name] for name in self.names]
             except KeyError:
@@ -183,7 +169,7 @@ class StreamingSession:
                 raise ValueError(f"features: expected the modalities {list(self.names)}, got {list(features)}")
             features = given
         elif not isinstance(features, Sequence):
-            raise TypeError(f"features must be a sequence or a mapping of arrays, got {type(features).__name__}")
+            raise TypeError(f"features: expected a sequence or a mapping of arrays, got {type(features).__name__}")
         elif len(features) != len(self._shapes):
             raise ValueError(f"features: expected {len(self._shapes)} modalities, got {len(features)}")
         held: list[Array] = []  # what the addresses point into, until the call returns
@@ -200,21 +186,19 @@ class StreamingSession:
         if active is not None:
             moving = _address("active", "", active, torch.bool, (self.batch_size,), self.device, held)
         if self._on_cpu:
-            self._native.step(addresses, seen, moving, *self._targets, torch.get_num_threads(), 0)
+            self._native.step(addresses, seen, moving, self._targets, torch.get_num_threads(), 0)
         else:  # what wrote an input on the GPU may still be under way, on the current stream
             ahead = torch.cuda.current_stream(self.device).cuda_stream if torch.cuda.is_initialized() else 0
-            self._native.step(addresses, seen, moving, *self._targets, self.device.index, ahead)
+            self._native.step(addresses, seen, moving, self._targets, self.device.index, ahead)
         return self._output
 
     def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
-        """Begin a new stream in these rows (None: in all): their state is that before a first frame.
+        """Begin a new stream in these rows (None: in all): their state is that before a first frame, their outputs are zeros.
 
         rows: an index, indices, or a (batch_size,) bool tensor. ValueError for one out of range.
         """
         index = self._rows(rows)
-        self._native.reset(index.data_ptr(), index.numel())
-        for x in self._output:
-            x[index] = 0
+        self._native.reset(index.data_ptr(), index.numel(), self._targets)
 
     def state_dict(self, rows: int | Sequence[int] | Tensor | None = None) -> dict[str, Tensor]:
         """The state of k rows (None: all), copied; a plain dict of tensors, safe to save, of any session's layout.
@@ -225,7 +209,7 @@ class StreamingSession:
         (k, 1 + M, R, dim + 1).
         """
         index = self._rows(rows)
-        flat = torch.empty(index.numel(), self._native.state_size)
+        flat = torch.empty(index.numel(), sum(math.prod(p) for p in self._parts.values()))
         frames = torch.empty(index.numel(), dtype=torch.int64)
         self._native.read(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr())
         pieces = flat.split([math.prod(p) for p in self._parts.values()], 1)
@@ -241,9 +225,9 @@ class StreamingSession:
         """
         index = self._rows(rows)
         if len(set(index.tolist())) != index.numel():
-            raise ValueError(f"rows must be distinct, got {index.tolist()}")
+            raise ValueError(f"rows: expected distinct indices, got {index.tolist()}")
         if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping of tensors, got {type(state).__name__}")
+            raise TypeError(f"state: expected a mapping of tensors, got {type(state).__name__}")
         expected = {"frames": (), **self._parts}
         if set(state) != set(expected):
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
@@ -251,19 +235,17 @@ class StreamingSession:
             x, dtype = state[name], torch.int64 if name == "frames" else torch.float32
             if not isinstance(x, Tensor) or x.dtype != dtype:
                 got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"state[{name!r}] must be a {dtype} tensor, got {got}")
+                raise TypeError(f"state[{name!r}]: expected a {dtype} tensor, got {got}")
             if tuple(x.shape) != (index.numel(), *part):
-                raise ValueError(f"state[{name!r}] must be {(index.numel(), *part)}, got {tuple(x.shape)}")
+                raise ValueError(f"state[{name!r}]: expected {(index.numel(), *part)}, got {tuple(x.shape)}")
             # The energy of a step between huge frames may be +inf.
             if not bool(x.isfinite().all() if name != "energy" else (x >= torch.finfo(dtype).min).all()):
-                raise ValueError(f"state[{name!r}] is not finite")
+                raise ValueError(f"state[{name!r}]: expected finite numbers, got NaN or Inf")
         frames = state["frames"].to("cpu", copy=True).contiguous()
         if not bool(((frames >= 0) & (frames < 2**62)).all()):
-            raise ValueError(f"state['frames'] must be in [0, 2**62), got {frames.tolist()}")
+            raise ValueError(f"state['frames']: expected numbers in [0, 2**62), got {frames.tolist()}")
         flat = torch.cat([state[name].cpu().flatten(1) for name in self._parts], 1).contiguous()
-        self._native.write(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr())
-        for out in self._output:
-            out[index] = 0
+        self._native.write(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr(), self._targets)
 
     @property
     def stats(self) -> StreamStats:
@@ -287,34 +269,34 @@ class StreamingSession:
             try:
                 rows = torch.as_tensor(rows)
             except (TypeError, ValueError, RuntimeError):
-                raise TypeError(f"rows must be an index, indices or a bool tensor, got {rows!r}") from None
+                raise TypeError(f"rows: expected an index, indices or a bool tensor, got {rows!r}") from None
         if rows.dtype == torch.bool:
             if tuple(rows.shape) != (self.batch_size,):
-                raise ValueError(f"rows: a bool tensor must be ({self.batch_size},), got {tuple(rows.shape)}")
+                raise ValueError(f"rows: expected a bool tensor ({self.batch_size},), got {tuple(rows.shape)}")
             return rows.cpu().nonzero().flatten()
         if rows.is_floating_point() or rows.is_complex():
-            raise TypeError(f"rows must be integers, got {rows.dtype}")
+            raise TypeError(f"rows: expected integers, got {rows.dtype}")
         if rows.dim() > 1:
-            raise ValueError(f"rows must be an index or (k,) indices, got {tuple(rows.shape)}")
+            raise ValueError(f"rows: expected an index or (k,) indices, got {tuple(rows.shape)}")
         index = rows.reshape(-1).to("cpu", torch.int64).contiguous()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
-            raise ValueError(f"rows must be in [0, {self.batch_size}), got {index.tolist()}")
+            raise ValueError(f"rows: expected indices in [0, {self.batch_size}), got {index.tolist()}")
         return index
 
 
 def _device(device: torch.device | str | None) -> torch.device:
     """The device, with an index if it is a GPU, after the checks."""
     if not isinstance(device, (torch.device, str, type(None))):
-        raise TypeError(f"device must be a torch.device, str or None, got {type(device).__name__}")
+        raise TypeError(f"device: expected a torch.device, str or None, got {type(device).__name__}")
     try:
         found = torch.device("cpu" if device is None else device)
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu" or "cuda", got {str(device)!r}')
+        raise ValueError(f'device: expected "cpu" or "cuda", got {str(device)!r}')
     if found.type not in _door.kernels:
         raise ValueError(
-            f"device: this build of sage_ext has no CUDA kernels for {str(device)!r} (`sage-ext info` tells)"
+            f'device: expected "cpu", as this build of sage_ext has no CUDA kernels (`sage-ext info` tells), got {str(device)!r}'
         )
     if found.type == "cpu":
         return torch.device("cpu")
@@ -350,70 +332,71 @@ def _address(
         got = (type(x).__name__,)
     name = f"{argument}[{label}]" if label else argument
     if len(got) == 1 or got[0] not in (dtype, _NUMPY[dtype]):
-        raise TypeError(f"{name} must be a {str(dtype).removeprefix('torch.')} tensor or array, got {got[0]}")
+        raise TypeError(f"{name}: expected a {str(dtype).removeprefix('torch.')} tensor or array, got {got[0]}")
     if got[1] != shape:
-        raise ValueError(f"{name} must be {shape}, got {got[1]}")
+        raise ValueError(f"{name}: expected {shape}, got {got[1]}")
     place = "the CPU" if device.type == "cpu" else f"the CPU or {device}"
-    raise ValueError(f"{name} must be a dense tensor on {place}, got {got[3]} on {got[2]}")
+    raise ValueError(f"{name}: expected a dense tensor on {place}, got {got[3]} on {got[2]}")
 
 
-def _parameters(model: SAGE) -> Tensor:
-    """All numbers that a step needs, flat, float32, in the order in which csrc/stream/pack.h packs them."""
-    parts: list[Tensor] = []
+def _shape(model: Streamable, weights_dtype: torch.dtype) -> dict[str, Any]:
+    """The numbers by which csrc/stream describes a model."""
+    config, fusion = model.config, model.fusion
+    reliability = config["fusion"] == "reliability"
+    return {
+        "in_dims": tuple(model.in_dims),
+        "dim": config["dim"],
+        "targets": model.num_targets,
+        "own_blocks": config["blocks"] - config["fused_blocks"],
+        "fused_blocks": config["fused_blocks"],
+        "kernel": config["kernel_size"],
+        "reliability": reliability,
+        "stages": fusion.stages if reliability else 1,
+        "evidence": fusion.evidence_dim if reliability else 0,
+        "window": fusion.typicality.window if reliability else 1,
+        "value_norm": fusion.norm_weight is not None,
+        "hide_missing": not config["use_present"],
+        "bf16": weights_dtype == torch.bfloat16,
+        "memory": len(config["memory"]),
+        "stuck": model.stuck,
+    }
 
-    def linear(f: nn.Module) -> None:
-        assert isinstance(f, nn.Linear)
-        parts.extend((f.weight, f.bias))
 
-    def norm(f: nn.LayerNorm) -> None:
-        assert f.eps == 1e-5  # csrc/stream/model.h: kNormEps
-        parts.extend((f.weight, f.bias))
-
-    def block(f: nn.Module) -> None:
-        assert isinstance(f, TemporalBlock)
-        norm(f.norm)
-        parts.extend((f.weight, f.bias))
-        linear(f.pointwise)
-
-    fusion = model.fusion
-    assert isinstance(fusion, (ReliabilityFusion, UniformFusion))
+def _tensors(model: Streamable, manifest: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Every tensor of `manifest` (csrc/stream/describe.h) by its name, float32 on the CPU, from the model's state dict and
+    what is folded from it."""
+    for module in model.modules():
+        assert not isinstance(module, nn.LayerNorm) or module.eps == _C.constants["norm_eps"]
+    found: dict[str, Tensor] = {}
     with torch.no_grad():
-        for m, encoder in enumerate(model.encoders):
-            assert isinstance(encoder, Encoder)
-            parts.extend((model.get_buffer(f"input_mean_{m}"), model.get_buffer(f"input_scale_{m}")))
-            linear(encoder.project)
-            for own in encoder.blocks:
-                block(own)
-            norm(encoder.norm)
-        if isinstance(fusion, ReliabilityFusion):
-            typical = fusion.typicality
-            assert typical.clamp == 4.0
-            deviation = typical.var.clamp(min=1e-6).sqrt()
-            for m, (evidence, reliability) in enumerate(zip(fusion.evidence, fusion.reliability)):
-                linear(evidence.get_submodule("0"))
-                linear(reliability.get_submodule("0"))
-                linear(reliability.get_submodule("2"))
-                parts.extend((typical.mean[m], deviation[m]))
-                parts.extend(((-fusion.log_temperature[m]).exp(), fusion.bias[m]))
-            linear(fusion.emission[0])
-            linear(fusion.emission[2])
-            # Without a filter a stage's prior is uniform in every frame: that of a transition to anywhere alike.
-            logits = typical.mean.new_zeros(fusion.stages, fusion.stages)
-            log_a = (logits if fusion.transition is None else fusion.transition).double().log_softmax(1)
-            parts.extend((log_a, log_a.exp(), fusion.sharpness))
-        for m, value in enumerate(fusion.value):
-            linear(value)
-            if fusion.norm_weight is not None and fusion.norm_bias is not None:
-                parts.extend((fusion.norm_weight[m], fusion.norm_bias[m]))
-        for after in model.fused_blocks:
-            block(after)
-        if model.memory is not None:
-            parts.extend((0.5 ** (1 / model.memory.halflife), model.memory.log_prior.exp()))
-            linear(model.memory.mix)
-        norm(model.norm)
-        linear(model.head[0])
-        linear(model.head[3])
-        flat = torch.cat([x.detach().to("cpu", torch.float32).reshape(-1) for x in parts])
-    if not bool(flat.isfinite().all()):
-        raise ValueError("model: a parameter or statistic is not finite")
-    return flat
+        known = {**model.state_dict(), **_folded(model)}
+        for name, shape in manifest:
+            if name not in known:
+                raise KeyError(f"model: expected a tensor {name!r} {shape}, got none")
+            if tuple(known[name].shape) != shape:
+                raise ValueError(f"model: expected {name!r} {shape}, got {tuple(known[name].shape)}")
+            found[name] = known[name].detach().to("cpu", torch.float32).contiguous()
+            if not bool(found[name].isfinite().all()):
+                raise ValueError(f"model: expected finite numbers in {name!r}, got NaN or Inf")
+    return found
+
+
+def _folded(model: Streamable) -> dict[str, Tensor]:
+    """What a step uses in place of tensors of the state dict."""
+    state, folded = model.state_dict(), {}
+    if model.config["fusion"] == "reliability":
+        assert model.fusion.typicality.clamp == _C.constants["typicality_limit"]
+        # Without a filter a stage's prior is uniform in every frame: that of a transition to anywhere alike.
+        stages = model.fusion.stages
+        transition = state.get("fusion.transition", torch.zeros(stages, stages))
+        folded["fusion.log_a"] = transition.double().log_softmax(1)
+        folded["fusion.a"] = folded["fusion.log_a"].exp()
+        folded["fusion.typicality.std"] = (
+            state["fusion.typicality.var"].clamp(min=_C.constants["variance_floor"]).sqrt()
+        )
+        folded["fusion.logit_scale"] = (-state["fusion.log_temperature"]).exp()
+        folded["fusion.sharpness"] = model.fusion.sharpness
+    if model.config["memory"]:
+        folded["memory.decay"] = 0.5 ** (1 / torch.tensor(model.config["memory"], dtype=torch.float32))
+        folded["memory.prior"] = state["memory.log_prior"].exp()
+    return folded

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread each, before torch counts the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from backends import BACKENDS, Backend, open_backend
 from hypothesis import HealthCheck, settings

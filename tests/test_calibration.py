@@ -256,35 +256,71 @@ def test_calibration_keeps_the_ranking_within_a_stage():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda l, s, e: fit_calibration(l, s[:, :2], e, kappa=1.0), ValueError, r"stage must be \(60, 3\)"),
+        (
+            lambda l, s, e: fit_calibration(l, s[:, :2], e, kappa=1.0),
+            ValueError,
+            r"stage: expected shape \(\*, S\) = \(60, 3\)",
+        ),
         (
             lambda l, s, e: fit_calibration(l, s, e[:, :1], kappa=1.0),
             ValueError,
-            r"squared_error must begin with \(60, 2\)",
+            r"squared_error: expected shape \(60, 2\)",
         ),
-        (lambda l, s, e: fit_calibration(l, s, e, torch.ones(60, 2), kappa=1.0), TypeError, "mask must be bool"),
+        (
+            lambda l, s, e: fit_calibration(l, s, e, torch.ones(60, 2), kappa=1.0),
+            TypeError,
+            "mask: expected dtype bool",
+        ),
         (
             lambda l, s, e: fit_calibration(l, s, e, torch.ones(60) > 0, kappa=1.0),
             ValueError,
-            r"mask must be \(60, 2\)",
+            r"mask: expected shape \(\*, M\) = \(60, 2\)",
         ),
-        (lambda l, s, e: fit_calibration(l, s, e, torch.zeros(60, 2) > 0, kappa=1.0), ValueError, "not a single frame"),
-        (lambda l, s, e: fit_calibration(l * math.nan, s, e, kappa=1.0), ValueError, "must be finite wherever"),
-        (lambda l, s, e: fit_calibration(l, s, e, kappa=0.0), ValueError, "kappa must be positive"),
-        (lambda l, s, e: fit_calibration(l, s, e, kappa=1.0, prior=-1.0), ValueError, "prior must be >= 0"),
-        (lambda l, s, e: reliability_diagram(s[:, 0], e[:5, 0], kappa=1.0), ValueError, r"must begin with \(60,\)"),
-        (lambda l, s, e: reliability_diagram(s[:, 0], e[:, 0], kappa=1.0, bins=0), ValueError, "bins must be >= 1"),
-        (lambda l, s, e: reliability_diagram(s[:, 0], e[:, 0], s[:, 0], kappa=1.0), TypeError, "mask must be bool"),
-        (lambda l, s, e: reliability_diagram(s[:, 0], e[:, 0], s > 0, kappa=1.0), ValueError, r"mask must be \(60,\)"),
+        (
+            lambda l, s, e: fit_calibration(l, s, e, torch.zeros(60, 2) > 0, kappa=1.0),
+            ValueError,
+            "mask: expected a frame or more to .*, got none",
+        ),
+        (
+            lambda l, s, e: fit_calibration(l * math.nan, s, e, kappa=1.0),
+            ValueError,
+            "expected finite numbers wherever mask",
+        ),
+        (lambda l, s, e: fit_calibration(l, s, e, kappa=0.0), ValueError, "kappa: expected a number > 0"),
+        (lambda l, s, e: fit_calibration(l, s, e, kappa=1.0, prior=-1.0), ValueError, "prior: expected a number >= 0"),
+        (
+            lambda l, s, e: reliability_diagram(s[:, 0], e[:5, 0], kappa=1.0),
+            ValueError,
+            r"squared_error: expected shape \(60,\)",
+        ),
+        (
+            lambda l, s, e: reliability_diagram(s[:, 0], e[:, 0], kappa=1.0, bins=0),
+            ValueError,
+            "bins: expected an int >= 1",
+        ),
+        (
+            lambda l, s, e: reliability_diagram(s[:, 0], e[:, 0], s[:, 0], kappa=1.0),
+            TypeError,
+            "mask: expected dtype bool",
+        ),
+        (
+            lambda l, s, e: reliability_diagram(s[:, 0], e[:, 0], s > 0, kappa=1.0),
+            ValueError,
+            r"mask: expected shape \(\*,\) = \(60,\)",
+        ),
         (
             lambda l, s, e: reliability_diagram(s[:, 0], e[:, 0], s[:, 0] > 2, kappa=1.0),
             ValueError,
-            "not a single frame",
+            "mask: expected a frame or more to .*, got none",
         ),
         (lambda l, s, e: spearman(s, s), ValueError, "two 1-d tensors"),
-        (lambda l, s, e: calibrate(torch.nn.Linear(1, 1), []), TypeError, "model must be a SAGE"),
-        (lambda l, s, e: calibrate(model(fusion="uniform"), batches()), ValueError, "no confidence to calibrate"),
-        (lambda l, s, e: calibrate(model(), []), ValueError, "batches: none given"),
+        (lambda l, s, e: calibrate(torch.nn.Linear(1, 1), []), TypeError, "model: expected a SAGE"),
+        (
+            lambda l, s, e: calibrate(model(fusion="uniform"), batches()),
+            ValueError,
+            "model: expected fusion='reliability', .*, got 'uniform'",
+        ),
+        (lambda l, s, e: calibrate(model(), []), ValueError, "batches: expected one or more, got none"),
     ],
 )
 def test_errors_name_the_argument(call, error, match):

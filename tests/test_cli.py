@@ -9,11 +9,13 @@ import time
 
 import numpy as np
 import pytest
+from processes import start_interruptible
 
 from sage_ext import cli
 from sage_ext.data.affwild2 import AffWild2
+from sage_ext.data.synthetic import TruthClips
+from sage_ext.demo import read_submission
 from sage_ext.training.checkpoint import load_checkpoint
-from sage_ext.training.demo import TruthClips, read_submission
 
 SMALL = ("--dim=8", "--stages=2", "--blocks=2", "--window=60", "--hop=40", "--batch-size=4", "--threads=1")
 
@@ -128,20 +130,20 @@ def test_other_models_go_the_whole_way(capsys, data, tmp_path, fusion):
 
 
 def test_expected_failures(capsys, trained, data, tmp_path):
-    fails(capsys, "train", "--data", data, "--run", trained, message="holds a run already")
+    fails(capsys, "train", "--data", data, "--run", trained, message="expected no run there, got config.json")
     fails(capsys, "train", "--run", tmp_path / "new", message="--data")
     fails(capsys, "train", "--data", tmp_path / "nothing", "--run", tmp_path / "new", message="nothing")
     fails(capsys, "train", "--data", data, "--run", tmp_path / "new", "--hop", 500, message="hop")
     fails(capsys, "train", "--data", data, "--run", tmp_path / "new", "--modalities", "smell", message="smell")
     fails(capsys, "train", "--data", data, "--run", tmp_path / "new", "--fusion", "magic", message="magic")
     assert not (tmp_path / "new").exists()
-    fails(capsys, "evaluate", "--run", tmp_path / "new", message="not a run directory")
+    fails(capsys, "evaluate", "--run", tmp_path / "new", message="expected a run directory")
     fails(capsys, "evaluate", "--run", trained, "--data", tmp_path, message=str(tmp_path))
     fails(
         capsys, "predict", "--run", trained, "--out", tmp_path / "o", "--sample", tmp_path / "s", message="No such file"
     )
-    fails(capsys, "synth", data, message="not empty")
-    fails(capsys, "demo", "--out", data, message="not empty")
+    fails(capsys, "synth", data, message="expected a folder that is empty or new")
+    fails(capsys, "demo", "--out", data, message="which holds something else")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_bytes((trained / "config.json").read_bytes())
@@ -192,7 +194,7 @@ def test_interrupt_leaves_a_resumable_run(data, tmp_path):
     """Ctrl-C: no traceback, a hint, exit code 130, and the run goes on from there."""
     path = tmp_path / "run"
     arguments = ["train", "--data", str(data), "--run", str(path), *SMALL, "--epochs", "400", "--checkpoint-every", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "sage_ext", *arguments], stderr=subprocess.PIPE, text=True)
+    process = start_interruptible([sys.executable, "-m", "sage_ext", *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (path / "last.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

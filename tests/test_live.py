@@ -23,6 +23,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import start_interruptible
 
 from sage_ext import cli
 from sage_ext.data.synthetic import write_dataset
@@ -32,7 +33,6 @@ from sage_ext.live.estimator import Estimator, Latency, Quality, Trace
 from sage_ext.live.frames import JsonLines, MalformedFrame, RawFloats
 from sage_ext.live.page import Page
 from sage_ext.models import SAGE
-from sage_ext.training.demo import TruthClips, stream_clip
 from sage_ext.training.runs import Run
 from sage_ext.training.trainer import TrainConfig, train
 
@@ -209,18 +209,6 @@ def test_pace(capfd, trained, files, tmp_path):
     assert np.median([a["latency_us"] for a in answers]) < 1e4  # waiting is not in it
 
 
-def test_the_demos_streamed_clip(trained):
-    run = Run.load(trained)
-    clip = next(iter(TruthClips(trained.parent / "data")))
-    table = stream_clip(run, clip, lines=3)
-    said = run.predict(clip)
-    assert [row[0] for row in table.rows] == [str(t) for t in range(clip.num_frames - 2, clip.num_frames + 1)]
-    np.testing.assert_allclose([row[1:3] for row in table.rows], said.prediction[-3:], atol=1e-5)
-    np.testing.assert_allclose([row[3:5] for row in table.rows], said.weights[-3:], atol=1e-5)
-    assert [row[5][0] for row in table.rows] == [str(s + 1) for s in said.stage[-3:].argmax(1)]
-    assert re.search(rf"{clip.num_frames} frames: latency p50 .* p99 ", table.note)
-
-
 # ---------------------------------------------------------------------------------------------------- what it survives
 def bad_lines():
     numbers = [0.0] * DIMS[0]
@@ -282,7 +270,9 @@ def test_reports_of_one_kind_become_rare_and_the_count_stays_exact(capfd, traine
 def test_nothing_but_garbage_is_a_wrong_request(capfd, trained, files):
     code, answers, err = run(capfd, "--run", trained, "--input", files / "clip.f32")
     assert (code, answers) == (2, [])
-    assert err.splitlines()[-1].startswith("sage-ext stream: error: --input: none of ")
+    assert err.splitlines()[-1].startswith(
+        "sage-ext stream: error: --input: expected frames (--format jsonl), got none in "
+    )
     code, answers, err = run(capfd, "--run", trained, "--input", os.devnull)
     assert (code, answers) == (0, [])
 
@@ -395,13 +385,16 @@ def test_latency_quantiles():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--follow"], "--follow: needs --input FILE"),
+        (["--follow"], "--follow: expected --input FILE"),
         (["--pace", "0"], "--pace: expected frames a second above 0, got 0.0"),
         (["--serve", "70000"], "--serve: expected a port from 0 to 65535, got 70000"),
         (["--input", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--input", os.sep], "Is a directory"),
-        (["--labels", os.devnull], "the file is empty"),
-        (["--serve", "0", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--labels", os.devnull], "got an empty file"),
+        (
+            ["--serve", "0", "--host", "no.such.host.invalid"],
+            "--serve, --host: expected an address to listen on, got 0, no.such.host.invalid",
+        ),
     ],
 )
 def test_wrong_requests(capfd, trained, arguments, message):
@@ -417,7 +410,7 @@ def test_a_port_that_is_taken(capfd, trained):
         port = taken.getsockname()[1]
         code, _, err = run(capfd, "--run", trained, "--input", os.devnull, "--serve", port)
     assert code == 2
-    assert f"--serve {port}, --host 127.0.0.1: Address already in use" in err
+    assert f"--serve, --host: expected an address to listen on, got {port}, 127.0.0.1: Address already in use" in err
 
 
 # --------------------------------------------------------------------------------------------------- as a process of its own
@@ -426,7 +419,8 @@ class Process:
 
     def __init__(self, *arguments, stdin=subprocess.PIPE):
         command = [sys.executable, "-m", "sage_ext", "stream", *(str(a) for a in arguments)]
-        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+        pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = start_interruptible(command, bufsize=0, **pipes)
         self.out = b""
 
     def __enter__(self):

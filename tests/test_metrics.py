@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scores import numpy_ccc
 
 from sage_ext import functional
 from sage_ext.metrics import StreamingCCC
-from tests.test_nn import numpy_ccc
 
 MODES = [{}, {"window": 7}, {"window": 500}, {"halflife": 9.0}]
 
@@ -157,21 +157,29 @@ def test_large_offsets_lose_nothing():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda p, t: StreamingCCC(0), ValueError, "num_targets must be >= 1"),
-        (lambda p, t: StreamingCCC(window=1), ValueError, "window must be >= 2"),
-        (lambda p, t: StreamingCCC(window=9, halflife=3.0), ValueError, "not both"),
+        (lambda p, t: StreamingCCC(0), ValueError, "num_targets: expected an int >= 1"),
+        (lambda p, t: StreamingCCC(window=1), ValueError, "window: expected an int >= 2"),
+        (lambda p, t: StreamingCCC(window=9, halflife=3.0), ValueError, "window, halflife: expected at most one"),
         (
             lambda p, t: StreamingCCC(3).update(p, t),
             ValueError,
-            r"pred must be \(T, 3\) or \(B, T, 3\), got \(3, 60, 2\)",
+            r"pred: expected shape \(T, 3\) or \(B, T, 3\), got \(3, 60, 2\)",
         ),
-        (lambda p, t: StreamingCCC().update(p.numpy(), t), TypeError, "pred must be a tensor"),
+        (lambda p, t: StreamingCCC().update(p.numpy(), t), TypeError, "pred: expected a torch.Tensor, got ndarray"),
         (lambda p, t: StreamingCCC().update(p, t[:, :5]), ValueError, "target"),
         (lambda p, t: StreamingCCC().update(p, t, torch.ones(3, 60)), TypeError, "mask"),
-        (lambda p, t: StreamingCCC().merge(torch.zeros(2, 6)), TypeError, "other must be a StreamingCCC"),
+        (lambda p, t: StreamingCCC().merge(torch.zeros(2, 6)), TypeError, "other: expected a StreamingCCC, got Tensor"),
         (lambda p, t: StreamingCCC().merge(StreamingCCC(3)), ValueError, "num_targets=2, got 3"),
-        (lambda p, t: StreamingCCC(window=5).merge(StreamingCCC(window=5)), ValueError, "pooled mode only"),
-        (lambda p, t: StreamingCCC().merge(StreamingCCC(halflife=5)), ValueError, "pooled mode only"),
+        (
+            lambda p, t: StreamingCCC(window=5).merge(StreamingCCC(window=5)),
+            ValueError,
+            "other: expected both metrics pooled .*, got StreamingCCC",
+        ),
+        (
+            lambda p, t: StreamingCCC().merge(StreamingCCC(halflife=5)),
+            ValueError,
+            "other: expected both metrics pooled .*, got StreamingCCC",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, match):
@@ -186,7 +194,7 @@ def test_a_running_stream_keeps_its_batch(mode):
     metric = StreamingCCC(**mode)
     metric.update(pred, target)
     for other in (pred[:2], pred[0]):
-        with pytest.raises(ValueError, match=r"began with 3 sequences, \(B, T, C\)"):
+        with pytest.raises(ValueError, match=r"pred: expected 3 sequences, \(B, T, C\), as this stream began"):
             metric.update(other, other)
 
 

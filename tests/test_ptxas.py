@@ -52,6 +52,7 @@ def report(source: Path) -> list[Kernel]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("file", FILES)
 def test_no_spills_and_no_stack(file):

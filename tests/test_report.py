@@ -155,7 +155,7 @@ def test_page_is_self_contained(tmp_path, clip):
 
 def test_pictures_need_different_names(tmp_path, clip):
     picture = Picture("video", "", plot_clip(**clip))
-    with pytest.raises(ValueError, match="names must differ"):
+    with pytest.raises(ValueError, match="pictures: expected different names"):
         write_report(tmp_path, "t", [picture, picture])
 
 

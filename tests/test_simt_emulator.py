@@ -118,6 +118,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "right", "why"),
     [(7, 6, "heap-buffer-overflow"), (9, 8, "heap-buffer-overflow"), (11, 10, "misaligned")],

@@ -1,6 +1,7 @@
 // The session on the CPU: rows shared out over threads, each thread's part one call into stream.cpp.
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "../stream/session.h"
@@ -13,28 +14,34 @@ constexpr int64_t kTaskRows = 4;  // fewer are not worth a thread
 constexpr size_t kLine = 64;
 
 struct Variant {
-  void (*pack)(Model&, const float*, void*);
+  Matrices matrices;
+  int64_t (*scratch)(const Shape&);
   void (*step)(const Model&, const Step&);
 };
-Variant
-variant() {  // of the instruction set in use now: a session keeps it, for its matrices are packed for it
+// Of the instruction set in use now. A session keeps the one that it was made with: its matrices are packed for it.
+Variant variant() {
+#define SAGE_VARIANT(isa)                                                                       \
+  {                                                                                             \
+    {isa::stream_matrix_bytes, isa::stream_matrix_write}, isa::stream_scratch, isa::stream_step \
+  }
 #if defined(SAGE_X86_ISAS)
-  if (cpu::isa() == 2) return {cpu::avx512::stream_pack, cpu::avx512::stream_step};
-  if (cpu::isa() == 1) return {cpu::avx2::stream_pack, cpu::avx2::stream_step};
+  if (cpu::isa() == 2) return SAGE_VARIANT(cpu::avx512);
+  if (cpu::isa() == 1) return SAGE_VARIANT(cpu::avx2);
 #endif
-  return {cpu::baseline::stream_pack, cpu::baseline::stream_step};
+  return SAGE_VARIANT(cpu::baseline);
+#undef SAGE_VARIANT
 }
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
 
 class CpuSession final : public Session {
  public:
-  CpuSession(const Shape& shape, const float* parameters, int64_t count, int64_t rows, int threads)
-      : Session(shape, rows) {
-    const Variant engine = variant();
-    engine.pack(model_, nullptr, nullptr);
-    expect(parameters, count);
+  CpuSession(const Variant& engine, const Shape& shape, Tensors tensors, int64_t rows, int threads)
+      : Session(shape, engine.matrices, rows), step_(engine.step), scratch_floats_(engine.scratch(shape)) {
     const int64_t most = (rows + kTaskRows - 1) / kTaskRows;
     threads_ = int(threads < 1 ? 1 : threads < most ? threads : most);
-    step_ = engine.step;
 
     const int64_t counters = rows * shape.modalities;
     size_t used = 0;
@@ -44,23 +51,23 @@ class CpuSession final : public Session {
       return at;
     };
     const size_t packed = room(model_.bytes), state = room(size_t(rows * model_.row_floats) * 4),
-                 scratch = room(size_t(threads_ * model_.scratch_floats) * 4),
-                 frames = room(size_t(rows) * 8), absent = room(size_t(counters) * 8),
-                 refused = room(size_t(counters) * 8), order = room(size_t(rows) * 8);
-    memory_ = std::aligned_alloc(kLine, used);
+                 scratch = room(size_t(threads_ * scratch_floats_) * 4), frames = room(size_t(rows) * 8),
+                 absent = room(size_t(counters) * 8), refused = room(size_t(counters) * 8),
+                 order = room(size_t(rows) * 8);
+    memory_.reset(static_cast<char*>(std::aligned_alloc(kLine, used)));
     if (!memory_) throw std::bad_alloc();
-    std::memset(memory_, 0, used);
-    char* base = static_cast<char*>(memory_);
-    engine.pack(model_, parameters, base + packed);
+    char* base = memory_.get();
+    std::memset(base, 0, used);
+    pack(model_, engine.matrices, tensors, base + packed, base + packed);
     state_ = reinterpret_cast<float*>(base + state), scratch_ = reinterpret_cast<float*>(base + scratch);
     frames_ = reinterpret_cast<int64_t*>(base + frames), absent_ = reinterpret_cast<int64_t*>(base + absent);
     refused_ = reinterpret_cast<int64_t*>(base + refused), order_ = reinterpret_cast<int64_t*>(base + order);
     for (int64_t r = 0; r < rows; ++r) order_[r] = r;
-    reset(order_, rows);
+    reset_all();
   }
-  ~CpuSession() override { std::free(memory_); }
 
-  Totals totals() override {
+ private:
+  Totals tally() override {
     Totals t = {};
     t.frames = stepped_;
     const int modalities = model_.shape.modalities;
@@ -71,7 +78,6 @@ class CpuSession final : public Session {
     return t;
   }
 
- private:
   Row lend(int64_t row) override { return {state_ + row * model_.row_floats, frames_ + row}; }
   void take_back(int64_t) override {}
 
@@ -84,15 +90,14 @@ class CpuSession final : public Session {
     for (int m = 0; m < model_.shape.modalities; ++m) q.features[m] = frame.features[m];
     q.present = frame.present, q.order = order_;
     q.state = state_, q.frames = frames_, q.absent = absent_, q.refused = refused_;
-    q.prediction = outputs.prediction, q.unimodal = outputs.unimodal, q.weights = outputs.weights;
-    q.confidence = outputs.confidence, q.stage = outputs.stage;
+    q.out = outputs;
     int64_t tasks = (count + kTaskRows - 1) / kTaskRows;
     tasks = tasks < exec.where ? tasks : exec.where;
     tasks = tasks < threads_ ? tasks : threads_;
     const auto task = [&](int64_t t) {
       Step part = q;
       part.first = count * t / tasks, part.count = count * (t + 1) / tasks - part.first;
-      part.scratch = scratch_ + t * model_.scratch_floats;
+      part.scratch = scratch_ + t * scratch_floats_;
       step_(model_, part);
     };
 #if defined(_OPENMP)
@@ -110,8 +115,9 @@ class CpuSession final : public Session {
 
   int threads_ = 1;
   int64_t stepped_ = 0;
-  void (*step_)(const Model&, const Step&) = nullptr;
-  void* memory_ = nullptr;
+  void (*step_)(const Model&, const Step&);
+  int64_t scratch_floats_;
+  std::unique_ptr<char, Free> memory_;
   float *state_ = nullptr, *scratch_ = nullptr;
   int64_t *frames_ = nullptr, *absent_ = nullptr, *refused_ = nullptr, *order_ = nullptr;
 };
@@ -121,9 +127,9 @@ class CpuSession final : public Session {
 
 namespace sage::cpu {
 
-stream::Session* open_session(const stream::Shape& shape, const float* parameters, int64_t count,
-                              int64_t rows, int threads) {
-  return new stream::CpuSession(shape, parameters, count, rows, threads);
+stream::Session* open_session(const stream::Shape& shape, stream::Tensors tensors, int64_t rows,
+                              int threads) {
+  return new stream::CpuSession(stream::variant(), shape, tensors, rows, threads);
 }
 
 }  // namespace sage::cpu

@@ -7,9 +7,10 @@
 // (four interleaved ones where few outputs would leave the units idle), the same whatever rows are beside it.
 #include "../stream/model.h"
 
-#include "../stream/pack.h"
 #include "isa.h"
 #include "../math/activation.h"
+#include "../math/frame.h"
+#include "../math/leaky_average.h"
 #include "../math/reliability_fusion.h"
 #include "../math/stage_filter.h"
 
@@ -161,7 +162,7 @@ SAGE_FN Moments moments(const float* x, int64_t dim) {
     const V c = at.keep(at.read(x + d) - mean);
     ss = fma(c, c, ss);
   });
-  return {mean, V(1.0f / __builtin_sqrtf(sum(ss) / float(dim) + kNormEps))};
+  return {mean, V(1.0f / __builtin_sqrtf(sum(ss) / float(dim) + float(kNormEps)))};
 }
 SAGE_FN V normed(const float* x, const Moments& m, const Norm& norm, int64_t d) {
   return fma((load(x + d) - m.mean) * m.rstd, load(norm.weight + d), load(norm.bias + d));
@@ -185,7 +186,7 @@ struct Group {
   // Scratch; a row of each starts every `wide`, `joined`... floats.
   float *input, *encoded, *mixed, *tracks, *joint, *hidden, *logits, *emission, *recalled;
   int64_t input_stride, dim_stride, joint_stride, hidden_stride, stage_stride, recalled_stride;
-  float square[kGroup][2 * kMaxModalities];
+  float square[kGroup][2 * kMaxModalities] = {};
   float precision[(1 + kMaxModalities) * kGroup];  // of the fused frames, then of modality m alone
   bool present[kGroup][kMaxModalities];
 
@@ -229,54 +230,42 @@ int64_t cut_scratch(const Shape& s, float* base, Group* g) {
 }
 
 // Standardised input of one modality, zero where it is missing, and the two mean squares that typicality reads. A frame
-// that holds NaN or Inf, or whose squares overflow, is missing: nothing downstream can then become NaN. So is one that
-// repeats the last one for the stuck-th time.
+// that does not count is missing: nothing downstream can then become NaN.
 void standardise(Group& g, int m) {
   const Shape& s = g.model.shape;
   const Modality& from = g.model.modality[m];
   const int64_t n = s.in_dim[m];
   for (int i = 0; i < g.rows; ++i) {
-    const int64_t row = g.row[i];
+    const int64_t row = g.row[i], flag = row * s.modalities + m;
     const float* raw = g.q.features[m] + row * n;
-    float *x = g.input + i * g.input_stride, *last = g.state(i) + from.last;
-    const bool given = !g.q.present || g.q.present[row * s.modalities + m];
-    bool here = given, same = false, stuck = false;
-    if (given) {
-      V squares(0.0f), steps(0.0f), moved(0.0f);
+    float *x = g.input + i * g.input_stride, *last = g.state(i) + g.model.last[m].at;
+    const bool given = !g.q.present || g.q.present[flag];
+    FrameSums<V> sums = {V(0.0f), V(0.0f), V(0.0f)};
+    if (given)
       for_each_vector<W>(n, [&](int64_t d, auto at) {
-        const V v = (at.read(raw + d) - load(from.mean + d)) * load(from.scale + d),
-                step = v - load(last + d);
+        const V v = (at.read(raw + d) - load(from.mean + d)) * load(from.scale + d);
         store(x + d, v);
-        squares = fma(v, v, squares);
-        steps = fma(step, step, steps);
-        moved += abs(step);
+        sums.add(v, load(last + d));
       });
-      const float total = sum(squares);
-      here = total <= 3.4028235e38f;  // false for NaN
-      g.square[i][2 * m] = total / float(n);
-      g.square[i][2 * m + 1] = sum(steps) / float(n);
-      same = here && sum(moved) == 0;
-    }
-    if (s.stuck) {
-      float& repeats = g.state(i)[g.model.repeats + m];
-      repeats = same ? repeats + (repeats < float(s.stuck)) : 0.0f;
-      stuck = repeats >= float(s.stuck);
-      here = here && !stuck;
-    }
-    if (!here) {
-      V steps(0.0f);
+    float* repeats = s.stuck ? g.state(i) + g.model.repeats.at + m : nullptr;
+    const FrameVerdict verdict =
+        judge_frame(given, sum(sums.squares), sum(sums.moved), repeats ? *repeats : 0.0f, s.stuck);
+    if (repeats) *repeats = verdict.repeats;
+    if (!verdict.here) {
+      sums = {V(0.0f), V(0.0f), V(0.0f)};
       for (int64_t d = 0; d < n; d += W) {
-        steps = fma(load(last + d), load(last + d), steps);
+        sums.add(V(0.0f), load(last + d));
         store(x + d, V(0.0f));
       }
-      g.square[i][2 * m] = 0;
-      g.square[i][2 * m + 1] = sum(steps) / float(n);
-      ++g.q.absent[row * s.modalities + m];
-      g.q.refused[row * s.modalities + m] += given && !stuck;
+      ++g.q.absent[flag];
+      g.q.refused[flag] += given && !verdict.stuck;
     }
-    g.present[i][m] = here || s.hide_missing;
+    g.square[i][2 * m] = sum(sums.squares) / float(n);
+    g.square[i][2 * m + 1] = sum(sums.steps) / float(n);
+    g.present[i][m] = verdict.here || s.hide_missing;
+    g.q.out.present[flag] = verdict.here;
     // A stuck input stays the last one; typicality counts no motion after a missing frame.
-    for (int64_t d = 0; d < n && !stuck; d += W) store(last + d, load(x + d));
+    for (int64_t d = 0; d < n && !verdict.stuck; d += W) store(last + d, load(x + d));
   }
 }
 
@@ -308,56 +297,37 @@ void temporal_block(Group& g, const Block& block, float* x, int tracks = 1) {
   product(g.model, block.pointwise, tracks * g.rows, g.mixed, dim, x, dim, true);
 }
 
-// The evidence that typicality gives, behind the learnt evidence in `joint`; and its ring moves on by a frame.
-void typicality(Group& g) {
+// The evidence that typicality gives, behind the learnt evidence in `joint`; and its rings move on by a frame. A lane a
+// (modality, energy or energy of the step).
+void assess_typicality(Group& g) {
   const Shape& s = g.model.shape;
-  const int pairs = 2 * s.modalities;
-  const int64_t history = s.window - 1;
+  const int M = s.modalities, pairs = 2 * M, history = s.window - 1;
+  const int64_t line = g.model.energy.line();
   for (int i = 0; i < g.rows; ++i) {
-    float energy[2 * kMaxModalities] = {}, now[2 * kMaxModalities], total[2 * kMaxModalities] = {},
-                     count[2 * kMaxModalities] = {};
-    for_each_vector<W>(
-        pairs, [&](int64_t c, auto at) { at.write(energy + c, log(at.read(g.square[i] + c) + V(1e-8f))); });
-    float* ring = g.state(i) + g.model.typicality;  // (history) x (energy, counted) x pairs
-    const int64_t start = history ? g.q.frames[g.row[i]] % history : 0, size = 2 * pairs;
-    const float* before = ring + (start ? start - 1 : history - 1) * size + pairs;
-    for (int m = 0; m < s.modalities; ++m) {
-      const bool here = g.present[i][m];
-      now[2 * m] = here;
-      now[2 * m + 1] = here && history && before[2 * m] > 0;
+    float *energies = g.state(i) + g.model.energy.at, *counts = g.state(i) + g.model.counted.at;
+    const int start = history ? int(g.q.frames[g.row[i]] % history) : 0;
+    const float* before = counts + (start ? start - 1 : history - 1) * line;
+    float here[2 * kMaxModalities] = {}, counted[2 * kMaxModalities] = {};
+    for (int m = 0; m < M; ++m) {
+      here[2 * m] = here[2 * m + 1] = counted[2 * m] = g.present[i][m];
+      counted[2 * m + 1] = g.present[i][m] && history && before[2 * m] > 0;
     }
-    int64_t slot = start;
-    for (int64_t f = 0; f < history; ++f) {  // oldest first
-      const float* at = ring + slot * size;
-      for (int c = 0; c < pairs; ++c) {
-        total[c] += at[c];
-        count[c] += at[pairs + c];
-      }
-      slot = slot + 1 == history ? 0 : slot + 1;
+    float signed_level[2 * kMaxModalities], level[2 * kMaxModalities];
+    for (int c = 0; c < pairs; c += W) {
+      const V count = load(counted + c);
+      const V energy = select(count > V(0.0f), log_energy(load(g.square[i] + c)), V(0.0f));
+      const auto past = [&](int slot) __attribute__((always_inline)) {
+        return EnergyWindow<V>{load(energies + slot * line + c), load(counts + slot * line + c)};
+      };
+      const EnergyWindow<V> window = sum_window(history, start, past, EnergyWindow<V>{energy, count});
+      if (history) store(energies + start * line + c, energy), store(counts + start * line + c, count);
+      const Typicality<V> found = typicality(window, load(here + c) > V(0.0f), load(g.model.typical_mean + c),
+                                             load(g.model.typical_std + c));
+      store(signed_level + c, found.signed_level), store(level + c, found.level);
     }
-    for (int c = 0; c < pairs; ++c) {
-      energy[c] = now[c] > 0 ? energy[c] : 0;
-      total[c] += energy[c];
-      count[c] += now[c];
-      if (history) {
-        ring[start * size + c] = energy[c];
-        ring[start * size + pairs + c] = now[c];
-      }
-    }
-    float z[2 * kMaxModalities] = {}, level[2 * kMaxModalities];
-    for (int c = 0; c < pairs; ++c) {
-      const Modality& from = g.model.modality[c / 2];
-      if (g.present[i][c / 2] && count[c] > 0)
-        z[c] = (total[c] / count[c] - from.typical_mean[c % 2]) / from.typical_std[c % 2];
-    }
-    for_each_vector<W>(pairs, [&](int64_t c, auto at) {  // asinh |z|, at most 4
-      const V far = abs(at.read(z + c));
-      at.write(level + c, min(log(far + sqrt(fma(far, far, V(1.0f)))), V(4.0f)));
-    });
     for (int c = 0; c < pairs; ++c) {
       float* to = g.joint + i * g.joint_stride + c / 2 * (s.evidence + kTypicality) + s.evidence + c % 2;
-      to[0] = z[c] < 0 ? -level[c] : level[c];
-      to[2] = level[c];
+      to[0] = signed_level[c], to[2] = level[c];
     }
   }
 }
@@ -366,7 +336,7 @@ void typicality(Group& g) {
 void assess(Group& g) {
   const Shape& s = g.model.shape;
   const int64_t width = s.evidence + kTypicality;
-  typicality(g);
+  assess_typicality(g);
   for (int m = 0; m < s.modalities; ++m) {
     const Modality& from = g.model.modality[m];
     product(g.model, from.evidence, g.rows, g.encoded_of(m), g.dim_stride, g.hidden, g.hidden_stride);
@@ -408,7 +378,7 @@ void gate_lanes(Group& g, int first) {
   }
   V belief[kMaxStages], p[kMaxStages], emission[kMaxStages], logit[kMaxStages];
   for (int j = 0; j < stages; ++j) {
-    belief[j] = gather([&](int i) { return g.state(i)[g.model.belief + j]; });
+    belief[j] = gather([&](int i) { return g.state(i)[g.model.belief.at + j]; });
     p[j] = exp(belief[j]);
     emission[j] =
         select(any_present, gather([&](int i) { return g.emission[i * g.stage_stride + j]; }), V(0.0f));
@@ -416,34 +386,28 @@ void gate_lanes(Group& g, int first) {
   stage_step(stages, g.model.log_a, g.model.a, emission, belief, p);
   for (int l = 0; l < lanes; ++l)
     for (int j = 0; j < stages; ++j) {
-      g.state(first + l)[g.model.belief + j] = belief[j][l];
-      g.q.stage[g.row[first + l] * stages + j] = p[j][l];
+      g.state(first + l)[g.model.belief.at + j] = belief[j][l];
+      g.q.out.stage[g.row[first + l] * stages + j] = p[j][l];
     }
 
-  const V zero(0.0f), lowest(-3e38f);
-  V confidence[kMaxModalities], weight[kMaxModalities], peak = lowest, total = zero;
+  const V zero(0.0f);
+  V confidence[kMaxModalities], score[kMaxModalities], weight[kMaxModalities];
   for (int m = 0; m < M; ++m) {
-    const Modality& from = g.model.modality[m];
+    const float *scale = g.model.logit_scale + m * stages, *bias = g.model.logit_bias + m * stages;
     for (int j = 0; j < stages; ++j) {
       const V raw = gather([&](int i) { return g.logits_of(m)[i * g.stage_stride + j]; });
-      logit[j] = select(present[m], fma(raw, V(from.logit_scale[j]), V(from.logit_bias[j])), zero);
+      logit[j] = select(present[m], fma(raw, V(scale[j]), V(bias[j])), zero);
     }
     const Reliability<V> r = reliability(stages, logit, p);
     confidence[m] = select(present[m], r.confidence, zero);
-    weight[m] = r.log_odds * V(g.model.sharpness);
-    peak = max(peak, select(present[m], weight[m], lowest));
+    score[m] = r.log_odds * V(g.model.sharpness);
   }
-  for (int m = 0; m < M; ++m) {
-    weight[m] = select(present[m], exp(weight[m] - peak), zero);
-    total += weight[m];
-  }
-  for (int m = 0; m < M; ++m) {
-    const V share = select(any_present, weight[m] / total, zero);
+  modality_weights(M, score, present, weight);
+  for (int m = 0; m < M; ++m)
     for (int l = 0; l < lanes; ++l) {
-      g.q.weights[g.row[first + l] * M + m] = share[l];
-      g.q.confidence[g.row[first + l] * M + m] = confidence[m][l];
+      g.q.out.weights[g.row[first + l] * M + m] = weight[m][l];
+      g.q.out.confidence[g.row[first + l] * M + m] = confidence[m][l];
     }
-  }
 }
 
 void gate(Group& g) {
@@ -462,10 +426,10 @@ void gate(Group& g) {
     int count = 0;
     for (int m = 0; m < s.modalities; ++m) count += g.present[i][m];
     for (int m = 0; m < s.modalities; ++m) {
-      g.q.weights[row * s.modalities + m] = g.present[i][m] ? 1.0f / float(count) : 0.0f;
-      g.q.confidence[row * s.modalities + m] = g.present[i][m] ? 0.5f : 0.0f;
+      g.q.out.weights[row * s.modalities + m] = g.present[i][m] ? 1.0f / float(count) : 0.0f;
+      g.q.out.confidence[row * s.modalities + m] = g.present[i][m] ? 0.5f : 0.0f;
     }
-    g.q.stage[row] = 1.0f;
+    g.q.out.stage[row] = 1.0f;
   }
 }
 
@@ -484,8 +448,8 @@ void fuse(Group& g) {
         for (int64_t d = 0; d < dim; d += W) store(x + d, V(0.0f));
         continue;
       }
-      const Norm& norm = g.model.modality[m].value_norm;
-      const V weight(g.q.weights[g.row[i] * s.modalities + m]);
+      const Norm norm = {g.model.value_norm.weight + m * dim, g.model.value_norm.bias + m * dim};
+      const V weight(g.q.out.weights[g.row[i] * s.modalities + m]);
       const Moments stats = s.value_norm ? moments(x, s.dim) : Moments{};
       for (int64_t d = 0; d < dim; d += W) {
         const V value = s.value_norm ? normed(x, stats, norm, d) : load(x + d);
@@ -496,17 +460,14 @@ void fuse(Group& g) {
   }
 }
 
-// The precision of the fused frames, and of each modality alone: odds(confidence)^sharpness, confidence taken within
-// [0.001, 0.999].
+// The precision of the fused frames, and of each modality alone.
 void weigh(Group& g) {
   const Shape& s = g.model.shape;
   for (int i = 0; i < g.rows; ++i) {
     float own[kMaxModalities] = {}, total = 0;
-    for (int m = 0; m < s.modalities; ++m) own[m] = g.q.confidence[g.row[i] * s.modalities + m];
+    const float* confidence = g.q.out.confidence + g.row[i] * s.modalities;
     for_each_vector<W>(s.modalities, [&](int64_t m, auto at) {
-      const V c = min(max(at.read(own + m), V(0.001f)), V(0.999f));
-      const V log_odds = log(c / (V(1.0f) - c)) * V(s.reliability ? g.model.sharpness : 1.0f);
-      at.write(own + m, exp(min(max(log_odds, V(-10.0f)), V(10.0f))));
+      at.write(own + m, frame_precision(at.read(confidence + m), V(g.model.sharpness)));
     });
     for (int m = 0; m < s.modalities; ++m) {
       const float p = g.present[i][m] ? own[m] : 0.0f;
@@ -525,16 +486,17 @@ void remember(Group& g) {
   const int rows = (1 + s.modalities) * g.rows;
   weigh(g);
   for (int r = 0; r < rows; ++r) {
-    float *sums = g.state(r % g.rows) + model.memory + r / g.rows * memory_floats(s),
-          *weights = sums + s.memory * dim;
-    const float p = g.precision[r], *x = g.tracks + r * dim;
+    float* sums = g.state(r % g.rows) + model.memory.array(r / g.rows * s.memory);
+    const V precision(g.precision[r]);
+    const float* x = g.tracks + r * dim;
     float* to = g.recalled + r * g.recalled_stride;
     for (int h = 0; h < s.memory; ++h) {
-      weights[h] = model.decay[h] * weights[h] + p;
-      const V scale(1.0f / (weights[h] + model.prior[h]));
-      float* sum = sums + h * dim;
+      float* sum = sums + h * model.memory.line();
+      const V decay(model.decay[h]), weight = leaky_weight(decay, V(sum[s.dim]), precision);
+      const V scale = leaky_scale(V(model.prior[h]), weight);
+      sum[s.dim] = weight[0];
       for_each_vector<W>(s.dim, [&](int64_t d, auto at) {
-        const V next = fma(V(model.decay[h]), load(sum + d), V(p) * at.read(x + d));
+        const V next = leaky_sum(decay, at.read(sum + d), precision, at.read(x + d));
         at.write(sum + d, next);
         at.write(to + h * s.dim + d, next * scale);
       });
@@ -559,7 +521,8 @@ void predict(Group& g) {
     const int64_t row = g.row[r % g.rows];
     const int m = r / g.rows - 1;
     map<tanh>(g.hidden + r * g.hidden_stride, s.targets,
-              m < 0 ? g.q.prediction + row * s.targets : g.q.unimodal + (row * s.modalities + m) * s.targets);
+              m < 0 ? g.q.out.prediction + row * s.targets
+                    : g.q.out.unimodal + (row * s.modalities + m) * s.targets);
   }
 }
 
@@ -623,14 +586,13 @@ struct Panels {
 
 }  // namespace
 
-void stream_pack(Model& model, const float* parameters, void* memory) {
-  char* to = (char*)memory;
-  if (model.shape.bf16)
-    pack<Panels<bf16>>(model, parameters, to, to);
-  else
-    pack<Panels<float>>(model, parameters, to, to);
-  model.scratch_floats = cut_scratch(model.shape, nullptr, nullptr);
+size_t stream_matrix_bytes(bool half, int64_t inputs, int64_t outputs) {
+  return half ? Panels<bf16>::bytes(inputs, outputs) : Panels<float>::bytes(inputs, outputs);
 }
+void stream_matrix_write(bool half, const float* from, int64_t inputs, int64_t outputs, void* to) {
+  half ? Panels<bf16>::write(from, inputs, outputs, to) : Panels<float>::write(from, inputs, outputs, to);
+}
+int64_t stream_scratch(const Shape& shape) { return cut_scratch(shape, nullptr, nullptr); }
 
 void stream_step(const Model& model, const Step& q) {
   for (int64_t i = 0; i < q.count; i += kGroup) {

@@ -1,4 +1,4 @@
-// One frame of SAGE for many streams in one launch, and the session around it.
+// One frame of SAGE for many streams in one launch (session.cu launches it, product.cuh multiplies).
 //
 // A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, fusion,
 // blocks on the fused frames and on each modality's alone, head. What passes between layers stays in shared memory; a
@@ -8,170 +8,19 @@
 // 2.6 KB of input a stream. Floor: one multiprocessor takes some 64 bytes a cycle from L2, 11 us for the matrices in float32;
 // 33 barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
-//
-// Product: a matrix is packed in vectors of 16 bytes, four outputs of one input (two in bfloat16), so neighbouring lanes
-// read neighbouring vectors. Its inputs are cut into slices of `depth`; a lane takes four outputs of one slice for all Q
-// rows, so each weight is read once; the slices' sums meet in shared memory and are added in order. Depth depends on the
-// model alone (plan()), so a row's bits depend on neither R nor the rows beside it.
-#include <cmath>
-#include <cstring>
-#include <memory>
-
-#include "device.cuh"
+#include "stream.cuh"
 #include "../math/activation.h"
+#include "../math/frame.h"
+#include "../math/leaky_average.h"
 #include "../math/reliability_fusion.h"
 #include "../math/stage_filter.h"
-#include "../stream/pack.h"
-#include "../stream/session.h"
 
 namespace sage::cuda {
 namespace {
 
 using namespace sage::stream;
 
-constexpr int kMostWarps = 16;
 constexpr int kAhead = 4;  // inputs that a thread has on their way from the host
-constexpr int kTile = 4;   // outputs and inputs that a lane multiplies at a time
-// Rows that share each load of a weight after the fusion: with two modalities all three tracks of one or two streams; more
-// would not fit the registers.
-__host__ __device__ constexpr int track_rows(int R) { return R == 1 ? 3 : 6; }
-
-__host__ __device__ __forceinline__ int tiled(int64_t n) { return int((n + kTile - 1) / kTile * kTile); }
-
-// Where things lie in a block's shared memory, in floats, behind the model. Row r of modality m or track t is number
-// m R + r of its kind.
-struct Layout {
-  int modalities, in_dim[kMaxModalities];
-  int input[kMaxModalities];        // R rows of tiled(in_dim) each, one modality behind the other
-  int encoded, mixed, tracks, dim;  // rows of tiled(dim): M R, (1 + M) R, (1 + M) R
-  int evidence, joint, hidden;  // rows of tiled(width): M R, tiled(M width): R, tiled(evidence): (1 + M) R
-  int width, joined, narrow;    // those strides
-  int recalled, recall;         // rows of tiled(memory dim): (1 + M) R; that stride
-  int logits, emission, belief, prior, now;  // rows of kMaxStages: M R, R; R each
-  int square, weight;                        // rows of 2 kMaxModalities, kMaxModalities: R
-  int precision;                             // (1 + M) R
-  int given, present, row;                   // int: rows of kMaxModalities, R each; (live, frame) int64: 2 R
-  int part;                                  // slices' sums
-  int zeroed, size;  // what lies before zeroed begins as zeros or inputs: what pads rows must be finite
-};
-
-struct Launch {
-  const Model* model;
-  Frame frame;
-  Outputs out;
-  float* state;
-  int64_t *frames, *counts;  // (rows); (rows, 1 + 2 M): frames taken, absent, refused
-  int64_t rows;
-  Layout at;
-};
-
-// ------------------------------------------------------------------------------------------------------ one product
-struct Job {
-  const Linear* f;
-  const float* x;  // row after row, `stride` apart
-  int stride;
-};
-
-// Four inputs' weights of four outputs: w[input][output].
-template <class T>
-__device__ __forceinline__ void load_tile(const T* at, int64_t step, float (&w)[kTile][kTile]) {
-  constexpr int V = kVector<T>, P = V / kTile;  // inputs of a vector
-#pragma unroll
-  for (int v = 0; v < kTile / P; ++v) load_vector<T>(at + v * step, V, true, w[v * P]);
-}
-
-// The slices' sums of Q rows from `first` on, of all jobs; rows past the last repeat it.
-template <class T, int Q, class JobOf>
-__device__ __forceinline__ void multiply(float* part, int jobs, int first, int rows, const JobOf& job_of) {
-  constexpr int P = kVector<T> / kTile;
-  const int lane = int(threadIdx.x) % kWarp, warps = int(blockDim.x) / kWarp;
-  int task = int(threadIdx.x) / kWarp;
-#pragma unroll 1
-  for (int j = 0; j < jobs; ++j) {
-    const Job job = job_of(j);
-    const Linear& f = *job.f;
-    const int quads = tiled(f.outputs) / kTile, inputs = tiled(f.inputs);
-#pragma unroll 1
-    for (; task < f.tasks; task += warps) {
-      const int slice = task / f.columns * (kWarp / f.lanes) + lane / f.lanes;
-      const int quad = task % f.columns * f.lanes + lane % f.lanes;
-      if (slice >= f.slices || quad >= quads) continue;
-      float sum[Q][kTile];
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-#pragma unroll
-        for (int n = 0; n < kTile; ++n) sum[q][n] = 0;
-      if (slice == 0) {
-        load_vector<float>(f.bias + quad * kTile, kTile, true, sum[0]);
-#pragma unroll
-        for (int q = 1; q < Q; ++q)
-#pragma unroll
-          for (int n = 0; n < kTile; ++n) sum[q][n] = sum[0][n];
-      }
-      const int begin = slice * f.depth, end = begin + f.depth < inputs ? begin + f.depth : inputs;
-      const int64_t step = int64_t(quads) * P * kTile;  // numbers from vector to vector of a lane
-      const T* at = static_cast<const T*>(f.weight) + int64_t(begin) * quads * kTile + quad * P * kTile;
-#pragma unroll(Q <= 3 ? 2 : 1)
-      for (int k = begin; k < end; k += kTile) {
-        float w[kTile][kTile];
-        load_tile<T>(at, step, w);
-        at += step * (kTile / P);
-#pragma unroll
-        for (int q = 0; q < Q; ++q) {
-          const int row = first + q < rows ? first + q : rows - 1;
-          float x[kTile];
-          load_vector<float>(job.x + row * job.stride + k, kTile, true, x);
-#pragma unroll
-          for (int i = 0; i < kTile; ++i)
-#pragma unroll
-            for (int n = 0; n < kTile; ++n) sum[q][n] = fma(w[i][n], x[i], sum[q][n]);
-        }
-      }
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-        store_vector<float>(part + ((slice * Q + q) * quads + quad) * kTile, kTile, true, sum[q]);
-    }
-    task -= f.tasks;
-    part += f.slices * Q * quads * kTile;
-  }
-}
-
-// done(job, row, output, sum + bias) of each output of the rows that multiply() took.
-template <int Q, class JobOf, class Done>
-__device__ __forceinline__ void finish(const float* part, int jobs, int first, int rows, const JobOf& job_of,
-                                       const Done& done) {
-  const int threads = int(blockDim.x);
-  int i = int(threadIdx.x);
-#pragma unroll 1
-  for (int j = 0; j < jobs; ++j) {
-    const Linear& f = *job_of(j).f;
-    const int wide = tiled(f.outputs), slices = f.slices;
-#pragma unroll 1
-    for (; i < Q * wide; i += threads) {
-      const int row = first + i / wide, n = i % wide;
-      if (row >= rows || n >= f.outputs) continue;
-      float sum = part[i];
-#pragma unroll 4
-      for (int s = 1; s < slices; ++s) sum += part[s * Q * wide + i];
-      done(j, row, n, sum);
-    }
-    i -= Q * wide;
-    part += slices * Q * wide;
-  }
-}
-
-// y = W x + b of `rows` rows a job, Q at a time. Needs a barrier before it, ends with one.
-template <class T, int Q, class JobOf, class Done>
-__device__ __forceinline__ void product(float* part, int jobs, int rows, const JobOf& job_of,
-                                        const Done& done) {
-#pragma unroll 1
-  for (int first = 0; first < rows; first += Q) {
-    multiply<T, Q>(part, jobs, first, rows, job_of);
-    __syncthreads();
-    finish<Q>(part, jobs, first, rows, job_of, done);
-    __syncthreads();
-  }
-}
 
 // ---------------------------------------------------------------------------------------------------- one warp's row
 struct Moments {
@@ -185,7 +34,7 @@ __device__ __forceinline__ Moments moments(const float* x, int dim, int lane) {
     const float c = x[d] - mean;
     ss = fma(c, c, ss);
   }
-  return {mean, 1.0f / sqrt(lanes_sum<1, kWarp>(ss) / float(dim) + kNormEps)};
+  return {mean, 1.0f / sqrt(lanes_sum<1, kWarp>(ss) / float(dim) + float(kNormEps))};
 }
 __device__ __forceinline__ float normed(float x, const Moments& m, const Norm& norm, int d) {
   return fma((x - m.mean) * m.rstd, norm.weight[d], norm.bias[d]);
@@ -195,15 +44,25 @@ __device__ __forceinline__ void layer_norm(const Norm& norm, int dim, int lane, 
   for (int d = lane; d < dim; d += kWarp) x[d] = normed(x[d], m, norm, d);
 }
 
+// A modality a lane: what modality_weights adds up and compares lies in the lanes of a warp.
+struct AcrossWarp {
+  __device__ __forceinline__ float sum(float x) const { return lanes_sum<1, kWarp>(x); }
+  __device__ __forceinline__ float max(float x) const {
+#pragma unroll
+    for (int o = 1; o < kWarp; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
+    return x;
+  }
+};
+
 // --------------------------------------------------------------------------------------------------------- the frame
 template <class T, int R>
 struct Group {
-  const Launch& q;
+  const StreamLaunch& q;
   const Model& model;
   float* shared;
   int lane, warp, warps;
 
-  __device__ __forceinline__ Group(const Launch& launch, const Model& m, float* memory)
+  __device__ __forceinline__ Group(const StreamLaunch& launch, const Model& m, float* memory)
       : q(launch),
         model(m),
         shared(memory),
@@ -284,40 +143,39 @@ struct Group {
       const Modality& from = model.modality[m];
       const int n = int(s.in_dim[m]);
       const int64_t at = row(r);
-      float *x = shared + q.at.input[m] + r * tiled(n), *last = state(r) + from.last;
+      float *x = shared + q.at.input[m] + r * tiled(n), *last = state(r) + model.last[m].at;
       const bool told = live(r) && given(r)[m];
-      const float repeated = s.stuck ? state(r)[model.repeats + m] : 0.0f;
-      float squares = 0, steps = 0, blank = 0, moved = 0;
+      const float repeats = s.stuck ? state(r)[model.repeats.at + m] : 0.0f;
+      FrameSums<float> sums = {0, 0, 0};
+      float blank = 0;  // the step's squares if the frame turns out not to count
 #pragma unroll 8
       for (int d = lane; d < n; d += kWarp) {
         const float before = last[d], v = told ? (x[d] - from.mean[d]) * from.scale[d] : 0.0f;
-        const float step = v - before;
-        squares = fma(v, v, squares);
-        steps = fma(step, step, steps);
+        sums.add(v, before);
         blank = fma(before, before, blank);
-        moved += abs(step);
         x[d] = v;
       }
-      squares = lanes_sum<1, kWarp>(squares), steps = lanes_sum<1, kWarp>(steps),
-      blank = lanes_sum<1, kWarp>(blank), moved = lanes_sum<1, kWarp>(moved);
-      bool here = told && squares <= 3.4028235e38f;  // false for NaN
-      const float repeats = here && moved == 0 ? min(repeated + 1.0f, float(s.stuck)) : 0.0f;
-      const bool held = s.stuck && repeats >= float(s.stuck);
-      here = here && !held;
-      if (!here)
+      sums = {lanes_sum<1, kWarp>(sums.squares), lanes_sum<1, kWarp>(sums.steps),
+              lanes_sum<1, kWarp>(sums.moved)};
+      blank = lanes_sum<1, kWarp>(blank);
+      const FrameVerdict verdict = judge_frame(told, sums.squares, sums.moved, repeats, s.stuck);
+      if (!verdict.here)
         for (int d = lane; d < n; d += kWarp) x[d] = 0;
-      if (live(r) && !held)
+      if (live(r) && !verdict.stuck)
         for (int d = lane; d < n; d += kWarp) last[d] = x[d];
       if (lane == 0) {
         float* square = shared + q.at.square + r * 2 * kMaxModalities + 2 * m;
-        square[0] = here ? squares / float(n) : 0.0f;
-        square[1] = (here ? steps : blank) / float(n);
-        present(r)[m] = here || s.hide_missing;
-        if (live(r) && s.stuck) state(r)[model.repeats + m] = repeats;
-        if (live(r) && !here) {
+        square[0] = verdict.here ? sums.squares / float(n) : 0.0f;
+        square[1] = (verdict.here ? sums.steps : blank) / float(n);
+        present(r)[m] = verdict.here || s.hide_missing;
+        if (live(r)) {
+          if (s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
+          q.out.present[at * s.modalities + m] = verdict.here;
+        }
+        if (live(r) && !verdict.here) {
           int64_t* counts = q.counts + at * (1 + 2 * s.modalities);
           ++counts[1 + m];
-          counts[1 + s.modalities + m] += told && !held;
+          counts[1 + s.modalities + m] += told && !verdict.stuck;
         }
       }
     }
@@ -365,33 +223,28 @@ struct Group {
 
   // The evidence that typicality gives, behind the learnt evidence; and its ring moves on by a frame. A lane a (modality,
   // energy or energy of the step).
-  __device__ __forceinline__ void typicality(int r) const {
+  __device__ __forceinline__ void assess_typicality(int r) const {
     const Shape& s = model.shape;
     const int pairs = 2 * s.modalities, m = lane / 2, kind = lane % 2, history = s.window - 1;
     if (lane >= pairs) return;
-    float* ring = state(r) + model.typicality;
-    const int start = history ? int(frame(r) % history) : 0, size = 2 * pairs;
+    float *energies = state(r) + model.energy.at + lane, *counts = state(r) + model.counted.at;
+    const int start = history ? int(frame(r) % history) : 0, line = int(model.energy.line());
     const bool here = present(r)[m] != 0;
     bool counted = here;
-    if (kind) counted = here && history && ring[(start ? start - 1 : history - 1) * size + pairs + 2 * m] > 0;
-    float total = 0, count = 0;
-    int slot = start;
-#pragma unroll 8
-    for (int f = 0; f < history; ++f) {  // oldest first
-      total += ring[slot * size + lane];
-      count += ring[slot * size + pairs + lane];
-      slot = slot + 1 == history ? 0 : slot + 1;
-    }
-    const float energy = counted ? log(shared[q.at.square + r * 2 * kMaxModalities + lane] + 1e-8f) : 0.0f;
-    total += energy;
-    count += counted ? 1.0f : 0.0f;
-    if (history && live(r)) ring[start * size + lane] = energy, ring[start * size + pairs + lane] = counted;
-    const Modality& from = model.modality[m];
-    float z = 0;
-    if (here && count > 0) z = (total / count - from.typical_mean[kind]) / from.typical_std[kind];
-    const float far = abs(z), level = min(log(far + sqrt(fma(far, far, 1.0f))), 4.0f);  // asinh, at most 4
-    put_evidence(r, m, int(s.evidence) + kind, z < 0 ? -level : level);
-    put_evidence(r, m, int(s.evidence) + 2 + kind, level);
+    if (kind) counted = here && history && counts[(start ? start - 1 : history - 1) * line + 2 * m] > 0;
+    counts += lane;
+    float energy = 0;
+    if (counted) energy = log_energy(shared[q.at.square + r * 2 * kMaxModalities + lane]);
+    const auto past = [&](int slot) {
+      return EnergyWindow<float>{energies[slot * line], counts[slot * line]};
+    };
+    const EnergyWindow<float> window =
+        sum_window(history, start, past, EnergyWindow<float>{energy, counted ? 1.0f : 0.0f});
+    if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
+    const Typicality<float> found =
+        typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
+    put_evidence(r, m, int(s.evidence) + kind, found.signed_level);
+    put_evidence(r, m, int(s.evidence) + 2 + kind, found.level);
   }
   // Evidence lies twice: in rows of one modality, and of all together.
   __device__ __forceinline__ void put_evidence(int r, int m, int n, float x) const {
@@ -406,10 +259,10 @@ struct Group {
     const int M = s.modalities, S = s.stages;
     const bool mine = lane < M && present(r)[lane < M ? lane : 0];
     const unsigned all = __ballot_sync(kFull, mine);
-    float *now = stages(q.at.now, r), weight = 0, confidence = 0;
+    float *now = stages(q.at.now, r), score = 0, weight = 0, confidence = 0;
     if (s.reliability) {
       float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
-      float* kept = state(r) + model.belief;
+      float* kept = state(r) + model.belief.at;
       const bool inside = lane < S;
       if (inside) belief[lane] = kept[lane], prior[lane] = exp(kept[lane]);
       __syncwarp();
@@ -418,37 +271,27 @@ struct Group {
         const float evidence = all ? stages(q.at.emission, r)[lane] : 0.0f;
         next = stage_prior(S, model.log_a, model.a, belief, prior, lane) + evidence;
       }
-      float peak = next;
-#pragma unroll
-      for (int o = 1; o < kWarp; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
+      const float peak = AcrossWarp{}.max(next);
       const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
       if (inside) {
         now[lane] = e / total;
         if (live(r)) kept[lane] = next - peak - log(total);
       }
       __syncwarp();
-      float odds = 0;
       if (mine) {
         const Reliability<float> found = reliability(
             S, static_cast<const float*>(stages(q.at.logits, lane * R + r)), static_cast<const float*>(now));
-        confidence = found.confidence, odds = found.log_odds * model.sharpness;
+        confidence = found.confidence, score = found.log_odds * model.sharpness;
       }
-      float most = mine ? odds : -3e38f;
-#pragma unroll
-      for (int o = 1; o < kWarp; o *= 2) most = max(most, __shfl_xor_sync(kFull, most, o));
-      weight = mine ? exp(odds - most) : 0.0f;
-      const float sum = lanes_sum<1, kWarp>(weight);
-      weight = mine ? weight / sum : 0.0f;
     } else {
-      const float count = lanes_sum<1, kWarp>(mine ? 1.0f : 0.0f);
-      if (mine) weight = 1.0f / count, confidence = 0.5f;
+      if (mine) confidence = 0.5f;
       if (lane == 0) now[0] = 1.0f;
     }
+    modality_weights(1, &score, &mine, &weight, AcrossWarp{});
     if (lane < M) shared[q.at.weight + r * kMaxModalities + lane] = weight;
-    if (s.memory) {  // odds(confidence)^sharpness, confidence taken within [0.001, 0.999]
-      const float c = min(max(confidence, 0.001f), 0.999f);
-      const float power = log(c / (1.0f - c)) * (s.reliability ? model.sharpness : 1.0f);
-      const float own = mine ? exp(min(max(power, -10.0f), 10.0f)) : 0.0f, total = lanes_sum<1, kWarp>(own);
+    if (s.memory) {
+      const float own = mine ? frame_precision(confidence, model.sharpness) : 0.0f;
+      const float total = lanes_sum<1, kWarp>(own);
       if (lane < M) shared[q.at.precision + (1 + lane) * R + r] = own;
       if (lane == 0) shared[q.at.precision + r] = total;
     }
@@ -466,27 +309,29 @@ struct Group {
     if (!present(r)[m]) {
       for (int d = lane; d < dim; d += kWarp) x[d] = 0;
     } else if (s.value_norm) {
-      layer_norm(model.modality[m].value_norm, dim, lane, x);
+      const int64_t line = padded(dim);
+      layer_norm({model.value_norm.weight + m * line, model.value_norm.bias + m * line}, dim, lane, x);
     }
   }
 
   // Row i of the tracks goes into its memory; the memory's averages side by side.
   __device__ __forceinline__ void remember(int i) const {
     const Shape& s = model.shape;
-    const int r = i % R, dim = int(s.dim), line = int(padded(dim));
-    float *sums = state(r) + model.memory + i / R * memory_floats(s), *weights = sums + s.memory * line;
+    const int r = i % R, dim = int(s.dim), line = int(model.memory.line());
+    float* sums = state(r) + model.memory.array(i / R * s.memory);
     const float precision = shared[q.at.precision + i], *x = shared + q.at.tracks + i * q.at.dim;
     float* to = shared + q.at.recalled + i * q.at.recall;
     for (int h = 0; h < s.memory; ++h) {
-      const float decay = model.decay[h], weight = fma(decay, weights[h], precision);
-      const float scale = 1.0f / (weight + model.prior[h]);
+      float* kept = sums + h * line;  // the weighted sum, and behind it the sum of the weights
+      const float decay = model.decay[h], weight = leaky_weight(decay, kept[dim], precision);
+      const float scale = leaky_scale(model.prior[h], weight);
       for (int d = lane; d < dim; d += kWarp) {
-        const float sum = fma(decay, sums[h * line + d], precision * x[d]);
-        if (live(r)) sums[h * line + d] = sum;
+        const float sum = leaky_sum(decay, kept[d], precision, x[d]);
+        if (live(r)) kept[d] = sum;
         to[h * dim + d] = sum * scale;
       }
       __syncwarp();
-      if (lane == 0 && live(r)) weights[h] = weight;
+      if (lane == 0 && live(r)) kept[dim] = weight;
     }
   }
 
@@ -526,7 +371,7 @@ struct Group {
     for (int i = warp; i < M * R; i += warps)
       layer_norm(model.modality[i / R].norm, dim, lane, encoded + i * stride);
     if (s.reliability)
-      for (int r = warp; r < R; r += warps) typicality(r);
+      for (int r = warp; r < R; r += warps) assess_typicality(r);
     __syncthreads();
 
     const int assessed = s.reliability ? M : 0;
@@ -560,7 +405,7 @@ struct Group {
           [&](int m, int r, int n, float y) {
             if (m < M)
               stages(q.at.logits, m * R + r)[n] =
-                  fma(y, model.modality[m].logit_scale[n], model.modality[m].logit_bias[n]);
+                  fma(y, model.logit_scale[m * s.stages + n], model.logit_bias[m * s.stages + n]);
             else
               stages(q.at.emission, r)[n] = y;
           });
@@ -606,7 +451,8 @@ struct Group {
 };
 
 template <class T, int R>
-__global__ void __launch_bounds__(kMostWarps* kWarp, 1) stream_kernel(const __grid_constant__ Launch q) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
+    stream_kernel(const __grid_constant__ StreamLaunch q) {
   unsigned char* memory = shared_memory<unsigned char>();
   const int thread = int(threadIdx.x);
   const Group<T, R> group(q, *reinterpret_cast<const Model*>(memory),
@@ -621,358 +467,22 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) stream_kernel(const __gr
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- packing
-// Vectors of 16 bytes: four outputs of one input, or of two in bfloat16, one input after another.
 template <class T>
-struct Vectors {
-  static size_t bytes(int64_t inputs, int64_t outputs) {
-    return size_t(tiled(inputs)) * size_t(tiled(outputs)) * sizeof(T);
-  }
-  static void write(const float* from, int64_t inputs, int64_t outputs, void* memory) {
-    constexpr int P = kVector<T> / kTile;
-    T* to = static_cast<T*>(memory);
-    for (int64_t k = 0; k < tiled(inputs); k += P)
-      for (int64_t n = 0; n < tiled(outputs); n += kTile)
-        for (int i = 0; i < P; ++i)
-          for (int j = 0; j < kTile; ++j)
-            narrow(k + i < inputs && n + j < outputs ? from[(n + j) * inputs + k + i] : 0.0f, *to++);
-  }
-};
-
-// visit(products, how many, after the fusion?) of each phase: what is multiplied at once.
-template <class Visit>
-void for_each_phase(Model& model, Visit&& visit) {
-  const Shape& s = model.shape;
-  const int M = s.modalities;
-  Linear* jobs[2 * kMaxModalities];
-  for (int b = -1; b < s.own_blocks; ++b) {
-    for (int m = 0; m < M; ++m)
-      jobs[m] = b < 0 ? &model.modality[m].project : &model.modality[m].block[b].pointwise;
-    visit(jobs, M, false);
-  }
-  int count = 0;
-  for (int m = 0; m < M && s.reliability; ++m) jobs[count++] = &model.modality[m].evidence;
-  for (int m = 0; m < M; ++m) jobs[count++] = &model.modality[m].value;
-  visit(jobs, count, false);
-  for (int i = 0; i < 2 && s.reliability; ++i) {
-    for (int m = 0; m < M; ++m) jobs[m] = &model.modality[m].reliability[i];
-    jobs[M] = &model.emission[i];
-    visit(jobs, M + 1, false);
-  }
-  for (int b = -1; b < s.fused_blocks + 2; ++b) {
-    if (b < 0 && !s.memory) continue;
-    jobs[0] = b < 0                ? &model.recall
-              : b < s.fused_blocks ? &model.fused[b].pointwise
-                                   : &model.head[b - s.fused_blocks];
-    visit(jobs, 1, true);
-  }
+void launch_blocks(const Call& call, const StreamLaunch& q, const StreamBlocks& blocks) {
+  void (*const kernel)(StreamLaunch) = blocks.streams == 1   ? stream_kernel<T, 1>
+                                       : blocks.streams == 2 ? stream_kernel<T, 2>
+                                                             : stream_kernel<T, 4>;
+  const unsigned grid = grid_x(call, (q.rows + blocks.streams - 1) / blocks.streams);
+  launch(call, kernel, dim3(grid), blocks.warps * kWarp, blocks.shared, q);
 }
-
-// How a product of some depth is shared out over warps; returns the tasks, one warp's work each.
-int share(Linear& f, int depth) {
-  const int quads = tiled(f.outputs) / kTile;
-  f.lanes = 1;
-  while (f.lanes < quads && f.lanes < kWarp) f.lanes *= 2;
-  f.columns = (quads + f.lanes - 1) / f.lanes;
-  f.depth = depth;
-  f.slices = (tiled(f.inputs) + depth - 1) / depth;
-  const int slices = kWarp / f.lanes;  // of a task
-  return f.tasks = f.columns * ((f.slices + slices - 1) / slices);
-}
-int share(Linear** jobs, int count, int depth) {
-  int tasks = 0;
-  for (int j = 0; j < count; ++j) tasks += share(*jobs[j], depth);
-  return tasks;
-}
-
-// Warps of a block, and the slices of every product: as many as there are warps, or fewer.
-int plan(Model& model) {
-  int warps = 4;
-  for_each_phase(model, [&](Linear** jobs, int count, bool) {
-    while (warps < kMostWarps && share(jobs, count, 2 * kTile) > warps) warps *= 2;
-  });
-  for_each_phase(model, [&](Linear** jobs, int count, bool) {
-    int64_t deepest = 0;
-    for (int j = 0; j < count; ++j)
-      deepest = deepest > tiled(jobs[j]->inputs) ? deepest : tiled(jobs[j]->inputs);
-    int depth = kTile;
-    while (depth < deepest && share(jobs, count, depth) > warps) depth += kTile;
-    share(jobs, count, depth);
-  });
-  return warps;
-}
-
-Layout lay_out(Model& model, int R) {
-  const Shape& s = model.shape;
-  const int M = s.modalities;
-  Layout at = {};
-  int64_t used = 0;
-  const auto take = [&](int64_t rows, int64_t stride) {
-    const int64_t from = used;
-    used += rows * tiled(stride);
-    if (used > (1 << 28)) throw std::invalid_argument("stream: the model is too large for one GPU block");
-    return int(from);
-  };
-  at.dim = tiled(s.dim), at.width = tiled(s.evidence + kTypicality);
-  at.joined = tiled(M * (s.evidence + kTypicality)), at.narrow = tiled(s.evidence);
-  at.modalities = M;
-  for (int m = 0; m < M; ++m) at.input[m] = take(R, s.in_dim[m]), at.in_dim[m] = int(s.in_dim[m]);
-  at.encoded = take(M * R, at.dim), at.mixed = take((1 + M) * R, at.dim),
-  at.tracks = take((1 + M) * R, at.dim);
-  at.evidence = take(M * R, at.width), at.joint = take(R, at.joined),
-  at.hidden = take((1 + M) * R, at.narrow);
-  at.recall = tiled(s.memory * s.dim), at.recalled = take((1 + M) * R, at.recall);
-  at.zeroed = int(used);
-  at.logits = take(M * R, kMaxStages), at.emission = take(R, kMaxStages);
-  at.belief = take(R, kMaxStages), at.prior = take(R, kMaxStages), at.now = take(R, kMaxStages);
-  at.square = take(R, 2 * kMaxModalities), at.weight = take(R, kMaxModalities);
-  at.precision = take(1, (1 + M) * R);
-  at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities), at.row = take(R, 4);
-  int64_t most = 0;
-  for_each_phase(model, [&](Linear** jobs, int count, bool tracks) {
-    int64_t sums = 0;
-    for (int j = 0; j < count; ++j)
-      sums += int64_t(jobs[j]->slices) * tiled(jobs[j]->outputs) * (tracks ? track_rows(R) : R);
-    most = most > sums ? most : sums;
-  });
-  at.part = take(1, most);
-  at.size = int(used);
-  return at;
-}
-
-// -------------------------------------------------------------------------------------------------------- session
-struct FreeDevice {
-  void operator()(char* p) const { cudaFree(p); }
-};
-struct FreeHost {
-  void operator()(char* p) const { cudaFreeHost(p); }
-};
-struct FreeStream {
-  void operator()(cudaStream_t s) const { cudaStreamDestroy(s); }
-};
-struct FreeEvent {
-  void operator()(cudaEvent_t e) const { cudaEventDestroy(e); }
-};
-template <class Handle, class Free>
-using Held = std::unique_ptr<std::remove_pointer_t<Handle>, Free>;
-
-// Pieces of one allocation: first counted, then cut from `base`.
-struct Pieces {
-  char* base;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    const size_t at = used;
-    used += (size_t(count) * sizeof(T) + 255) / 256 * 256;
-    return base ? reinterpret_cast<T*>(base + at) : nullptr;
-  }
-};
-
-class CudaSession final : public Session {
- public:
-  CudaSession(const Shape& shape, const float* parameters, int64_t count, int64_t rows, int device)
-      : Session(shape, rows), call_{device, nullptr, ""} {
-    snprintf(call_.text, sizeof call_.text, "streaming session of %lld rows", (long long)rows);
-    const DeviceGuard guard(device);
-    measure(nullptr, nullptr, nullptr);
-    expect(parameters, count);
-    warps_ = plan(model_);
-    choose_group();
-
-    const auto lay = [&](Pieces& there, Pieces& here) {
-      q_.model = there.take<Model>(1);
-      packed_ = there.take<char>(int64_t(model_.bytes));
-      q_.state = there.take<float>(rows * model_.row_floats);
-      q_.frames = there.take<int64_t>(rows), q_.counts = there.take<int64_t>(rows * counters());
-      for (int m = 0; m < shape.modalities; ++m)
-        staged_.features[m] = here.take<float>(rows * shape.in_dim[m]);
-      staged_.present = here.take<uint8_t>(rows * shape.modalities),
-      staged_.active = here.take<uint8_t>(rows);
-      for_each_output([&](float*& to, int64_t numbers) { to = here.take<float>(rows * numbers); });
-      row_ = {here.take<float>(model_.row_floats), here.take<int64_t>(1)};
-    };
-    Pieces there = {nullptr}, here = {nullptr};
-    lay(there, here);
-    void* memory = nullptr;
-    check(cudaMalloc(&memory, there.used));
-    device_.reset(static_cast<char*>(memory));
-    check(cudaHostAlloc(&memory, here.used, cudaHostAllocMapped));
-    host_.reset(static_cast<char*>(memory));
-    std::memset(host_.get(), 0, here.used);
-    Pieces on_device = {device_.get()}, on_host = {host_.get()};
-    lay(on_device, on_host);
-    cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    stream_.reset(stream), call_.stream = stream;
-    cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-    event_.reset(event);
-
-    const std::unique_ptr<char[]> packed(new char[model_.bytes]);
-    measure(parameters, packed.get(), packed_);
-    plan(model_);
-    copy(packed_, packed.get(), model_.bytes, cudaMemcpyHostToDevice);
-    copy(const_cast<Model*>(q_.model), &model_, sizeof model_, cudaMemcpyHostToDevice);
-    check(cudaMemsetAsync(q_.state, 0, size_t(rows * model_.row_floats) * 4, stream));
-    check(cudaMemsetAsync(q_.frames, 0, size_t(rows) * 8, stream));
-    check(cudaMemsetAsync(q_.counts, 0, size_t(rows * counters()) * 8, stream));
-    settle();
-    for (int64_t r = 0; r < rows; ++r) reset(&r, 1);
-  }
-  ~CudaSession() override {
-    const DeviceGuard guard(call_.device);
-    event_.reset(), stream_.reset(), host_.reset(), device_.reset();
-  }
-
-  Totals totals() override {
-    const DeviceGuard guard(call_.device);
-    const int M = model_.shape.modalities;
-    const std::unique_ptr<int64_t[]> counts(new int64_t[size_t(rows_ * counters())]);
-    copy(counts.get(), q_.counts, size_t(rows_ * counters()) * 8, cudaMemcpyDeviceToHost);
-    settle();
-    Totals t = {};
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t* row = counts.get() + r * counters();
-      t.frames += row[0];
-      for (int m = 0; m < M; ++m) t.absent[m] += row[1 + m], t.refused[m] += row[1 + M + m];
-    }
-    return t;
-  }
-
- private:
-  int64_t counters() const { return 1 + 2 * model_.shape.modalities; }
-  void check(cudaError_t error) const {
-    if (error != cudaSuccess) raise(call_, error);
-  }
-  void copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) const {
-    check(cudaMemcpyAsync(to, from, bytes, kind, stream_.get()));
-  }
-  void settle() const { check(cudaStreamSynchronize(stream_.get())); }
-  void measure(const float* parameters, char* out, const char* address) {
-    if (model_.shape.bf16)
-      pack<Vectors<__nv_bfloat16>>(model_, parameters, out, address);
-    else
-      pack<Vectors<float>>(model_, parameters, out, address);
-  }
-  // visit(address in q_.out, numbers a row) of each output.
-  template <class Visit>
-  void for_each_output(Visit&& visit) {
-    const Shape& s = model_.shape;
-    visit(q_.out.prediction, s.targets), visit(q_.out.unimodal, int64_t(s.modalities) * s.targets);
-    visit(q_.out.weights, s.modalities), visit(q_.out.confidence, s.modalities),
-        visit(q_.out.stage, s.stages);
-  }
-
-  // As few streams a block as let every block have a multiprocessor, and as fit.
-  void choose_group() {
-    int processors = 0, room = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, call_.device));
-    check(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, call_.device));
-    group_ = 0;
-    for (int R = 1; R <= 4; R *= 2) {
-      const Layout at = lay_out(model_, R);
-      const size_t bytes = sizeof(Model) + size_t(at.size) * 4;
-      if (bytes > size_t(room)) {
-        if (!group_)
-          throw std::invalid_argument("stream: a step of this model (its in_dims, dim, evidence_dim) takes " +
-                                      std::to_string(bytes) + " bytes of shared memory, cuda:" +
-                                      std::to_string(call_.device) + " has " + std::to_string(room));
-        break;
-      }
-      group_ = R, q_.at = at, shared_ = bytes;
-      if ((rows_ + R - 1) / R <= processors) break;
-    }
-    q_.rows = rows_;
-  }
-
-  // Where the kernel reads `from`: there, if the device can, else from a copy in pinned memory.
-  const void* reach(const void* from, const void* staged, int64_t bytes, bool& ordered) const {
-    if (!from) return nullptr;
-    cudaPointerAttributes found;
-    check(cudaPointerGetAttributes(&found, from));
-    if (found.type == cudaMemoryTypeUnregistered) {
-      std::memcpy(const_cast<void*>(staged), from, size_t(bytes));
-      return staged;
-    }
-    if (found.type == cudaMemoryTypeDevice && found.device != call_.device)
-      throw std::invalid_argument("stream: an input lies on another GPU");
-    ordered = ordered || found.type != cudaMemoryTypeHost;
-    return found.devicePointer;
-  }
-
-  void run(const Frame& frame, const Outputs& outputs, Exec exec) override {
-    const Shape& s = model_.shape;
-    const DeviceGuard guard(call_.device);
-    bool ordered = false;
-    const auto from = [&](const auto*& to, const auto* given, const auto* staged, int64_t numbers) {
-      to = static_cast<decltype(given)>(reach(given, staged, numbers * int64_t(sizeof *given), ordered));
-    };
-    for (int m = 0; m < s.modalities; ++m)
-      from(q_.frame.features[m], frame.features[m], staged_.features[m], rows_ * s.in_dim[m]);
-    from(q_.frame.present, frame.present, staged_.present, rows_ * s.modalities);
-    from(q_.frame.active, frame.active, staged_.active, rows_);
-    if (ordered) {  // after what the caller's stream is still to write
-      check(cudaEventRecord(event_.get(), static_cast<cudaStream_t>(exec.stream)));
-      check(cudaStreamWaitEvent(stream_.get(), event_.get(), 0));
-    }
-    if (s.bf16)
-      launch_group<__nv_bfloat16>();
-    else
-      launch_group<float>();
-    settle();
-    float* const to[] = {outputs.prediction, outputs.unimodal, outputs.weights, outputs.confidence,
-                         outputs.stage};
-    int i = 0;
-    for_each_output(
-        [&](float*& staged, int64_t numbers) { std::memcpy(to[i++], staged, size_t(rows_ * numbers) * 4); });
-  }
-  template <class T>
-  void launch_group() const {
-    if (group_ == 1) return launch_blocks(stream_kernel<T, 1>);
-    if (group_ == 2) return launch_blocks(stream_kernel<T, 2>);
-    launch_blocks(stream_kernel<T, 4>);
-  }
-  void launch_blocks(void (*kernel)(Launch)) const {
-    launch(call_, kernel, dim3(grid_x(call_, (rows_ + group_ - 1) / group_)), warps_ * kWarp, shared_, q_);
-  }
-
-  Row lend(int64_t row) override {
-    const DeviceGuard guard(call_.device);
-    copy(row_.state, q_.state + row * model_.row_floats, size_t(model_.row_floats) * 4,
-         cudaMemcpyDeviceToHost);
-    copy(row_.frames, q_.frames + row, 8, cudaMemcpyDeviceToHost);
-    settle();
-    return row_;
-  }
-  void take_back(int64_t row) override {
-    const DeviceGuard guard(call_.device);
-    copy(q_.state + row * model_.row_floats, row_.state, size_t(model_.row_floats) * 4,
-         cudaMemcpyHostToDevice);
-    copy(q_.frames + row, row_.frames, 8, cudaMemcpyHostToDevice);
-    settle();
-    for_each_output([&](float*& staged, int64_t numbers) {
-      std::memset(staged + row * numbers, 0, size_t(numbers) * 4);
-    });
-  }
-
-  Call call_;
-  Launch q_ = {};
-  int warps_ = 0, group_ = 0;
-  size_t shared_ = 0;
-  char* packed_ = nullptr;
-  Frame staged_ = {};  // pinned copies of inputs; outputs are pinned in q_.out
-  Row row_ = {};       // a pinned copy of one row's state
-  Held<char*, FreeDevice> device_;
-  Held<char*, FreeHost> host_;
-  Held<cudaStream_t, FreeStream> stream_;
-  Held<cudaEvent_t, FreeEvent> event_;
-};
 
 }  // namespace
 
-stream::Session* open_session(const stream::Shape& shape, const float* parameters, int64_t count,
-                              int64_t rows, int device) {
-  return new CudaSession(shape, parameters, count, rows, device);
+void launch_stream(const Call& call, const StreamLaunch& q, bool bf16, const StreamBlocks& blocks) {
+  if (bf16)
+    launch_blocks<__nv_bfloat16>(call, q, blocks);
+  else
+    launch_blocks<float>(call, q, blocks);
 }
 
 }  // namespace sage::cuda

@@ -1,5 +1,6 @@
 // One frame of the SAGE model for each of many streams: the model as the engines see it, and the CPU engine's interface
-// (csrc/cpu/stream.cpp computes, csrc/cpu/session.cpp owns). The CUDA engine is csrc/cuda/stream.cu.
+// (csrc/cpu/stream.cpp computes, csrc/cpu/session.cpp owns). The CUDA engine is csrc/cuda/stream.cu and session.cu. What
+// tensors the model is made of, and what a row's state consists of, is said once, in describe.h.
 //
 // A stream is a row. A row's result is a function of its own numbers alone, to the bit: every sum runs in an order
 // that neither the batch, nor the row's place in it, nor the thread count changes.
@@ -18,7 +19,7 @@ constexpr int kGroup = 12;  // rows that share each load of a weight
 constexpr int64_t kPad =
     16;  // floats: rows of every buffer start on a cache line, whatever the instruction set
 constexpr int kTypicality = 4;     // numbers a modality that typicality adds to its evidence
-constexpr float kNormEps = 1e-5f;  // of every LayerNorm
+constexpr double kNormEps = 1e-5;  // of every LayerNorm
 SAGE_FN int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 struct Shape {
@@ -51,53 +52,62 @@ struct Linear {
 struct Norm {
   const float *weight, *bias;
 };
+// One part of a row's state: `count` arrays of `slots` frames of `numbers` floats, each frame from a cache line on. The
+// arrays lie behind one another, frame f of each in slot f % slots.
+struct Part {
+  int64_t at;  // in a row's state, in floats
+  int64_t count, slots, numbers;
+  SAGE_FN int64_t line() const { return padded(numbers); }
+  SAGE_FN int64_t array(int64_t index) const { return at + index * slots * line(); }
+};
 struct Block {
   Norm norm;
   const float *taps, *bias;  // (kernel, dim) oldest first; (dim)
   Linear pointwise;
   int64_t dilation, span;  // span = (kernel - 1) * dilation frames of history,
-  int64_t ring;  // that lie here in a row's state; frame f in slot f % span. A block after the fusion has
-                 // 1 + M rings, one behind the other: of the fused frames, and of each modality alone
+  int64_t ring;  // from here on in a row's state. A block after the fusion has 1 + M such rings, one behind
+                 // the other: of the fused frames, and of each modality alone
 };
 struct Modality {
   const float *mean, *scale;
   Linear project;
   Block block[kMaxBlocks];
   Norm norm;
-  Linear value;
-  Norm value_norm;
-  Linear evidence, reliability[2];
-  float typical_mean[2], typical_std[2];
-  float logit_scale[kMaxStages], logit_bias[kMaxStages];
-  int64_t last;  // in a row's state: the last frame's standardised input
+  Linear value, evidence, reliability[2];
 };
 struct alignas(16) Model {
   Shape shape;
   Modality modality[kMaxModalities];
+  Norm value_norm;  // (M, dim), rows padded
+  // (M, 2): of the log energy, and of that of the step from frame to frame
+  float typical_mean[2 * kMaxModalities], typical_std[2 * kMaxModalities];
+  // (M, stages): a calibrated logit is scale * logit + bias
+  float logit_scale[kMaxModalities * kMaxStages], logit_bias[kMaxModalities * kMaxStages];
   Linear emission[2];
   float log_a[kMaxStages * kMaxStages], a[kMaxStages * kMaxStages];  // log_softmax(transition), softmax
-  float sharpness;
+  float sharpness;                                                   // 1 without reliability
   Block fused[kMaxBlocks];
   float decay[kMaxMemory], prior[kMaxMemory];
   Linear recall;  // of the averages side by side
   Norm norm;
   Linear head[2];
-  // A row's state: belief (stages), the typicality ring of window - 1 frames of (energy, counted) x (modality, 2), the last
-  // inputs, the convolutions' rings, how often each modality's last input has repeated (at most `stuck`), and a track's
-  // memory: for each average the weighted sum of its frames, then the sums of the weights. Offsets and size in floats.
-  int64_t belief, typicality, repeats, memory, row_floats;
-  int64_t scratch_floats;  // of one thread
-  // What pack() took and needs.
-  int64_t parameters;
-  size_t bytes;
+  // A row's state: the blocks' normed frames, of each modality before the fusion and of each track after it; the log-belief
+  // over stages; the log energies in typicality's window but for the current frame, and which of them count; each
+  // modality's last standardised input, and how often it has repeated (at most `stuck`); of each track and average the
+  // weighted sum of its frames with the sum of the weights behind it.
+  Part history[kMaxBlocks], fused_history[kMaxBlocks];
+  Part belief, energy, counted, last[kMaxModalities], repeats, memory;
+  int64_t row_floats;
+  size_t bytes;  // of the packed tensors
 };
 
-// Of one track's memory in a row's state.
-SAGE_FN int64_t memory_floats(const Shape& s) {
-  return s.memory ? s.memory * padded(s.dim) + padded(s.memory) : 0;
-}
+// (rows, ...) each, on the host; those of inactive rows stay as they were.
+struct Outputs {
+  float *prediction, *unimodal, *weights, *confidence, *stage;
+  uint8_t* present;  // (rows, M): the modality's frame counted
+};
 
-// One call. Tensors are dense; features (rows, in_dim[m]) each, and the outputs of inactive rows are not touched.
+// One call. Tensors are dense; features (rows, in_dim[m]) each.
 struct Step {
   const float* features[kMaxModalities];
   const uint8_t* present;  // (rows, M) or null: all
@@ -107,18 +117,20 @@ struct Step {
   int64_t* frames;  // (rows) since the reset
   int64_t *absent,
       *refused;  // (rows, M) counters: frames without the modality; among them, those that were not finite
-  float *prediction, *unimodal, *weights, *confidence, *stage;
-  float* scratch;
+  Outputs out;
+  float* scratch;  // of this thread: stream_scratch() floats
 };
 
 }  // namespace sage::stream
 
 namespace sage::cpu {
-#define SAGE_STREAM(isa)                                                                                \
-  namespace isa {                                                                                       \
-  /* Reads the parameters in the order of sage_ext/stream.py; memory null: only counts and measures. */ \
-  void stream_pack(stream::Model& model, const float* parameters, void* memory);                        \
-  void stream_step(const stream::Model& model, const stream::Step& step);                               \
+#define SAGE_STREAM(isa)                                                                             \
+  namespace isa {                                                                                    \
+  /* How this engine keeps a matrix, (outputs, inputs) row after row as it comes. */                 \
+  size_t stream_matrix_bytes(bool bf16, int64_t inputs, int64_t outputs);                            \
+  void stream_matrix_write(bool bf16, const float* from, int64_t inputs, int64_t outputs, void* to); \
+  int64_t stream_scratch(const stream::Shape& shape);                                                \
+  void stream_step(const stream::Model& model, const stream::Step& step);                            \
   }
 SAGE_STREAM(baseline)
 SAGE_STREAM(avx2)

@@ -1,4 +1,4 @@
-"""ccc and ccc_moments (spec 1.3): (pred, target, mask?, pooled) -> (ccc, moments), one kernel pair for both.
+"""ccc and ccc_moments (docs/math.md, "Concordance"): (pred, target, mask?, pooled) -> (ccc, moments), one kernel pair.
 
 pred and target are (..., T, C), mask (..., T) or (..., T, C). pooled: all frames are one group, and ccc is (C,), moments
 (C, 6); else a group a sequence, (..., C) and (..., C, 6). The reshaping is done here, inside the op: as operations of

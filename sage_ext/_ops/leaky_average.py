@@ -27,7 +27,8 @@ def _arguments(
 
 
 def _space(x: Tensor, averages: int, causal: bool) -> Tensor:
-    return _door.workspace(_C.leaky_average_workspace(*x.shape, averages, causal), x)
+    batch, frames, dim = x.shape
+    return _door.workspace(_C.leaky_average_workspace(batch, frames, dim, averages, causal), x)
 
 
 def _forward(

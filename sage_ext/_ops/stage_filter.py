@@ -1,4 +1,4 @@
-"""stage_filter (spec 1.1): (emission, transition, initial?, mask?) -> (posterior, final, belief)."""
+"""stage_filter (docs/math.md, "Stage filter"): (emission, transition, initial?, mask?) -> (posterior, final, belief)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""temporal_ccc (spec 1.4): (pred, target, mask?, state?, window, decay) -> (rho, state, defined).
+"""temporal_ccc (docs/math.md, "Temporal CCC"): (pred, target, mask?, state?, window, decay) -> (rho, state).
 
 window 0 means none; decay is 0.5 ** (1 / halflife), 1 for the cumulative mode. The layout of `state` is in csrc/ops.h.
 """
@@ -28,22 +28,22 @@ def _history(state: Tensor | None, window: int) -> int:
 
 def _forward(
     pred: Tensor, target: Tensor, mask: Tensor | None, state: Tensor | None, window: int, decay: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     pred, target, mask, state = pred.contiguous(), target.contiguous(), dense(mask), dense(state)
     batch, frames, channels = pred.shape
     history = _history(state, window)
     shape = state_shape(batch, frames, channels, window, history)
     rho = torch.empty_like(pred)
-    defined = torch.empty(pred.shape, dtype=torch.bool, device=pred.device)
     new_state = torch.empty(shape, dtype=torch.float64, device=pred.device)
     if batch and channels:
         space = _door.workspace(_C.temporal_ccc_workspace(batch, frames, channels, window, history, False), pred)
+        defined = torch.empty(pred.shape, dtype=torch.bool, device=pred.device)  # the kernel's, read by nobody
         _door.kernels[pred.device.type].temporal_ccc_forward(
             _door.DTYPE_CODES[pred.dtype], batch, frames, channels, address(pred), address(target), address(mask),
             mask_kind(mask, pred), window, decay, history, address(state), shape[2] if window else 0,
             address(new_state), address(rho), address(defined), address(space), *_door.placement(pred),
         )  # fmt: skip
-    return rho, new_state, defined
+    return rho, new_state
 
 
 def _backward(
@@ -76,11 +76,11 @@ def _backward(
 class _TemporalCcc(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        rho, new_state, defined = _forward(*args)
+        rho, new_state = _forward(*args)
         ctx.save_for_backward(*args[:4])
         ctx.mode = args[4:]
-        ctx.mark_non_differentiable(new_state, defined)
-        return rho, new_state, defined
+        ctx.mark_non_differentiable(new_state)
+        return rho, new_state
 
     @staticmethod
     def backward(ctx: Any, grad_rho: Tensor, *_: Any) -> Any:
@@ -94,11 +94,7 @@ class _TemporalCcc(torch.autograd.Function):
 def _fake(pred: Tensor, target: Tensor, mask: Any, state: Tensor | None, window: int, decay: float) -> Any:
     batch, frames, channels = pred.shape
     shape = state_shape(batch, frames, channels, window, _history(state, window))
-    return (
-        pred.new_empty(pred.shape),
-        torch.empty(shape, dtype=torch.float64, device=pred.device),
-        torch.empty(pred.shape, dtype=torch.bool, device=pred.device),
-    )
+    return pred.new_empty(pred.shape), torch.empty(shape, dtype=torch.float64, device=pred.device)
 
 
 _MODE = "Tensor pred, Tensor target, Tensor? mask, Tensor? state, SymInt window, float decay"
@@ -125,7 +121,7 @@ def _autograd(ctx: Any, grad_rho: Tensor, *_: Any) -> Any:
 
 
 _op = _door.register(
-    f"temporal_ccc({_MODE}) -> (Tensor, Tensor, Tensor)",
+    f"temporal_ccc({_MODE}) -> (Tensor, Tensor)",
     _forward,
     _fake,
     _autograd,
@@ -135,7 +131,7 @@ _op = _door.register(
 
 def temporal_ccc(
     pred: Tensor, target: Tensor, mask: Tensor | None, state: Tensor | None, window: int, decay: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if _door.fast(pred, target, mask, state):
         if _door.needs_grad(pred, target):
             return _TemporalCcc.apply(pred, target, mask, state, window, decay)

@@ -36,9 +36,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from ..files import replacing
 
 FPS = 30.0
 SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",), "test": ()}
@@ -164,7 +166,7 @@ def read_annotation(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
         lines.pop()
     rows = lines[1:]
     if not rows:
-        raise ValueError(f"{path}:2: expected rows of {ANNOTATION_HEADER!r}, the file ends")
+        raise ValueError(f"{path}:2: expected rows of {ANNOTATION_HEADER!r}, got the end of the file")
     try:
         values = np.loadtxt(rows, delimiter=",", comments=None, ndmin=2)
     except ValueError:
@@ -182,7 +184,7 @@ def _annotation_fault(path: Path, rows: list[str]) -> str:
     for number, row in enumerate(rows, start=2):
         cells = row.split(",")
         if not row.strip():
-            return f"{path}:{number}: a blank line between rows would shift every later frame"
+            return f"{path}:{number}: expected a row, got a blank line, which would shift every later frame"
         if len(cells) != 2:
             return f"{path}:{number}: expected 2 columns ({ANNOTATION_HEADER}), got {len(cells)}: {row.strip()!r}"
         for cell, column in zip(cells, ANNOTATION_HEADER.split(",")):
@@ -192,13 +194,13 @@ def _annotation_fault(path: Path, rows: list[str]) -> str:
                 return f"{path}:{number}: {column}: expected a number, got {cell.strip()!r}"
             if not (-1 <= value <= 1 or value == INVALID):
                 return f"{path}:{number}: {column}: expected a value in [-1, 1] or -5 (invalid), got {cell.strip()}"
-    return f"{path}: the rows cannot be read as two columns of numbers"
+    return f"{path}: expected two columns of numbers, got rows that cannot be read as such"
 
 
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
     if not data.strip():
-        raise ValueError(f"{path}:1: the file is empty")
+        raise ValueError(f"{path}:1: expected text, got an empty file")
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -267,7 +269,7 @@ class AffWild2(Sequence[Clip]):
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         self.root, self.split = Path(root), split
         if not self.root.is_dir():
-            raise FileNotFoundError(f"root: no folder {self.root}")
+            raise FileNotFoundError(f"root: expected a folder, got {self.root}")
         folder = self.root / "features" if features is None else Path(features)
         self._folders = _modality_folders(folder, modalities)
         self._meta = {name: _read_meta(path / "meta.json", self.root) for name, path in self._folders.items()}
@@ -280,11 +282,15 @@ class AffWild2(Sequence[Clip]):
             sources = {m: self._source(m, name, len(valid), first) for m in self._folders}
             if not any(sources.values()):
                 where = ", ".join(str(path / f"{name}.npy") for path in self._folders.values())
-                raise FileNotFoundError(f"{name}: no features of any modality (looked for {where})")
+                raise FileNotFoundError(
+                    f"{name}: expected features of a modality or more, got none (looked for {where})"
+                )
             self._videos.append(_Video(name, labels, valid, sources))
         for m, path in self._folders.items():
             if m not in self.modalities:
-                raise FileNotFoundError(f"modality {m!r}: {path} has no features of any video of the {split} split")
+                raise FileNotFoundError(
+                    f"modalities: expected features of {m!r} for the {split} split, got none in {path}"
+                )
         self.modalities = {m: self.modalities[m] for m in self._folders}
         self.names = [video.name for video in self._videos]
 
@@ -302,7 +308,7 @@ class AffWild2(Sequence[Clip]):
                 features[m], declared[m] = np.zeros((0, dim), np.float32), np.zeros(frames, bool)
                 continue
             rows = _open_rows(source.path)
-            mask = None if source.mask is None else np.load(source.mask, allow_pickle=False)
+            mask = None if source.mask is None else _load(source.mask)
             present = np.zeros(frames, bool)
             if meta.rate is None:
                 features[m] = rows
@@ -328,7 +334,7 @@ class AffWild2(Sequence[Clip]):
         folder = annotation_folder(self.root, annotations, SPLITS[self.split])
         paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
         if not paths:
-            raise FileNotFoundError(f"{folder}: no annotations (*.txt)")
+            raise FileNotFoundError(f"{folder}: expected annotations (*.txt), got none")
         for path in paths:
             labels, valid = read_annotation(path)
             yield path.stem, labels, valid
@@ -347,7 +353,7 @@ class AffWild2(Sequence[Clip]):
         rows = _open_rows(path)
         count, dim = rows.shape
         if dim != self.modalities.setdefault(m, dim):
-            raise ValueError(f"{path}: D is {dim}, but {self.modalities[m]} in {first[m]}")
+            raise ValueError(f"{path}: expected D = {self.modalities[m]}, as in {first[m]}, got {dim}")
         first.setdefault(m, path)
         mask: Path | None = path.with_suffix(".mask.npy")
         if mask is not None and mask.exists():
@@ -403,25 +409,29 @@ def annotation_folder(root: Path, annotations: str | os.PathLike | None, split_n
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"root: several annotation folders, say which with annotations=: {', '.join(map(str, found))}")
+        raise ValueError(
+            f"root: expected one annotation folder, got {', '.join(map(str, found))}; say which with annotations="
+        )
     where = str(annotations) if annotations is not None else f"{root}/*/{{{','.join(_TASK_FOLDERS)}}}"
-    raise FileNotFoundError(f"annotations: no folder {where}/{' or '.join(split_names)}")
+    raise FileNotFoundError(f"annotations: expected a folder {where}/{' or '.join(split_names)}, got none")
 
 
 def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[str, Path]:
     if isinstance(modalities, str):
         raise TypeError(f"modalities: expected a sequence of names, got the string {modalities!r}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"features: no folder {folder}")
+        raise FileNotFoundError(f"features: expected a folder, got {folder}")
     there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
     names = there if modalities is None else list(modalities)
     if not names:
-        raise FileNotFoundError(f"features: {folder} has no modality folders")
+        raise FileNotFoundError(f"features: expected folders of modalities in {folder}, got none")
     for name in names:
         if name not in there:
-            raise FileNotFoundError(f"modalities: no folder {folder / name} (there are: {', '.join(there) or 'none'})")
+            raise FileNotFoundError(
+                f"modalities: expected folders of {folder} ({', '.join(there) or 'none'}), got {name!r}"
+            )
     if len(set(names)) != len(names):
-        raise ValueError(f"modalities: names must differ, got {names}")
+        raise ValueError(f"modalities: expected different names, got {names}")
     return {name: folder / name for name in names}
 
 
@@ -429,7 +439,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        raise ValueError(f"{path}:{error.lineno}: expected JSON, got something else: {error.msg}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -441,7 +451,7 @@ def _read_meta(path: Path, root: Path) -> _Meta:
     meta = _read_json(path)
     for key in meta:
         if key not in _META_KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}, expected {', '.join(_META_KEYS)} (notes go below 'about')")
+            raise ValueError(f"{path}: expected the keys {', '.join(_META_KEYS)} (notes go below 'about'), got {key!r}")
     rate, shared, images = meta.get("rate"), meta.get("shared", False), meta.get("images")
     if rate is not None:
         _check_rate(rate, f"{path}: rate", "Hz")
@@ -468,12 +478,7 @@ def _check_rate(value: Any, what: str, unit: str) -> None:
 
 def _open_rows(path: Path) -> np.ndarray:
     """The (rows, D) array of a .npy file, memory-mapped."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npy file: {error}") from None
+    rows = _load(path, mmap_mode="r")
     if not isinstance(rows, np.ndarray) or rows.ndim != 2:
         raise ValueError(f"{path}: expected an array (rows, D), got {getattr(rows, 'shape', type(rows).__name__)}")
     if rows.dtype.kind != "f":
@@ -483,11 +488,18 @@ def _open_rows(path: Path) -> np.ndarray:
     return rows
 
 
-def _check_mask(path: Path, features: Path, count: int) -> None:
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
+    """What a .npy file holds."""
     try:
-        mask = np.load(path, allow_pickle=False)
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npy file: {error}") from None
+        raise ValueError(f"{path}: expected a .npy file, got one that cannot be read: {error}") from None
+
+
+def _check_mask(path: Path, features: Path, count: int) -> None:
+    mask = _load(path)
     if mask.dtype != bool:
         raise ValueError(f"{path}: expected bool, got {mask.dtype}")
     if mask.shape != (count,):
@@ -528,20 +540,21 @@ def write_submission(
     rows: dict[str, list[list[float]]] = {}
     for video, frames in read_sample(sample).items():
         if video not in predictions:
-            raise ValueError(f"predictions: no prediction for {video!r}, which {sample} names")
+            raise ValueError(f"predictions: expected one for every video that {sample} names, got none for {video!r}")
         values = np.asarray(predictions[video])
         if values.ndim != 2 or values.shape[1] != 2:
             raise ValueError(f"predictions[{video!r}]: expected the shape (T, 2), got {values.shape}")
         if len(values) < frames:
-            raise ValueError(f"predictions[{video!r}]: {sample} names {frames} frames, got {len(values)}")
+            raise ValueError(f"predictions[{video!r}]: expected {frames} frames, as {sample} names, got {len(values)}")
         rows[video] = values[:frames].tolist()
-    with _replacing(path) as file:
-        file.write(SUBMISSION_HEADER + "\n")
+    with replacing(path) as file:
+        file.write(f"{SUBMISSION_HEADER}\n".encode())
         for location, video, frame in _sample_rows(sample):
             valence, arousal = rows[video][frame - 1]
             if not (math.isfinite(valence) and math.isfinite(arousal)):
                 raise ValueError(f"predictions[{video!r}]: frame {frame}: expected numbers, got {valence}, {arousal}")
-            file.write(f"{location},{min(max(valence, -1.0), 1.0):.6f},{min(max(arousal, -1.0), 1.0):.6f}\n")
+            row = f"{location},{min(max(valence, -1.0), 1.0):.6f},{min(max(arousal, -1.0), 1.0):.6f}\n"
+            file.write(row.encode())
 
 
 def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
@@ -552,7 +565,7 @@ def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
     while lines and not lines[-1].strip():
         lines.pop()
     if len(lines) < 2:
-        raise ValueError(f"{path}:2: expected rows of {SUBMISSION_HEADER!r}, the file ends")
+        raise ValueError(f"{path}:2: expected rows of {SUBMISSION_HEADER!r}, got the end of the file")
     videos: dict[str, str] = {}  # one string a video, not one a row
     for number, line in enumerate(lines[1:], start=2):
         location = line.split(",", 1)[0].strip()
@@ -560,17 +573,3 @@ def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
         if match is None or int(match["frame"]) < 1:
             raise ValueError(f"{path}:{number}: expected <video>/<frame>.jpg,valence,arousal, got {line.strip()!r}")
         yield location, videos.setdefault(match["video"], match["video"]), int(match["frame"])
-
-
-@contextlib.contextmanager
-def _replacing(path: Path):
-    """A text file that takes the place of `path` when the block ends well, and else leaves nothing behind."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

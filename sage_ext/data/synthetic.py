@@ -31,14 +31,16 @@ from __future__ import annotations
 import bisect
 import json
 import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from .affwild2 import ANNOTATION_HEADER, SUBMISSION_HEADER, AffWild2
+from ..files import replacing_folder
+from ..functional import ccc
+from .affwild2 import ANNOTATION_HEADER, SUBMISSION_HEADER, AffWild2, Clip
 
 STAGES = ("speaking", "listening", "turn-taking", "silence")
 SHARED = "audio"  # the modality that persons of one video share; every other one is a view of the person
@@ -115,22 +117,10 @@ def write_dataset(
     _check(spec)
     root = Path(os.path.abspath(root))
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"root: {root} exists and is not empty")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    part = root.with_name(f".{root.name}.{os.getpid()}.part")
-    try:
-        part.mkdir()
+        raise FileExistsError(f"root: expected a folder that is empty or new, got {root}, which holds something")
+    with replacing_folder(root) as part:
         _write(part, spec)
-        os.replace(part, root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return spec
-
-
-def read_spec(root: str | os.PathLike) -> SyntheticSpec:
-    """The arguments that `write_dataset` was given."""
-    values = json.loads((Path(root) / "truth" / "spec.json").read_text())
-    return SyntheticSpec(**{**values, "frames": tuple(values["frames"])})
 
 
 def _check(spec: SyntheticSpec) -> None:
@@ -280,7 +270,7 @@ def _write(root: Path, spec: SyntheticSpec) -> None:
                     sample.append((name, frames))
                 else:
                     path = task / ("Train_Set" if split == "train" else "Validation_Set") / f"{name}.txt"
-                    _write_annotation(path, rng, _load(root, name)["labels"], index)
+                    _write_annotation(path, rng, read_truth(root, name)["labels"], index)
             index += persons
     order = np.random.default_rng([spec.seed, 9]).permutation(len(sample))
     lines = [f"{sample[k][0]}/{i:05d}.jpg,0,0" for k in order for i in range(1, sample[k][1] + 1)]
@@ -391,6 +381,41 @@ def _write_annotation(path: Path, rng: np.random.Generator, labels: np.ndarray, 
     path.write_text(f"{ANNOTATION_HEADER}\n{text}")
 
 
+# -------------------------------------------------------------------------------------------------------------- truth
+
+
+def read_spec(root: str | os.PathLike) -> SyntheticSpec:
+    """The arguments that `write_dataset` was given."""
+    values = json.loads((Path(root) / "truth" / "spec.json").read_text())
+    return SyntheticSpec(**{**values, "frames": tuple(values["frames"])})
+
+
+def has_truth(root: str | os.PathLike) -> bool:
+    """Synthetic data with a test split, whose labels are known to the synthesiser alone."""
+    return (Path(root) / "truth" / "spec.json").exists() and read_spec(root).test > 0
+
+
+def read_truth(root: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
+    """What truth/ holds of the clip `name`, see `write_dataset`."""
+    with np.load(Path(root) / "truth" / f"{name}.npz") as data:
+        return {key: data[key] for key in data.files}
+
+
+class TruthClips(Sequence[Clip]):
+    """The test split of a synthetic data set with the labels that only the synthesiser knows; every frame counts."""
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root, self.data = root, AffWild2(root, "test")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Clip:  # type: ignore[override]
+        clip = self.data[index]  # IndexError at the end
+        labels = read_truth(self.root, clip.name)["labels"]
+        return replace(clip, labels=labels, valid=np.ones(len(labels), bool))
+
+
 # ------------------------------------------------------------------------------------------------------------- oracle
 
 
@@ -406,13 +431,13 @@ class Oracle:
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
-        train = [_load(self.root, name) for name in AffWild2(self.root, "train").names]
+        train = [read_truth(self.root, name) for name in AffWild2(self.root, "train").names]
         target = np.concatenate([clip["labels"] for clip in train])
         options = []
         for width in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0):
             joined = np.concatenate([_smoothed(clip, width) for clip in train])
             for prior in (0.0, 0.1, 0.3, 1.0, 3.0):
-                options.append((float(np.mean(_concordance(_affect(joined, prior), target))), width, prior))
+                options.append((_concordance(_affect(joined, prior), target), width, prior))
         _, self.width, self.prior = max(options)
         fitted = _affect(np.concatenate([_smoothed(clip, self.width) for clip in train]), self.prior)
         self.scale = target.std(axis=0) / fitted.std(axis=0)
@@ -421,7 +446,7 @@ class Oracle:
     def predict(self, name: str, useless: np.ndarray | None = None) -> np.ndarray:
         """(T, 2) float32 labels of clip `name`. `useless` (T, M) bool, modalities in the order of the spec: True where
         something that truth/ does not know of spoilt a modality, which is then taken as absent."""
-        clip = _load(self.root, name)
+        clip = read_truth(self.root, name)
         if useless is not None:
             if useless.dtype != bool or useless.shape != clip["present"].shape:
                 raise ValueError(
@@ -438,11 +463,6 @@ def oracle_predictions(root: str | os.PathLike, split: str) -> dict[str, np.ndar
     return {name: oracle.predict(name) for name in AffWild2(root, split).names}
 
 
-def _load(root: Path, name: str) -> dict[str, np.ndarray]:
-    with np.load(root / "truth" / f"{name}.npz") as data:
-        return {key: data[key] for key in data.files}
-
-
 def _smoothed(clip: Mapping[str, np.ndarray], width: float) -> np.ndarray:
     """(T, 3): sums of precision times view (2 targets) and of precision, over modalities and a Gaussian window."""
     precision = clip["present"] / clip["variance"].astype(np.float64)  # (T, M)
@@ -457,6 +477,6 @@ def _affect(sums: np.ndarray, prior: float) -> np.ndarray:
     return np.tanh(_AFFECT_GAIN * sums[:, :2] / (sums[:, 2:] + prior + 1e-6))
 
 
-def _concordance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    covariance = np.mean((a - a.mean(0)) * (b - b.mean(0)), axis=0)
-    return 2 * covariance / (a.var(0) + b.var(0) + (a.mean(0) - b.mean(0)) ** 2)
+def _concordance(prediction: np.ndarray, target: np.ndarray) -> float:
+    """CCC of (T, 2) arrays, its mean over valence and arousal."""
+    return float(ccc(torch.from_numpy(prediction), torch.from_numpy(target.astype(np.float64))).mean())

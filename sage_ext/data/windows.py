@@ -10,6 +10,8 @@ import torch
 
 from .affwild2 import Clip
 
+_KEYS = ("present", "labels", "valid", "frame")  # of an item, beside its features
+
 
 def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | None = None) -> dict[str, Any]:
     """Frames start..stop - 1 (0-based; default: to the end) of a clip, W of them, as tensors without a batch axis.
@@ -32,7 +34,7 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
     declared = getattr(clip.present, "declared", clip.present)  # NaN rows: found in the span, not in the whole file
     for m, name in enumerate(names):
         if name not in clip.features:
-            raise ValueError(f"names: {clip.name} has no modality {name!r} (it has {', '.join(clip.features)})")
+            raise ValueError(f"names: expected modalities of {clip.name} ({', '.join(clip.features)}), got {name!r}")
         rows = np.asarray(clip.features[name][start:stop])  # shorter than the span where the features end early
         here = declared[name][start : start + len(rows)] & ~np.isnan(rows).any(axis=1)
         values = np.zeros((stop - start, rows.shape[1]), dtype=np.float32)
@@ -72,14 +74,16 @@ class Windows(torch.utils.data.Dataset):
         if not 1 <= hop <= window:
             raise ValueError(f"window, hop: expected 1 <= hop <= window (no frame may be skipped), got {window}, {hop}")
         if len(clips) == 0:
-            raise ValueError("clips: expected at least one")
+            raise ValueError("clips: expected one or more, got none")
         self.clips, self.window, self.hop = clips, window, hop
         self.names = list(clips[0].features)
         self.spans: list[tuple[int, int]] = []
         for index in range(len(clips)):
             clip = clips[index]
             if list(clip.features) != self.names:
-                raise ValueError(f"clips: {clip.name} has modalities {list(clip.features)}, expected {self.names}")
+                raise ValueError(
+                    f"clips: expected the modalities {self.names} in all, got {list(clip.features)} in {clip.name}"
+                )
             self.spans += [(index, start) for start in window_starts(clip.num_frames, window, hop)]
 
     def __len__(self) -> int:
@@ -87,10 +91,7 @@ class Windows(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         index, start = self.spans[i]
-        clip = self.clips[index]
-        item = clip_tensors(clip, self.names, start, min(start + self.window, clip.num_frames))
-        item = pad_tensors(item, self.window)
-        return {**item, "clip": index, "start": start}
+        return {**window_tensors(self.clips[index], self.names, start, self.window), "clip": index, "start": start}
 
 
 def window_starts(num_frames: int, window: int, hop: int) -> list[int]:
@@ -99,15 +100,16 @@ def window_starts(num_frames: int, window: int, hop: int) -> list[int]:
     return [*range(0, last, hop), last]
 
 
-def pad_tensors(item: Mapping[str, Any], frames: int) -> dict[str, Any]:
-    """What `clip_tensors` gave, padded at its end to at least `frames`: `frame`, `valid` and `present` are False
-    there, everything else is 0."""
-    missing = frames - len(item["frame"])
-    if missing <= 0:
-        return dict(item)
+def window_tensors(clip: Clip, names: Sequence[str], start: int, size: int) -> dict[str, Any]:
+    """What `clip_tensors` gives for the `size` frames from `start` on. Beyond the clip's end is padding: there `frame`,
+    `valid` and `present` are False and everything else is 0."""
+    item = clip_tensors(clip, names, min(start, clip.num_frames), min(start + size, clip.num_frames))
+    missing = size - len(item["frame"])
+    if missing == 0:
+        return item
     return {
         "features": {name: _pad(rows, missing) for name, rows in item["features"].items()},
-        **{key: _pad(item[key], missing) for key in ("present", "labels", "valid", "frame")},
+        **{key: _pad(item[key], missing) for key in _KEYS},
     }
 
 
@@ -115,17 +117,23 @@ def _pad(rows: torch.Tensor, missing: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
-def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stacks windows to (B, W, ...); `clip` and `start` become (B,) int64."""
-    first = items[0]
-    batch: dict[str, Any] = {
-        "features": {name: torch.stack([item["features"][name] for item in items]) for name in first["features"]}
+def stack(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """B windows of one length, as `window_tensors` gives them, with a batch axis: (B, W, ...)."""
+    return {
+        "features": {name: torch.stack([item["features"][name] for item in items]) for name in items[0]["features"]},
+        **{key: torch.stack([item[key] for item in items]) for key in _KEYS},
     }
-    for key in ("present", "labels", "valid", "frame"):
-        batch[key] = torch.stack([item[key] for item in items])
-    for key in ("clip", "start"):
-        batch[key] = torch.tensor([item[key] for item in items])
-    return batch
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks items of `Windows` to (B, W, ...); `clip` and `start` become (B,) int64."""
+    return {**stack(items), **{key: torch.tensor([item[key] for item in items]) for key in ("clip", "start")}}
+
+
+def whole_clips(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, Any]:
+    """Clips side by side from their first frame to their last, padded at their ends to the longest: (B, W, ...)."""
+    longest = max(clip.num_frames for clip in clips)
+    return stack([window_tensors(clip, names, 0, longest) for clip in clips])
 
 
 class OverlapAverage:
@@ -146,7 +154,7 @@ class OverlapAverage:
         index = start + np.flatnonzero(frame)
         if len(index) and not (index[0] >= 0 and index[-1] < len(self._count)):
             raise ValueError(
-                f"start: frames {index[0]} to {index[-1]} are not within the clip's {len(self._count)} frames"
+                f"start: expected a window within the clip's {len(self._count)} frames, got {index[0]} to {index[-1]}"
             )
         self._sum[index] += values[frame]
         self._count[index] += 1
@@ -154,5 +162,6 @@ class OverlapAverage:
     def result(self) -> np.ndarray:
         """(T, C) float64. Raises ValueError where a frame is in no window."""
         if (self._count == 0).any():
-            raise ValueError(f"frame {int(np.argmax(self._count == 0))} (0-based) is in no window")
+            missed = int(np.argmax(self._count == 0))
+            raise ValueError(f"add: expected windows that hold every frame, got none with frame {missed} (0-based)")
         return self._sum / self._count[:, None]

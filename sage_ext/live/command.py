@@ -188,7 +188,7 @@ def stream(args: argparse.Namespace) -> int:
     if args.pace is not None and not 0 < args.pace < float("inf"):
         raise ValueError(f"--pace: expected frames a second above 0, got {args.pace}")
     if args.follow and args.input == "-":
-        raise ValueError("--follow: needs --input FILE; a pipe is waited for anyway")
+        raise ValueError("--follow: expected --input FILE with it (a pipe is waited for anyway), got --input -")
     if args.serve is not None and not 0 <= args.serve < 1 << 16:
         raise ValueError(f"--serve: expected a port from 0 to 65535, got {args.serve}")
     if args.report is not None:  # what would fail at the end should fail now
@@ -246,7 +246,7 @@ def stream(args: argparse.Namespace) -> int:
         return 128 + stop.signal
     if complaints.counts and not estimator.latency.frames:
         raise ValueError(
-            f"--input: none of {complaints.counts.total()} {form.unit}s was a frame (--format {args.format})"
+            f"--input: expected frames (--format {args.format}), got none in {complaints.counts.total()} {form.unit}s"
         )
     return 0
 

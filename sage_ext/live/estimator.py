@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,18 +166,14 @@ class Estimator:
             )
         self.latency, self.step = Latency(), Latency()  # frame read to answer made; the model's part of it
         self.trace = Trace(len(self.names), self.session.stages, keep) if keep else None
-        self._absent: Counter[str] = Counter()
 
     def take(self, number: int, frame: Frame, began: float | None = None) -> dict[str, Any]:
         """The estimate for frame `number` (from 1) of the input. `began`: `time.perf_counter()` when it had been read."""
         before = time.perf_counter()
         out = self.session.step(frame.features, frame.present)
         after = time.perf_counter()
-        absent = self.session.stats.absent
-        present = [absent[label] == self._absent[label] for label in absent]  # NaN makes a modality absent too
-        self._absent = Counter(absent)
-        prediction, weights, confidence, stage = (
-            x[0].tolist() for x in (out.prediction, out.weights, out.confidence, out.stage)
+        prediction, weights, confidence, stage, present = (
+            x[0].tolist() for x in (out.prediction, out.weights, out.confidence, out.stage, out.present)
         )
         record: dict[str, Any] = {"frame": number, **frame.echo, **named(TARGETS, prediction)}
         record["weights"], record["confidence"] = named(self.names, weights), named(self.names, confidence)

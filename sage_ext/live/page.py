@@ -58,7 +58,9 @@ class Page:
             ]
             self._server = _Server(family, address, self)
         except OSError as error:
-            raise OSError(f"--serve {port}, --host {host}: {error.strerror or error}") from None
+            raise OSError(
+                f"--serve, --host: expected an address to listen on, got {port}, {host}: {error.strerror or error}"
+            ) from None
         bound, self.port = self._server.server_address[:2]
         self.loopback = ipaddress.ip_address(str(bound)).is_loopback
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"

@@ -16,7 +16,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,26 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import (
-    SHARPENING_RATE,
-    Features,
-    FusionOutput,
-    ReliabilityFusion,
-    UniformFusion,
-    blank_missing,
-    check_flags,
-    check_int,
-    join_flags,
-    named_dims,
-    ordered_features,
-)
+from .._arguments import arithmetic_dtype, blank_missing, check_dropout, check_int
+from ..nn import Fusion, FusionOutput
+from ..nn.fusion import SHARPENING_RATE
+from .fusions import FUSIONS, fusion_class, fusion_names
 
-__all__ = ["FUSIONS", "METHODS", "Method", "PeerFusion", "fusion_class", "fusion_names", "parameter_table", "register"]
+__all__ = ["FUSIONS", "PeerFusion", "fusion_class", "fusion_names", "parameter_table", "register"]
 
 Dims = Mapping[str, int] | Sequence[int]
 
 
-class PeerFusion(nn.Module):
+class PeerFusion(Fusion):
     """Base of the peers. A subclass builds its layers for `self.in_dims` and `self.dim`, and defines `fuse`.
 
     Args:
@@ -54,173 +44,78 @@ class PeerFusion(nn.Module):
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
 
-    causal: ClassVar[bool] = True  # frame t depends on no later frame
-    fixed_length: ClassVar[bool] = False  # every call has exactly `length` frames
-    pairwise: ClassVar[bool] = False  # defined for two modalities only
-
     def __init__(self, in_dims: Dims, dim: int, *, length: int | None = None) -> None:
-        super().__init__()
-        self.names, self.in_dims = named_dims(in_dims)
-        check_int("dim", dim, 1)
+        super().__init__(in_dims, dim)
         if self.fixed_length:
             check_int("length", length, 1)
         elif length is not None:
-            raise ValueError(f"length: {type(self).__name__} takes any number of frames, got {length}")
+            raise ValueError(f"length: expected None ({type(self).__name__} takes any number of frames), got {length}")
         if self.pairwise and len(self.in_dims) != 2:
-            raise ValueError(f"in_dims: {type(self).__name__} fuses exactly 2 modalities, got {len(self.in_dims)}")
-        self.dim, self.length = dim, length
+            raise ValueError(
+                f"in_dims: expected the 2 modalities that {type(self).__name__} fuses, got {len(self.in_dims)}"
+            )
+        self.length = length
 
     def extra_repr(self) -> str:
-        dims = dict(zip(self.names, self.in_dims)) if self.names else self.in_dims
-        return f"in_dims={dims}, dim={self.dim}" + (f", length={self.length}" if self.fixed_length else "")
+        return super().extra_repr() + (f", length={self.length}" if self.fixed_length else "")
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
-        """M tensors (B, T, d_m), zero where `valid` (B, T, M) is False -> fused (B, T, dim)."""
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
+        """M tensors (B, T, d_m), zero where `known` (B, T, M) is False -> fused (B, T, dim)."""
         raise NotImplementedError
 
     def fuse_chunk(
-        self, x: list[Tensor], valid: Tensor, state: tuple[Tensor, ...] | None
+        self, x: list[Tensor], known: Tensor, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`fuse` of a chunk of a sequence; a causal peer with memory overrides this one."""
-        return self.fuse(x, valid), None
+        return self.fuse(x, known), None
 
-    def weigh(self, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    def weigh(self, known: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T, M) weights to report: rows sum to 1 over the present modalities."""
-        here = valid.to(dtype)
+        here = known.to(dtype)
         return here / here.sum(-1, keepdim=True).clamp(min=1)
 
-    def forward(
+    def fuse_checked(
         self,
-        features: Features,
-        present: Tensor | None = None,
-        mask: Tensor | None = None,
+        x: list[Tensor],
+        known: Tensor | None,
         state: tuple[Tensor, ...] | None = None,
-        *,
         typicality_inputs: Sequence[Tensor] | None = None,
     ) -> FusionOutput:
-        """As `ReliabilityFusion.forward`, one stage; `typicality_inputs` are not used.
-
-        ValueError for a number of frames other than `length` where that is fixed, and for a `state` given to a fusion
-        that is not causal.
-        """
-        x = ordered_features(features, self.names, self.in_dims)
-        lead, modalities = tuple(x[0].shape[:-1]), len(x)
-        check_flags("present", present, (*lead, modalities), x[0].device)
-        check_flags("mask", mask, lead, x[0].device)
-        if state is not None and not self.causal:
-            raise ValueError(f"state: {type(self).__name__} is not causal and cannot run in chunks")
-        valid = join_flags(present, mask, modalities)
-        x = blank_missing(x, valid)
-        if valid is None:
-            valid = torch.ones(*lead, modalities, dtype=torch.bool, device=x[0].device)
-        single = len(lead) == 1
-        if single:
-            x, valid = [v.unsqueeze(1) for v in x], valid.unsqueeze(1)
-        if self.fixed_length and x[0].shape[1] != self.length:
+        """As `Fusion.fuse_checked`, one stage. ValueError for a number of frames other than `length` where that is fixed."""
+        batch, frames = x[0].shape[:2]
+        if self.fixed_length and frames != self.length:
             raise ValueError(
-                f"features: {type(self).__name__} was built for length={self.length} frames, got {x[0].shape[1]}; "
-                "pad shorter sequences and mask the padding, cut longer ones into windows"
+                f"features: expected the {self.length} frames that {type(self).__name__} was built for (length; pad shorter "
+                f"sequences and mask the padding, cut longer ones into windows), got {frames}"
             )
-        fused, state = self.fuse_chunk(x, valid, state)
-        fused = torch.where(valid.any(-1, keepdim=True), fused, 0.0)
-        dtype = torch.float64 if x[0].dtype == torch.float64 else torch.float32
-        weights, confidence = self.weigh(valid, dtype), 0.5 * valid.to(dtype)
-        if single:
-            fused, weights, confidence = fused.squeeze(1), weights.squeeze(1), confidence.squeeze(1)
-        return FusionOutput(fused, weights, confidence, fused.new_ones(*lead, 1, dtype=dtype), state)
+        if known is None:
+            known = torch.ones(batch, frames, len(x), dtype=torch.bool, device=x[0].device)
+        fused, state = self.fuse_chunk(x, known, state)
+        fused = torch.where(known.any(-1, keepdim=True), fused, 0.0)
+        dtype = arithmetic_dtype(x[0])
+        weights, confidence = self.weigh(known, dtype), 0.5 * known.to(dtype)
+        return FusionOutput(fused, weights, confidence, fused.new_ones(batch, frames, 1, dtype=dtype), state)
 
 
 # ------------------------------------------------------------------------------------------------------------ registry
-@dataclass(frozen=True)
-class Method:
-    """A method of the comparison: a name, and what it changes in a `TrainConfig`."""
-
-    name: str
-    title: str  # for tables and plots
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig fields
-    fixed_length: bool = False  # runs on windows of the training length only
-    note: str = ""
-
-
-FUSIONS: dict[str, type[PeerFusion]] = {}
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("sage", "SAGE"),
-        Method(
-            "uniform",
-            "SAGE, uniform weights",
-            {"fusion": "uniform"},
-            note="SAGE's values, memory and stuck rule, equal weights",
-        ),
-        Method("sage-one-stage", "SAGE, one stage", {"stages": 1}),
-        Method(
-            "sage-no-calibration",
-            "SAGE, no calibration loss",
-            {"reliability_weight": 0.0},
-            note="the weights learn from the prediction alone",
-        ),
-        Method(
-            "sage-undetached",
-            "SAGE, undetached evidence",
-            {"fusion_options": {"detach_evidence": False}},
-            note="the reliability path also shapes the encoders",
-        ),
-        Method(
-            "sage-no-filter",
-            "SAGE, no stage filter",
-            {"fusion_options": {"filter_stages": False}},
-            note="each frame's stage from its own evidence",
-        ),
-        Method(
-            "sage-no-mask",
-            "SAGE, no presence mask",
-            {"use_present": False},
-            note="missing inputs are the mean frame, and look present",
-        ),
-        Method("sage-no-norm", "SAGE, no norm", {"fusion_options": {"norm": False}}),
-        Method("sage-no-memory", "SAGE, no memory", {"memory": ()}),
-        Method("sage-no-stuck", "SAGE, stuck frames present", {"stuck": 0}),
-        Method(
-            "can-plus",
-            "CAN attention, SAGE's memory and stuck rule",
-            {"fusion": "can", "memory": (8.0, 32.0, 128.0), "stuck": 8},
-            note="what is left of SAGE's lead is its reliability's",
-        ),
-    )
-}
 Peer = TypeVar("Peer", bound=type[PeerFusion])
 
 
 def register(name: str, title: str, note: str = "") -> Callable[[Peer], Peer]:
-    """Class decorator: adds a `PeerFusion` to `FUSIONS` and `METHODS` under `name`. ValueError for a taken name."""
+    """Class decorator: adds a `PeerFusion` to `FUSIONS` under `name`. ValueError for a taken name.
+
+    `title` names it in tables and pictures, `note` says in a sentence what sets it apart; the class keeps both.
+    """
 
     def add(cls: Peer) -> Peer:
         if not (isinstance(cls, type) and issubclass(cls, PeerFusion)):
             raise TypeError(f"register: expected a subclass of PeerFusion, got {cls!r}")
-        if name in fusion_names() or name in METHODS:
+        if name in fusion_names():
             raise ValueError(f"name: there is a method {name!r} already")
-        FUSIONS[name] = cls
-        METHODS[name] = Method(name, title, {"fusion": name}, cls.fixed_length, note)
+        FUSIONS[name], cls.title, cls.note = cls, title, note
         return cls
 
     return add
-
-
-def fusion_names() -> tuple[str, ...]:
-    """All that `SAGE(fusion=...)` takes."""
-    return ("reliability", "uniform", *FUSIONS)
-
-
-def fusion_class(name: str) -> type[ReliabilityFusion] | type[UniformFusion] | type[PeerFusion]:
-    """The module behind a name of `fusion_names`. ValueError, with those names, for any other."""
-    ours: dict[str, type[ReliabilityFusion] | type[UniformFusion]] = {
-        "reliability": ReliabilityFusion,
-        "uniform": UniformFusion,
-    }
-    if not isinstance(name, str) or name not in fusion_names():
-        raise ValueError(f"fusion must be one of {', '.join(fusion_names())}, got {name!r}")
-    return FUSIONS[name] if name in FUSIONS else ours[name]
 
 
 def parameter_table(dim: int = 128, modalities: int = 2, *, length: int = 300) -> dict[str, int]:
@@ -229,7 +124,7 @@ def parameter_table(dim: int = 128, modalities: int = 2, *, length: int = 300) -
     table = {}
     for name in fusion_names():
         cls = fusion_class(name)
-        if issubclass(cls, PeerFusion) and cls.pairwise and modalities != 2:
+        if cls.pairwise and modalities != 2:
             continue
         options: dict[str, Any] = {"length": length} if cls.fixed_length else {}
         table[name] = sum(p.numel() for p in cls([dim] * modalities, dim, **options).parameters())
@@ -248,7 +143,7 @@ class ConcatFusion(PeerFusion):
         super().__init__(in_dims, dim)
         self.first, self.second = nn.Linear(sum(self.in_dims), dim), nn.Linear(dim, dim)
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
         return torch.tanh(self.second(F.leaky_relu(self.first(torch.cat(x, -1)))))
 
 
@@ -257,11 +152,11 @@ class LateFusion(PeerFusion):
     """Learnt convex sum of unimodal predictions, `sum_m w_m prediction_m` with `w = softmax(logits)`.
 
     In `SAGE` the sum is over predictions: the blocks after the fusion and the head, the same weights for all
-    modalities, run on each modality's own `values`, and `mix` adds up what they predict. Alone, the module's `fused` is
-    the same sum of `values`, which equals it where all that follows is linear.
+    modalities, run on each modality's own `values`, and `mix_estimates` adds up what they predict. Alone, the module's
+    `fused` is the same sum of `values`, which equals it where all that follows is linear.
 
-    A missing modality has no weight; the others' are renormalised. Where all are missing `mix` takes them as learnt:
-    what the trunk remembers is all there is.
+    A missing modality has no weight; the others' are renormalised. Where all are missing `mix_estimates` takes them as
+    learnt: what the layers before it remember is all there is.
     """
 
     def __init__(self, in_dims: Dims, dim: int) -> None:
@@ -269,24 +164,26 @@ class LateFusion(PeerFusion):
         self.value = nn.ModuleList(nn.Linear(d, dim) for d in self.in_dims)
         self.logits = nn.Parameter(torch.zeros(len(self.in_dims)))
 
-    def values(self, x: Sequence[Tensor], valid: Tensor | None) -> Tensor:
-        """M tensors (B, T, d_m), `valid` (B, T, M) -> each modality's own representation (B, T, M, dim)."""
-        return torch.stack([linear(v) for linear, v in zip(self.value, blank_missing(x, valid))], -2)
+    def values(self, x: Sequence[Tensor]) -> Tensor:
+        """M tensors (B, T, d_m), zero where missing -> each modality's own representation (B, T, M, dim)."""
+        return torch.stack([linear(v) for linear, v in zip(self.value, x)], -2)
 
-    def mix(self, predictions: Tensor, valid: Tensor | None) -> Tensor:
-        """(B, T, M, C) predictions, `valid` (B, T, M) -> (B, T, C)."""
-        flags = torch.ones_like(predictions[..., 0], dtype=torch.bool) if valid is None else valid
+    def tracks(self, fused: Tensor, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
+        return self.values(blank_missing(encoded, known))
+
+    def mix_estimates(self, estimates: Tensor, known: Tensor | None) -> Tensor:
+        flags = torch.ones_like(estimates[..., 0], dtype=torch.bool) if known is None else known
         flags = flags | ~flags.any(-1, keepdim=True)
-        return (self.weigh(flags, predictions.dtype).unsqueeze(-1) * predictions).sum(-2)
+        return (self.weigh(flags, estimates.dtype).unsqueeze(-1) * estimates).sum(-2)
 
-    def weigh(self, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    def weigh(self, known: Tensor, dtype: torch.dtype) -> Tensor:
         # Alone among matrices this vector needs a larger rate, as the sharpness of ReliabilityFusion does.
-        share = (SHARPENING_RATE * self.logits).softmax(0).to(dtype) * valid
+        share = (SHARPENING_RATE * self.logits).softmax(0).to(dtype) * known
         return share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
-        values = self.values(x, valid)
-        return (self.weigh(valid, values.dtype).unsqueeze(-1) * values).sum(-2)
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
+        values = self.values(x)
+        return (self.weigh(known, values.dtype).unsqueeze(-1) * values).sum(-2)
 
 
 @register("gmu", "gated multimodal unit")
@@ -304,10 +201,10 @@ class GatedMultimodalUnit(PeerFusion):
         self.value = nn.ModuleList(nn.Linear(d, dim) for d in self.in_dims)
         self.gate = nn.Linear(sum(self.in_dims), dim)
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
         first, second = (torch.tanh(linear(v)) for linear, v in zip(self.value, x))
         z = torch.sigmoid(self.gate(torch.cat(x, -1)))
-        z = torch.where(valid[..., :1], torch.where(valid[..., 1:], z, 1.0), 0.0)
+        z = torch.where(known[..., :1], torch.where(known[..., 1:], z, 1.0), 0.0)
         return z * first + (1 - z) * second
 
 
@@ -328,8 +225,8 @@ class ChannelAttention(PeerFusion):
         self.project = nn.ModuleList(nn.Linear(d, width) for d in self.in_dims)
         self.score, self.out = nn.Linear(total, total), nn.Linear(total, dim)
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
-        channels = valid.repeat_interleave(self.width, -1)  # (B, T, M * width)
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
+        channels = known.repeat_interleave(self.width, -1)  # (B, T, M * width)
         p = torch.cat([linear(v) for linear, v in zip(self.project, x)], -1)
         p = torch.where(channels, p, 0.0)
         # Finite where nothing is present: a softmax over nothing would be NaN.
@@ -355,7 +252,7 @@ class LeaderFollower(PeerFusion):
         check_int("width", width, 1)
         check_int("heads", heads, 1)
         if width % heads:
-            raise ValueError(f"heads must divide width {width}, got {heads}")
+            raise ValueError(f"heads: expected a divisor of width {width}, got {heads}")
         self.width, self.heads, self.leading = width, heads, self._leader(leading)
         self.token = nn.ModuleList(nn.Linear(d, 3 * width) for d in self.in_dims)
         self.norm = nn.LayerNorm(width)
@@ -367,21 +264,21 @@ class LeaderFollower(PeerFusion):
             return next((i for i, name in enumerate(names) if name in ("visual", "video")), 0)
         if isinstance(leading, str):
             if leading not in names:
-                raise ValueError(f"leading must be one of the modalities {list(names)}, got {leading!r}")
+                raise ValueError(f"leading: expected one of the modalities {list(names)}, got {leading!r}")
             return names.index(leading)
         check_int("leading", leading, 0, len(self.in_dims) - 1)
         return leading
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
-        batch, frames, modalities = valid.shape
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
+        batch, frames, modalities = known.shape
         tokens = torch.stack([linear(v) for linear, v in zip(self.token, x)], 2)  # (B, T, M, 3 * width)
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(0, 1) for part in tokens.chunk(3, -1)
         )  # (B * T, heads, M, width / heads)
-        keys = (valid | ~valid.any(-1, keepdim=True)).flatten(0, 1)[:, None, None]  # (B * T, 1, 1, M)
+        keys = (known | ~known.any(-1, keepdim=True)).flatten(0, 1)[:, None, None]  # (B * T, 1, 1, M)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys) + value
         attended = attended.transpose(1, 2).reshape(batch, frames, modalities, self.width)
-        attended = torch.where(valid.unsqueeze(-1), self.norm(attended), 0.0)
+        attended = torch.where(known.unsqueeze(-1), self.norm(attended), 0.0)
         return self.out(torch.cat([attended.flatten(2), x[self.leading]], -1))
 
 
@@ -412,7 +309,7 @@ class ReliabilityScore(PeerFusion):
         self.out = nn.Linear(sum(self.in_dims), dim)
 
     def fuse_chunk(
-        self, x: list[Tensor], valid: Tensor, state: tuple[Tensor, ...] | None
+        self, x: list[Tensor], known: Tensor, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """state: M tensors (B, span, d_m), the frames before this chunk; None: zeros."""
         frames = x[0].shape[1]
@@ -446,15 +343,15 @@ class JointCrossAttention(nn.Module):
         self.out = nn.ModuleList(nn.Linear(total, d) for d in dims)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Sequence[Tensor], valid: Tensor) -> list[Tensor]:
+    def forward(self, x: Sequence[Tensor], known: Tensor) -> list[Tensor]:
         joint = self.joint(torch.cat(list(x), -1))
-        joint = torch.where(valid.any(-1, keepdim=True), joint, 0.0)
+        joint = torch.where(known.any(-1, keepdim=True), joint, 0.0)
         result = []
         for m, v in enumerate(x):
             correlation = torch.tanh(self.time[m](v.transpose(1, 2)) @ joint / joint.shape[-1] ** 0.5)
             attended = F.relu(torch.tanh(self.value[m](v) @ self.dropout(correlation)))
             v = v + self.dropout(F.relu(self.out[m](attended)))
-            result.append(torch.where(valid[..., m, None], v, 0.0))
+            result.append(torch.where(known[..., m, None], v, 0.0))
         return result
 
 
@@ -469,8 +366,7 @@ class _JointFusion(PeerFusion):
 
     def __init__(self, in_dims: Dims, dim: int, *, length: int, dropout: float = 0.6) -> None:
         super().__init__(in_dims, dim, length=length)
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        check_dropout(dropout)
         self.attention = nn.ModuleList(JointCrossAttention(self.in_dims, length, dropout) for _ in range(self.layers))
         self.out = nn.Linear(sum(self.in_dims), dim)
 
@@ -478,10 +374,10 @@ class _JointFusion(PeerFusion):
         """`layers + 1` states (B, L, d_m) of modality m -> (B, L, d_m)."""
         return states[-1]
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
         states = [[F.normalize(v, dim=-1) for v in x] if self.normalise else x]
         for layer in self.attention:
-            states.append(layer(states[-1], valid))
+            states.append(layer(states[-1], known))
         return self.out(torch.cat([self.gate(m, [state[m] for state in states]) for m in range(2)], -1))
 
 
@@ -595,12 +491,11 @@ class CrossModalTransformer(PeerFusion):
         super().__init__(in_dims, dim)
         modalities = len(self.in_dims)
         if modalities < 2:
-            raise ValueError("in_dims: CrossModalTransformer fuses 2 modalities or more, got 1")
+            raise ValueError(f"in_dims: expected 2 modalities or more for CrossModalTransformer, got {modalities}")
         check_int("heads", heads, 1)
         if dim % heads:
-            raise ValueError(f"heads must divide dim {dim}, got {heads}")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+            raise ValueError(f"heads: expected a divisor of dim {dim}, got {heads}")
+        check_dropout(dropout)
         self.project = nn.ModuleList(nn.Linear(d, dim) for d in self.in_dims)
         self.pairs = [(m, n) for m in range(modalities) for n in range(modalities) if m != n]
         self.cross = nn.ModuleList(_Attention(dim, heads, dropout) for _ in self.pairs)
@@ -608,15 +503,14 @@ class CrossModalTransformer(PeerFusion):
         self.memory = nn.ModuleList(_Attention(width, heads, dropout) for _ in self.in_dims)
         self.out = nn.Linear(width * modalities, dim)
 
-    def fuse(self, x: list[Tensor], valid: Tensor) -> Tensor:
-        dtype = torch.float64 if x[0].dtype == torch.float64 else torch.float32
-        place = positions(valid.shape[1], self.dim, dtype, valid.device)
+    def fuse(self, x: list[Tensor], known: Tensor) -> Tensor:
+        place = positions(known.shape[1], self.dim, arithmetic_dtype(x[0]), known.device)
         tokens = [linear(v) for linear, v in zip(self.project, x)]
         tokens = [token + place.to(token.dtype) for token in tokens]
         crossed: list[list[Tensor]] = [[] for _ in x]
         for layer, (m, n) in zip(self.cross, self.pairs):
-            crossed[m].append(layer(tokens[m], tokens[n], valid[..., n]))
-        some = valid.any(-1)
+            crossed[m].append(layer(tokens[m], tokens[n], known[..., n]))
+        some = known.any(-1)
         joined = [torch.cat(parts, -1) for parts in crossed]
         return self.out(torch.cat([layer(z, z, some) for layer, z in zip(self.memory, joined)], -1))
 

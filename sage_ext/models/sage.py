@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..nn import (
+from .._arguments import (
     Features,
-    ReliabilityFusion,
-    ReliabilityNLL,
-    UniformFusion,
     blank_missing,
-    calibrated_confidence,
+    check_bool,
+    check_dropout,
     check_flags,
     check_int,
+    check_number,
     join_flags,
     named_dims,
     ordered_features,
 )
-from .peers import LateFusion, PeerFusion, fusion_class
+from ..nn import Fusion, ReliabilityNLL, calibrated_confidence
+from .fusions import fusion_class
+from .layers import ChannelDropout, Encoder, PrecisionMemory, TemporalBlock
 
 if TYPE_CHECKING:
     from ..stream import StreamingSession
 
+MAX_MEMORY = 8  # half-lives of the memory, as in csrc/stream/model.h (kMaxMemory)
+MAX_LOG_PRECISION = 10.0  # of a frame in the memory, either way
 DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean spread is dead: it is not used
 
 
 class SAGEState(NamedTuple):
     """What a causal `SAGE` carries from one chunk to the next. All tensors; a new sequence starts from zeros."""
 
-    history: tuple[
-        Tensor, ...
-    ]  # a modality block: (B, M, (kernel_size - 1) * dilation, dim) its convolution's last inputs
-    # a block after fusion: (B, K, (kernel_size - 1) * dilation, dim) likewise; of K = 1 + M tracks, the fused one and each
-    # modality alone; K = M with late fusion, 1 with any other peer
+    # The last inputs of each block's convolution before the fusion: (B, M, (kernel_size - 1) * dilation, dim) a block.
+    history: tuple[Tensor, ...]
+    # The same after it: (B, K, (kernel_size - 1) * dilation, dim) a block. Its K tracks are what the fusion's `tracks` gives:
+    # the fused frames, and each modality alone; the modalities only (late fusion); the fused frames only (other peers).
     fused: tuple[Tensor, ...]
     fusion: tuple[Tensor, ...] | None  # a FusionState, a peer's own, or None: nothing to remember
     memory: Tensor | None  # (B, K, R, dim + 1) float32: `PrecisionMemory`'s sums; None without one
@@ -58,156 +60,19 @@ class SAGEOutput(NamedTuple):
     state: SAGEState | None  # of a causal model, for the next chunk
 
 
-class ChannelDropout(nn.Module):
-    """Dropout of whole channels for a whole sequence: x (B, T, dim), one draw a (B, dim).
-
-    Neighbouring frames say nearly the same, so a draw a frame would be averaged away by the next convolution; and it
-    would cost more than the convolution does.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p)
-
-
-class TemporalBlock(nn.Module):
-    """Residual `x + W silu(depthwise(LayerNorm(x)))`: a dilated depthwise-separable convolution over time.
-
-    x: (B, T, dim). The depthwise kernel is `weight` (kernel_size, dim), oldest tap first; causal, or centred.
-    """
-
-    def __init__(self, dim: int, kernel_size: int, dilation: int, dropout: float, causal: bool) -> None:
-        super().__init__()
-        self.kernel_size, self.dilation, self.causal = kernel_size, dilation, causal
-        self.norm = nn.LayerNorm(dim)
-        self.weight = nn.Parameter(torch.randn(kernel_size, dim) * kernel_size**-0.5)
-        self.bias = nn.Parameter(torch.zeros(dim))
-        self.pointwise = nn.Linear(dim, dim)
-        self.dropout = ChannelDropout(dropout)
-
-    def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}, dilation={self.dilation}, causal={self.causal}"
-
-    def forward(self, x: Tensor, mask: Tensor | None, history: Tensor | None) -> tuple[Tensor, Tensor]:
-        """history: (B, (kernel_size - 1) * dilation, dim) before this chunk (None: zeros); returns the next."""
-        batch, frames, dim = x.shape
-        span = (self.kernel_size - 1) * self.dilation
-        h = self.norm(x)
-        if self.causal:
-            before = h.new_zeros(batch, span, dim) if history is None else history.to(h.dtype)
-            h = torch.cat([before, h], 1)
-        else:
-            if mask is not None:  # padding is the same as the end of the sequence
-                h = torch.where(mask.unsqueeze(-1), h, 0.0)
-            h = F.pad(h, (0, 0, span // 2, span - span // 2))
-        # Channels last, one multiply-add a tap: on CPU 1.7x faster in training than conv1d(groups=dim), same bits.
-        y = self.bias.to(h.dtype).expand(batch, frames, dim)
-        for tap in range(self.kernel_size):
-            start = tap * self.dilation
-            y = torch.addcmul(y, h[:, start : start + frames], self.weight[tap].to(h.dtype))
-        y = self.pointwise(F.silu(y))
-        return x + self.dropout(y), h[:, frames:]
-
-
-class Encoder(nn.Module):
-    """One modality: Linear to `dim`, temporal blocks with dilations 1, 2, 4, ..., LayerNorm."""
-
-    def __init__(self, in_dim: int, dim: int, blocks: int, kernel_size: int, dropout: float, causal: bool) -> None:
-        super().__init__()
-        self.project = nn.Linear(in_dim, dim)
-        self.dropout = ChannelDropout(dropout)
-        self.blocks = nn.ModuleList(TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(blocks))
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, mask: Tensor | None, history: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        x = self.dropout(self.project(x))
-        tails = []
-        for i, block in enumerate(self.blocks):
-            x, tail = block(x, mask, None if history is None else history[i])
-            tails.append(tail)
-        return self.norm(x), tails
-
-
-class PrecisionMemory(nn.Module):
-    """What was seen lately, each frame counted by its precision: a normalised leaky average for each half-life.
-
-    `average_r(t) = sum_k lambda_r^(t-k) p_k x_k / (a_r + sum_k lambda_r^(t-k) p_k)`, `lambda_r = 0.5^(1/halflife_r)`, over
-    the frames `k <= t` (all frames and `|t-k|` if not causal); `a_r` is learnt, the weight of the average's prior, 0. The
-    result is a Linear of the R averages side by side. With the precision of a calibrated confidence, `odds(r)`, this is the
-    inverse-variance weighted mean of the past: unreliable frames hold what reliable ones left behind.
-
-    Args:
-        dim: channels. halflives: of the averages, in frames. causal: see above.
-    """
-
-    CHUNK = 64  # frames of one product with the triangular matrix of powers of lambda
-    halflife: Tensor  # (R,)
-
-    def __init__(self, dim: int, halflives: Sequence[float], causal: bool) -> None:
-        super().__init__()
-        self.halflives, self.causal = tuple(halflives), causal
-        self.register_buffer("halflife", torch.tensor(self.halflives), persistent=False)
-        self.log_prior = nn.Parameter(torch.zeros(len(self.halflives)))
-        self.mix = nn.Linear(dim * len(self.halflives), dim)
-
-    def extra_repr(self) -> str:
-        return f"halflives={self.halflives}, causal={self.causal}"
-
-    def forward(self, x: Tensor, precision: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, dim), precision (B, T) >= 0, sums (B, R, dim + 1) before this chunk (None: nothing was seen): the
-        memory (B, T, dim), and the sums for the next chunk."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        p = precision.to(dtype).unsqueeze(-1)
-        weighed = torch.cat([p * x.to(dtype), p], -1)  # (B, T, dim + 1)
-        total, sums = self._leaky(weighed, sums)
-        if not self.causal:
-            total = total + self._leaky(weighed.flip(1), None)[0].flip(2) - weighed.unsqueeze(1)
-        average = total[..., :-1] / (total[..., -1:] + self.log_prior.to(dtype).exp()[:, None, None])
-        return self.mix(average.transpose(1, 2).flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums
-
-    def _leaky(self, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T, n) -> (B, R, T, n): `sum_(k <= t) lambda_r^(t-k) x_k`, and the last of them (B, R, n)."""
-        frames, decay = x.shape[1], 0.5 ** (1.0 / self.halflife.to(x.dtype))
-        chunks = frames // self.CHUNK + 1  # never without padding: torch.export would tell the two cases apart
-        x = F.pad(x, (0, 0, 0, chunks * self.CHUNK - frames)).view(x.shape[0], chunks, self.CHUNK, x.shape[2])
-        age = torch.arange(self.CHUNK, device=x.device)
-        inside = torch.einsum("rts,bcsn->brctn", _powers(decay, age[:, None] - age), x)
-        # What had come together before each chunk: of the chunks before it, and before the first.
-        chunk = torch.arange(chunks, device=x.device)
-        between = _powers(decay**self.CHUNK, chunk[:, None] - chunk - 1)
-        before = torch.einsum("rcd,brdn->brcn", between, inside[:, :, :, -1])
-        if sums is not None:
-            before = before + _powers(decay**self.CHUNK, chunk).unsqueeze(-1) * sums.to(x.dtype).unsqueeze(2)
-        total = inside + _powers(decay, age + 1)[:, None, :, None] * before.unsqueeze(3)
-        total = total.flatten(2, 3)[:, :, :frames]
-        return total, total[:, :, -1]
-
-
-def _powers(base: Tensor, exponent: Tensor) -> Tensor:
-    """(R,) and (*) whole numbers -> (R, *): base**exponent, 0 where that is negative."""
-    base = base.view(-1, *[1] * exponent.dim())
-    return torch.where(exponent >= 0, base ** exponent.clamp(min=0), 0.0)
-
-
 class SAGE(nn.Module):
     """Stage-Adaptive Gated Estimation of valence and arousal from several modalities.
 
-    Per modality: standardised features -> Linear -> causal (or centred) dilated depthwise-separable temporal
-    convolutions -> `ReliabilityFusion` -> the widest of the convolutions -> plus `PrecisionMemory` -> head -> tanh. The
-    precision of a frame in that memory is the sum over its modalities of `odds(confidence)^sharpness`, of which the fusion
-    weights are the shares. The same convolutions, memory and head on each modality's values alone give the unimodal
-    predictions against which its confidence is trained and calibrated: what the model would say if it had that modality
-    only (but for the stage, which all modalities tell). Typicality reads the standardised inputs. Long averages come
-    after the fusion because they should not mix reliable frames with unreliable ones before those are told apart.
-    (With a peer's fusion the unimodal predictions are those of a linear head a modality on its encoder.)
+    Each modality: standardised features -> Linear -> temporal convolutions (dilated, depthwise-separable, causal or
+    centred). Then `ReliabilityFusion` -> the widest of the convolutions -> plus `PrecisionMemory` -> head -> tanh. Long
+    averages come after the fusion because they should not mix reliable frames with unreliable ones before those are told
+    apart. The memory counts a frame by its precision, the sum over its modalities of `odds(confidence)^sharpness`; the
+    fusion weights are the modalities' shares of that sum. Typicality, a part of the fusion, reads the standardised inputs.
+
+    The unimodal predictions are what the model would say if it had one modality only: the same convolutions, memory and
+    head, run on that modality's values alone. (Only the stage is still told by all modalities.) Against them each
+    modality's confidence is trained and calibrated. With a peer's fusion they are those of a linear head a modality on
+    its encoder.
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
     frame of the training data; whatever the tensor holds there, NaN included, reaches nothing. A modality whose features
@@ -274,26 +139,21 @@ class SAGE(nn.Module):
             fused_blocks = blocks // 2
         check_int("fused_blocks", fused_blocks, 0, blocks)
         check_int("kernel_size", kernel_size, 1)
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-        for name, flag in (("causal", causal), ("use_present", use_present)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be bool, got {type(flag).__name__}")
+        check_dropout(dropout)
+        check_bool("causal", causal)
+        check_bool("use_present", use_present)
         if not isinstance(fusion_options, (Mapping, type(None))):
-            raise TypeError(f"fusion_options must be a mapping or None, got {type(fusion_options).__name__}")
+            raise TypeError(f"fusion_options: expected a mapping or None, got {type(fusion_options).__name__}")
         check_int("length", length, 1)
         fusion_type = fusion_class(fusion)
-        ours = not issubclass(fusion_type, PeerFusion)
         if memory is None:
-            memory = (8.0, 32.0, 128.0) if ours else ()
-        lives = isinstance(memory, Sequence) and all(isinstance(h, (int, float)) and 0 < h < 1e6 for h in memory)
-        if not lives or len(memory) > 8:  # csrc/stream/model.h: kMaxMemory
-            raise ValueError(f"memory must be at most 8 half-lives in frames, each in (0, 1e6), got {memory!r}")
+            memory = fusion_type.default_memory
+        _check_memory(memory)
         if stuck is None:
-            stuck = 8 if ours and use_present else 0
+            stuck = fusion_type.default_stuck if use_present else 0
         check_int("stuck", stuck, 0)
         if stuck and not use_present:
-            raise ValueError(f"stuck: use_present=False hides what is missing, stuck={stuck} would add to it")
+            raise ValueError(f"stuck: expected 0 (use_present=False hides what is missing), got {stuck}")
         options: dict[str, Any] = dict(fusion_options or {})
         self.config: dict[str, Any] = {
             "in_dims": dict(in_dims) if isinstance(in_dims, Mapping) else list(in_dims),
@@ -323,16 +183,14 @@ class SAGE(nn.Module):
             self.register_buffer(f"input_scale_{m}", torch.ones(d))
         own = blocks - fused_blocks
         self.encoders = nn.ModuleList(Encoder(d, dim, own, kernel_size, dropout, causal) for d in self.in_dims)
-        if fusion == "reliability":
+        if fusion_type.has_reliability:
             options = {"stages": stages, "evidence_dim": evidence_dim, **options}
-        elif self.length is not None:
+        if self.length is not None:
             options["length"] = length
         encoded = [dim] * len(self.in_dims)
-        self.fusion: ReliabilityFusion | UniformFusion | PeerFusion = fusion_type(
-            dict(zip(self.names, encoded)) if self.names else encoded, dim, **options
-        )
+        self.fusion: Fusion = fusion_type(dict(zip(self.names, encoded)) if self.names else encoded, dim, **options)
         self.unimodal = None
-        if isinstance(self.fusion, PeerFusion):
+        if not fusion_type.tracks_modalities:
             self.unimodal = nn.ModuleList(nn.Linear(dim, num_targets) for _ in self.in_dims)
         self.fused_blocks = nn.ModuleList(
             TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(own, blocks)
@@ -359,15 +217,17 @@ class SAGE(nn.Module):
         they are, and typicality follows the training batches by momentum.
         """
         if iter(batches) is batches:
-            raise TypeError("batches must be iterable more than once (a list or a DataLoader), got an iterator")
+            raise TypeError(
+                "batches: expected something to iterate over twice (a list or a DataLoader), got an iterator"
+            )
         device = next(self.parameters()).device
         n = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.in_dims]
         mean = [torch.zeros(d, dtype=torch.float64, device=device) for d in self.in_dims]
         m2 = [torch.zeros(d, dtype=torch.float64, device=device) for d in self.in_dims]
         for batch in batches:
-            x, valid, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
+            x, known, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
             for m, v in enumerate(x):
-                rows = (v.flatten(0, 1) if valid is None else v[valid[..., m]]).double()
+                rows = (v.flatten(0, 1) if known is None else v[known[..., m]]).double()
                 if not len(rows):
                     continue
                 gap = rows.mean(0) - mean[m]
@@ -377,27 +237,26 @@ class SAGE(nn.Module):
                 n[m] = joint
         for m in range(len(self.in_dims)):
             if n[m] < 2:
-                raise ValueError(f"batches: modality {self._label(m)} has {int(n[m])} present frames, needs 2 or more")
+                label = self.names[m] if self.names else m
+                raise ValueError(f"batches: expected 2 frames or more with modality {label}, got {int(n[m])}")
             std = (m2[m] / n[m]).sqrt()
             alive = std > DEAD * std.mean()
             self.get_buffer(f"input_mean_{m}").copy_(mean[m])
             self.get_buffer(f"input_scale_{m}").copy_(torch.where(alive, 1 / torch.where(alive, std, 1.0), 0.0))
-        if isinstance(self.fusion, ReliabilityFusion):
-            self.fusion.typicality.fit(self._standardised(batches, device))
+        self.fusion.fit_inputs(self._standardised(batches, device))
 
     def _standardised(
         self, batches: Iterable[Mapping[str, Any]], device: torch.device
     ) -> Iterable[tuple[list[Tensor], Tensor | None]]:
         for batch in batches:
-            x, valid, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
-            yield self._standardise(x, valid), valid
-
-    def _label(self, m: int) -> str:
-        return self.names[m] if self.names else str(m)
+            x, known, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
+            yield self._standardise(x, known), known
 
     def _inputs(
         self, features: Features, present: Tensor | None, mask: Tensor | None, device: torch.device | None = None
     ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """The caller's arguments, checked: M tensors (B, T, D_m), `known` (B, T, M), mask. `known` says that a modality is
+        present in a frame that is no padding; None: all are."""
         if device is not None:
             features = (
                 {k: v.to(device) for k, v in features.items()}
@@ -408,18 +267,16 @@ class SAGE(nn.Module):
             mask = None if mask is None else mask.to(device)
         x = ordered_features(features, self.names, self.in_dims)
         if x[0].dim() != 3:
-            raise ValueError(f"features must be (B, T, d), got {tuple(x[0].shape)}")
-        batch, frames = x[0].shape[:2]
-        check_flags("present", present, (batch, frames, len(x)), x[0].device)
-        check_flags("mask", mask, (batch, frames), x[0].device)
+            raise ValueError(f"features: expected shape (B, T, D) a modality, got {tuple(x[0].shape)}")
+        check_flags(x, present, mask)
         return x, join_flags(present, mask, len(x)), mask
 
-    def _standardise(self, x: Sequence[Tensor], valid: Tensor | None) -> list[Tensor]:
+    def _standardise(self, x: Sequence[Tensor], known: Tensor | None) -> list[Tensor]:
         scaled = [
             (v - self.get_buffer(f"input_mean_{m}").to(v.dtype)) * self.get_buffer(f"input_scale_{m}").to(v.dtype)
             for m, v in enumerate(x)
         ]
-        return blank_missing(scaled, valid)
+        return blank_missing(scaled, known)
 
     # ----------------------------------------------------------------------------------------------------- forward
     def encode(
@@ -450,21 +307,22 @@ class SAGE(nn.Module):
         """
         if state is not None and not self.causal:
             why = "causal=False" if not self.config["causal"] else f"fusion={self.config['fusion']!r}"
-            raise ValueError(f"state: only a causal SAGE can be run in chunks; this one was built with {why}")
-        x, valid, mask = self._inputs(features, present, mask)
-        x, valid, still = self._moving(self._standardise(x, valid), valid, None if state is None else state.still)
+            raise ValueError(
+                f"state: expected None (only a causal SAGE can be run in chunks; this one was built with {why}), got "
+                f"{type(state).__name__}"
+            )
+        x, known, mask = self._inputs(features, present, mask)
+        x, known, still = self._moving(self._standardise(x, known), known, None if state is None else state.still)
         encoded, history = self.encode(x, mask, None if state is None else state.history)
-        known = self._known(valid, mask)
-        result = self.fusion(encoded, known, None, None if state is None else state.fusion, typicality_inputs=x)
-        tracks = self._tracks(result.fused, encoded, known)
-        precision = self._precision(result.confidence, known)
+        told = self._told(known, mask)
+        result = self.fusion.fuse_checked(
+            blank_missing(encoded, told), told, None if state is None else state.fusion, x
+        )
+        tracks = self.fusion.tracks(result.fused, encoded, told)
+        precision = self._precision(result.confidence, told)
         estimates, fused, memory = self._estimate(tracks, precision, mask, state)
-        if isinstance(self.fusion, LateFusion):
-            prediction = self.fusion.mix(estimates, known)
-        else:
-            prediction = estimates[:, :, 0]
         return SAGEOutput(
-            prediction,
+            self.fusion.mix_estimates(estimates, told),
             estimates[:, :, 1:] if self.unimodal is None else self._heads(encoded),
             result.weights,
             result.confidence,
@@ -495,69 +353,56 @@ class SAGE(nn.Module):
         predictions (B, T, M, C) of whole sequences, and (B, T, M) bool: present, and not stuck. The memory goes by
         uncalibrated confidence: what is fitted must not depend on what was fitted before. Arguments as `forward`;
         ValueError with uniform weights."""
-        if not isinstance(self.fusion, ReliabilityFusion):
-            raise ValueError(f'fusion="{self.config["fusion"]}" has no reliability to assess')
-        x, valid, mask = self._inputs(features, present, mask)
-        x, valid, _ = self._moving(self._standardise(x, valid), valid, None)
+        if not self.fusion.has_reliability:
+            raise ValueError(f"fusion: expected one that has a reliability to assess, got {self.config['fusion']!r}")
+        x, known, mask = self._inputs(features, present, mask)
+        x, known, _ = self._moving(self._standardise(x, known), known, None)
         encoded, _ = self.encode(x, mask)
-        known = self._known(valid, mask)
-        encoded = blank_missing(encoded, known)
-        reliability, stage, _ = self.fusion.assess(encoded, known, None, x)
-        precision = self._precision(calibrated_confidence(reliability, stage), known)
-        unimodal = self._estimate(self.fusion.alone(encoded, known), precision, mask, None)[0]
-        if valid is None:
-            valid = torch.ones(reliability.shape[:3], dtype=torch.bool, device=reliability.device)
-        return reliability, stage, unimodal, valid
+        told = self._told(known, mask)
+        encoded = blank_missing(encoded, told)
+        reliability, stage, _ = self.fusion.assess(encoded, told, None, x)
+        precision = self._precision(calibrated_confidence(reliability, stage), told)
+        unimodal = self._estimate(self.fusion.alone(encoded, told), precision, mask, None)[0]
+        if known is None:
+            known = torch.ones(reliability.shape[:3], dtype=torch.bool, device=reliability.device)
+        return reliability, stage, unimodal, known
 
-    def _known(self, valid: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """(B, T, M) what the fusion is told of `valid`, all of it unless `use_present` is False."""
-        return valid if self.use_present else join_flags(None, mask, len(self.in_dims))
+    def _told(self, known: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """(B, T, M) what the fusion is told of `known`: all of it, or without `use_present` only what is padding."""
+        return known if self.use_present else join_flags(None, mask, len(self.in_dims))
 
     def _moving(
-        self, x: list[Tensor], valid: Tensor | None, still: tuple[Tensor, Tensor] | None
+        self, x: list[Tensor], known: Tensor | None, still: tuple[Tensor, Tensor] | None
     ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Standardised inputs and `valid` without the frames that repeat for the `stuck`th time or more, and what the next
-        chunk needs to tell."""
+        """Standardised inputs and `known` without the frames that repeat for the `stuck`th time or more, and `SAGEState.still`
+        for the next chunk."""
         if not self.stuck:
-            return x, valid, None
+            return x, known, None
         batch, frames = x[0].shape[:2]
         if still is None:
             still = (x[0].new_zeros(batch, len(x), dtype=torch.int64), x[0].new_zeros(batch, sum(self.in_dims)))
         repeats, last = still
         before = [torch.cat([b.to(v.dtype).unsqueeze(1), v[:, :-1]], 1) for b, v in zip(last.split(self.in_dims, 1), x)]
         same = torch.stack([(v == b).all(-1) for v, b in zip(x, before)], -1)  # (B, T, M)
-        if valid is not None:
-            same = same & valid
+        if known is not None:
+            same = same & known
         frame = torch.arange(frames, device=same.device)[None, :, None]
         # The last frame that was not a repeat; -1: in an earlier chunk.
         fresh = torch.where(same, -1, frame).cummax(1).values
         repeats = torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1)).clamp(max=self.stuck)
         moving = repeats < self.stuck
-        valid = moving if valid is None else valid & moving
-        return blank_missing(x, valid), valid, (repeats[:, -1], torch.cat([v[:, -1] for v in x], -1))
+        known = moving if known is None else known & moving
+        return blank_missing(x, known), known, (repeats[:, -1], torch.cat([v[:, -1] for v in x], -1))
 
-    def _precision(self, confidence: Tensor, known: Tensor | None) -> Tensor | None:
-        """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing. Confidence
-        counts as within [0.001, 0.999]: one frame must not outweigh thousands. None without a memory."""
+    def _precision(self, confidence: Tensor, told: Tensor | None) -> Tensor | None:
+        """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing. None
+        without a memory, which alone asks for it."""
         if self.memory is None:
             return None
-        log_odds = torch.logit(confidence, eps=1e-3)
-        if isinstance(self.fusion, ReliabilityFusion):
-            log_odds = self.fusion.sharpness * log_odds
-        own = log_odds.clamp(-10.0, 10.0).exp()
-        if known is not None:
-            own = torch.where(known, own, 0.0)
+        own = self.fusion.log_precision(confidence).clamp(-MAX_LOG_PRECISION, MAX_LOG_PRECISION).exp()
+        if told is not None:
+            own = torch.where(told, own, 0.0)
         return torch.cat([own.sum(-1, keepdim=True), own], -1)
-
-    def _tracks(self, fused: Tensor, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
-        """What blocks and head run on, (B, T, K, dim): the fused frames, then each modality alone if the fusion can tell.
-        Late fusion: each modality's values."""
-        if isinstance(self.fusion, LateFusion):
-            return self.fusion.values(encoded, known)
-        if isinstance(self.fusion, PeerFusion):
-            return fused.unsqueeze(2)
-        alone = self.fusion.alone(encoded, known)
-        return torch.cat([fused.unsqueeze(2), alone.to(fused.dtype)], 2)
 
     def _estimate(
         self, tracks: Tensor, precision: Tensor | None, mask: Tensor | None, state: SAGEState | None
@@ -586,6 +431,15 @@ class SAGE(nn.Module):
         return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))
 
 
+def _check_memory(halflives: Any) -> None:
+    if not isinstance(halflives, Sequence) or not all(isinstance(h, (int, float)) for h in halflives):
+        raise TypeError(f"memory: expected a sequence of half-lives in frames, got {halflives!r}")
+    if len(halflives) > MAX_MEMORY or not all(0 < h < 1e6 for h in halflives):
+        raise ValueError(
+            f"memory: expected at most {MAX_MEMORY} half-lives, each in (0, 1e6) frames, got {halflives!r}"
+        )
+
+
 def _bounded(x: Tensor) -> Tensor:
     """tanh, in float32 under autocast: the concordance needs the digits."""
     return torch.tanh(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
@@ -605,8 +459,7 @@ class SAGELoss(nn.Module):
     def __init__(self, kappa: float = 0.25, *, unimodal: float = 0.5, reliability: float = 0.1) -> None:
         super().__init__()
         for name, value in (("unimodal", unimodal), ("reliability", reliability)):
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite weight >= 0, got {value!r}")
+            check_number(name, value, ">= 0 and finite", lambda weight: 0 <= weight < math.inf)
         self.unimodal, self.reliability = float(unimodal), float(reliability)
         self.score = ReliabilityNLL(kappa)
 

@@ -6,7 +6,7 @@ P = (CCC_V + CCC_A) / 2. The mean over videos is another number and is not compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.windows import OverlapAverage, clip_tensors, pad_tensors, window_starts
+from ..data.affwild2 import Clip
+from ..data.windows import OverlapAverage, stack, window_starts, window_tensors
 from ..functional import ccc_from_moments, ccc_moments
 
 Array = np.ndarray
+FRAMES = 12_000  # that a model is given at once, about: windows, or clips side by side, their padding included
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ClipPrediction:
 
 def predict_clip(
     model: nn.Module,
-    clip: Any,
+    clip: Clip,
     names: Sequence[str],
     *,
     chunk: int = 3000,
@@ -48,76 +50,105 @@ def predict_clip(
     frames that several windows cover get the mean. A model of fixed `length` has windows of that length whatever
     `window` says, at most that far apart; a shorter video is padded to it, and the padding masked.
     """
-    if chunk < 1 or window < 1 or not 1 <= hop <= window:
-        raise ValueError(f"expected chunk >= 1 and 1 <= hop <= window, got chunk={chunk}, window={window}, hop={hop}")
-    length = getattr(model, "length", None)
-    if length is not None:
-        window, hop = length, min(hop, length)
+    return predict_clips(model, [clip], names, chunk=chunk, window=window, hop=hop, device=device)[0]
+
+
+def predict_clips(
+    model: nn.Module,
+    clips: Sequence[Clip],
+    names: Sequence[str],
+    *,
+    chunk: int = 3000,
+    window: int = 300,
+    hop: int = 200,
+    device: torch.device | str = "cpu",
+) -> list[ClipPrediction]:
+    """What `predict_clip` says of each of `clips`, which go through the model side by side.
+
+    Shorter clips are padded at their ends, and the padding masked: see `alike` for which to take together.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk: expected frames >= 1, got {chunk}")
+    if not 1 <= hop <= window:
+        raise ValueError(f"window, hop: expected 1 <= hop <= window (no frame may be skipped), got {window}, {hop}")
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             if model.causal:
-                pieces = _causal(model, clip, names, chunk, torch.device(device))
+                said = _in_chunks(model, clips, names, chunk, torch.device(device))
             else:
-                pieces = _overlapping(model, clip, names, (window, hop), torch.device(device))
+                said = _in_windows(model, clips, names, window, hop, torch.device(device))
     finally:
         model.train(was_training)
-    return ClipPrediction(*(piece.astype(np.float32) for piece in pieces))
+    return [ClipPrediction(*(array.astype(np.float32, copy=False) for array in arrays)) for arrays in said]
+
+
+def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Groups of clips to predict together, by their places in `lengths` (frames of each): every clip once, the
+    shortest first, those of like length in one group, at most `FRAMES` frames a group with the padding (or one clip)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * lengths[order[count]] <= FRAMES:
+            count += 1
+        yield order[:count]
+        order = order[count:]
 
 
 def _call(
     model: nn.Module,
-    clip: Any,
+    parts: Sequence[tuple[Clip, int]],
     names: Sequence[str],
-    span: tuple[int, int],
+    size: int,
     state: Any,
     device: torch.device,
-    length: int | None = None,
 ) -> tuple[list[Tensor], Any]:
-    """The model's five outputs on frames [start, stop), batch axis removed, and its state. With `length` the frames are
-    padded to it and the padding masked; the outputs are of the frames alone."""
-    item = clip_tensors(clip, names, *span)
-    frames, mask = len(item["frame"]), None
-    if length is not None and frames < length:
-        item = pad_tensors(item, length)
-        mask = item["frame"][None].to(device)
-    features = {name: item["features"][name][None].to(device) for name in names}
-    output = model(features, present=item["present"][None].to(device), mask=mask, state=state)
+    """The model's five outputs, (B, size, ...) each, and its state, for the `size` frames of each clip from the given
+    one on; what is beyond a clip's end is padding, and masked."""
+    batch = stack([window_tensors(clip, names, start, size) for clip, start in parts])
+    features = {name: value.to(device) for name, value in batch["features"].items()}
+    mask = None if bool(batch["frame"].all()) else batch["frame"].to(device)
+    output = model(features, present=batch["present"].to(device), mask=mask, state=state)
     fields = (output.prediction, output.unimodal, output.weights, output.confidence, output.stage)
-    return [value[0, :frames].float().cpu() for value in fields], output.state
+    return [value.float().cpu() for value in fields], output.state
 
 
-def _causal(model: nn.Module, clip: Any, names: Sequence[str], chunk: int, device: torch.device) -> list[Array]:
-    state, chunks = None, []
-    for start in range(0, clip.num_frames, chunk):
-        values, state = _call(model, clip, names, (start, min(start + chunk, clip.num_frames)), state, device)
+def _in_chunks(
+    model: nn.Module, clips: Sequence[Clip], names: Sequence[str], chunk: int, device: torch.device
+) -> list[list[Array]]:
+    """The five outputs of each clip, of a causal model."""
+    longest, state, chunks = max(clip.num_frames for clip in clips), None, []
+    for start in range(0, longest, chunk):
+        parts = [(clip, start) for clip in clips]
+        values, state = _call(model, parts, names, min(chunk, longest - start), state, device)
         chunks.append(values)
-    return [torch.cat(parts).numpy() for parts in zip(*chunks)]
+    whole = [torch.cat(values, 1).numpy() for values in zip(*chunks)]
+    return [[value[b, : clip.num_frames] for value in whole] for b, clip in enumerate(clips)]
 
 
-def _overlapping(
-    model: nn.Module, clip: Any, names: Sequence[str], size: tuple[int, int], device: torch.device
-) -> list[Array]:
-    window, hop = size
-    total = clip.num_frames
+def _in_windows(
+    model: nn.Module, clips: Sequence[Clip], names: Sequence[str], window: int, hop: int, device: torch.device
+) -> list[list[Array]]:
+    """The five outputs of each clip, means over the windows that hold a frame."""
     length = getattr(model, "length", None)
-    average: OverlapAverage | None = None
-    shapes: list[tuple[int, ...]] = []
-    for start in window_starts(total, window, hop):
-        values, _ = _call(model, clip, names, (start, min(start + window, total)), None, device, length)
-        shapes = [tuple(value.shape[1:]) for value in values]
-        flat = torch.cat([value.flatten(1) for value in values], 1)  # (L, all channels of all outputs)
-        if average is None:
-            average = OverlapAverage(total, flat.shape[1])
-        average.add(start, flat.numpy())
-    assert average is not None  # a clip has at least one frame
-    result, pieces, at = average.result(), [], 0
-    for shape in shapes:
-        size_ = int(np.prod(shape))
-        pieces.append(result[:, at : at + size_].reshape(total, *shape))
-        at += size_
-    return pieces
+    size = length if length is not None else min(window, max(clip.num_frames for clip in clips))
+    spans = [
+        (b, start) for b, clip in enumerate(clips) for start in window_starts(clip.num_frames, size, min(hop, size))
+    ]
+    averages: list[list[OverlapAverage]] = []  # a clip, an output
+    shapes: list[tuple[int, ...]] = []  # of an output, without batch and time
+    step = max(FRAMES // size, 1)
+    for first in range(0, len(spans), step):
+        taken = spans[first : first + step]
+        values, _ = _call(model, [(clips[b], start) for b, start in taken], names, size, None, device)
+        if not averages:
+            shapes = [tuple(value.shape[2:]) for value in values]
+            averages = [[OverlapAverage(clip.num_frames, int(np.prod(s))) for s in shapes] for clip in clips]
+        for i, value in enumerate(values):
+            for (b, start), rows in zip(taken, value.flatten(2).numpy()):
+                averages[b][i].add(start, rows[: clips[b].num_frames - start])
+    return [[average.result().reshape(-1, *s) for average, s in zip(of_clip, shapes)] for of_clip in averages]
 
 
 def mean_filter(values: Array, widths: Sequence[int]) -> Array:
@@ -138,50 +169,50 @@ def mean_filter(values: Array, widths: Sequence[int]) -> Array:
     return np.stack(columns, 1).astype(values.dtype)
 
 
-class Concordance:
-    """CCC over all valid frames of any number of videos, exact: moments merged video by video in float64."""
-
-    def __init__(self) -> None:
-        self.moments: Tensor | None = None
-
-    def add(self, prediction: Array, labels: Array, valid: Array) -> None:
-        """`prediction`, `labels` (T, C), `valid` (T,) bool; labels where not valid are not read."""
-        self.moments = ccc_moments(
-            torch.from_numpy(np.ascontiguousarray(prediction, np.float64)),
-            torch.from_numpy(np.ascontiguousarray(labels, np.float64)),
-            torch.from_numpy(np.ascontiguousarray(valid)),
-            state=self.moments,
-        )
-
-    def scores(self) -> dict[str, float]:
-        """{"CCC_V", "CCC_A", "P"}."""
-        if self.moments is None:
-            raise ValueError("no annotated video to score")
-        valence, arousal = ccc_from_moments(self.moments).tolist()
-        return {"CCC_V": valence, "CCC_A": arousal, "P": (valence + arousal) / 2}
+def clip_moments(prediction: Array, clip: Clip, state: Tensor | None = None) -> Tensor:
+    """(C, 6) float64 moments, as `ccc_moments` gives them, of `prediction` (T, C) over the valid frames of an annotated
+    clip; merged with `state`, those of the clips before it."""
+    assert clip.labels is not None
+    return ccc_moments(
+        torch.from_numpy(np.ascontiguousarray(prediction, np.float64)),
+        torch.from_numpy(np.ascontiguousarray(clip.labels, np.float64)),  # where not valid they are not read
+        torch.from_numpy(np.ascontiguousarray(clip.valid)),
+        state=state,
+    )
 
 
-def score(predictions: Mapping[str, Array], clips: Iterable[Any]) -> dict[str, float]:
-    """CCC_V, CCC_A and P of `predictions` {clip name: (T, 2)} over the valid frames of the annotated `clips`."""
-    concordance = Concordance()
+def _annotated(clips: Iterable[Clip]) -> Iterator[Clip]:
     for clip in clips:
         if clip.labels is None:
-            raise ValueError(f"{clip.name}: has no annotation to score against")
-        concordance.add(predictions[clip.name], clip.labels, clip.valid)
-    return concordance.scores()
+            raise ValueError(f"clips: expected annotated ones, got {clip.name} without annotation")
+        yield clip
+
+
+def _scores(moments: Tensor | None) -> dict[str, float]:
+    """{"CCC_V", "CCC_A", "P"} of all the frames in (2, 6) `moments`."""
+    if moments is None:
+        raise ValueError("clips: expected one or more to score, got none")
+    valence, arousal = ccc_from_moments(moments).tolist()
+    return {"CCC_V": valence, "CCC_A": arousal, "P": (valence + arousal) / 2}
+
+
+def score(predictions: Mapping[str, Array], clips: Iterable[Clip]) -> dict[str, float]:
+    """CCC_V, CCC_A and P of `predictions` {clip name: (T, 2)} over the valid frames of the annotated `clips`."""
+    moments: Tensor | None = None
+    for clip in _annotated(clips):
+        moments = clip_moments(predictions[clip.name], clip, moments)
+    return _scores(moments)
 
 
 def evaluate(
-    predict: Callable[[Any], ClipPrediction], clips: Iterable[Any], names: Sequence[str]
+    predict: Callable[[Clip], ClipPrediction], clips: Iterable[Clip], names: Sequence[str]
 ) -> tuple[dict[str, dict[str, float]], dict[str, ClipPrediction]]:
     """Scores {"fused" and each modality's own head: {"CCC_V", "CCC_A", "P"}} and the predictions {clip name: ...}."""
-    scores = {name: Concordance() for name in ("fused", *names)}
+    moments: dict[str, Tensor] = {}
     predictions = {}
-    for clip in clips:
-        if clip.labels is None:
-            raise ValueError(f"{clip.name}: has no annotation to score against")
+    for clip in _annotated(clips):
         said = predictions[clip.name] = predict(clip)
-        scores["fused"].add(said.prediction, clip.labels, clip.valid)
-        for i, name in enumerate(names):
-            scores[name].add(said.unimodal[:, i], clip.labels, clip.valid)
-    return {name: concordance.scores() for name, concordance in scores.items()}, predictions
+        heads = {"fused": said.prediction, **{name: said.unimodal[:, m] for m, name in enumerate(names)}}
+        for name, prediction in heads.items():
+            moments[name] = clip_moments(prediction, clip, moments.get(name))
+    return {name: _scores(moments.get(name)) for name in ("fused", *names)}, predictions

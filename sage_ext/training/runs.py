@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from ..calibration import (
     reliability_diagram,
 )
 from ..data.affwild2 import AffWild2, Clip, write_submission
-from ..data.windows import clip_tensors
+from ..data.windows import whole_clips
 from ..files import write_atomic
 from ..models.sage import SAGE
 from ..nn import ReliabilityFusion
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .evaluate import ClipPrediction, evaluate, mean_filter, predict_clip
+from .evaluate import ClipPrediction, evaluate, mean_filter, predict_clips
 from .trainer import BEST, LOG, RunError, read_config
 
 
@@ -56,13 +56,15 @@ class Run:
         path = Path(path)
         config = read_config(path)
         if not (path / BEST).exists():
-            raise RunError(f"{path}: no {BEST}: no epoch is finished yet")
+            raise RunError(f"{path}: expected a run with {BEST}, got one of which no epoch is finished yet")
         state = load_checkpoint(path / BEST)
         try:
             model = SAGE.from_config(state["model_config"])
             model.load_state_dict(state["model"])
         except (RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{path / BEST}: written by a version with another model ({error})") from error
+            raise CheckpointError(
+                f"{path / BEST}: expected weights of this version's model, got others ({error})"
+            ) from error
         return cls(
             path, model.to(device).eval(), state["modalities"], config.data, config.window, config.hop,
             state["epoch"], state["step"], state["calibration"], device,
@@ -75,30 +77,26 @@ class Run:
         data = AffWild2(self.data if root is None else root, split, modalities=self.names, sample_file=sample)
         want = dict(zip(self.names, self.model.in_dims))
         if dict(data.modalities) != want:
-            raise ValueError(f"{root}: features are {dict(data.modalities)}, the model of {self.path} reads {want}")
+            raise ValueError(
+                f"root: expected features {want} for the model of {self.path}, got {dict(data.modalities)} in {data.root}"
+            )
         return data
 
     def predict(self, clip: Clip, *, smooth: Sequence[int] = (1, 1), chunk: int = 3000) -> ClipPrediction:
         """`predict_clip`, then a centred mean filter of `smooth` frames on valence and arousal."""
-        said = predict_clip(
-            self.model, clip, self.names, chunk=chunk, window=self.window, hop=self.hop, device=self.device
-        )
+        (said,) = self.predict_together([clip], chunk=chunk)
         if tuple(smooth) == (1, 1):
             return said
         return dataclasses.replace(said, prediction=mean_filter(said.prediction, smooth))
 
+    def predict_together(self, clips: Sequence[Clip], *, chunk: int = 3000) -> list[ClipPrediction]:
+        """`predict_clips`: faster than one by one where they are short and of like length."""
+        return predict_clips(
+            self.model, clips, self.names, chunk=chunk, window=self.window, hop=self.hop, device=self.device
+        )
+
 
 # -------------------------------------------------------------------------------------------------------- calibration
-def _batches(clips: Iterable[Clip], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Whole clips as batches of one."""
-    for clip in clips:
-        item = clip_tensors(clip, names)
-        yield {
-            "features": {name: item["features"][name][None] for name in names},
-            **{key: item[key][None] for key in ("present", "labels", "valid", "frame")},
-        }
-
-
 def calibrate_run(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[str, Any] | None:
     """Fit the calibration of the run's best model on its validation split, and store it with the weights.
 
@@ -111,8 +109,8 @@ def calibrate_run(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[
     if not isinstance(run.model.fusion, ReliabilityFusion):
         return None
     data = run.open(None, "validation")
-    clips = [collect(run.model, _batches([clip], run.names)) for clip in data]
-    whole, halves = _join(clips), [_join(clips[i::2]) for i in range(2)] if len(clips) > 1 else []
+    clips = [collect(run.model, [whole_clips([clip], run.names)]) for clip in data]
+    whole, halves = join(clips), [join(clips[i::2]) for i in range(2)] if len(clips) > 1 else []
     kappa = run.model.kappa
     temperature, bias = fit_calibration(*whole, kappa=kappa)
     zero = torch.zeros_like(bias)
@@ -130,7 +128,8 @@ def calibrate_run(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[
     return result
 
 
-def _join(parts: Sequence[Evidence]) -> Evidence:
+def join(parts: Sequence[Evidence]) -> Evidence:
+    """The frames of all parts, one after another."""
     return Evidence(*(torch.cat(column) for column in zip(*parts)))
 
 
@@ -147,7 +146,7 @@ def _held_out(halves: Sequence[Evidence], kappa: float, names: Sequence[str]) ->
         confidence.append(
             calibrated_confidence(ours.reliability.double(), ours.stage.double(), *(p.double() for p in fitted))
         )
-    r, whole = torch.cat(confidence), _join(halves)
+    r, whole = torch.cat(confidence), join(halves)
     return _errors(
         [
             reliability_diagram(r[:, m], whole.squared_error[:, m], whole.mask[:, m], kappa=kappa)
@@ -175,7 +174,7 @@ def evaluate_clips(run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (
     after: list[ReliabilityDiagram] = []
     fusion, kappa = run.model.fusion, run.model.kappa
     if isinstance(fusion, ReliabilityFusion):
-        evidence = collect(run.model, _batches(clips, run.names))
+        evidence = collect(run.model, (whole_clips([clip], run.names) for clip in clips))
         temperature, bias = fusion.log_temperature.cpu(), fusion.bias.cpu()
         zero = torch.zeros_like(bias)
         before = diagrams(evidence, zero, zero, kappa=kappa)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class TrainConfig:
     def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise ValueError(f"configuration: unknown {', '.join(sorted(unknown))}")
+            raise ValueError(f"configuration: expected fields of TrainConfig, got {', '.join(sorted(unknown))}")
         values = dict(values)
         for name in ("modalities", "memory"):
             if values.get(name) is not None:
@@ -130,7 +130,13 @@ class TrainConfig:
 
 
 # What may differ when a run is continued: none of it changes the numbers on the CPU.
-_FREE = {"data", "num_workers", "checkpoint_every"}
+FREE = ("data", "num_workers", "checkpoint_every")
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = FREE) -> str:
+    """What differs between two configurations, "name OLD -> NEW" each; empty where nothing does. `free` may."""
+    names = [name for name in {**stored, **asked} if name not in free and stored.get(name) != asked.get(name)]
+    return "; ".join(f"{name} {stored.get(name)!r} -> {asked.get(name)!r}" for name in names)
 
 
 def derived_seed(seed: int, what: str, index: int) -> int:
@@ -255,7 +261,9 @@ class Training:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{self.run / LAST}: written by a version with another model ({error})") from error
+            raise CheckpointError(
+                f"{self.run / LAST}: expected weights of this version's model, got others ({error})"
+            ) from error
         self.loss_sum = state["running"]["loss_sum"].to(self.device)
         self.moments = state["running"]["moments"]
         if self.moments is not None:
@@ -290,7 +298,7 @@ class Training:
         size = path.stat().st_size if path.exists() else 0
         if size < self.log_bytes:
             raise RunError(
-                f"{path}: {size} bytes, but the checkpoint was made with {self.log_bytes}; cannot continue it"
+                f"{path}: expected the {self.log_bytes} bytes of the checkpoint or more, got {size}; cannot continue it"
             )
         with open(path, "r+b") as file:
             file.truncate(self.log_bytes)
@@ -392,10 +400,12 @@ def open_data(config: TrainConfig) -> dict[str, AffWild2]:
     data = {split: AffWild2(config.data, split) for split in ("train", "validation")}
     have = data["train"].modalities
     if dict(data["validation"].modalities) != dict(have):
-        raise ValueError(f"{config.data}: modalities differ between splits: {have}, {data['validation'].modalities}")
+        raise ValueError(
+            f"{config.data}: expected the modalities {have} in both splits, got {data['validation'].modalities}"
+        )
     missing = [name for name in config.modalities or () if name not in have]
     if missing:
-        raise ValueError(f"modalities: {config.data} has {', '.join(have)}; there is no {', '.join(missing)}")
+        raise ValueError(f"modalities: expected some of {', '.join(have)} ({config.data}), got {', '.join(missing)}")
     return data
 
 
@@ -415,13 +425,11 @@ def data_shape(data: Mapping[str, AffWild2]) -> dict[str, Any]:
 
 def _check_same(run: Path, config: TrainConfig, shape: Mapping[str, Any]) -> None:
     stored, began_with = _read_config(run)
-    theirs, ours = stored.to_json(), config.to_json()
-    differ = [f"{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
-              if name not in _FREE and theirs[name] != ours[name]]  # fmt: skip
+    differ = differences(stored.to_json(), config.to_json())
     if differ:
-        raise RunError(f"{run}: cannot resume with another configuration ({'; '.join(differ)})")
+        raise RunError(f"{run}: expected the configuration that it began with, got another ({differ})")
     if began_with != shape:
-        raise RunError(f"{run}: cannot resume on other data: began with {began_with}, {config.data} is {shape}")
+        raise RunError(f"{run}: expected the data that it began with, {began_with}, got {shape} in {config.data}")
 
 
 def read_config(run: str | os.PathLike[str]) -> TrainConfig:
@@ -436,7 +444,7 @@ def _read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
         stored = json.loads(path.read_text())
         return TrainConfig.from_json(stored["train"]), stored["data"]
     except FileNotFoundError:
-        raise RunError(f"{run}: not a run directory (no {CONFIG})") from None
+        raise RunError(f"{run}: expected a run directory, got one without {CONFIG}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error})") from error
 
@@ -469,16 +477,20 @@ def train(
     """
     run = Path(run)
     if resume and overwrite:
-        raise RunError("resume and overwrite exclude each other")
+        raise RunError("resume, overwrite: expected one of them at most, got both")
     there = [name for name in (CONFIG, LOG, LAST, BEST) if (run / name).exists()]
     if there and not (resume or overwrite):
-        raise RunError(f"{run}: holds a run already ({', '.join(there)}); resume it, overwrite it, or name another")
+        raise RunError(
+            f"{run}: expected no run there, got {', '.join(there)}; resume it, overwrite it, or name another"
+        )
     data = open_data(config)
     shape = data_shape(data)
     if resume and (run / CONFIG).exists():
         _check_same(run, config, shape)
     elif resume and (run / LAST).exists():
-        raise RunError(f"{run}: {LAST} without {CONFIG}; cannot tell whether the configuration is the same")
+        raise RunError(
+            f"{run}: expected {CONFIG} beside {LAST}, got none; cannot tell whether the configuration is the same"
+        )
     threads = torch.get_num_threads()
     devices = [torch.device(config.device)] if config.device.startswith("cuda") else []
     torch.set_num_threads(config.threads)

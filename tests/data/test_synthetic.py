@@ -187,7 +187,7 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     for name in ("file", "full"):
-        with pytest.raises(FileExistsError, match=f"root: .*{name} exists and is not empty"):
+        with pytest.raises(FileExistsError, match=f"root: expected a folder that is empty or new, got .*{name}"):
             write_dataset(tmp_path / name, **small)
     (tmp_path / "empty").mkdir()
     write_dataset(tmp_path / "empty", **small)

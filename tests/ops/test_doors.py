@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import gc
+import re
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sage_ext import functional, reference
+from sage_ext import _ops, functional, reference
 from sage_ext._ops import _door
 
 ALL = pytest.mark.parametrize("case", CASES, ids=str)
@@ -68,6 +71,17 @@ def test_every_operator_is_registered():
     assert {name for name in torch.ops.sage_ext.__dict__ if not name.startswith("_") and name != "name"} >= wanted
 
 
+def test_the_stub_types_every_entry_point(backend):
+    """_C.pyi is written by hand: the compiled kernels have the names, and take as many arguments, as its `Kernels` says."""
+    stub = ast.parse((Path(functional.__file__).parent / "_C.pyi").read_text())
+    (kernels,) = [node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "Kernels"]
+    said = {f.name: len(f.args.posonlyargs) - 1 for f in kernels.body if isinstance(f, ast.FunctionDef)}
+    compiled = _door.kernels[backend.device.type]
+    found = {name: len(re.findall(r"\barg\d+: ", getattr(compiled, name).__doc__)) for name in dir(compiled)
+             if name.endswith(("_forward", "_backward"))}  # fmt: skip
+    assert said == found
+
+
 # one or two a mode now, the rest with the slow tests: a second each
 QUICK = (
     "stage_filter-shared",
@@ -117,7 +131,7 @@ def test_plain_eager_takes_the_direct_door(backend, monkeypatch, case):
         def __call__(self, *args):
             raise AssertionError("the registered operator was called")
 
-    for module in [getattr(functional._ops, name) for name in functional._ops.__all__]:
+    for module in [getattr(_ops, name) for name in _ops.__all__]:
         for name in ("_op", "_backward_op", "_ccc_op", "_moments_op"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Closed())

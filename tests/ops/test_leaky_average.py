@@ -201,8 +201,8 @@ def test_a_strided_or_expanded_input(backend):
         ({"prior": [1.0, -1.0]}, ValueError, r"^prior: expected finite numbers >= 0, got -1.0"),
         ({"prior": [1.0]}, ValueError, r"^prior: expected shape \(R,\) = \(2,\), got \(1,\)"),
         ({"state": torch.zeros(2, 2, 3)}, ValueError, r"^state: expected shape \(B, R, D \+ 2\) = \(2, 2, 5\), got"),
-        ({"causal": 1}, TypeError, r"^causal: expected bool, got int"),
-        ({"relative": None}, TypeError, r"^relative: expected bool, got NoneType"),
+        ({"causal": 1}, TypeError, r"^causal: expected a bool, got int"),
+        ({"relative": None}, TypeError, r"^relative: expected a bool, got NoneType"),
     ],
 )
 def test_errors(change, kind, words):

@@ -2,17 +2,21 @@
 
     python tests/simt/build.py [--sanitize]        prints the module's path
 
-Objects are kept under build/simt by the hash of everything that goes into them, so only what changed is compiled.
+Objects are kept under build/simt by the hash of everything that goes into them, so only what changed is compiled, and by
+one process: another that wants to build meanwhile waits, and finds it done.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,6 +55,15 @@ def _headers(csrc: Path) -> list[Path]:
     return sorted(p for p in found if "cpu" not in p.parts)
 
 
+@contextmanager
+def alone(folder: Path = CACHE) -> Iterator[None]:
+    """One process at a time, of all that build in `folder` (made if it is not there)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _write(path: Path, write) -> Path:
     """`write(temporary)`, then the rename: another process never sees half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
@@ -79,21 +92,40 @@ def compile_object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
 def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | None = None, name: str = "_C_simt",
           kernels: Sequence[Path] | None = None) -> Path:  # fmt: skip
     """The module's path. `csrc`: another copy of the sources; `bindings`, `kernels`: other sources than the project's."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    if not (CACHE / "build_info.h").exists():
-        _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
-    flags = [*(SANITIZE if sanitize else []), *DEFINES, f"-DSAGE_MODULE_NAME={name}"]
-    sources = [HERE / "simt.cpp", HERE / "control.cpp"]
-    sources += [csrc / "bindings.cpp", csrc / "stream" / "session.cpp"] if bindings is None else [bindings]
-    sources += sorted((csrc / "cuda").glob("*.cu")) if kernels is None else list(kernels)
-    objects = [compile_object(s, csrc, flags) for s in sources]
-    digest = hashlib.sha256(repr([o.name for o in objects]).encode()).hexdigest()[:20]
-    folder = CACHE / f"{name}-{digest}"
-    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.exists():
-        folder.mkdir(exist_ok=True)
-        _write(module, lambda to: _run([*compiler(), "-shared", *(SANITIZE if sanitize else []), *objects, "-o", to]))
+    flags = [*(SANITIZE if sanitize else []), *DEFINES]
+    named = csrc / "bindings.cpp" if bindings is None else bindings  # the one source that holds the module's name
+    sources = [named, *(sorted((csrc / "cuda").glob("*.cu")) if kernels is None else kernels)]
+    sources += [csrc / "stream" / "session.cpp"] if bindings is None else []
+    sources += [HERE / "simt.cpp", HERE / "control.cpp"]
+
+    def compiled(source: Path) -> Path:
+        return compile_object(source, csrc, [*flags, *[f"-DSAGE_MODULE_NAME={name}"] * (source == named)])
+
+    with alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        if not (CACHE / "build_info.h").exists():
+            _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
+        objects = list(pool.map(compiled, sources))
+        digest = hashlib.sha256(repr([o.name for o in objects]).encode()).hexdigest()[:20]
+        folder = CACHE / f"{name}-{digest}"
+        module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not module.exists():
+            folder.mkdir(exist_ok=True)
+            link = [*compiler(), "-shared", *(SANITIZE if sanitize else []), *objects]
+            _write(module, lambda to: _run([*link, "-o", to]))
     return module
+
+
+def build_program(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """A program of csrc/ and other sources, kept in the same way. The compiler gets FLAGS, then `flags`."""
+    command = [*compiler(), *FLAGS, *flags, f"-I{ROOT / 'csrc'}"]
+    digest = hashlib.sha256(repr(command).encode())
+    for path in [*sources, *sorted((ROOT / "csrc").rglob("*.h"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    program = CACHE / f"{name}-{digest.hexdigest()[:20]}"
+    with alone():
+        if not program.exists():
+            _write(program, lambda to: _run([*command, *sources, "-o", to, "-pthread"]))
+    return program
 
 
 def sanitizer_environment() -> dict[str, str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import build
 
-TESTS = {"stream.cu": "tests/stream/test_cuda_session.py"}  # of the other files: tests/test_simt_kernels.py
+# What notices a mistake in a file; in the others: tests/test_simt_kernels.py.
+TESTS = dict.fromkeys(("stream.cu", "product.cuh", "session.cu"), "tests/stream/test_cuda_session.py")
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 
 

@@ -6,9 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "stream/describe.h"
 #include "stream/session.h"
 
 using namespace sage;
@@ -22,53 +24,83 @@ double uniform() {  // [0, 1)
   return double(seed >> 40) / double(1 << 24);
 }
 
-struct Outputs {
+// The tensors of a model, each a heap block of exactly its size.
+struct Drawn : Visitor {
+  std::vector<std::string> names;
+  std::vector<std::vector<int64_t>> shapes;
+  std::vector<std::vector<float>> data;
+  std::vector<Tensor> all;
+
+  explicit Drawn(const Shape& s) {
+    Model model = {};
+    model.shape = s;
+    describe(model, *this);
+    for (size_t i = 0; i < names.size(); ++i)
+      all.push_back({names[i].c_str(), shapes[i].data(), int(shapes[i].size()), data[i].data()});
+  }
+  Tensors tensors() const { return {all.data(), int64_t(all.size())}; }
+  void add(const std::string& name, Extents shape) {
+    int64_t count = 1;
+    for (const int64_t n : shape) count *= n;
+    names.push_back(name), shapes.emplace_back(shape), data.emplace_back(count);
+    for (float& x : data.back()) x = float(0.05 + 0.1 * uniform());
+  }
+  void rows(const std::string& name, Extents shape, const float*&) { add(name, shape); }
+  void numbers(const std::string& name, Extents shape, float*) { add(name, shape); }
+  void linear(const std::string& name, int64_t inputs, int64_t outputs, Phase, Linear&) {
+    add(name + ".weight", {outputs, inputs}), add(name + ".bias", {outputs});
+  }
+};
+
+struct Estimates {
   std::vector<float> prediction, unimodal, weights, confidence, stage;
-  Outputs(const Shape& s, int64_t rows)
+  std::vector<uint8_t> present;
+  Estimates(const Shape& s, int64_t rows)
       : prediction(rows * s.targets),
         unimodal(rows * s.modalities * s.targets),
         weights(rows * s.modalities),
         confidence(rows * s.modalities),
-        stage(rows * s.stages) {}
+        stage(rows * s.stages),
+        present(rows * s.modalities) {}
+  Outputs addresses() {
+    return {prediction.data(), unimodal.data(), weights.data(),
+            confidence.data(), stage.data(),    present.data()};
+  }
 };
 
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
-bool same(const Outputs& a, const Outputs& b) {
+bool same(const Estimates& a, const Estimates& b) {
   return same(a.prediction, b.prediction) && same(a.unimodal, b.unimodal) && same(a.weights, b.weights) &&
-         same(a.confidence, b.confidence) && same(a.stage, b.stage);
+         same(a.confidence, b.confidence) && same(a.stage, b.stage) && a.present == b.present;
 }
 
 void call(Session& session, const std::vector<std::vector<float>>& x, const uint8_t* present,
-          const uint8_t* active, Outputs& o) {
+          const uint8_t* active, Estimates& o) {
   Frame frame = {{}, present, active};
   for (size_t m = 0; m < x.size(); ++m) frame.features[m] = x[m].data();
-  session.step(
-      frame,
-      {o.prediction.data(), o.unimodal.data(), o.weights.data(), o.confidence.data(), o.stage.data()},
-      {1, nullptr});
+  session.step(frame, o.addresses(), {1, nullptr});
 }
 
 int run(const char* name, const Shape& s, int64_t rows, int threads) {
+  const Matrices matrices = {cpu::baseline::stream_matrix_bytes, cpu::baseline::stream_matrix_write};
+  const Drawn drawn(s);
   Model model = {};
   model.shape = s;
-  cpu::baseline::stream_pack(model, nullptr, nullptr);
-  std::vector<float> parameters(model.parameters);
-  for (float& p : parameters) p = float(0.05 + 0.1 * uniform());
+  measure(model, matrices);
   std::unique_ptr<char[]> packed(new char[model.bytes]);
-  cpu::baseline::stream_pack(model, parameters.data(), packed.get());
+  pack(model, matrices, drawn.tensors(), packed.get(), packed.get());
   std::vector<float> state(rows * model.row_floats);
   for (int64_t r = 0; r < rows && s.reliability; ++r)
     for (int j = 0; j < s.stages; ++j)
-      state[r * model.row_floats + model.belief + j] = -std::log(float(s.stages));
+      state[r * model.row_floats + model.belief.at + j] = -std::log(float(s.stages));
   std::vector<int64_t> frames(rows), absent(rows * s.modalities), refused(rows * s.modalities);
   std::vector<std::vector<float>> scratch(threads);
-  for (auto& one : scratch) one.resize(model.scratch_floats);
+  for (auto& one : scratch) one.resize(cpu::baseline::stream_scratch(s));
 
-  std::unique_ptr<Session> session(
-      cpu::open_session(s, parameters.data(), model.parameters, rows, 1));
-  Outputs ours(s, rows), theirs(s, rows);
+  std::unique_ptr<Session> session(cpu::open_session(s, drawn.tensors(), rows, 1));
+  Estimates ours(s, rows), theirs(s, rows);
   for (int t = 0; t < 40; ++t) {
     std::vector<std::vector<float>> x(s.modalities);
     for (int m = 0; m < s.modalities; ++m) {
@@ -86,8 +118,7 @@ int run(const char* name, const Shape& s, int64_t rows, int threads) {
     for (int m = 0; m < s.modalities; ++m) q.features[m] = x[m].data();
     q.present = present.data(), q.order = order.data(), q.state = state.data(), q.frames = frames.data();
     q.absent = absent.data(), q.refused = refused.data();
-    q.prediction = ours.prediction.data(), q.unimodal = ours.unimodal.data(), q.weights = ours.weights.data();
-    q.confidence = ours.confidence.data(), q.stage = ours.stage.data();
+    q.out = ours.addresses();
     std::vector<std::thread> workers;
     const int64_t count = int64_t(order.size());
     for (int k = 0; k < threads; ++k) {
@@ -107,14 +138,14 @@ int run(const char* name, const Shape& s, int64_t rows, int threads) {
       for (int64_t r = 0; r < rows; ++r) which[r] = r;
       std::vector<float> flat(rows * session->state_size());
       session->read(which.data(), rows, flat.data(), at.data());
-      std::unique_ptr<Session> next(
-          cpu::open_session(s, parameters.data(), model.parameters, rows, 1));
-      next->write(which.data(), rows, flat.data(), at.data());
+      std::unique_ptr<Session> next(cpu::open_session(s, drawn.tensors(), rows, 1));
+      Estimates blanked(s, rows);
+      next->write(which.data(), rows, flat.data(), at.data(), blanked.addresses());
       session = std::move(next);
     }
   }
   const int64_t first = 0;
-  session->reset(&first, 1);
+  session->reset(&first, 1, theirs.addresses());
   return 0;
 }
 

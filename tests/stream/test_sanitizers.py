@@ -28,16 +28,13 @@ CASES = [(isa, "memory") for isa in {SUPPORTED[0]: 0, SUPPORTED[-1]: 0}] + [(SUP
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(build.compiler()[0]) is None, reason="no C++ compiler")
 @pytest.mark.parametrize(("isa", "sanitizer"), CASES)
-def test_harness_runs_clean(isa, sanitizer, tmp_path):
+def test_harness_runs_clean(isa, sanitizer):
     """The one variant that a build without SAGE_X86_ISAS has, "baseline", compiled with the flags of `isa`."""
     flags = [*SANITIZERS[sanitizer], *(VARIANTS[isa] if platform.machine() in ("x86_64", "AMD64") else [])]
     sources = [build.ROOT / "csrc" / name for name in ("cpu/stream.cpp", "stream/session.cpp", "cpu/session.cpp")]
     sources.append(HERE / "harness.cpp")
-    program = tmp_path / "harness"
-    subprocess.run(
-        [*build.compiler(), *build.FLAGS, *flags, "-DSAGE_ISA=baseline", "-Wno-maybe-uninitialized", "-Wno-psabi",
-         f"-I{build.ROOT / 'csrc'}", *map(str, sources), "-o", str(program), "-pthread"], check=True,
-    )  # fmt: skip
+    flags += ["-DSAGE_ISA=baseline", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+    program = build.build_program("harness", sources, flags)
     # Without address randomisation: older ThreadSanitizers fail to map their shadow under large entropy.
     prefix = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
     command = [*prefix, str(program)]

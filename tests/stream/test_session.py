@@ -1,12 +1,13 @@
 """StreamingSession: step by step what the offline model computes, whatever the batch, the row, the events and the input."""
 
+import contextlib
 import copy
 import gc
+import itertools
 import math
 import os
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage_ext import _C
+from sage_ext import _C, stream
 from sage_ext.models import SAGE
 from sage_ext.stream import StreamingSession, StreamOutput
 
 DIMS = {"audio": 7, "visual": 21}
-FIELDS = StreamOutput._fields
+FIELDS = StreamOutput._fields[:-1]  # those that the offline model has too
 VARIANTS = [name for name, built, supported in _C.isa_variants() if built and supported]
 
 
@@ -78,7 +79,7 @@ def assert_close(out, whole, tol=1e-5):
         )
 
 
-def assert_same(a, b, fields=FIELDS):
+def assert_same(a, b, fields=StreamOutput._fields):
     for field in fields:
         assert torch.equal(getattr(a, field), getattr(b, field)), field
 
@@ -145,7 +146,7 @@ def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, fusion, monkeypat
     outs, exact, compared = stack(outs), copy.deepcopy(model).double(), 0
     for row in range(rows):
         borders = [0, *resets[:, row].nonzero().flatten().tolist(), frames]
-        for a, b in pairwise(borders):
+        for a, b in itertools.pairwise(borders):
             index = a + active[a:b, row].nonzero().flatten()
             whole = offline(
                 exact, {k: v[None, row, index].double() for k, v in features.items()}, present[None, row, index]
@@ -196,6 +197,47 @@ def test_two_sessions_and_two_runs_are_the_same_bits():
     for t in range(30):
         first = keep(a.step(frame(features, t), present[:, t]))
         assert_same(first, b.step(frame(features, t), present[:, t]))
+
+
+def test_present_tells_which_frames_counted():
+    """Absent, NaN, overflowing and stuck frames do not; an inactive row keeps what its last active step wrote."""
+    stuck = 3
+    session = build(stuck=stuck).stream(3)
+    g = torch.Generator().manual_seed(0)
+    present, expected = torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, 2, dtype=torch.bool)
+    for t in range(24):
+        x = {k: torch.randn(3, d, generator=g) for k, d in DIMS.items()}
+        active = torch.tensor([True, True, t % 3 == 1])
+        present[0, 0] = t % 5 > 1
+        broken = {6: math.nan, 7: math.inf, 8: 1e30}.get(t)
+        if broken is not None:
+            x["visual"][0, 3] = broken
+        if t >= 10:
+            x["audio"][1] = 0.5  # the same frame from now on
+        counts = present.clone()
+        counts[0, 1] = broken is None
+        counts[1, 0] = t < 10 + stuck
+        expected[active] = counts[active]
+        out = session.step(x, present, active)
+        assert out.present.dtype == torch.bool
+        assert torch.equal(out.present, expected), t
+        assert torch.equal(out.present, out.confidence > 0)
+    session.reset(1)
+    assert session._output.present.tolist() == [expected[0].tolist(), [False, False], expected[2].tolist()]
+    session.load_state_dict(session.state_dict(2), 2)
+    assert not any(x[1:].any() for x in session._output)
+    assert session._output.present[0].any()
+
+
+def test_present_tells_what_the_fusion_is_not_told():
+    """With use_present=False a missing modality has a weight, and is missing all the same."""
+    session = build(use_present=False).stream(1)
+    x = {k: torch.randn(1, d) for k, d in DIMS.items()}
+    for flags, broken in (([True, True], False), ([False, True], False), ([True, True], True)):
+        y = {**x, "visual": torch.full((1, 21), math.nan)} if broken else x
+        out = session.step(y, torch.tensor([flags]))
+        assert out.present.tolist() == [[flags[0], not broken]]
+        assert (out.weights > 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- bfloat16
@@ -490,29 +532,69 @@ EVENT_MODEL = build(seed=4)
 
 
 # --------------------------------------------------------------------------------------------------------------- threads
-def test_one_call_at_a_time_and_the_gil_is_free_meanwhile():
-    """While one thread steps, another runs Python, and is told that the session is in use."""
-    session, done = build().stream(4096), threading.Event()
+CALLS = {
+    "step": lambda s, x: s.step(x),
+    "reset": lambda s, x: s.reset(),
+    "state_dict": lambda s, x: s.state_dict(0),
+    "load_state_dict": lambda s, x: s.load_state_dict(s.kept, 0),
+    "stats": lambda s, x: s.stats,
+}
+
+
+# Two short calls seldom meet.
+PAIRS = [(a, b) for a in CALLS for b in CALLS if {a, b} & {"step", "reset"}]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_one_call_at_a_time_and_the_gil_is_free_meanwhile(first, second):
+    """While one thread is inside a call, another runs Python, and whichever of the two comes second is refused with nothing
+    changed."""
+    session, done, refused = build().stream(4096), threading.Event(), []
+    session.kept = session.state_dict(0)
     x = {k: torch.randn(4096, d) for k, d in DIMS.items()}
 
-    def work():
-        while not done.is_set():
-            session.step(x)
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    try:
-        deadline, refused = time.monotonic() + 20, False
-        while not refused and time.monotonic() < deadline:
+    def work(call):
+        deadline = time.monotonic() + 20
+        while not done.is_set() and time.monotonic() < deadline:
             try:
-                session.state_dict(0)
+                call(session, x)
             except RuntimeError as error:
-                refused = "in use by another thread" in str(error)
-    finally:
-        done.set()
-        worker.join()
+                refused.append(str(error))
+                done.set()
+
+    worker = threading.Thread(target=work, args=(CALLS[first],))
+    worker.start()
+    work(CALLS[second])
+    worker.join()
     assert refused
+    assert all("in use by another thread" in r for r in refused)
     assert session.step(x).prediction.isfinite().all()
+    assert session.stats.frames % 4096 == 0
+
+
+def test_outputs_and_state_are_changed_together():
+    """A step and a reset, or a loaded state, that begin at the same moment: whichever comes last, or alone if the other is
+    refused, has written both the state and the outputs."""
+    rows = 512
+    session, meet = build().stream(rows), threading.Barrier(2)
+    x, fresh = {k: torch.randn(rows, d) for k, d in DIMS.items()}, session.state_dict()
+    undo = itertools.cycle([session.reset, lambda: session.load_state_dict(fresh)])
+
+    def at_once(call):
+        meet.wait()
+        with contextlib.suppress(RuntimeError):
+            call()
+
+    for _ in range(150):
+        threads = [threading.Thread(target=at_once, args=(c,)) for c in (lambda: session.step(x), next(undo))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        begun = session.state_dict()["frames"] > 0
+        assert torch.equal(begun, session._output.weights.sum(1) > 0.5)
+        assert torch.equal(begun, session._output.present.all(1))
+        assert torch.equal(begun, session._output.stage.sum(1) > 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors
@@ -521,41 +603,41 @@ def bad(name, value):
 
 
 ERRORS = [
-    (lambda s, x, p: s.step(x["audio"]), TypeError, "features must be a sequence or a mapping"),
+    (lambda s, x, p: s.step(x["audio"]), TypeError, "features: expected a sequence or a mapping"),
     (lambda s, x, p: s.step([x["audio"]]), ValueError, "features: expected 2 modalities, got 1"),
     (lambda s, x, p: s.step({"audio": x["audio"]}), ValueError, r"expected the modalities \['audio', 'visual'\]"),
-    (bad("audio", lambda v: v.double()), TypeError, r"features\[audio\] must be a float32 .* got torch.float64"),
-    (bad("audio", lambda v: v.numpy().astype(">f4")), TypeError, r"features\[audio\] must be a float32 .* got >f4"),
-    (bad("audio", lambda v: v.tolist()), TypeError, r"features\[audio\] must be a float32 .* got list"),
-    (bad("visual", lambda v: v[:, :-1]), ValueError, r"features\[visual\] must be \(2, 21\), got \(2, 20\)"),
-    (bad("visual", lambda v: v[0]), ValueError, r"features\[visual\] must be \(2, 21\), got \(21,\)"),
-    (bad("visual", lambda v: v.to("meta")), ValueError, r"features\[visual\] must be a dense tensor on the CPU.*, .* meta"),
-    (bad("visual", lambda v: v.to_sparse()), ValueError, r"features\[visual\] must be a dense tensor on the CPU"),
-    (lambda s, x, p: s.step(x, p.float()), TypeError, "present must be a bool"),
-    (lambda s, x, p: s.step(x, p[:, :1]), ValueError, r"present must be \(2, 2\), got \(2, 1\)"),
-    (lambda s, x, p: s.step(x, p, p), ValueError, r"active must be \(2,\), got \(2, 2\)"),
-    (lambda s, x, p: s.step(x, p, [True, True]), TypeError, "active must be a bool .* got list"),
-    (lambda s, x, p: s.reset(2), ValueError, r"rows must be in \[0, 2\), got \[2\]"),
-    (lambda s, x, p: s.reset([-1]), ValueError, r"rows must be in \[0, 2\), got \[-1\]"),
-    (lambda s, x, p: s.reset(torch.tensor([True])), ValueError, r"a bool tensor must be \(2,\)"),
-    (lambda s, x, p: s.reset(0.5), TypeError, "rows must be integers"),
-    (lambda s, x, p: s.reset("all"), TypeError, "rows must be an index"),
-    (lambda s, x, p: s.load_state_dict(s.state_dict(0)), ValueError, r"must be \(2,\), got \(1,\)"),
-    (lambda s, x, p: s.load_state_dict(s.state_dict(), [1, 1]), ValueError, "rows must be distinct"),
-    (lambda s, x, p: s.load_state_dict([]), TypeError, "state must be a mapping"),
+    (bad("audio", lambda v: v.double()), TypeError, r"features\[audio\]: expected a float32 .* got torch.float64"),
+    (bad("audio", lambda v: v.numpy().astype(">f4")), TypeError, r"features\[audio\]: expected a float32 .* got >f4"),
+    (bad("audio", lambda v: v.tolist()), TypeError, r"features\[audio\]: expected a float32 .* got list"),
+    (bad("visual", lambda v: v[:, :-1]), ValueError, r"features\[visual\]: expected \(2, 21\), got \(2, 20\)"),
+    (bad("visual", lambda v: v[0]), ValueError, r"features\[visual\]: expected \(2, 21\), got \(21,\)"),
+    (bad("visual", lambda v: v.to("meta")), ValueError, r"features\[visual\]: expected a dense tensor on the CPU.*, .* meta"),
+    (bad("visual", lambda v: v.to_sparse()), ValueError, r"features\[visual\]: expected a dense tensor on the CPU"),
+    (lambda s, x, p: s.step(x, p.float()), TypeError, "present: expected a bool"),
+    (lambda s, x, p: s.step(x, p[:, :1]), ValueError, r"present: expected \(2, 2\), got \(2, 1\)"),
+    (lambda s, x, p: s.step(x, p, p), ValueError, r"active: expected \(2,\), got \(2, 2\)"),
+    (lambda s, x, p: s.step(x, p, [True, True]), TypeError, "active: expected a bool .* got list"),
+    (lambda s, x, p: s.reset(2), ValueError, r"rows: expected indices in \[0, 2\), got \[2\]"),
+    (lambda s, x, p: s.reset([-1]), ValueError, r"rows: expected indices in \[0, 2\), got \[-1\]"),
+    (lambda s, x, p: s.reset(torch.tensor([True])), ValueError, r"rows: expected a bool tensor \(2,\)"),
+    (lambda s, x, p: s.reset(0.5), TypeError, "rows: expected integers"),
+    (lambda s, x, p: s.reset("all"), TypeError, "rows: expected an index"),
+    (lambda s, x, p: s.load_state_dict(s.state_dict(0)), ValueError, r"state\[.*\]: expected \(2,.*\), got \(1,.*\)"),
+    (lambda s, x, p: s.load_state_dict(s.state_dict(), [1, 1]), ValueError, "rows: expected distinct"),
+    (lambda s, x, p: s.load_state_dict([]), TypeError, "state: expected a mapping"),
     (lambda s, x, p: s.load_state_dict({}), ValueError, "state: expected the keys"),
-    (lambda s, x, p: s.load_state_dict({**s.state_dict(), "last": 0}), TypeError, r"state\['last'\] must be a torch.float32"),
+    (lambda s, x, p: s.load_state_dict({**s.state_dict(), "last": 0}), TypeError, r"state\['last'\]: expected a torch.float32"),
     (lambda s, x, p: s.load_state_dict({**s.state_dict(), "belief": torch.full((2, 3), math.nan)}), ValueError,
-     r"state\['belief'\] is not finite"),
+     r"state\['belief'\]: expected finite"),
     (lambda s, x, p: s.load_state_dict({**s.state_dict(), "frames": torch.tensor([1, -1])}), ValueError,
-     r"must be in \[0, 2\*\*62\)"),
-    (lambda s, x, p: build(causal=False).stream(), ValueError, "streaming needs a causal SAGE"),
-    (lambda s, x, p: build(fusion="concat").stream(), ValueError, "streaming needs fusion=.* 'concat'"),
-    (lambda s, x, p: build().stream(0), ValueError, "batch_size must be >= 1"),
-    (lambda s, x, p: build().stream(1.0), TypeError, "batch_size must be int"),
-    (lambda s, x, p: build().stream(1, torch.float16), ValueError, "weights_dtype must be torch.float32 or torch.bfloat16"),
-    (lambda s, x, p: build().stream(1, "bfloat16"), TypeError, "weights_dtype must be a torch.dtype"),
-    (lambda s, x, p: StreamingSession(torch.nn.Linear(2, 2)), TypeError, "model must be SAGE, got Linear"),
+     r"expected numbers in \[0, 2\*\*62\)"),
+    (lambda s, x, p: build(causal=False).stream(), ValueError, "model: expected a causal SAGE"),
+    (lambda s, x, p: build(fusion="concat").stream(), ValueError, "model: expected fusion=.* 'concat'"),
+    (lambda s, x, p: build().stream(0), ValueError, "batch_size.* >= 1"),
+    (lambda s, x, p: build().stream(1.0), TypeError, "batch_size.* int"),
+    (lambda s, x, p: build().stream(1, torch.float16), ValueError, "weights_dtype: expected torch.float32 or torch.bfloat16"),
+    (lambda s, x, p: build().stream(1, "bfloat16"), TypeError, "weights_dtype: expected a torch.dtype"),
+    (lambda s, x, p: StreamingSession(torch.nn.Linear(2, 2)), TypeError, "model: expected a SAGE, got Linear"),
 ]  # fmt: skip
 
 
@@ -575,8 +657,78 @@ def test_a_model_with_broken_weights_is_refused():
     model = build()
     with torch.no_grad():
         model.head[0].bias[3] = math.nan
-    with pytest.raises(ValueError, match="a parameter or statistic is not finite"):
+    with pytest.raises(ValueError, match=r"model: expected finite numbers in 'head.0.bias'"):
         model.stream()
+
+
+# ------------------------------------------------------------------------------------------------ the model's description
+def opened(model, change):
+    """Opens a native session on what `change` makes of the model's tensors, a list of (name, tensor)."""
+    shape = stream._shape(model, torch.float32)
+    tensors = change(list(stream._tensors(model, _C.describe_stream(shape)[0]).items()))
+    return _C.cpu.open_session(shape, [(n, tuple(x.shape), x.data_ptr()) for n, x in tensors], 1, 1)
+
+
+def index(tensors, name):
+    return [n for n, _ in tensors].index(name)
+
+
+def swapped(tensors, a, b):
+    i, j = index(tensors, a), index(tensors, b)
+    tensors[i], tensors[j] = tensors[j], tensors[i]
+    return tensors
+
+
+NAMES = [
+    (lambda t: swapped(t, "norm.weight", "norm.bias"), r"expected 'norm.weight' \(20\), got 'norm.bias' \(20\)"),
+    (lambda t: swapped(t, "encoders.0.blocks.0.pointwise.weight", "fused_blocks.1.pointwise.weight"),
+     r"expected 'encoders.0.blocks.0.pointwise.weight' \(20, 20\), got 'fused_blocks.1.pointwise.weight' \(20, 20\)"),
+    (lambda t: swapped(t, "fusion.typicality.mean", "fusion.typicality.std"), r"expected 'fusion.typicality.mean' \(2, 2\)"),
+    (lambda t: [(n, x.T if n == "fusion.log_a" else x[:-1] if n == "memory.decay" else x) for n, x in t],
+     r"expected 'memory.decay' \(3\), got 'memory.decay' \(2\)"),
+    (lambda t: t[:-1], r"expected 'head.3.bias' \(2\), got no more tensors"),
+    (lambda t: [*t, ("unimodal.0.weight", torch.zeros(2))], "'unimodal.0.weight' is none of this model's tensors"),
+    (lambda t: t[1:], r"expected 'input_mean_0' \(7\), got 'input_scale_0' \(7\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "match"), NAMES)
+def test_tensors_are_checked_by_name(change, match):
+    model = build()
+    opened(model, list)
+    with pytest.raises(ValueError, match=match):
+        opened(model, change)
+
+
+def test_the_manifest_is_the_state_dict_and_what_is_folded():
+    """Every tensor of the model is listed under its own name, or folded into one that is."""
+    model = build()
+    names = {name for name, _ in _C.describe_stream(stream._shape(model, torch.float32))[0]}
+    state, folded = set(model.state_dict()), set(stream._folded(model))
+    assert names <= state | folded
+    assert folded <= names
+    assert state - names == {
+        "fusion.typicality.var", "fusion.typicality.updates", "fusion.typicality.fitted", "fusion.log_temperature",
+        "fusion.transition", "fusion.sharpening", "memory.log_prior",
+    }  # fmt: skip
+
+
+def test_a_model_that_drifts_is_refused_by_name():
+    model = build()
+    without = model.state_dict()
+    del without["fusion.value.1.bias"]
+    model.state_dict = lambda: without
+    with pytest.raises(KeyError, match=r"'fusion.value.1.bias'"):
+        model.stream()
+    model = build()
+    model.norm = torch.nn.LayerNorm(21)
+    with pytest.raises(ValueError, match=r"expected 'norm.weight' \(20,\), got \(21,\)"):
+        model.stream()
+    shape = stream._shape(build(), torch.float32)
+    with pytest.raises(KeyError, match="kernel"):
+        _C.describe_stream({name: number for name, number in shape.items() if name != "kernel"})
+    with pytest.raises(ValueError, match="no known name"):
+        _C.describe_stream({**shape, "depth": 3})
 
 
 # --------------------------------------------------------------------------------------------------------------- stamina
@@ -611,6 +763,7 @@ def march(steps, chunk=10_000):
     return growth
 
 
+@pytest.mark.slow
 def test_a_million_steps_without_growth_or_drift():
     assert march(1_000_000) < 4096
 

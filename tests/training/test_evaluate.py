@@ -1,6 +1,7 @@
 """Scores against numpy over concatenated frames; whole-video prediction against the model called by hand."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ import torch
 from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.windows import clip_tensors
 from sage_ext.models.sage import SAGE
-from sage_ext.training.evaluate import ClipPrediction, evaluate, mean_filter, predict_clip, score
+from sage_ext.training.evaluate import (
+    ClipPrediction,
+    alike,
+    evaluate,
+    mean_filter,
+    predict_clip,
+    predict_clips,
+    score,
+)
+from sage_ext.training.trainer import TrainConfig, build_model
 
 
 def numpy_ccc(pred, target):
@@ -74,7 +84,7 @@ def test_evaluate_scores_every_head(data):
 
 
 def test_test_videos_cannot_be_scored(data):
-    with pytest.raises(ValueError, match="no annotation"):
+    with pytest.raises(ValueError, match="clips: expected annotated ones, got test-000"):
         score({}, AffWild2(data, "test"))
 
 
@@ -118,6 +128,35 @@ def test_centred_windows_are_averaged_per_frame(data, window, hop):
     assert got.unimodal.shape == (total, 2, 2)
     assert got.stage.shape == (total, 3)
     np.testing.assert_allclose(got.stage.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "causal"), [("reliability", True), ("reliability", False), ("late", True), ("jca", True), ("mult", True)]
+)
+def test_clips_side_by_side_get_what_each_gets_alone(data, fusion, causal, monkeypatch):
+    """Causal in chunks, centred, and fusions that see the whole window, one of them of fixed length; of the clips some
+    are shorter than a window."""
+    module = importlib.import_module("sage_ext.training.evaluate")  # its name in the package is the function's
+    monkeypatch.setattr(module, "FRAMES", 500)
+    config = TrainConfig(
+        str(data), fusion=fusion, dim=8, stages=2, blocks=2, causal=causal, window=220, hop=70, threads=1
+    )
+    model, names = build_model(config, {"audio": 12, "visual": 16}).eval(), ["audio", "visual"]
+    clips = AffWild2(data, "validation")
+    lengths = [clip.num_frames for clip in clips]
+    assert min(lengths) < 220 < max(lengths)
+    groups = list(alike(lengths))
+    assert sorted(i for places in groups for i in places) == list(range(len(clips)))
+    assert max(map(len, groups)) > 1
+    for places in groups:
+        assert len(places) * max(lengths[i] for i in places) <= 500 or len(places) == 1
+        together = predict_clips(model, [clips[i] for i in places], names, chunk=50, window=220, hop=70)
+        for i, said in zip(places, together):
+            alone = predict_clip(model, clips[i], names, window=220, hop=70)
+            for field in dataclasses.fields(alone):
+                ours, theirs = getattr(said, field.name), getattr(alone, field.name)
+                assert ours.dtype == np.float32
+                np.testing.assert_allclose(ours, theirs, atol=2e-6, err_msg=field.name)
 
 
 def test_mean_filter_against_a_plain_loop():

@@ -3,17 +3,19 @@
 import copy
 import json
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scores import numpy_ccc
 
 from sage_ext.models import SAGE, SAGELoss, SAGEState
-from sage_ext.models.sage import PrecisionMemory
+from sage_ext.models import sage as sage_module
 from sage_ext.nn import ReliabilityNLL
-from tests.test_nn import numpy_ccc
+from sage_ext.nn import fusion as fusion_module
 
 DIMS = {"audio": 7, "visual": 11}
 BATCH, FRAMES = 2, 70
@@ -123,56 +125,20 @@ def test_receptive_field_is_as_documented(fused_blocks):
     assert not reached[:-61].any()
 
 
+@pytest.mark.parametrize("fusion", ["reliability", "uniform", "late", "concat"])
+def test_features_are_checked_once(fusion, monkeypatch):
+    """By SAGE; its fusion takes them as checked."""
+    model, (features, present), seen = build(fusion=fusion), draw(), []
+    for module in (sage_module, fusion_module):
+        check = module.ordered_features
+        monkeypatch.setattr(module, "ordered_features", lambda *args, check=check: seen.append(args) or check(*args))
+    model(features, present)
+    assert len(seen) == 1
+    model.fusion(dict.fromkeys(DIMS, torch.zeros(2, 3, 12)))
+    assert len(seen) == 2
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
-def direct_memory(memory, x, precision):
-    """The docstring's sum in float64, one matrix of all pairs of frames."""
-    x, p = x.double(), precision.double()
-    gap = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
-    out = []
-    for r, halflife in enumerate(memory.halflives):
-        share = torch.where((gap >= 0) | (not memory.causal), 0.5 ** (gap.abs().double() / halflife), 0.0) * p[:, None]
-        out.append(share @ x / (memory.log_prior[r].double().exp() + share.sum(2, keepdim=True)))
-    return torch.cat(out, -1) @ memory.mix.weight.double().T + memory.mix.bias.double()
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("frames", [1, 63, 64, 65, 150])
-def test_memory_is_the_precision_weighted_mean(causal, frames):
-    torch.manual_seed(0)
-    memory = PrecisionMemory(5, (2.0, 30.5), causal)
-    with torch.no_grad():
-        memory.log_prior.normal_()
-    x, precision = torch.randn(2, frames, 5), torch.randn(2, frames).mul(3).exp() * (torch.rand(2, frames) > 0.3)
-    expected = direct_memory(memory, x, precision)
-    out, _ = memory(x, precision, None)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
-    out, _ = memory.double()(x.double(), precision.double(), None)
-    torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-7)
-
-
-def test_memory_holds_through_frames_without_precision():
-    torch.manual_seed(0)
-    memory = PrecisionMemory(4, (8.0,), True)
-    with torch.no_grad():
-        memory.log_prior.fill_(-30.0)
-    x, precision = torch.randn(1, 90, 4, requires_grad=True), torch.ones(1, 90)
-    precision[:, 20:] = 0
-    out, _ = memory(x, precision, None)
-    torch.testing.assert_close(out[:, 20:], out[:, 19:20].expand(-1, 70, -1), atol=1e-5, rtol=1e-4)
-    out.sum().backward()
-    assert (x.grad[:, :20] != 0).all()
-    assert (x.grad[:, 20:] == 0).all()
-
-
-def test_memory_gradients():
-    torch.manual_seed(0)
-    memory = PrecisionMemory(3, (2.0, 9.0), True).double()
-    x = torch.randn(2, 70, 3, dtype=torch.float64, requires_grad=True)
-    precision = torch.rand(2, 70, dtype=torch.float64).requires_grad_()
-    sums = torch.rand(2, 2, 4, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: memory(*a)[0], (x, precision, sums), fast_mode=True)
-
-
 def test_memory_remembers_beyond_the_convolutions():
     features, _ = draw(batch=1, frames=200)
     x = {k: v.requires_grad_() for k, v in features.items()}
@@ -180,9 +146,15 @@ def test_memory_remembers_beyond_the_convolutions():
     assert (x["audio"].grad[0].abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("bad", [8.0, (0.0,), (-1.0,), (float("nan"),), (float("inf"),), ("a",), (4.0,) * 9])
+@pytest.mark.parametrize("bad", [(0.0,), (-1.0,), (float("nan"),), (float("inf"),), (4.0,) * 9])
 def test_bad_half_lives_are_named(bad):
-    with pytest.raises(ValueError, match="memory must be at most 8 half-lives"):
+    with pytest.raises(ValueError, match="memory: expected at most 8 half-lives"):
+        SAGE(DIMS, memory=bad)
+
+
+@pytest.mark.parametrize("bad", [8.0, "8", ("a",)])
+def test_a_memory_is_a_sequence_of_numbers(bad):
+    with pytest.raises(TypeError, match="memory: expected a sequence of half-lives"):
         SAGE(DIMS, memory=bad)
 
 
@@ -350,9 +322,9 @@ def test_statistics_make_units_irrelevant():
 def test_statistics_errors():
     features, present = draw()
     model = build(statistics=False)
-    with pytest.raises(TypeError, match="iterable more than once"):
+    with pytest.raises(TypeError, match="batches: expected something to iterate over twice"):
         model.fit_statistics(iter([{"features": features}]))
-    with pytest.raises(ValueError, match="modality visual has 0 present frames"):
+    with pytest.raises(ValueError, match="batches: expected 2 frames or more with modality visual, got 0"):
         model.fit_statistics([{"features": features, "present": present & torch.tensor([True, False])}])
 
 
@@ -379,6 +351,37 @@ def test_config_names_every_constructor_argument():
     assert set(build().config) == set(inspect.signature(SAGE).parameters)
 
 
+STATE = """
+input_mean_{0,1} input_scale_{0,1}
+encoders.{0,1}.project.{weight,bias} encoders.{0,1}.norm.{weight,bias}
+encoders.{0,1}.blocks.0.{weight,bias} encoders.{0,1}.blocks.0.{norm,pointwise}.{weight,bias}
+fusion.{norm_weight,norm_bias,transition,sharpening,log_temperature,bias} fusion.value.{0,1}.{weight,bias}
+fusion.typicality.{mean,var,updates,fitted} fusion.evidence.{0,1}.0.{weight,bias}
+fusion.reliability.{0,1}.{0,2}.{weight,bias} fusion.emission.{0,2}.{weight,bias}
+fused_blocks.0.{weight,bias} fused_blocks.0.{norm,pointwise}.{weight,bias}
+memory.log_prior memory.mix.{weight,bias} norm.{weight,bias} head.{0,3}.{weight,bias}
+"""
+
+
+def braces(pattern):
+    """As in a shell: a.{b,c} is a.b and a.c."""
+    choice = re.search(r"\{([^{}]*)\}", pattern)
+    if choice is None:
+        return [pattern]
+    return [
+        x for part in choice[1].split(",") for x in braces(pattern[: choice.start()] + part + pattern[choice.end() :])
+    ]
+
+
+def test_the_names_in_a_checkpoint_are_these():
+    """Checkpoints are read by name, and so are the weights of a stream: a new name is a new format."""
+    expected = [name for pattern in STATE.split() for name in braces(pattern)]
+    assert sorted(build(blocks=2).state_dict()) == sorted(expected)
+    late = set(build(blocks=2, fusion="late").state_dict())
+    fusion = {"fusion.logits", *braces("fusion.value.{0,1}.{weight,bias}"), *braces("unimodal.{0,1}.{weight,bias}")}
+    assert late == fusion | {name for name in expected if not name.startswith(("fusion.", "memory."))}
+
+
 # ------------------------------------------------------------------------------------------------- compile and friends
 def test_compiles_in_one_graph():
     """With state; training compiled, below, is without."""
@@ -396,6 +399,7 @@ def test_compiles_with_inductor():
     close(torch.compile(model, fullgraph=True)(features, present), model(features, present), tol=1e-4)
 
 
+@pytest.mark.slow
 def test_trains_compiled():
     model = build(dropout=0.0, blocks=2).train()
     features, present = draw()
@@ -530,23 +534,35 @@ def test_nothing_annotated_gives_zero_gradient():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda m, f, p: build(causal=False)(f, p, None, m(f, p).state), ValueError, "only a causal SAGE"),
-        (lambda m, f, p: m({k: v[:, 0] for k, v in f.items()}), ValueError, r"features must be \(B, T, d\)"),
-        (lambda m, f, p: m(f, p[:, :-1]), ValueError, r"present must be \(2, 70, 2\)"),
-        (lambda m, f, p: m(f, p, p), ValueError, r"mask must be \(2, 70\)"),
-        (lambda m, f, p: m({"audio": f["audio"]}), ValueError, "expected the modalities"),
+        (
+            lambda m, f, p: build(causal=False)(f, p, None, m(f, p).state),
+            ValueError,
+            "state: expected None .*only a causal SAGE.*causal=False.*, got SAGEState",
+        ),
+        (
+            lambda m, f, p: m({k: v[:, 0] for k, v in f.items()}),
+            ValueError,
+            r"features: expected shape \(B, T, D\) a modality, got \(2, 7\)",
+        ),
+        (lambda m, f, p: m(f, p[:, :-1]), ValueError, r"present: expected shape \(B, T, M\) = \(2, 70, 2\)"),
+        (lambda m, f, p: m(f, p, p), ValueError, r"mask: expected shape \(B, T\) = \(2, 70\)"),
+        (lambda m, f, p: m({"audio": f["audio"]}), ValueError, "features: expected the modalities"),
         (
             lambda m, f, p: build(fusion="gate"),
             ValueError,
-            "fusion must be one of reliability, uniform, concat, .* got 'gate'",
+            "fusion: expected one of reliability, uniform, concat, .* got 'gate'",
         ),
-        (lambda m, f, p: build(dropout=1.0), ValueError, "dropout must be in"),
-        (lambda m, f, p: build(causal=1), TypeError, "causal must be bool"),
-        (lambda m, f, p: build(blocks=0), ValueError, "blocks must be in"),
-        (lambda m, f, p: build(fused_blocks=5), ValueError, r"fused_blocks must be in \[0, 4\], got 5"),
-        (lambda m, f, p: build(kappa=-1.0), ValueError, "kappa must be positive"),
-        (lambda m, f, p: build(fusion="uniform").assess(f, p), ValueError, "no reliability to assess"),
-        (lambda m, f, p: SAGELoss(unimodal=-1), ValueError, "unimodal must be a finite weight"),
+        (lambda m, f, p: build(dropout=1.0), ValueError, r"dropout: expected a number in \[0, 1\), got 1.0"),
+        (lambda m, f, p: build(causal=1), TypeError, "causal: expected a bool, got int"),
+        (lambda m, f, p: build(blocks=0), ValueError, r"blocks: expected an int in \[1, 12\], got 0"),
+        (lambda m, f, p: build(fused_blocks=5), ValueError, r"fused_blocks: expected an int in \[0, 4\], got 5"),
+        (lambda m, f, p: build(kappa=-1.0), ValueError, "kappa: expected a number > 0"),
+        (
+            lambda m, f, p: build(fusion="uniform").assess(f, p),
+            ValueError,
+            "fusion: expected one that has a reliability to assess, got 'uniform'",
+        ),
+        (lambda m, f, p: SAGELoss(unimodal=-1), ValueError, "unimodal: expected a number >= 0 and finite, got -1"),
     ],
 )
 def test_errors_name_the_argument(call, error, match):

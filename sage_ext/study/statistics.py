@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+
+from ..functional import ccc_from_moments
 
 Array = np.ndarray
 
@@ -25,10 +28,11 @@ def concordance(sums: Array) -> Array:
     NaN where a sum is."""
     n, p, t, pp, tt, pt = np.moveaxis(sums, -1, 0)
     count = np.maximum(n, 1)
-    p, t = p / count, t / count
-    denominator = (pp / count - p * p) + (tt / count - t * t) + (p - t) ** 2
-    defined = (n >= 2) & (denominator > 1e-15)
-    value = np.where(defined, 2 * (pt / count - p * t) / np.where(defined, denominator, 1), 0.0)
+    mean_p, mean_t = p / count, t / count
+    spread = np.stack([pp - p * mean_p, tt - t * mean_t, pt - p * mean_t])
+    constant = np.minimum(spread[0], spread[1]) <= 1e-15 * count  # what is left of a constant's by rounding
+    moments = np.stack([n, mean_p, mean_t, *np.where(constant, 0.0, spread)], -1)
+    value = ccc_from_moments(torch.from_numpy(moments)).numpy()
     return np.where(np.isnan(sums).any(-1), np.nan, value)
 
 

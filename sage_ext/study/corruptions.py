@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .data.affwild2 import Clip, bare_name
+from ..data.affwild2 import Clip, bare_name
 
 VERSION = 1  # of the protocol: part of every random number's key
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -209,7 +209,7 @@ def corruption(
 
     def register(function: Callable[[Track], np.ndarray]) -> Callable[[Track], np.ndarray]:
         if name in CORRUPTIONS:
-            raise ValueError(f"name: there is a corruption {name!r} already")
+            raise ValueError(f"name: expected one that no corruption has, got {name!r}")
         CORRUPTIONS[name] = Corruption(name, about, tuple(levels), unit, function, domain, scopes, donors)
         return function
 
@@ -235,7 +235,9 @@ class Condition:
             raise ValueError(f"severity: expected 1 to 5, got {self.severity}")
         object.__setattr__(self, "severity", int(self.severity))
         if CORRUPTIONS[self.corruption].scopes == "rotations" and len(self.modalities) < 2:
-            raise ValueError(f"modalities: {self.corruption} takes turns and needs two or more, got {self.modalities}")
+            raise ValueError(
+                f"modalities: expected two or more, which {self.corruption} hits in turn, got {self.modalities}"
+            )
 
     @property
     def name(self) -> str:
@@ -323,7 +325,9 @@ def apply(
     out = {name: _floating(f"features[{name!r}]", value, 2) for name, value in features.items()}
     for name in condition.modalities:
         if name not in out:
-            raise ValueError(f"features: {condition.name} needs the modality {name!r}, got {', '.join(out) or 'none'}")
+            raise ValueError(
+                f"features: expected the modality {name!r} of {condition.name}, got {', '.join(out) or 'none'}"
+            )
     if present is None:
         frames = max(len(rows) for rows in out.values())
         present = {name: np.arange(frames) < len(rows) for name, rows in out.items()}
@@ -379,7 +383,9 @@ class _Corrupted(Sequence[Clip]):
         self._needs_donor = _spec(condition, "feature").donors
         self._names = [clips[i].name for i in range(len(clips))] if self._needs_donor else []
         if self._needs_donor and len({bare_name(name) for name in self._names}) == 1:
-            raise ValueError(f"clips: {condition.name} needs clips of two videos or more, got {self._names}")
+            raise ValueError(
+                f"clips: expected clips of two videos or more, for {condition.name} needs a donor, got {self._names}"
+            )
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -388,7 +394,9 @@ class _Corrupted(Sequence[Clip]):
         clip, names = self._clips[operator.index(index)], self._condition.modalities
         for name in names:
             if name not in clip.features:
-                raise ValueError(f"clips: {clip.name} has no modality {name!r} (it has {', '.join(clip.features)})")
+                raise ValueError(
+                    f"clips: expected the modality {name!r} in {clip.name}, got {', '.join(clip.features)}"
+                )
         features, present = apply(
             self._condition,
             {name: clip.features[name][:] for name in names},
@@ -413,7 +421,7 @@ class _Corrupted(Sequence[Clip]):
             rows = rows[np.asarray(other.present[modality])[: len(rows)]]
             if len(rows):
                 return rows
-        raise ValueError(f"clips: no clip of another video than {clip} has {modality!r}")
+        raise ValueError(f"clips: expected {modality!r} in a clip of another video than {clip}, got none")
 
 
 def apply_waveform(
@@ -435,7 +443,7 @@ def apply_waveform(
         raise ValueError(f"rate: expected samples a second > 0, got {rate!r}")
     others = tuple(_finite(f"donors[{k}]", _floating(f"donors[{k}]", donor, 1)) for k, donor in enumerate(donors))
     if spec.donors and not (others and all(donor.any() for donor in others)):
-        raise ValueError(f"donors: {spec.name} needs one or more waveforms that are not silent, got {len(others)}")
+        raise ValueError(f"donors: expected waveforms for {spec.name}, none of them silent, got {len(others)}")
     span = max(1, round(SPAN_SECONDS * rate))
     return _whole(spec, condition, samples, clip, seed, others if spec.donors else (), span)
 
@@ -466,7 +474,7 @@ def _whole(
 ) -> np.ndarray:
     """`rows` without gaps under `condition`."""
     if len(condition.modalities) != 1:
-        raise ValueError(f"condition: expected one modality, {condition.name} has {len(condition.modalities)}")
+        raise ValueError(f"condition: expected one modality, got {len(condition.modalities)} in {condition.name}")
     if rows.size == 0:
         return rows
     name, seed = _key(clip, seed)
@@ -502,11 +510,11 @@ def _spec(condition: Condition, domain: Domain) -> Corruption:
     spec = CORRUPTIONS.get(condition.corruption)
     if spec is None:  # it came from another process
         raise ValueError(
-            f"condition: there is no corruption {condition.corruption!r} here; register it in this process"
+            f"condition: expected a corruption that is registered in this process, got {condition.corruption!r}"
         )
     if spec.domain != domain:
         raise ValueError(
-            f"condition: expected a corruption of the domain {domain!r}, {spec.name} is of {spec.domain!r}"
+            f"condition: expected a corruption of the domain {domain!r}, got {spec.name} of {spec.domain!r}"
         )
     return spec
 
@@ -515,7 +523,7 @@ def _checked(spec: Corruption, track: Track) -> np.ndarray:
     changed = np.asarray(spec.function(track))
     if changed.shape != track.rows.shape:
         raise ValueError(
-            f"{spec.name}: expected rows of the shape {track.rows.shape}, its function gave {changed.shape}"
+            f"{spec.name}: expected rows of the shape {track.rows.shape}, got {changed.shape} from its function"
         )
     return changed.astype(np.float32, copy=False)
 

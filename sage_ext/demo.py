@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from ..calibration import expected_calibration_error
-from ..data.affwild2 import AffWild2, Clip
-from ..data.synthetic import oracle_predictions, write_dataset
-from ..data.windows import clip_tensors
-from ..files import write_atomic
-from ..live.estimator import TARGETS, Estimator, microseconds
-from ..live.frames import Frame
-from ..report import Table, write_report
-from .evaluate import score
-from .runs import (
+from .calibration import expected_calibration_error
+from .data.affwild2 import Clip
+from .data.synthetic import TruthClips, oracle_predictions, read_truth, write_dataset
+from .data.windows import clip_tensors
+from .files import write_atomic
+from .live.estimator import TARGETS, Estimator, microseconds
+from .live.frames import Frame
+from .report import Table, write_report
+from .study.jobs import Job, Workers
+from .training.evaluate import score
+from .training.runs import (
     Run,
     calibrate_run,
     calibration_pictures,
@@ -38,7 +36,7 @@ from .runs import (
     predict_run,
     training_pictures,
 )
-from .trainer import RunError, TrainConfig, train
+from .training.trainer import RunError, TrainConfig, train
 
 MARKER = "demo.json"
 DATA = {"train": 160, "validation": 24, "test": 24, "frames": (250, 900)}
@@ -57,19 +55,6 @@ def _train_one(config: TrainConfig, run: str) -> None:
     calibrate_run(run)
 
 
-class TruthClips:
-    """The test split with the labels only the synthesiser knows; every frame counts."""
-
-    def __init__(self, root: Path, modalities: list[str] | None = None) -> None:
-        self.root, self.data = root, AffWild2(root, "test", modalities=modalities)
-
-    def __iter__(self) -> Iterator[Clip]:
-        for clip in self.data:
-            with np.load(self.root / "truth" / f"{clip.name}.npz") as truth:
-                labels = truth["labels"]
-            yield dataclasses.replace(clip, labels=labels, valid=np.ones(len(labels), bool))
-
-
 def read_submission(path: Path) -> dict[str, np.ndarray]:
     """{clip name: (T, 2)} of a submission file whose rows are in frame order."""
     rows: dict[str, list[tuple[float, float]]] = {}
@@ -81,8 +66,8 @@ def read_submission(path: Path) -> dict[str, np.ndarray]:
 
 def _best_weights(root: Path, name: str) -> np.ndarray:
     """(T, M) inverse-variance weights under the true noise."""
-    with np.load(root / "truth" / f"{name}.npz") as truth:
-        precision = truth["present"] / truth["variance"]
+    truth = read_truth(root, name)
+    precision = truth["present"] / truth["variance"]
     return precision / np.maximum(precision.sum(1, keepdims=True), 1e-12)
 
 
@@ -98,8 +83,8 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, overwrite: bool = False)
     began, out = time.monotonic(), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (overwrite and (out / MARKER).exists()):
-            hint = "give --overwrite to replace it" if (out / MARKER).exists() else "and no earlier demo"
-            raise RunError(f"{out}: is not empty, {hint}")
+            holds = "an earlier demo (--overwrite replaces it)" if (out / MARKER).exists() else "something else"
+            raise RunError(f"out: expected a directory that is empty or new, got {out}, which holds {holds}")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / MARKER, json.dumps({"seed": seed, "data": DATA, "model": MODEL}, indent=1) + "\n")
@@ -111,11 +96,11 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, overwrite: bool = False)
 
     configs = _configurations(data, seed, names)
     runs = {name: out / name.replace(" ", "-").lower() for name in configs}
-    workers = min(len(configs), max(os.cpu_count() or 1, 1), 4)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for future in [pool.submit(_train_one, config, str(runs[name])) for name, config in configs.items()]:
-            future.result()
+    jobs = [Job(name, _train_one, (config, str(runs[name]))) for name, config in configs.items()]
+    with Workers(min(len(jobs), os.cpu_count() or 1, 4)) as workers:
+        for outcome in workers.run(jobs):
+            if outcome.error is not None:
+                raise RunError(f"training of {outcome.job.name} failed: {outcome.error}")
     _say(began, f"trained and calibrated {', '.join(configs)} ({MODEL['max_steps']} steps each)")
 
     tables, page = _score(out, data, seed, runs)

@@ -15,13 +15,12 @@ import torch
 from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.synthetic import write_dataset
 from sage_ext.data.windows import clip_tensors
-from sage_ext.models import FUSIONS, METHODS, SAGE, PeerFusion, SAGELoss
-from sage_ext.models import peers as peers_module
+from sage_ext.models import FUSIONS, SAGE, PeerFusion, SAGELoss
 from sage_ext.models.peers import LateFusion, fusion_class, fusion_names, parameter_table, register
 from sage_ext.nn import ReliabilityFusion, UniformFusion
 from sage_ext.training.evaluate import predict_clip
 from sage_ext.training.runs import Run, calibrate_run, evaluate_run
-from sage_ext.training.trainer import TrainConfig, build_model, train
+from sage_ext.training.trainer import TrainConfig, train
 
 LENGTH = 11
 PAIRWISE = {"gmu", "jca", "rjca", "dca", "grjca", "tagf"}
@@ -413,27 +412,55 @@ def test_lfan_is_led_by_the_video():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: FUSIONS["gmu"]([4], 8), ValueError, "GatedMultimodalUnit fuses exactly 2 modalities, got 1"),
-        (lambda: FUSIONS["jca"]([4, 4, 4], 8, length=5), ValueError, "JCA fuses exactly 2 modalities, got 3"),
-        (lambda: FUSIONS["mult"]([4], 8), ValueError, "2 modalities or more, got 1"),
-        (lambda: FUSIONS["mult"]([4, 4], 6), ValueError, "heads must divide dim 6, got 4"),
-        (lambda: FUSIONS["lfan"]([4, 4], 6, heads=5), ValueError, "heads must divide width 32, got 5"),
-        (lambda: FUSIONS["lfan"]({"a": 4}, 6, leading="b"), ValueError, "leading must be one of .*'a'.* got 'b'"),
-        (lambda: FUSIONS["lfan"]([4], 6, leading=1), ValueError, r"leading must be in \[0, 0\], got 1"),
-        (lambda: FUSIONS["jca"]([4, 4], 8, length=0), ValueError, "length must be >= 1, got 0"),
-        (lambda: FUSIONS["jca"]([4, 4], 8, length=5, dropout=1.0), ValueError, "dropout must be in"),
-        (lambda: FUSIONS["concat"]([4, 4], 0), ValueError, "dim must be >= 1"),
-        (lambda: build("tagf")([v[:, :-1] for v in draw()[0]]), ValueError, "TAGF was built for length=11 frames, got"),
-        (lambda: build("jca")(draw()[0], state=()), ValueError, "JCA is not causal and cannot run in chunks"),
-        (lambda: build("can")(draw()[0], draw()[1][:, 1:]), ValueError, r"present must be \(3, 11, 2\)"),
-        (lambda: build("can")(draw()[0], draw()[1].long()), TypeError, "present must be bool"),
-        (lambda: build("can")(draw(3)[0]), ValueError, "expected 2 modalities, got 3"),
-        (lambda: fusion_class("gate"), ValueError, "fusion must be one of reliability, uniform, concat.*got 'gate'"),
-        (lambda: SAGE([4, 4], fusion="gmu", fusion_options=[1]), TypeError, "fusion_options must be a mapping"),
-        (lambda: SAGE([4, 4], fusion="jca", length=0), ValueError, "length must be >= 1"),
-        (lambda: SAGE([4, 4], use_present=1), TypeError, "use_present must be bool"),
-        (lambda: SAGE([4, 4], fusion="can").assess([torch.zeros(1, 2, 4)] * 2), ValueError, "can.*no reliability"),
-        (lambda: TrainConfig("x", fusion="magic"), ValueError, "fusion must be one of .*got 'magic'"),
+        (
+            lambda: FUSIONS["gmu"]([4], 8),
+            ValueError,
+            "in_dims: expected the 2 modalities that GatedMultimodalUnit fuses, got 1",
+        ),
+        (
+            lambda: FUSIONS["jca"]([4, 4, 4], 8, length=5),
+            ValueError,
+            "in_dims: expected the 2 modalities that JCA fuses, got 3",
+        ),
+        (
+            lambda: FUSIONS["mult"]([4], 8),
+            ValueError,
+            "in_dims: expected 2 modalities or more for CrossModalTransformer, got 1",
+        ),
+        (lambda: FUSIONS["mult"]([4, 4], 6), ValueError, "heads: expected a divisor of dim 6, got 4"),
+        (lambda: FUSIONS["lfan"]([4, 4], 6, heads=5), ValueError, "heads: expected a divisor of width 32, got 5"),
+        (lambda: FUSIONS["lfan"]({"a": 4}, 6, leading="b"), ValueError, "leading: expected one of .*'a'.* got 'b'"),
+        (lambda: FUSIONS["lfan"]([4], 6, leading=1), ValueError, r"leading: expected an int in \[0, 0\], got 1"),
+        (lambda: FUSIONS["jca"]([4, 4], 8, length=0), ValueError, "length: expected an int >= 1, got 0"),
+        (lambda: FUSIONS["jca"]([4, 4], 8, length=5, dropout=1.0), ValueError, "dropout: expected a number in"),
+        (lambda: FUSIONS["concat"]([4, 4], 0), ValueError, "dim: expected an int >= 1"),
+        (
+            lambda: build("tagf")([v[:, :-1] for v in draw()[0]]),
+            ValueError,
+            "features: expected the 11 frames that TAGF was built for .*, got 10",
+        ),
+        (
+            lambda: build("jca")(draw()[0], state=()),
+            ValueError,
+            r"state: expected None \(JCA is not causal and cannot run in chunks\), got tuple",
+        ),
+        (
+            lambda: build("can")(draw()[0], draw()[1][:, 1:]),
+            ValueError,
+            r"present: expected shape \(B, T, M\) = \(3, 11, 2\)",
+        ),
+        (lambda: build("can")(draw()[0], draw()[1].long()), TypeError, "present: expected dtype bool"),
+        (lambda: build("can")(draw(3)[0]), ValueError, "features: expected 2 modalities, got 3"),
+        (lambda: fusion_class("gate"), ValueError, "fusion: expected one of reliability, uniform, concat.*got 'gate'"),
+        (lambda: SAGE([4, 4], fusion="gmu", fusion_options=[1]), TypeError, "fusion_options: expected a mapping"),
+        (lambda: SAGE([4, 4], fusion="jca", length=0), ValueError, "length: expected an int >= 1"),
+        (lambda: SAGE([4, 4], use_present=1), TypeError, "use_present: expected a bool"),
+        (
+            lambda: SAGE([4, 4], fusion="can").assess([torch.zeros(1, 2, 4)] * 2),
+            ValueError,
+            "fusion: expected one that has a reliability to assess, got 'can'",
+        ),
+        (lambda: TrainConfig("x", fusion="magic"), ValueError, "fusion: expected one of .*got 'magic'"),
         (lambda: TrainConfig("x", fusion_options=3), ValueError, "fusion_options: expected a mapping, got 3"),
     ],
 )
@@ -617,33 +644,6 @@ def test_no_norm_has_no_norm():
     assert not torch.allclose(net(*clips()).prediction, model()(*clips()).prediction)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_are_configurations(name):
-    method = METHODS[name]
-    assert method.name == name
-    config = TrainConfig("somewhere", window=24, hop=16, dim=8, blocks=2, **method.overrides)
-    assert TrainConfig.from_json(config.to_json()) == config
-    net = build_model(config, SIZES)
-    assert method.fixed_length == net.fusion.fixed_length == (net.length == 24)
-    features, present = clips(frames=24)
-    assert net(features, present).prediction.isfinite().all()
-
-
-def test_methods_are_the_studys():
-    ablations = {f"sage-{name}" for name in ("one-stage", "no-calibration", "undetached", "no-filter", "no-mask",
-                                             "no-norm", "no-memory", "no-stuck")}  # fmt: skip
-    assert set(METHODS) == {"sage", "uniform", "can-plus", *FUSIONS, *ablations}
-    base = build_model(TrainConfig("x", dim=8), SIZES).config
-    for name in ablations - {"sage-no-calibration"}:
-        config = build_model(TrainConfig("x", dim=8, **METHODS[name].overrides), SIZES).config
-        # What is missing is not told where presence is hidden: not by being stuck either.
-        assert sum(config[key] != base[key] for key in base) == (2 if name == "sage-no-mask" else 1), name
-    plus = build_model(TrainConfig("x", dim=8, **METHODS["can-plus"].overrides), SIZES).config
-    assert plus == {**base, "fusion": "can"}
-    assert METHODS["sage-no-calibration"].overrides == {"reliability_weight": 0.0}
-    assert METHODS["sage"].overrides == {}
-
-
 # ----------------------------------------------------------------------------------------------- training, evaluation
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -698,16 +698,18 @@ def test_one_block_is_enough(data, tmp_path):
 # ---------------------------------------------------------------------------------------------------- a peer of yours
 def test_the_peer_of_the_contributing_page(tmp_path):
     """The page's file, given to a fresh interpreter as the page says."""
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     source = re.search(r"## To add a fusion peer.*?```python\n(.*?)```", text, re.S).group(1)
     assert len(source.splitlines()) < 60
     name = re.search(r'@register\("([^"]+)"', source).group(1)
     (tmp_path / "my_peer.py").write_text(source)
     check = f"""
 import torch
-from sage_ext.models import SAGE, FUSIONS, METHODS
+from sage_ext.models import SAGE, FUSIONS
+from sage_ext.study.methods import default_methods, find
 from sage_ext.training.trainer import TrainConfig, build_model
-config = TrainConfig("x", dim=8, **METHODS[{name!r}].overrides)
+assert {name!r} in default_methods(["audio", "visual"])
+config = TrainConfig("x", dim=8, **find({name!r}).overrides)
 net = build_model(config, {{"audio": 3, "visual": 4}})
 assert type(net.fusion) is FUSIONS[{name!r}]
 flags = torch.tensor([[[True, True], [True, False], [False, False]]])
@@ -728,9 +730,9 @@ assert SAGE.from_config(net.config).causal
 
 
 def test_register_refuses_what_is_taken(monkeypatch):
-    monkeypatch.setattr(peers_module, "FUSIONS", dict(FUSIONS))
-    monkeypatch.setattr(peers_module, "METHODS", dict(METHODS))
-    for taken in ("gmu", "reliability", "uniform", "sage", "sage-no-norm"):
+    monkeypatch.setitem(FUSIONS, "mine", None)  # so that pytest takes "mine" out again
+    monkeypatch.delitem(FUSIONS, "mine")
+    for taken in ("gmu", "reliability", "uniform"):
         with pytest.raises(ValueError, match=f"there is a method '{taken}' already"):
             register(taken, "mine")(PeerFusion)
     with pytest.raises(TypeError, match="expected a subclass of PeerFusion"):
@@ -740,7 +742,7 @@ def test_register_refuses_what_is_taken(monkeypatch):
     class Mine(LateFusion):
         pass
 
-    assert peers_module.FUSIONS["mine"] is Mine
-    assert peers_module.METHODS["mine"].overrides == {"fusion": "mine"}
+    assert FUSIONS["mine"] is Mine
+    assert (Mine.title, Mine.note) == ("my sum", "a note")
     assert "mine" in fusion_names()
     assert {fusion_class("reliability"), fusion_class("uniform")} == {ReliabilityFusion, UniformFusion}

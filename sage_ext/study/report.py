@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import __version__
 from ..files import write_atomic
-from ..models.peers import FUSIONS, METHODS
+from ..models import FUSIONS
 from ..report import (
     BLUE,
     DASH,
@@ -27,12 +27,14 @@ from ..report import (
     styled,
     write_report,
 )
-from ..robustness import CORRUPTIONS
-from .compare import BINS, HELD_OUT, LOST, ORACLE, REFERENCE, Results, calibration_error, title
+from .corruptions import CORRUPTIONS
+from .methods import ALONE, ORACLE, REFERENCE, VARIANTS, title
+from .plan import CLEAN, HELD_OUT
+from .results import Results, calibration_error
+from .score import BINS, LOST
 from .statistics import adjusted_mutual_information, interval, pooled_score, resampled
 
 ALL = "all corruptions"
-CLEAN = "clean"
 DEAD = ("dead-zeroed", "dead-frozen", "dead-saturated", "dead-noise")
 WEAKENED = ("noise", "misaligned", "gain", "drift", "stage-noise")  # the frames hit still tell something
 COLORS = (VERMILLION, GREEN, PURPLE, ORANGE, SKY)
@@ -68,8 +70,7 @@ class Scores:
 
     def sharing(self) -> list[str]:
         """Other fusions, uniform weights among them, in a model that has SAGE's memory and stuck rule."""
-        named = [m for m in self.results.methods if m in METHODS and m not in FUSIONS]
-        return [m for m in named if m.partition("-")[0] != REFERENCE]
+        return [m for m in self.results.methods if m in VARIANTS and m.partition("-")[0] != REFERENCE]
 
     def best(self, methods: Sequence[str], group: Group) -> str:
         return max(methods, key=lambda method: self.mean(method, group))
@@ -143,9 +144,9 @@ def _overview(scores: Scores) -> Table:
     header += [f"SAGE less this, {name}" for name in shown] if paired else []
     rows = []
     for method in _ranked(scores):
-        trained = results.trained.get((method, 0))
+        trained = results.trained.results.get((method, 0))
         row = [title(method), "-" if trained is None else f"{trained['parameters']:,}"]
-        row.append(f"{results.rates[method]:g}" if method in results.rates else "-")
+        row.append(f"{results.trained.rates[method]:g}" if method in results.trained.rates else "-")
         row += [_with_spread(scores.mean(method, g), scores.spread(method, g)) for g in shown.values()]
         if paired:
             same = method == REFERENCE
@@ -236,7 +237,7 @@ def _whole_clip(scores: Scores, kinds: Sequence[str]) -> Group:
 def _survivor(scores: Scores) -> str | None:
     """Adds to `scores` the method "survivor": in each condition the best single modality that did not fail."""
     results = scores.results
-    alone = {m: f"{m}-only" for m in results.modalities if f"{m}-only" in results.methods}
+    alone = {m: m + ALONE for m in results.modalities if m + ALONE in results.methods}
     if len(alone) < len(results.modalities) or len(alone) < 2:
         return None
     for values in (scores.measured, scores.drawn):
@@ -479,7 +480,7 @@ def _highlighted(scores: Scores) -> dict[str, tuple[str, Any]]:
     """method -> colour and dash."""
     peers = scores.peers()
     wanted = ["concat", "uniform", *([scores.best(peers, scores.groups[ALL])] if peers else [])]
-    wanted += [f"{m}-only" for m in scores.results.modalities]
+    wanted += [m + ALONE for m in scores.results.modalities]
     chosen = [m for m in dict.fromkeys(wanted) if m in scores.results.methods][: len(COLORS)]
     return {REFERENCE: (BLUE, "-"), **{m: (COLORS[i], DASH[(i + 1) % 4]) for i, m in enumerate(chosen)}}
 

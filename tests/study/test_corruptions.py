@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter1d
 
-from sage_ext import robustness
 from sage_ext.data import AffWild2, Clip, clip_tensors, write_dataset
 from sage_ext.data.affwild2 import Resampled
-from sage_ext.robustness import (
+from sage_ext.study import corruptions
+from sage_ext.study.corruptions import (
     CORRUPTIONS,
     PROTOCOL,
     Condition,
@@ -35,7 +35,7 @@ from sage_ext.robustness import (
     corruption,
 )
 
-DOC = Path(__file__).parents[1] / "docs" / "robustness.md"
+DOC = Path(__file__).parents[2] / "docs" / "robustness.md"
 NAMES = ("audio", "visual")
 ALL = conditions(NAMES)
 SILENT = [name for name in PROTOCOL if not name.startswith("missing")]
@@ -252,7 +252,7 @@ def test_long_normal_draws_are_normal():
 def test_documented_snippets_run(tmp_path, monkeypatch):
     write_dataset(tmp_path / "DATA", seed=2, train=1, validation=2, test=0, frames=(20, 40))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(robustness, "CORRUPTIONS", dict(CORRUPTIONS))
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", dict(CORRUPTIONS))
     blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), flags=re.DOTALL)
     assert len(blocks) == 4
     space: dict = {}
@@ -314,7 +314,11 @@ def test_each_rotation_takes_turns_once():
         (lambda: Condition("noise", 1, ()), ValueError, "modalities: expected one or more"),
         (lambda: Condition("noise", 1, ("a", "a")), ValueError, "modalities: .* different"),
         (lambda: Condition("noise", 1, (1,)), TypeError, "modalities: expected names"),
-        (lambda: Condition("stage-noise", 1, ("a",)), ValueError, "takes turns"),
+        (
+            lambda: Condition("stage-noise", 1, ("a",)),
+            ValueError,
+            "modalities: expected two or more",
+        ),
         (lambda: conditions(["a"], ["nose"]), ValueError, "corruptions: .*'nose'"),
         (lambda: conditions(["a"], "noise"), TypeError, "corruptions: expected a sequence"),
         (lambda: conditions(["a"], severities=(0,)), ValueError, "severity"),
@@ -362,7 +366,7 @@ def test_severities_rise(name):
     features, present, donor, stage = world(seed=5, frames=600)
     for scope in {condition.modalities for condition in conditions(NAMES, [name])}:
         sizes = []
-        for severity in robustness.SEVERITIES:
+        for severity in corruptions.SEVERITIES:
             got, mask = run(Condition(name, severity, scope), features, present, donor, stage)
             size = 0.0
             for m in scope:
@@ -418,7 +422,7 @@ def test_modalities_fail_independently_and_alone_as_together():
 SCRIPT = """
 import hashlib, sys
 import numpy as np
-from sage_ext.robustness import apply, conditions
+from sage_ext.study.corruptions import apply, conditions
 assert "scipy" not in sys.modules
 digest = hashlib.sha256()
 rng = np.random.default_rng(1)
@@ -447,7 +451,7 @@ def test_two_processes_agree():
 # -------------------------------------------------------------------------------------------- corruption by corruption
 
 
-@pytest.mark.parametrize("severity", robustness.SEVERITIES)
+@pytest.mark.parametrize("severity", corruptions.SEVERITIES)
 @pytest.mark.parametrize("frames", [7, 400])
 def test_the_noise_has_the_stated_ratio(severity, frames):
     features, present, _, _ = world(frames=frames)
@@ -478,7 +482,7 @@ def test_noise_does_not_see_absent_rows():
 )
 def test_the_share_is_exact(name):
     features, present, donor, _ = world(seed=4, frames=1000)
-    for severity in robustness.SEVERITIES:
+    for severity in corruptions.SEVERITIES:
         for m in NAMES:
             where = shown(features, present, m)
             got, mask = run(Condition(name, severity, (m,)), features, present, donor)
@@ -521,7 +525,7 @@ def test_every_frame_is_equally_likely_to_be_hit():
 def test_announced_and_silent_failures_hit_the_same_frames():
     features, present, donor, _ = world(frames=500)
     for announced, silent in (("missing-spans", "zeroed-spans"), ("missing", "dead-zeroed")):
-        for severity in robustness.SEVERITIES:
+        for severity in corruptions.SEVERITIES:
             told, mask = run(Condition(announced, severity, NAMES), features, present, donor)
             hidden, untouched = run(Condition(silent, severity, NAMES), features, present, donor)
             for m in NAMES:
@@ -554,7 +558,7 @@ def test_dead_kinds():
     np.testing.assert_allclose(noise[1:] @ [1, 0, 0] - x.mean(0)[0], noise[1:, 0] - x[:, 0].mean())
 
 
-@pytest.mark.parametrize("severity", robustness.SEVERITIES)
+@pytest.mark.parametrize("severity", corruptions.SEVERITIES)
 def test_misaligned_is_a_shift(severity):
     frames = 300
     x = {"audio": np.arange(frames, dtype=np.float32)[:, None]}
@@ -609,7 +613,7 @@ def test_visits():
     stage = np.repeat([0, 2, 1, 0, 1, 2, 0, 4, 1], 10)  # audio's visits: 0 2 | 0 | 2 0 4, six of them
     x = {m: np.ones((90, 1), np.float32) for m in NAMES}
     before = np.zeros(9, bool)
-    for severity, visits in zip(robustness.SEVERITIES, (1, 2, 4, 5, 6)):
+    for severity, visits in zip(corruptions.SEVERITIES, (1, 2, 4, 5, 6)):
         got, _ = apply(Condition("stage-zeroed", severity, NAMES), x, clip="c", seed=1, stage=stage)
         hit = (got["audio"][:, 0] == 0).reshape(9, 10)
         assert (hit.all(axis=1) == hit.any(axis=1)).all()  # whole visits
@@ -626,13 +630,13 @@ def test_the_stage_chain():
     x = {m: np.ones((frames, 1), np.float32) for m in NAMES}
     got, _ = apply(Condition("stage-zeroed", 5, NAMES), x, clip="c", seed=0)
     np.testing.assert_array_equal(got["audio"] == 0, got["visual"] == 1)  # exactly one of them, everywhere
-    chain = robustness._chain("c", 0, frames)
+    chain = corruptions._chain("c", 0, frames)
     assert set(chain.tolist()) == {0, 1, 2, 3}
     changes = int((np.diff(chain) != 0).sum())
     assert abs(changes - frames / 90) < 4 * math.sqrt(frames / 90)
-    assert {int(robustness._chain(f"c{k}", 0, 1)[0]) for k in range(40)} == {0, 1, 2, 3}  # it begins anywhere
-    assert (robustness._chain("d", 0, frames) != chain).any()
-    assert (robustness._chain("c", 1, frames) != chain).any()
+    assert {int(corruptions._chain(f"c{k}", 0, 1)[0]) for k in range(40)} == {0, 1, 2, 3}  # it begins anywhere
+    assert (corruptions._chain("d", 0, frames) != chain).any()
+    assert (corruptions._chain("c", 1, frames) != chain).any()
 
 
 # ------------------------------------------------------------------------------------------------------ odd clips
@@ -703,12 +707,12 @@ def test_the_donor_runs_back_and_forth():
         (
             {"condition": Condition("image-noise", 1, ("audio",))},
             ValueError,
-            "domain 'feature', image-noise is of 'image'",
+            "domain 'feature', got image-noise of 'image'",
         ),
         (
             {"condition": Condition("noise", 1, ("text",))},
             ValueError,
-            "features: noise-1-text needs the modality 'text'",
+            "features: expected the modality 'text' of noise-1-text",
         ),
         ({"features": [1.0]}, TypeError, "features: expected a mapping"),
         (
@@ -815,7 +819,7 @@ def test_two_persons_of_a_video_are_no_donors_of_each_other():
     for seed in range(10):
         donors = donors_of(clips, seed=seed)
         assert donors["v0_left"] == donors["v0_right"] == donors["v0"] == 3
-    with pytest.raises(ValueError, match="needs clips of two videos or more"):
+    with pytest.raises(ValueError, match="clips: expected clips of two videos or more"):
         corrupted(clips[:3], Condition("foreign", 5, ("audio",)), 0)
 
 
@@ -824,7 +828,7 @@ def test_a_donor_has_the_modality():
     for seed in range(10):
         assert donors_of(clips, seed=seed) == {"a": 3, "b": None, "c": None, "d": 0}
     lonely = corrupted(clips[:3], Condition("foreign", 5, ("audio",)), 0)
-    with pytest.raises(ValueError, match="no clip of another video than a has 'audio'"):
+    with pytest.raises(ValueError, match="clips: expected 'audio' in a clip of another video than a, got none"):
         lonely[0]
 
 
@@ -891,7 +895,7 @@ def test_stages_matter_where_given(dataset):
 
 def test_a_missing_modality_is_named(dataset):
     bad = corrupted(AffWild2(dataset, "validation"), Condition("noise", 1, ("text",)), 0)
-    with pytest.raises(ValueError, match="has no modality 'text'"):
+    with pytest.raises(ValueError, match="clips: expected the modality 'text' in "):
         bad[0]
 
 
@@ -919,7 +923,7 @@ def test_only_what_fails_is_read():
 
 
 def test_a_corruption_of_ones_own(monkeypatch):
-    monkeypatch.setattr(robustness, "CORRUPTIONS", dict(CORRUPTIONS))
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", dict(CORRUPTIONS))
 
     @corruption("every-nth", "loses rows", (6, 5, 4, 3, 2), "rows", scopes="each+all")
     def every_nth(track):
@@ -935,15 +939,17 @@ def test_a_corruption_of_ones_own(monkeypatch):
     assert not mask["audio"][where[::2]].any()
     assert mask["audio"][where[1::2]].all()
     assert (got["audio"][where[::2]] == 0).all()
-    with pytest.raises(ValueError, match="there is a corruption 'every-nth' already"):
+    with pytest.raises(ValueError, match="name: expected one that no corruption has, got 'every-nth'"):
         corruption("every-nth", "", (1, 2, 3, 4, 5), "")(every_nth)
     with pytest.raises(ValueError, match="levels: expected 5"):
         corruption("other", "", (1, 2), "")(every_nth)
     with pytest.raises(ValueError, match="domain: expected one of feature"):
         corruption("other", "", (1, 2, 3, 4, 5), "", domain="sound")(every_nth)  # type: ignore[arg-type]
     strange = Condition("every-nth", 1, ("audio",))
-    monkeypatch.setattr(robustness, "CORRUPTIONS", dict(CORRUPTIONS))
-    with pytest.raises(ValueError, match="no corruption 'every-nth' here; register it"):
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", dict(CORRUPTIONS))
+    with pytest.raises(
+        ValueError, match="condition: expected a corruption that is registered in this process, got 'every-nth'"
+    ):
         apply(strange, features, present, clip="c", seed=0)
     corruption("short", "", (1, 2, 3, 4, 5), "")(lambda track: track.rows[1:])
     with pytest.raises(ValueError, match=r"short: expected rows of the shape \(\d+, 3\)"):
@@ -959,7 +965,7 @@ def speech(seconds: float = 4.0, rate: int = 8000) -> np.ndarray:
     return (0.3 * np.sin(np.arange(count) / 20) * (1 + rng.normal(size=count))).astype(np.float32)
 
 
-@pytest.mark.parametrize("severity", robustness.SEVERITIES)
+@pytest.mark.parametrize("severity", corruptions.SEVERITIES)
 @pytest.mark.parametrize("name", WAVEFORM)
 def test_waveforms(name, severity):
     wave, rng = speech(), np.random.default_rng(0)
@@ -1075,10 +1081,10 @@ def test_odd_waveforms():
         ({"waveform": np.zeros((9, 2), np.float32)}, ValueError, "waveform: expected 1 axes"),
         ({"waveform": np.array([0, np.nan])}, ValueError, "waveform: expected finite values, got nan"),
         ({"rate": 0}, ValueError, "rate: expected samples a second > 0, got 0"),
-        ({"donors": []}, ValueError, "donors: waveform-babble needs one or more"),
-        ({"donors": [np.zeros(5, np.float32)]}, ValueError, "donors: .* not silent"),
+        ({"donors": []}, ValueError, "donors: expected waveforms for waveform-babble, none of them silent"),
+        ({"donors": [np.zeros(5, np.float32)]}, ValueError, "donors: .* none of them silent"),
         ({"donors": [np.full(5, np.inf)]}, ValueError, r"donors\[0\]: expected finite"),
-        ({"condition": Condition("noise", 1, ("audio",))}, ValueError, "domain 'waveform', noise is of 'feature'"),
+        ({"condition": Condition("noise", 1, ("audio",))}, ValueError, "domain 'waveform', got noise of 'feature'"),
         ({"condition": Condition("waveform-noise", 1, NAMES)}, ValueError, "expected one modality"),
     ],
 )
@@ -1096,7 +1102,7 @@ def test_bad_waveforms_are_refused(change, error, says):
         apply_waveform(**arguments)
 
 
-@pytest.mark.parametrize("severity", robustness.SEVERITIES)
+@pytest.mark.parametrize("severity", corruptions.SEVERITIES)
 @pytest.mark.parametrize("name", IMAGE)
 def test_images(name, severity):
     rng = np.random.default_rng(severity)

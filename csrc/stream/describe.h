@@ -1,0 +1,152 @@
+// What a streaming model is made of, said once. describe(model, visitor) goes through every tensor under its name in
+// SAGE's state_dict (or, if it is folded from others before it gets here, under a name of its own), through every matrix
+// with the phase of a step in which it is multiplied, and through every part of a row's state. Packing, the layout of the
+// state, the GPU's plan and the lists that sage_ext/stream.py goes by are visitors. Not for the files that are compiled
+// once for each instruction set: it uses the STL.
+#pragma once
+#include <initializer_list>
+#include <string>
+
+#include "model.h"
+
+namespace sage::stream {
+
+using Extents = std::initializer_list<int64_t>;
+
+// Matrices of one phase are multiplied at once. `tracks`: their rows are the fused frames and each modality's alone.
+struct Phase {
+  int number;  // in the order of a step
+  bool tracks;
+};
+
+// Does nothing with anything: a visitor derives from it and hides what it wants to see.
+struct Visitor {
+  // A tensor (n) or (rows, n), kept as rows padded with zeros, at `where`.
+  void rows(const std::string&, Extents, const float*&) {}
+  // A small tensor, kept inside the model.
+  void numbers(const std::string&, Extents, float*) {}
+  // name.weight (outputs, inputs) and name.bias (outputs).
+  void linear(const std::string&, int64_t, int64_t, Phase, Linear&) {}
+  // A part of the state: what a caller sees, (shape), is the frames of these `count` parts one after another, oldest first.
+  void state(const std::string&, Extents, Part*, int) {}
+};
+
+template <class Visit>
+class Description {
+ public:
+  Description(Model& model, Visit& visit) : model_(model), s_(model.shape), visit_(visit) {}
+
+  void go() {
+    const int M = s_.modalities, own = s_.own_blocks;
+    int phase = 0;
+    for (int m = 0; m < M; ++m) {
+      const std::string index = std::to_string(m), encoder = "encoders." + index;
+      Modality& to = model_.modality[m];
+      visit_.rows("input_mean_" + index, {s_.in_dim[m]}, to.mean);
+      visit_.rows("input_scale_" + index, {s_.in_dim[m]}, to.scale);
+      visit_.linear(encoder + ".project", s_.in_dim[m], s_.dim, {phase, false}, to.project);
+      for (int b = 0; b < own; ++b)
+        block(encoder + ".blocks." + std::to_string(b), b, {phase + 1 + b, false}, to.block[b]);
+      norm(encoder + ".norm", {s_.dim}, to.norm);
+    }
+    phase += 1 + own;
+    for (int b = 0; b < own; ++b) {
+      Part& rings = model_.history[b];
+      const int64_t span = model_.modality[0].block[b].span;
+      state("history." + std::to_string(b), {M, span, s_.dim}, {0, M, span, s_.dim}, rings);
+      for (int m = 0; m < M; ++m) model_.modality[m].block[b].ring = rings.array(m);
+    }
+
+    // The values are multiplied with the evidence.
+    for (int m = 0; m < M; ++m)
+      visit_.linear("fusion.value." + std::to_string(m), s_.dim, s_.dim, {phase, false},
+                    model_.modality[m].value);
+    if (s_.value_norm) {
+      visit_.rows("fusion.norm_weight", {M, s_.dim}, model_.value_norm.weight);
+      visit_.rows("fusion.norm_bias", {M, s_.dim}, model_.value_norm.bias);
+    }
+    if (s_.reliability)
+      reliability(phase);
+    else
+      model_.sharpness = 1;
+    phase += s_.reliability ? 3 : 1;
+
+    for (int b = 0; b < s_.fused_blocks; ++b) {
+      const std::string index = std::to_string(b);
+      Block& to = model_.fused[b];
+      block("fused_blocks." + index, own + b, {phase++, true}, to);
+      Part& rings = model_.fused_history[b];
+      state("fused." + index, {1 + M, to.span, s_.dim}, {0, 1 + M, to.span, s_.dim}, rings);
+      to.ring = rings.at;
+    }
+    if (s_.reliability) {
+      const int64_t history = s_.window - 1;
+      state("belief", {s_.stages}, {0, 1, 1, s_.stages}, model_.belief);
+      state("energy", {history, M, 2}, {0, 1, history, 2 * M}, model_.energy);
+      state("counted", {history, M, 2}, {0, 1, history, 2 * M}, model_.counted);
+    }
+    int64_t inputs = 0;
+    for (int m = 0; m < M; ++m)
+      model_.last[m] = {model_.last[m].at, 1, 1, s_.in_dim[m]}, inputs += s_.in_dim[m];
+    visit_.state("last", {inputs}, model_.last, M);
+    if (s_.stuck) state("repeats", {M}, {0, 1, 1, M}, model_.repeats);
+    if (s_.memory) {
+      visit_.numbers("memory.decay", {s_.memory}, model_.decay);
+      visit_.numbers("memory.prior", {s_.memory}, model_.prior);
+      visit_.linear("memory.mix", s_.memory * s_.dim, s_.dim, {phase++, true}, model_.recall);
+      state("memory", {1 + M, s_.memory, s_.dim + 1}, {0, (1 + M) * s_.memory, 1, s_.dim + 1}, model_.memory);
+    }
+    norm("norm", {s_.dim}, model_.norm);
+    visit_.linear("head.0", s_.dim, s_.dim, {phase++, true}, model_.head[0]);
+    visit_.linear("head.3", s_.dim, s_.targets, {phase++, true}, model_.head[1]);
+  }
+
+ private:
+  // Where a part lies is the visitor's to say.
+  void state(const std::string& name, Extents shape, Part layout, Part& to) {
+    layout.at = to.at, to = layout;
+    visit_.state(name, shape, &to, 1);
+  }
+  void norm(const std::string& name, Extents shape, Norm& to) {
+    visit_.rows(name + ".weight", shape, to.weight), visit_.rows(name + ".bias", shape, to.bias);
+  }
+  void block(const std::string& name, int index, Phase phase, Block& to) {
+    to.dilation = int64_t(1) << index, to.span = (s_.kernel - 1) * to.dilation;
+    norm(name + ".norm", {s_.dim}, to.norm);
+    visit_.rows(name + ".weight", {s_.kernel, s_.dim}, to.taps);
+    visit_.rows(name + ".bias", {s_.dim}, to.bias);
+    visit_.linear(name + ".pointwise", s_.dim, s_.dim, phase, to.pointwise);
+  }
+  void reliability(int phase) {
+    const int M = s_.modalities;
+    const int64_t S = s_.stages, width = s_.evidence + kTypicality;
+    const Phase evidence = {phase, false}, hidden = {phase + 1, false}, logits = {phase + 2, false};
+    for (int m = 0; m < M; ++m) {
+      const std::string index = std::to_string(m);
+      Modality& to = model_.modality[m];
+      visit_.linear("fusion.evidence." + index + ".0", s_.dim, s_.evidence, evidence, to.evidence);
+      visit_.linear("fusion.reliability." + index + ".0", width, s_.evidence, hidden, to.reliability[0]);
+      visit_.linear("fusion.reliability." + index + ".2", s_.evidence, S, logits, to.reliability[1]);
+    }
+    visit_.linear("fusion.emission.0", M * width, s_.evidence, hidden, model_.emission[0]);
+    visit_.linear("fusion.emission.2", s_.evidence, S, logits, model_.emission[1]);
+    visit_.numbers("fusion.typicality.mean", {M, 2}, model_.typical_mean);
+    visit_.numbers("fusion.typicality.std", {M, 2}, model_.typical_std);
+    visit_.numbers("fusion.logit_scale", {M, S}, model_.logit_scale);
+    visit_.numbers("fusion.bias", {M, S}, model_.logit_bias);
+    visit_.numbers("fusion.log_a", {S, S}, model_.log_a), visit_.numbers("fusion.a", {S, S}, model_.a);
+    visit_.numbers("fusion.sharpness", {}, &model_.sharpness);
+  }
+
+  Model& model_;
+  const Shape& s_;
+  Visit& visit_;
+};
+
+// model.shape in; pointers, offsets and numbers as the visitor sets them, everything else filled in.
+template <class Visit>
+void describe(Model& model, Visit& visit) {
+  Description<Visit>(model, visit).go();
+}
+
+}  // namespace sage::stream

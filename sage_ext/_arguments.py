@@ -1,0 +1,204 @@
+"""What several modules check about the arguments that a caller gave, and the few things they then do with them.
+
+Errors speak one dialect, `NAME: expected X, got Y`: the argument, what would have been right, what came. TypeError is for a
+wrong type or dtype, ValueError for a wrong shape, device or value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+Features = Mapping[str, Tensor] | Sequence[Tensor]
+
+MAX_MODALITIES: int = _C.max_modalities
+MAX_STAGES: int = _C.max_stages
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DOUBLE = (torch.float64,)
+BOOL = (torch.bool,)
+
+
+# -------------------------------------------------------------------------------------------------------- numbers
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """An int of at least `low`, and at most `high` if there is one."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{name}: expected an int {f'>= {low}' if high is None else f'in [{low}, {high}]'}, got {value}"
+        )
+
+
+def check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
+    """An int or float for which `fits` holds; `expected` says the same in words, as in "> 0"."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not fits(value):
+        raise ValueError(f"{name}: expected a number {expected}, got {value}")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_dropout(dropout: object) -> None:
+    check_number("dropout", dropout, "in [0, 1)", lambda p: 0 <= p < 1)
+
+
+def check_kappa(kappa: object) -> None:
+    """The error scale of confidence."""
+    check_number("kappa", kappa, "> 0 and finite", lambda k: 0 < k < math.inf)
+
+
+def check_window(window: object, halflife: object) -> None:
+    """What a running CCC looks back on: the last `window` frames, or all, weighted by `halflife`; not both."""
+    if window is not None and halflife is not None:
+        raise ValueError(f"window, halflife: expected at most one of the two, got {window} and {halflife}")
+    if window is not None:
+        check_int("window", window, 2)
+    if halflife is not None:
+        check_number("halflife", halflife, "> 0", lambda frames: frames > 0)
+
+
+def check_pool(pool: object) -> None:
+    """Over what a CCC is taken."""
+    if pool not in ("batch", "sequence"):
+        raise ValueError(f"pool: expected 'batch' or 'sequence', got {pool!r}")
+
+
+# -------------------------------------------------------------------------------------------------------- tensors
+def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        *others, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        raise TypeError(f"{name}: expected dtype {', '.join(others)}{' or ' if others else ''}{last}, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -> None:
+    """`letters` says what the numbers of `expected` mean, as in "(B, T)"."""
+    if x.shape != expected:
+        raise ValueError(f"{name}: expected shape {letters} = {tuple(expected)}, got {tuple(x.shape)}")
+
+
+def check_device(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} (that of {like_name}), got {x.device}")
+
+
+def check_optional(
+    name: str,
+    x: object,
+    expected: tuple[int, ...],
+    letters: str,
+    like: Tensor,
+    like_name: str,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """None, or a tensor of one of `dtypes`, of this shape, on the device of `like`."""
+    if x is None:
+        return
+    check_tensor(name, x, dtypes)
+    assert isinstance(x, Tensor)
+    check_shape(name, x, expected, letters)
+    check_device(name, x, like, like_name)
+
+
+def check_flags(features: Sequence[Tensor], present: Tensor | None, mask: Tensor | None) -> None:
+    """`present` (B, T, M) and `mask` (B, T), or (N, M) and (N,), of checked features; None for all True."""
+    first, lead = features[0], tuple(features[0].shape[:-1])
+    sizes = "B, T" if len(lead) == 2 else "N"
+    check_optional("present", present, (*lead, len(features)), f"({sizes}, M)", first, "the features", BOOL)
+    check_optional("mask", mask, lead, "(B, T)" if len(lead) == 2 else "(N,)", first, "the features", BOOL)
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """What numbers are computed in: float64 if one of the tensors is, float32 for all else."""
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def to_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+# ----------------------------------------------------------------------------------------- features a modality
+def named_dims(in_dims: Mapping[str, int] | Sequence[int]) -> tuple[tuple[str, ...] | None, list[int]]:
+    """A constructor's `in_dims` -> (names or None, sizes), checked."""
+    if isinstance(in_dims, Mapping):
+        names, sizes = tuple(in_dims), list(in_dims.values())
+    elif isinstance(in_dims, Sequence) and not isinstance(in_dims, str):
+        names, sizes = None, list(in_dims)
+    else:
+        raise TypeError(f"in_dims: expected a sequence of int or a mapping name -> int, got {type(in_dims).__name__}")
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"in_dims: expected names of modalities that are str, got {names}")
+    if not 1 <= len(sizes) <= MAX_MODALITIES:
+        raise ValueError(f"in_dims: expected 1 to {MAX_MODALITIES} modalities, got {len(sizes)}")
+    for size in sizes:
+        check_int("in_dims", size, 1)
+    return names, sizes
+
+
+def ordered_features(
+    features: Features, names: tuple[str, ...] | None, dims: Sequence[int | None], what: str = "features"
+) -> list[Tensor]:
+    """The caller's features in modality order, checked: floating, one dtype and device, (B, T, d) or (N, d).
+
+    dims: the size of each modality's features; None: any.
+    """
+    if isinstance(features, Mapping):
+        if names is None:
+            raise TypeError(f"{what}: expected a sequence (in_dims was one, without names), got a mapping")
+        if set(features) != set(names):
+            raise ValueError(f"{what}: expected the modalities {list(names)}, got {list(features)}")
+        tensors = [features[name] for name in names]
+    elif isinstance(features, Sequence):
+        tensors = list(features)
+    else:
+        raise TypeError(f"{what}: expected a sequence or a mapping of tensors, got {type(features).__name__}")
+    if len(tensors) != len(dims):
+        raise ValueError(f"{what}: expected {len(dims)} modalities, got {len(tensors)}")
+    labels = [f"{what}[{label}]" for label in names or range(len(dims))]
+    first = tensors[0]
+    for label, dim, x in zip(labels, dims, tensors):
+        check_tensor(label, x)
+        if x.dim() not in (2, 3) or (dim is not None and x.shape[-1] != dim):
+            size = "d" if dim is None else dim
+            raise ValueError(f"{label}: expected shape (B, T, {size}) or (N, {size}), got {tuple(x.shape)}")
+        if x.shape[:-1] != first.shape[:-1]:
+            lead = tuple(first.shape[:-1])
+            raise ValueError(f"{label}: expected leading shape {lead} (that of {labels[0]}), got {tuple(x.shape[:-1])}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{label}: expected dtype {first.dtype} (that of {labels[0]}), got {x.dtype}")
+        check_device(label, x, first, labels[0])
+    if first.dim() == 3 and first.shape[1] == 0:
+        raise ValueError(f"{labels[0]}: expected at least one frame, got {tuple(first.shape)}")
+    return tensors
+
+
+def join_flags(present: Tensor | None, mask: Tensor | None, modalities: int) -> Tensor | None:
+    """`present` (B, T, M) and `mask` (B, T) -> `known` (B, T, M): the modality is present and the frame no padding.
+
+    None stands for True everywhere, in the arguments and in the result.
+    """
+    if mask is None:
+        return present
+    rows = mask.unsqueeze(-1)
+    return rows.expand(*rows.shape[:-1], modalities) if present is None else present & rows
+
+
+def blank_missing(tensors: Sequence[Tensor], known: Tensor | None) -> list[Tensor]:
+    """M tensors (B, T, d), zeroed where `known` (B, T, M) is False; NaN there reaches neither values nor gradients."""
+    if known is None:
+        return list(tensors)
+    return [torch.where(known[..., m, None], x, 0.0) for m, x in enumerate(tensors)]

@@ -1,0 +1,157 @@
+"""Losses that train through concordance, and the proper score that trains confidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._arguments import BOOL, arithmetic_dtype, check_kappa, check_pool, check_tensor, check_window
+
+
+class ReliabilityNLL(nn.Module):
+    """The proper score that trains confidence: Gaussian negative log-likelihood of a modality's own squared error.
+
+    A confidence `r` states that the modality's error has variance `kappa^2 (1 - r) / r`, that is precision
+    `p = odds(r) / kappa^2`. For a squared error `e2` the loss is `(p * e2 - log p) / 2` (the constant `log(2 pi) / 2`
+    left out, as in `torch.nn.GaussianNLLLoss`). In expectation its derivative in `p` is `(E[e2] - 1 / p) / 2`, zero
+    only at `1 / p = E[e2]`: the minimiser is the calibrated `r = 1 / (1 + E[e2] / kappa^2)`, and the loss is convex in
+    `log p`. The squared error is detached: the loss teaches confidence, never the prediction.
+
+    `kappa`: the error scale, in units of the labels, at which confidence is 1/2.
+    """
+
+    FLOOR = float(torch.finfo(torch.float32).eps)  # added to r and 1 - r: bounds |log odds| by 16, smoothly
+
+    def __init__(self, kappa: float = 0.25) -> None:
+        super().__init__()
+        check_kappa(kappa)
+        self.kappa = float(kappa)
+
+    def extra_repr(self) -> str:
+        return f"kappa={self.kappa}"
+
+    def forward(self, confidence: Tensor, squared_error: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean score over the counted entries (0, with gradient 0, where there is none).
+
+        confidence: (*, M) in [0, 1]; squared_error: (*, M), or (*, M, C) for C targets that share one confidence;
+        mask: (*, M) or (*) bool, False = not counted (not read: NaN there reaches nothing).
+        """
+        if squared_error.dim() == confidence.dim():
+            squared_error = squared_error.unsqueeze(-1)
+        if squared_error.shape[:-1] != confidence.shape:
+            raise ValueError(
+                f"squared_error: expected shape {tuple(confidence.shape)}, or that and targets at the end, got "
+                f"{tuple(squared_error.shape)}"
+            )
+        dtype = arithmetic_dtype(confidence)
+        r, error = confidence.to(dtype), squared_error.detach().to(dtype)
+        if mask is not None:
+            check_tensor("mask", mask, BOOL)
+            if mask.shape == confidence.shape[:-1]:
+                mask = mask.unsqueeze(-1).expand_as(confidence)
+            if mask.shape != confidence.shape:
+                raise ValueError(
+                    f"mask: expected shape {tuple(confidence.shape)} or {tuple(confidence.shape[:-1])}, got "
+                    f"{tuple(mask.shape)}"
+                )
+            r = torch.where(mask, r, 0.5)
+            error = torch.where(mask.unsqueeze(-1), error, 0.0)
+        log_odds = (r + self.FLOOR).log() - (1 - r + self.FLOOR).log()
+        log_precision = log_odds - 2 * math.log(self.kappa)
+        score = 0.5 * (log_precision.exp() * error.mean(-1) - log_precision)
+        if mask is None:
+            return score.sum() / max(score.numel(), 1)
+        return torch.where(mask, score, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+class CCCLoss(nn.Module):
+    """Mean over targets of `1 - CCC` (Lin 1989, population moments); the Aff-Wild2 objective with `pool="batch"`.
+
+    Args:
+        pool: "batch" takes one CCC over all valid frames of all sequences; "sequence" one a sequence, then the mean.
+        ignore_value: a frame in which any target equals this (-5 in Aff-Wild2; NaN works too) is not counted.
+        channel_weights: relative weight of each target, default equal; normalised to sum to 1.
+
+    A group of fewer than two frames, or of constant and equal ones, has CCC 0: it counts as 1 with gradient 0.
+    """
+
+    channel_weights: Tensor | None
+
+    def __init__(
+        self,
+        pool: str = "batch",
+        ignore_value: float | None = None,
+        channel_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        check_pool(pool)
+        self.pool, self.ignore_value = pool, ignore_value
+        weights = None
+        if channel_weights is not None:
+            weights = torch.as_tensor(channel_weights, dtype=torch.float32)
+            if weights.dim() != 1 or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
+                raise ValueError(
+                    f"channel_weights: expected one number >= 0 a target, not all of them 0, got {channel_weights}"
+                )
+            weights = weights / weights.sum()
+        self.register_buffer("channel_weights", weights, persistent=False)
+
+    def extra_repr(self) -> str:
+        weights = None if self.channel_weights is None else self.channel_weights.tolist()
+        return f"pool={self.pool!r}, ignore_value={self.ignore_value}, channel_weights={weights}"
+
+    def forward(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """pred, target: (B, T, C) or (T, C); mask: bool, (B, T) or the shape of pred. Returns a scalar."""
+        dtype = arithmetic_dtype(pred)
+        pred, target = pred.to(dtype), target.to(dtype)
+        if self.ignore_value is not None:
+            ignored = target.isnan() if math.isnan(self.ignore_value) else target == self.ignore_value
+            counted = ~ignored.any(-1)
+            mask = counted if mask is None else mask & (counted if mask.dim() < target.dim() else counted.unsqueeze(-1))
+        loss = 1 - functional.ccc(pred, target, mask, pool=self.pool)
+        if self.channel_weights is None:
+            return loss.mean()
+        if self.channel_weights.numel() != pred.shape[-1]:
+            raise ValueError(
+                f"pred: expected {self.channel_weights.numel()} targets (one for each of channel_weights), got "
+                f"{pred.shape[-1]}"
+            )
+        return (loss * self.channel_weights.to(loss.dtype)).sum(-1).mean()
+
+
+class TemporalCCCLoss(nn.Module):
+    """Mean of `1 - rho` over frames, rho the running CCC: concordance at every moment, not only overall.
+
+    Args:
+        window: rho over the last `window` frames (int >= 2), or
+        halflife: rho over all frames so far, weighted by `0.5 ** (age / halflife)`; neither: all frames so far alike.
+
+    Only the frames are averaged by which at least two unmasked ones are inside the window. Where those are constant and
+    equal, rho is 0, and the frame counts as 1 with gradient 0, as in `CCCLoss`.
+    """
+
+    def __init__(self, window: int | None = None, halflife: float | None = None) -> None:
+        super().__init__()
+        check_window(window, halflife)
+        self.window, self.halflife = window, halflife
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, halflife={self.halflife}"
+
+    def forward(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """pred, target: (B, T, C); mask: bool, (B, T) or the shape of pred. A scalar, 0 where no frame is averaged."""
+        dtype = arithmetic_dtype(pred)
+        pred, target = pred.to(dtype), target.to(dtype)
+        rho, _ = functional.temporal_ccc(pred, target, mask, window=self.window, halflife=self.halflife)
+        counted = torch.ones_like(pred, dtype=torch.bool) if mask is None else mask
+        if counted.dim() < pred.dim():
+            counted = counted.unsqueeze(-1).expand_as(pred)
+        seen = counted.long().cumsum(1)  # counted frames so far; below: inside the window
+        if self.window is not None and pred.shape[1] > self.window:
+            seen = torch.cat([seen[:, : self.window], seen[:, self.window :] - seen[:, : -self.window]], 1)
+        enough = seen >= 2
+        return torch.where(enough, 1 - rho, 0.0).sum() / enough.sum().clamp(min=1)

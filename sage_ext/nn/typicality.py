@@ -1,0 +1,124 @@
+"""Typicality: how far a modality's recent energy and motion are from those of the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._arguments import arithmetic_dtype
+
+ENERGY_FLOOR = 1e-8  # added to a frame's mean square before the log: a dead modality has a finite, very low energy
+TYPICALITY_FEATURES = 4  # z of log energy, z of log energy of the difference, and their absolute values
+
+
+class Typicality(nn.Module):
+    """How usual a modality's recent energy and motion are, against the training data.
+
+    Per frame and modality: `log(mean(x^2) + 1e-8)` of the frame and of its difference from the frame before, each
+    averaged over the last `window` frames in which it exists, z-scored with the buffers `mean` and `std`, compressed by
+    asinh (a little noise is far from usual already, and must still look different from a lot), clamped to +-`clamp`,
+    joined by their absolute values: (B, T, M, 4). A feature without a single frame in its window is 0 (neither usual
+    nor unusual).
+
+    The statistics follow the training batches by momentum (a plain average over the first `1/momentum` batches) until
+    `fit` sets them from data, after which they stay.
+    """
+
+    mean: Tensor  # (M, 2)
+    var: Tensor  # (M, 2)
+    updates: Tensor  # (M, 2) batches seen by the momentum rule
+    fitted: Tensor  # () bool
+
+    def __init__(self, modalities: int, window: int = 16, clamp: float = 4.0, momentum: float = 0.01) -> None:
+        super().__init__()
+        self.modalities, self.window, self.clamp, self.momentum = modalities, window, clamp, momentum
+        self.register_buffer("mean", torch.zeros(modalities, 2))
+        self.register_buffer("var", torch.ones(modalities, 2))
+        self.register_buffer("updates", torch.zeros(modalities, 2))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def extra_repr(self) -> str:
+        return f"modalities={self.modalities}, window={self.window}, clamp={self.clamp}, momentum={self.momentum}"
+
+    def averages(
+        self, inputs: Sequence[Tensor], known: Tensor | None, history: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Windowed log energies (B, T, M, 2), which of them exist, and (energy, counted, last) for the next chunk.
+
+        `inputs`: M tensors (B, T, d), zero where `known` (B, T, M) is False.
+        """
+        dtype = arithmetic_dtype(inputs[0])
+        x = [v.to(dtype) for v in inputs]
+        batch, frames = x[0].shape[:2]
+        carried = self.window - 1
+        if history is None:
+            zeros = x[0].new_zeros(batch, carried, self.modalities, 2)
+            energy, counted, last = zeros, zeros, torch.cat([v.new_zeros(batch, v.shape[-1]) for v in x], -1)
+        else:
+            energy, counted, last = history
+        here = x[0].new_ones(batch, frames, self.modalities) if known is None else known.to(dtype)
+        before = torch.cat([counted[:, -1:, :, 0], here], 1)[:, :-1]  # the frame before: does it count?
+        now = torch.stack([here, here * before], -1)  # (B, T, M, 2)
+
+        logs = []
+        for v, previous in zip(x, last.split([v.shape[-1] for v in x], -1)):
+            step = v - torch.cat([previous.unsqueeze(1), v], 1)[:, :-1]
+            square = torch.stack([v.square().mean(-1), step.square().mean(-1)], -1)  # (B, T, 2)
+            logs.append((square + ENERGY_FLOOR).log())
+        energy = torch.cat([energy, torch.stack(logs, 2) * now], 1)  # (B, W-1+T, M, 2)
+        counted = torch.cat([counted, now], 1)
+        # Each output sums its own window, so a frame's value does not depend on where the chunk began.
+        joined = torch.stack([energy, counted], -1).flatten(2).transpose(1, 2)  # (B, M*2*2, W-1+T)
+        pooled = F.avg_pool1d(joined, self.window, 1).transpose(1, 2).unflatten(2, (self.modalities, 2, 2))
+        exists = pooled[..., 1] > 0
+        average = pooled[..., 0] / torch.where(exists, pooled[..., 1], 1.0)
+        # An absent frame has no typicality even if its window reaches back to frames that do.
+        exists = exists & (here > 0).unsqueeze(-1)
+        tail = (energy[:, frames:], counted[:, frames:], torch.cat([v[:, -1] for v in x], -1))
+        return average, exists, tail
+
+    def forward(
+        self, inputs: Sequence[Tensor], known: Tensor | None, history: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        average, exists, tail = self.averages(inputs, known, history)
+        if self.training:
+            self._follow(average.detach(), exists)
+        # Copies: a later forward may move the buffers before this one's backward has run.
+        mean, std = self.mean.clone().to(average.dtype), self.var.clamp(min=1e-6).sqrt().to(average.dtype)
+        z = torch.where(exists, (average - mean) / std, 0.0).asinh().clamp(-self.clamp, self.clamp)
+        return torch.cat([z, z.abs()], -1), tail
+
+    def _follow(self, average: Tensor, exists: Tensor) -> None:
+        with torch.no_grad():
+            count = exists.sum((0, 1)).to(average.dtype)  # (M, 2)
+            share = 1.0 / count.clamp(min=1)
+            mean = torch.where(exists, average, 0.0).sum((0, 1)) * share
+            var = torch.where(exists, (average - mean).square(), 0.0).sum((0, 1)) * share
+            moves = (count > 0) & ~self.fitted
+            self.updates.add_(moves)
+            rate = torch.where(moves, (1.0 / self.updates.clamp(min=1)).clamp(min=self.momentum), 0.0)
+            gap = mean - self.mean
+            self.var.lerp_((var + (1 - rate) * gap * gap).to(self.var.dtype), rate.to(self.var.dtype))
+            self.mean.add_((rate * gap).to(self.mean.dtype))
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
+        """Set the statistics from (inputs, known) batches, exactly, and stop following training batches."""
+        total = torch.zeros(3, self.modalities, 2, dtype=torch.float64, device=self.mean.device)  # n, mean, M2
+        for inputs, known in batches:
+            average, exists, _ = self.averages(inputs, known, None)
+            average = average.double()
+            count = exists.sum((0, 1)).double()
+            mean = torch.where(exists, average, 0.0).sum((0, 1)) / count.clamp(min=1)
+            m2 = torch.where(exists, (average - mean).square(), 0.0).sum((0, 1))
+            joint = total[0] + count
+            gap, share = mean - total[1], count / joint.clamp(min=1)
+            total = torch.stack([joint, total[1] + gap * share, total[2] + m2 + gap * gap * total[0] * share])
+        if not bool((total[0] >= 2).all()):
+            raise ValueError(f"batches: expected at least two frames of every modality, got {total[0].tolist()}")
+        self.mean.copy_(total[1])
+        self.var.copy_(total[2] / total[0])
+        self.fitted.fill_(True)

@@ -1,0 +1,14 @@
+"""The study: fusion methods trained alike, scored clean and under every corruption, compared with intervals.
+
+plan         what is asked: methods, data, seeds, rates, conditions; which data answer it, and where its files lie
+methods      what can be compared: SAGE, its variants, single modalities, and every registered fusion
+corruptions  the protocol of failures: plain NumPy, of use on your own arrays without anything else here
+run          `compare`: trains and scores what is missing, then reports
+score        finished runs under one condition
+results      what was measured, read from its files
+report       tables and pictures of it
+statistics   bootstrap over videos and seeds, agreement of labellings
+jobs         independent jobs on a few processes
+
+docs/study.md says what is compared and how, docs/robustness.md what the corruptions are.
+"""

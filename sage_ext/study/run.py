@@ -1,0 +1,285 @@
+"""The comparison of fusion methods: trained alike, scored clean and under every robustness condition.
+
+Everything is a function of the data, the configuration and the seed, and every file (`plan` names them) is there whole
+or not at all, so a study that is stopped at any moment continues with the same command, and may be given more methods,
+seeds or conditions.
+
+What is alike for all methods: data, windows and their order, rehearsed failures, steps, sizes, loss, the grid of
+learning rates, and how the best epoch and rate are chosen, on the validation split alone. The rate is the one with the
+best mean validation P over the first `tuning_seeds` seeds; it is then used for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.affwild2 import AffWild2
+from ..data.synthetic import has_truth
+from ..files import write_atomic
+from ..nn import ReliabilityFusion
+from ..report import Table
+from ..training.runs import Run, calibrate_run
+from ..training.trainer import (
+    BEST,
+    FREE,
+    RunError,
+    TrainConfig,
+    data_shape,
+    differences,
+    open_data,
+    read_config,
+    train,
+)
+from .corruptions import Condition, conditions
+from .jobs import Job, Workers
+from .methods import ORACLE, default_methods
+from .plan import HELD_OUT, Study, condition_name, configuration, evaluation_path, run_path, tuning_view
+from .report import write_study
+from .results import Trained, gather, read_evaluation, write_results
+from .score import Scored, Sweep, evaluate_sweep, missing
+
+STUDY, RESULT = "study.json", "result.json"
+GROWS = ("methods", "seeds", "severities", "corruptions")  # a study may be continued with others
+
+
+# ----------------------------------------------------------------------------------------------------------- trainings
+def finished(config: TrainConfig, path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What result.json of the run at `path` holds; None before it is finished. RunError for another configuration."""
+    run = Path(path)
+    if not (run / RESULT).exists():
+        return None
+    differ = differences(read_config(run).to_json(), config.to_json())
+    if differ:
+        raise RunError(f"{run}: expected the configuration that it was trained with, got another ({differ})")
+    return json.loads((run / RESULT).read_text())
+
+
+def train_one(config: TrainConfig, path: str) -> dict[str, Any]:
+    """In a process of its own: train (or continue) the run at `path`, calibrate it, and say what came out.
+
+    Returns (and leaves in result.json) {"P": of the best epoch on the validation split, "epoch", "step", "seconds" of
+    the processor, "parameters", "model": digest of the weights}.
+    """
+    run = Path(path)
+    began = time.process_time()
+    best = train(config, run, resume=True, progress=False)
+    model = Run.load(run, config.device).model
+    if isinstance(model.fusion, ReliabilityFusion):
+        calibrate_run(run, device=config.device)
+    result = {
+        "P": best["scores"]["fused"]["P"],
+        "epoch": best["epoch"],
+        "step": best["step"],
+        "seconds": time.process_time() - began,  # of the last sitting
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "model": hashlib.sha256((run / BEST).read_bytes()).hexdigest()[:16],
+    }
+    write_atomic(run / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- the study
+class _Reporter:
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.began = quiet, time.monotonic()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            seconds = int(time.monotonic() - self.began)
+            print(f"[{seconds // 60:3d}:{seconds % 60:02d}] {text}", file=sys.stderr, flush=True)
+
+    def phase(self, count: int) -> _Phase:
+        return _Phase(self, count)
+
+
+class _Phase:
+    """Counts finished jobs and guesses from them when the rest will be."""
+
+    def __init__(self, reporter: _Reporter, count: int) -> None:
+        self.reporter, self.count, self.done, self.began = reporter, count, 0, time.monotonic()
+        self.said, self.skipped = self.began, 0
+
+    def skip(self) -> None:
+        """One was done before."""
+        self.done += 1
+        self.skipped += 1
+
+    def say(self, text: str, every: float = 0.0) -> None:
+        """One more is done; says so, but not before `every` seconds after the last time, unless it is the last one."""
+        self.done += 1
+        now = time.monotonic()
+        if self.done < self.count and now - self.said < every:
+            return
+        self.said = now
+        left = int((now - self.began) / (self.done - self.skipped) * (self.count - self.done))
+        rest = f", {left // 60}:{left % 60:02d} left" if self.done < self.count else ""
+        self.reporter.say(f"{self.done}/{self.count}{rest}  {text}")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process a study. The lock ends with the process."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{out}: another process is at work on this study") from None
+        yield
+
+
+def _prepare(study: Study, out: Path, reporter: _Reporter) -> tuple[Path, bool]:
+    """Check that `out` is this study's or new; the data to train on, and whether the truth about them is known."""
+    truth = has_truth(study.data)
+    shape = data_shape(open_data(study.base()))
+    asked = {**study.to_json(), "shape": shape}
+    asked["train"] = {key: value for key, value in asked["train"].items() if key not in ("data", "seed", "lr")}
+    asked.pop("data")  # it may move; its shape may not
+    asked = {**{key: asked.pop(key) for key in GROWS}, **asked.pop("train"), **asked}
+    path = out / STUDY
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"{path}: damaged ({error})") from error
+        differ = differences(stored, asked, (*GROWS, *FREE))
+        if differ:
+            raise RunError(f"{out}: expected the configuration of the study that it holds, got another ({differ})")
+    elif any(entry.name not in (".lock", "data") for entry in out.iterdir()):
+        raise RunError(
+            f"{out}: expected a directory that is empty, new or a study's, got one that holds something else"
+        )
+    known = default_methods(list(shape["modalities"]))
+    unknown = [name for name in study.methods if name not in known]
+    if unknown:
+        raise ValueError(f"methods: expected names among {', '.join(known)}, got {', '.join(unknown)}")
+    write_atomic(path, json.dumps(asked, indent=1) + "\n")
+    if truth:
+        reporter.say("scored on the test split with the synthesiser's truth, tuned on the validation split")
+        return Path(study.data), True
+    reporter.say(
+        f"scored on the validation split, tuned on one in {HELD_OUT} training videos, which are not trained on"
+    )
+    return tuning_view(study.data, out / "data"), False
+
+
+def _train_all(
+    study: Study, out: Path, data: Path, workers: Workers, reporter: _Reporter, failed: dict[str, str]
+) -> Trained:
+    """Train what is not finished yet. `failed` gets {method: what went wrong}."""
+    results: dict[tuple[str, int, float], dict[str, Any]] = {}
+
+    def work(wanted: Sequence[tuple[str, int, float]], phase: _Phase) -> None:
+        keys = {f"{method}, seed {seed}, rate {rate:g}": (method, seed, rate) for method, seed, rate in wanted}
+        jobs = []
+        for name, key in keys.items():
+            config, path = configuration(study, data, *key), run_path(out, *key)
+            done = finished(config, path)
+            if done is None:
+                jobs.append(Job(name, train_one, (config, str(path))))
+            else:
+                results[key] = done
+                phase.skip()
+        for outcome in workers.run(jobs):
+            key = keys[outcome.job.name]
+            if outcome.error is None:
+                results[key] = outcome.value
+                phase.say(
+                    f"{outcome.job.name}: validation P {outcome.value['P']:.4f} ({outcome.value['seconds']:.0f} s)"
+                )
+            else:
+                failed[key[0]] = f"{outcome.job.name}: {outcome.error}"
+                phase.say(f"{outcome.job.name} FAILED: {outcome.error}")
+
+    tuning = [
+        (method, seed, rate) for seed in range(study.tuning_seeds) for method in study.methods for rate in study.rates
+    ]
+    count = len(tuning) + len(study.methods) * (study.seeds - study.tuning_seeds)
+    phase = reporter.phase(count)
+    reporter.say(f"{count} trainings")
+    work(tuning, phase)
+    chosen = {}
+    for method in [method for method in study.methods if method not in failed]:
+        mean = {r: np.mean([results[method, s, r]["P"] for s in range(study.tuning_seeds)]) for r in study.rates}
+        chosen[method] = max(study.rates, key=lambda rate: mean[rate])
+    work([(m, s, chosen[m]) for s in range(study.tuning_seeds, study.seeds) for m in chosen], phase)
+    good = {m: rate for m, rate in chosen.items() if m not in failed}
+    return Trained(good, {(m, s): results[m, s, rate] for m, rate in good.items() for s in range(study.seeds)})
+
+
+def _evaluate_all(
+    study: Study,
+    out: Path,
+    wanted: Sequence[Condition | None],
+    trained: Trained,
+    truth: bool,
+    workers: Workers,
+    reporter: _Reporter,
+    failed: dict[str, str],
+) -> None:
+    """Score what is not scored yet. `failed` gets {method: what went wrong}."""
+    device = study.base().device
+    jobs = []
+    for seed in range(study.seeds):
+        runs = tuple(
+            Scored(method, str(run_path(out, method, seed, rate)), trained.results[method, seed]["model"])
+            for method, rate in trained.rates.items()
+        )
+        for condition in wanted:
+            path = evaluation_path(out, seed, condition)
+            sweep = Sweep(study.data, truth, runs, condition, seed, device, str(path))
+            if not path.exists() or missing(sweep, read_evaluation(path)):
+                jobs.append(Job(f"seed {seed}, {condition_name(condition)}", evaluate_sweep, (sweep,)))
+    phase = reporter.phase(len(jobs))
+    broken = []
+    for outcome in workers.run(jobs):
+        if outcome.error is not None:
+            broken.append(f"evaluation, {outcome.job.name}: {outcome.error}")
+            phase.say(f"{broken[-1]} FAILED")
+            continue
+        for method, error in outcome.value.items():
+            failed[method] = f"{method}, evaluation, {outcome.job.name}: {error}"
+            reporter.say(f"{failed[method]} FAILED")
+        phase.say(f"evaluated {outcome.job.name}", every=2.0)
+    if broken:
+        raise RunError("; ".join(broken))
+
+
+def compare(
+    study: Study, out: str | os.PathLike[str], *, processes: int | None = None, draws: int = 2000, quiet: bool = False
+) -> list[Table]:
+    """Run (or continue) the study in directory `out`, write tables and pictures there, and return the tables.
+
+    `processes`: how many at once, of one thread each (default: one a core). `draws`: of the bootstrap.
+    Where a method fails, the others are finished and reported, then RunError names it; the same call tries it again.
+    RunError too for a directory that holds another study, by what differs.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    reporter, failed = _Reporter(quiet), dict[str, str]()
+    with _alone(out), Workers(processes or os.cpu_count() or 1) as workers:
+        data, truth = _prepare(study, out, reporter)
+        modalities = list(AffWild2(study.data, "train").modalities)
+        wanted = [None, *conditions(modalities, study.corruptions, study.severities)]
+        trained = _train_all(study, out, data, workers, reporter, failed)
+        if not trained.rates:
+            raise RunError("every method failed: " + "; ".join(failed.values()))
+        _evaluate_all(study, out, wanted, trained, truth, workers, reporter, failed)
+        oracle = truth and ORACLE not in failed
+        results = gather(study, out, wanted, trained.without(failed), truth=truth, oracle=oracle)
+        write_results(results, out / "results.csv")
+        tables, page = write_study(results, out, draws=draws)
+        reporter.say(f"{out / 'results.csv'}, {out / 'report.md'}, {page}")
+    if failed:
+        raise RunError(f"{len(failed)} methods failed and are not in the report: " + "; ".join(failed.values()))
+    return tables

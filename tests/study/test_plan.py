@@ -1,0 +1,59 @@
+"""What a study refuses to be asked, and the view of licensed data that it tunes on."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from studies import tiny
+
+from sage_ext.data.affwild2 import AffWild2
+from sage_ext.data.synthetic import write_dataset
+from sage_ext.study.plan import tuning_view
+from sage_ext.training.trainer import TrainConfig
+
+
+def test_a_study_says_what_is_wrong_with_it(data):
+    for change, message in (
+        ({"seeds": 0}, "seeds"),
+        ({"tuning_seeds": 3}, "tuning_seeds"),
+        ({"methods": ()}, "methods"),
+        ({"rates": (1e-3, 1e-3)}, "rates"),
+        ({"train": {"lr": 1e-3}}, "lr"),
+        ({"train": {"dims": 3}}, "dims"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny(data, **change)
+    assert math.isclose(dataclasses.replace(tiny(data)).base().lr, TrainConfig("x").lr)
+
+
+def test_the_view_keeps_faces_rates_and_persons(tmp_path):
+    """What lies beside features and annotations: images that say where there is a face, frame rates, two persons."""
+    root, out = tmp_path / "data", tmp_path / "study" / "data"
+    write_dataset(root, seed=2, train=10, validation=1, test=0, frames=(40, 60), images=True)
+    (root / "fps.json").write_text(json.dumps({"train-000": 25.0}))
+    whole = AffWild2(root, "train")
+    assert any(name.endswith("_left") for name in whole.names)
+    out.parent.mkdir()
+    tuning_view(root, out)
+    parts = [AffWild2(out, split) for split in ("train", "validation")]
+    assert [len({n.partition("_")[0] for n in part.names}) for part in parts] == [7, 2]  # a fifth of nine videos
+    absent = 0
+    for part in parts:
+        for clip in part:
+            theirs = whole[whole.names.index(clip.name)]
+            np.testing.assert_array_equal(clip.present["visual"], theirs.present["visual"])
+            absent += int((~clip.present["visual"]).sum())
+            assert part.fps(clip.name) == whole.fps(clip.name)
+    assert absent
+    for part in parts:
+        assert {n.replace("_left", "_right") for n in part.names if n.endswith("_left")} <= set(part.names)
+    assert not any((out / name).exists() for name in ("6th ABAW Annotations",))
+
+
+def test_tuning_needs_two_videos(data, tmp_path):
+    root = tmp_path / "one"
+    write_dataset(root, train=1, validation=1, test=0, frames=(90, 100))
+    with pytest.raises(ValueError, match="two training videos"):
+        tuning_view(root, tmp_path / "view")

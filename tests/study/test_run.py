@@ -1,0 +1,205 @@
+"""The study from end to end on a tiny data set: finished, continued, killed, refused, on licensed data, by command."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from studies import SIZES, rows_of, tiny
+
+from sage_ext import cli
+from sage_ext.data.affwild2 import AffWild2
+from sage_ext.data.synthetic import TruthClips, has_truth, write_dataset
+from sage_ext.study import plan
+from sage_ext.study import run as run_module
+from sage_ext.study.methods import ORACLE
+from sage_ext.study.plan import evaluation_path, run_path, tuning_view
+from sage_ext.study.results import read_evaluation
+from sage_ext.study.run import compare
+from sage_ext.training.evaluate import score
+from sage_ext.training.runs import Run
+from sage_ext.training.trainer import RunError
+
+
+def test_methods_share_budget_data_and_grid_and_the_rate_has_the_best_validation(finished, data):
+    out, tables = finished
+    methods = tiny(data).methods
+    configs = {}
+    for method in methods:
+        tried = sorted(path.name for path in (out / "runs" / method).iterdir())
+        assert sum(name.startswith("seed-0-") for name in tried) == 2
+        (later,) = (name for name in tried if name.startswith("seed-1-"))
+        p = {name: json.loads((out / "runs" / method / name / "result.json").read_text())["P"] for name in tried}
+        assert later.replace("seed-1-", "seed-0-") == max(tried[:2], key=p.__getitem__)
+        values = json.loads((out / "runs" / method / later / "config.json").read_text())["train"]
+        configs[method] = {k: v for k, v in values.items() if k not in ("lr", "fusion", "modalities")}
+    assert all(values == configs["sage"] for values in configs.values())
+    overview = {row[0]: row for row in tables[0].rows}
+    assert overview["SAGE"][-1] == ""
+    assert "[" in overview["concatenation"][-1]
+
+
+def test_a_finished_study_is_read_not_done_again_and_grows(finished, data, tmp_path, undrawn):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    before = {path: path.stat().st_mtime_ns for path in [*out.glob("runs/*/*/*"), *out.glob("evaluations/*/*")]}
+    table = (out / "results.csv").read_bytes()
+    compare(tiny(data), out, processes=1, draws=50, quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (out / "results.csv").read_bytes() == table
+    compare(tiny(data, methods=(*tiny(data).methods, "uniform")), out, processes=1, draws=50, quiet=True)
+    grown = rows_of(out)
+    assert [row for row in grown if row["method"] != "uniform"] == list(csv.DictReader(table.decode().splitlines()))
+    assert len([row for row in grown if row["method"] == "uniform"]) == 24
+    held = read_evaluation(evaluation_path(out, 0, None))
+    assert set(held) == {*tiny(data).methods, "uniform", ORACLE}
+    assert held["sage"]["contingency"].sum() == sum(clip.num_frames for clip in TruthClips(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {**SIZES, "dim": 9}}, "dim 8 -> 9"),
+        ({"rates": (1e-3,)}, "rates"),
+        ({"tuning_seeds": 2}, "tuning_seeds 1 -> 2"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(finished, data, change, message):
+    with pytest.raises(RunError, match="expected the configuration of the study that it holds, got another") as error:
+        compare(tiny(data, **change), finished[0], processes=1, quiet=True)
+    assert message in str(error.value)
+    assert json.loads((finished[0] / "study.json").read_text())["dim"] == 8
+
+
+def test_other_data_and_another_process_are_refused(finished, tmp_path, data):
+    other = tmp_path / "data"
+    write_dataset(
+        other, seed=6, train=4, validation=2, test=2, frames=(90, 120), modalities={"audio": 12, "visual": 16}
+    )
+    with pytest.raises(RunError, match="shape"):
+        compare(tiny(other), finished[0], processes=1, quiet=True)
+    with (
+        run_module._alone(finished[0]),
+        pytest.raises(RunError, match="another process"),
+    ):
+        compare(tiny(data), finished[0], processes=1, quiet=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="expected a directory that is empty, new or a study's"):
+        compare(tiny(data), tmp_path / "mine", processes=1, quiet=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+KILLED = """
+import sys
+from studies import tiny
+from sage_ext.study.run import compare
+if __name__ == "__main__":
+    compare(tiny(sys.argv[1]), sys.argv[2], processes=1, quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_continues_to_the_same_results(finished, data, tmp_path, undrawn):
+    """The parent and all it started get no chance to clean up; what they left is continued."""
+    out, script = tmp_path / "study", tmp_path / "killed.py"
+    script.write_text(KILLED)
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen([sys.executable, script, data, out], env={**os.environ, "PYTHONPATH": paths})
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("runs/*/*/result.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = len(list(out.glob("runs/*/*/result.json")))
+    assert 2 <= done < 12
+    time.sleep(0.5)  # the worker notices that its parent is gone
+    assert len(list(out.glob("runs/*/*/result.json"))) <= done + 1
+    compare(tiny(data), out, processes=1, draws=50, quiet=True)
+    assert (out / "results.csv").read_bytes() == (finished[0] / "results.csv").read_bytes()
+
+
+def _broken(config, path):
+    if config.fusion == "concat" and config.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_module.train_one(config, path)
+
+
+@pytest.mark.slow
+def test_a_method_that_crashes_is_named_and_the_others_are_reported(data, tmp_path, monkeypatch, undrawn):
+    monkeypatch.setattr(run_module, "train_one", _broken)
+    study = tiny(data, methods=("concat", "sage"), rates=(2e-3,), corruptions=("dead-zeroed",))
+    with pytest.raises(RunError, match=r"1 methods failed.*concat, seed 1, rate 0\.002.*SIGKILL"):
+        compare(study, tmp_path / "study", processes=1, draws=20, quiet=True)
+    assert {row["method"] for row in rows_of(tmp_path / "study")} == {"sage", ORACLE}
+
+
+def test_licensed_data_are_scored_on_validation_and_tuned_on_held_out_training_videos(data, tmp_path, undrawn):
+    """The exact layout of Aff-Wild2 and nothing else: no truth, no labels of the test split."""
+    root = tmp_path / "Aff-Wild2"
+    shutil.copytree(data, root)
+    shutil.rmtree(root / "truth")
+    assert not has_truth(root)
+    assert has_truth(data)
+    out = root / "study"  # even there
+    study = tiny(root, methods=("sage", "concat"), seeds=1, rates=(2e-3,), corruptions=("missing",))
+    tables = compare(study, out, processes=1, draws=20, quiet=True)
+    rows = rows_of(out)
+    assert {row["method"] for row in rows} == {"sage", "concat"}
+    view = {split: AffWild2(out / "data", split) for split in ("train", "validation")}
+    whole = AffWild2(root, "train")
+    assert sorted(view["train"].names + view["validation"].names) == whole.names
+    assert view["validation"].names
+    assert view["train"].modalities == whole.modalities
+    bare = [{name.removesuffix("_left").removesuffix("_right") for name in view[split].names} for split in view]
+    assert not bare[0] & bare[1]
+    for split in view:
+        for clip in view[split]:
+            theirs = whole[whole.names.index(clip.name)]
+            np.testing.assert_array_equal(clip.labels, theirs.labels)
+            np.testing.assert_array_equal(clip.features["audio"][:], theirs.features["audio"][:])
+    run = Run.load(run_path(out, "sage", 0, 2e-3))
+    clips = list(AffWild2(root, "validation"))
+    expected = score({clip.name: run.predict(clip).prediction for clip in clips}, clips)["P"]
+    assert float(rows[0]["P"]) == pytest.approx(expected, abs=2e-6)
+    assert run.data == str(out / "data")
+    titles = [table.title for table in tables]
+    assert "Calibration error by most probable stage, clean" in titles
+    assert "Scored on the validation split" in (out / "report.md").read_text()
+    assert tuning_view(root, out / "data") == out / "data"  # again: the same
+
+
+@pytest.mark.slow
+def test_quick_synthesises_its_data_and_compares_the_first_of_all(capsys, tmp_path, monkeypatch, undrawn):
+    small = {"seed": 1, "train": 4, "validation": 2, "test": 3, "frames": (90, 120)}
+    monkeypatch.setattr(plan, "DATA", small)
+    arguments = ["compare", "--out", str(tmp_path), "--quick", "--max-steps", "3", "--dim", "8", "--seeds", "1",
+                 "--corruptions", "missing", "--processes", "1", "--draws", "20"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert {row["method"] for row in rows_of(tmp_path)} == {
+        "sage", "concat", "uniform", "audio-only", "visual-only", ORACLE
+    }  # fmt: skip
+    assert {row["condition"] for row in rows_of(tmp_path)} == {"clean", "missing-3-audio", "missing-3-visual"}
+    assert "5 trainings" in err
+    assert "5/5  visual-only, seed 0, rate 0.002: validation P" in err
+    assert "SAGE less this, clean" in out
+    assert has_truth(tmp_path / "data")
+
+
+def test_command_line_errors(capsys, data, tmp_path):
+    assert cli.main(["compare", "--data", str(data), "--out", str(tmp_path / "s"), "--methods", "sage,telepathy"]) == 2
+    err = capsys.readouterr().err
+    assert "methods: expected names among sage, " in err
+    assert err.rstrip().endswith(", got telepathy")
+    assert err.startswith("sage-ext compare: error: ") or "\nsage-ext compare: error: " in err
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--out", str(tmp_path / "s"), "--severities", "all"])
