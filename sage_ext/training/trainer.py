@@ -176,7 +176,7 @@ def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
 
 
 class _Opened(Sequence[Clip]):
-    """Clips that stay open once read: their memory maps, that is, and what their headers said."""
+    """Keeps every clip once it was asked for: its memory maps, and what the headers of its files said."""
 
     def __init__(self, clips: AffWild2) -> None:
         self.clips, self.kept = clips, dict[int, Clip]()
