@@ -276,7 +276,7 @@ class AffWild2(Sequence[Clip]):
         self._fps = _read_fps(self.root / "fps.json")
         self._images: dict[tuple[str, str], np.ndarray] = {}
         self.modalities, self.mismatches = {}, []
-        first: dict[str, Path] = {}  # the file that told a modality's D
+        first: dict[str, Path] = {}  # the file from which a modality's D was learnt
         self._videos: list[_Video] = []
         for name, labels, valid in self._annotated(annotations, sample_file):
             sources = {m: self._source(m, name, len(valid), first) for m in self._folders}

@@ -85,7 +85,7 @@ class Stop:
         return fd in ready and not self.requested
 
     def drain(self, ready: dict[int, int]) -> None:
-        """Forget a wake-up by a signal that is none of ours."""
+        """Empties the pipe after a signal that asks for nothing here."""
         if self.reader in ready and not self.requested:
             os.read(self.reader, 1024)
 
@@ -126,7 +126,7 @@ def note(text: str, prefix: str = "sage-ext stream: ") -> None:
 
 
 class Complaints:
-    """Malformed records: counted exactly by kind, reported until they are tiresome."""
+    """Malformed records: all are counted by kind; of a kind the first SHOWN are reported, then the 10th, 100th ..."""
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -148,7 +148,11 @@ class Complaints:
 
 
 def blocks(fd: int, stop: Stop, output: int, follow: bool) -> Iterator[Block]:
-    """What `fd` brings until its end or a request to stop; after the latter None, for what is incomplete."""
+    """The bytes that `fd` brings, in pieces, until its end or a request to stop.
+
+    None says that a record of which a part has come will not be completed: the file was cut short and is read from its
+    start again, or a stop was requested.
+    """
     regular = stat.S_ISREG(os.fstat(fd).st_mode)
     while not stop.requested:
         if not stop.wait(fd, output):
@@ -168,7 +172,10 @@ def blocks(fd: int, stop: Stop, output: int, follow: bool) -> Iterator[Block]:
 
 
 class Pace:
-    """Holds frames back to `fps` a second; None: does not. What is late by more than a frame is not made up for."""
+    """Delays frames so that no more than `fps` a second go on; with None it delays none.
+
+    A frame that comes later than the next one was due starts the count anew: the frames after it are not hurried.
+    """
 
     def __init__(self, fps: float | None, stop: Stop, output: int) -> None:
         self.step, self.stop, self.output = 0.0 if fps is None else 1 / fps, stop, output

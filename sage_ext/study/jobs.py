@@ -14,6 +14,8 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import Any
 
+from .._arguments import check_int
+
 
 @dataclass(frozen=True)
 class Job:
@@ -80,8 +82,7 @@ class Workers:
     """
 
     def __init__(self, processes: int) -> None:
-        if not isinstance(processes, int) or processes < 1:
-            raise ValueError(f"processes: expected a whole number >= 1, got {processes!r}")
+        check_int("processes", processes, 1)
         self.processes, self._workers = processes, list[_Worker]()
 
     def __enter__(self) -> Workers:

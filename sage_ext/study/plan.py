@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._arguments import check_int
 from ..data.affwild2 import SPLITS, AffWild2, Clip, annotation_folder, bare_name
 from ..data.synthetic import TruthClips, write_dataset
 from ..files import replacing_folder
@@ -51,10 +52,8 @@ class Study:
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of TrainConfig, the same for all
 
     def __post_init__(self) -> None:
-        for name, low in (("seeds", 1), ("tuning_seeds", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}: expected a whole number >= {low}, got {value!r}")
+        check_int("seeds", self.seeds, 1)
+        check_int("tuning_seeds", self.tuning_seeds, 1)
         if self.tuning_seeds > self.seeds:
             raise ValueError(f"tuning_seeds: expected at most seeds ({self.seeds}), got {self.tuning_seeds}")
         for name in ("methods", "rates", "severities"):

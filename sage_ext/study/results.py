@@ -44,7 +44,7 @@ class Results:
     methods: list[str]  # the oracle last, where there is one
     conditions: list[Condition | None]
     clips: list[str]  # (V,)
-    frames: int  # that count
+    frames: int  # annotated ones, of all clips
     moments: dict[str, np.ndarray]  # method -> (N, K, V, 2, 6), NaN where the oracle is blank
     trained: Trained
     confidence: dict[tuple[int, int], dict[str, np.ndarray]]  # (seed, condition) -> of SAGE

@@ -12,6 +12,7 @@ best mean validation P over the first `tuning_seeds` seeds; it is then used for 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -104,14 +105,14 @@ class _Reporter:
 
 
 class _Phase:
-    """Counts finished jobs and guesses from them when the rest will be."""
+    """Counts finished jobs, and estimates from the time they took when the others will be finished."""
 
     def __init__(self, reporter: _Reporter, count: int) -> None:
         self.reporter, self.count, self.done, self.began = reporter, count, 0, time.monotonic()
         self.said, self.skipped = self.began, 0
 
     def skip(self) -> None:
-        """One was done before."""
+        """One job was finished before this phase began."""
         self.done += 1
         self.skipped += 1
 
@@ -173,13 +174,23 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> tuple[Path, bool]:
     return tuning_view(study.data, out / "data"), False
 
 
-def _train_all(
-    study: Study, out: Path, data: Path, workers: Workers, reporter: _Reporter, failed: dict[str, str]
-) -> Trained:
-    """Train what is not finished yet. `failed` gets {method: what went wrong}."""
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A study in progress."""
+
+    study: Study
+    out: Path
+    workers: Workers
+    reporter: _Reporter
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # method -> what went wrong
+
+
+def _train_all(work: _Work, data: Path) -> Trained:
+    """Train what is not finished yet."""
+    study, out, reporter, failed = work.study, work.out, work.reporter, work.failed
     results: dict[tuple[str, int, float], dict[str, Any]] = {}
 
-    def work(wanted: Sequence[tuple[str, int, float]], phase: _Phase) -> None:
+    def finish(wanted: Sequence[tuple[str, int, float]], phase: _Phase) -> None:
         keys = {f"{method}, seed {seed}, rate {rate:g}": (method, seed, rate) for method, seed, rate in wanted}
         jobs = []
         for name, key in keys.items():
@@ -190,7 +201,7 @@ def _train_all(
             else:
                 results[key] = done
                 phase.skip()
-        for outcome in workers.run(jobs):
+        for outcome in work.workers.run(jobs):
             key = keys[outcome.job.name]
             if outcome.error is None:
                 results[key] = outcome.value
@@ -207,27 +218,19 @@ def _train_all(
     count = len(tuning) + len(study.methods) * (study.seeds - study.tuning_seeds)
     phase = reporter.phase(count)
     reporter.say(f"{count} trainings")
-    work(tuning, phase)
+    finish(tuning, phase)
     chosen = {}
     for method in [method for method in study.methods if method not in failed]:
         mean = {r: np.mean([results[method, s, r]["P"] for s in range(study.tuning_seeds)]) for r in study.rates}
         chosen[method] = max(study.rates, key=lambda rate: mean[rate])
-    work([(m, s, chosen[m]) for s in range(study.tuning_seeds, study.seeds) for m in chosen], phase)
+    finish([(m, s, chosen[m]) for s in range(study.tuning_seeds, study.seeds) for m in chosen], phase)
     good = {m: rate for m, rate in chosen.items() if m not in failed}
     return Trained(good, {(m, s): results[m, s, rate] for m, rate in good.items() for s in range(study.seeds)})
 
 
-def _evaluate_all(
-    study: Study,
-    out: Path,
-    wanted: Sequence[Condition | None],
-    trained: Trained,
-    truth: bool,
-    workers: Workers,
-    reporter: _Reporter,
-    failed: dict[str, str],
-) -> None:
-    """Score what is not scored yet. `failed` gets {method: what went wrong}."""
+def _evaluate_all(work: _Work, wanted: Sequence[Condition | None], trained: Trained, truth: bool) -> None:
+    """Score what is not scored yet."""
+    study, out, reporter, failed = work.study, work.out, work.reporter, work.failed
     device = study.base().device
     jobs = []
     for seed in range(study.seeds):
@@ -242,7 +245,7 @@ def _evaluate_all(
                 jobs.append(Job(f"seed {seed}, {condition_name(condition)}", evaluate_sweep, (sweep,)))
     phase = reporter.phase(len(jobs))
     broken = []
-    for outcome in workers.run(jobs):
+    for outcome in work.workers.run(jobs):
         if outcome.error is not None:
             broken.append(f"evaluation, {outcome.job.name}: {outcome.error}")
             phase.say(f"{broken[-1]} FAILED")
@@ -266,15 +269,17 @@ def compare(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    reporter, failed = _Reporter(quiet), dict[str, str]()
+    reporter = _Reporter(quiet)
     with _alone(out), Workers(processes or os.cpu_count() or 1) as workers:
+        work = _Work(study, out, workers, reporter)
+        failed = work.failed
         data, truth = _prepare(study, out, reporter)
         modalities = list(AffWild2(study.data, "train").modalities)
         wanted = [None, *conditions(modalities, study.corruptions, study.severities)]
-        trained = _train_all(study, out, data, workers, reporter, failed)
+        trained = _train_all(work, data)
         if not trained.rates:
             raise RunError("every method failed: " + "; ".join(failed.values()))
-        _evaluate_all(study, out, wanted, trained, truth, workers, reporter, failed)
+        _evaluate_all(work, wanted, trained, truth)
         oracle = truth and ORACLE not in failed
         results = gather(study, out, wanted, trained.without(failed), truth=truth, oracle=oracle)
         write_results(results, out / "results.csv")

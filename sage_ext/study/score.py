@@ -112,8 +112,8 @@ def _score(
         for method in [method for method in moments if method not in errors]:
             try:
                 if method == ORACLE:
-                    told = [_oracle_says(sweep, clean[i], clip) for i, clip in zip(places, clips)]
-                    predictions, lost = [said for said, _ in told], lost + sum(gone for _, gone in told)
+                    answers = [_oracle_predicts(sweep, clean[i], clip) for i, clip in zip(places, clips)]
+                    predictions, lost = [said for said, _ in answers], lost + sum(gone for _, gone in answers)
                 else:
                     predictions = [said.prediction for said in models[method].predict_together(clips)]
                 for i, clip, prediction in zip(places, clips, predictions):
@@ -158,7 +158,7 @@ def _rows(clip: Clip, name: str) -> np.ndarray:
     return full
 
 
-def _oracle_says(sweep: Sweep, clean: Clip, seen: Clip) -> tuple[np.ndarray, int]:
+def _oracle_predicts(sweep: Sweep, clean: Clip, seen: Clip) -> tuple[np.ndarray, int]:
     """(T, 2), and in how many frames nothing is left. It is told what was spoilt, and uses the rest."""
     oracle = _oracle(sweep.data)
     if sweep.condition is None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .._arguments import check_int, check_number
 from ..data.affwild2 import AffWild2, Clip
 from ..data.windows import Windows, collate
 from ..files import write_atomic
@@ -94,19 +95,15 @@ class TrainConfig:
             raise ValueError(f"fusion_options: expected a mapping, got {self.fusion_options!r}")
         for name, low in (("window", 2), ("batch_size", 1), ("epochs", 1), ("patience", 1), ("threads", 1),
                           ("checkpoint_every", 1), ("num_workers", 0), ("warmup", 0), ("seed", 0)):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}: expected a whole number >= {low}, got {value!r}")
+            check_int(name, getattr(self, name), low)
         if not 1 <= self.hop <= self.window:
             raise ValueError(f"hop: expected 1 <= hop <= window ({self.window}), got {self.hop}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps: expected >= 1, got {self.max_steps}")
+        if self.max_steps is not None:
+            check_int("max_steps", self.max_steps, 1)
         for name in ("lr", "grad_clip", "kappa"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+            check_number(name, getattr(self, name), "> 0 and finite", lambda x: 0 < x < math.inf)
         for name in ("weight_decay", "unimodal_weight", "reliability_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+            check_number(name, getattr(self, name), ">= 0 and finite", lambda x: 0 <= x < math.inf)
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -176,7 +173,7 @@ def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
 
 
 class _Opened(Sequence[Clip]):
-    """Clips that stay open once read: their memory maps, that is, and what their headers said."""
+    """Keeps every clip once it was asked for: its memory maps, and what the headers of its files said."""
 
     def __init__(self, clips: AffWild2) -> None:
         self.clips, self.kept = clips, dict[int, Clip]()
