@@ -18,6 +18,8 @@ Features = Mapping[str, Tensor] | Sequence[Tensor]
 
 MAX_MODALITIES: int = _C.max_modalities
 MAX_STAGES: int = _C.max_stages
+MAX_MEMORY: int = _C.max_memory  # half-lives
+CONSTANTS = _C.constants  # of the formulas in csrc/math and csrc/stream, by name
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DOUBLE = (torch.float64,)

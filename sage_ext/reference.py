@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._C import constants
+from ._arguments import CONSTANTS
 
 # Bounds d log-odds / d stage[s] by exp(60) where a stage of (next to) no probability would explain the frame better than
 # all likely ones; no value depends on it.
@@ -118,13 +118,13 @@ def typicality(
         counted = torch.stack([here, here & F.pad(here, (1, 0))[:, :-1]], -1)  # (B, T, 2); a step needs both its frames
 
         square = torch.stack([x.square().mean(-1), step.square().mean(-1)], -1)
-        energy = torch.where(counted, (square + constants["energy_floor"]).log(), 0.0)
+        energy = torch.where(counted, (square + CONSTANTS["energy_floor"]).log(), 0.0)
         total = F.pad(energy, (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
         count = F.pad(counted.to(x.dtype), (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
 
-        z = (total / count.clamp(min=1) - mean[m]) / var[m].clamp(min=constants["variance_floor"]).sqrt()
+        z = (total / count.clamp(min=1) - mean[m]) / var[m].clamp(min=CONSTANTS["variance_floor"]).sqrt()
         z = torch.where(here[..., None] & (count > 0), z, 0.0)
-        level = z.asinh().clamp(-constants["typicality_limit"], constants["typicality_limit"])
+        level = z.asinh().clamp(-CONSTANTS["typicality_limit"], CONSTANTS["typicality_limit"])
         result.append(torch.cat([level, level.abs()], -1))
     return torch.stack(result, 2)
 
@@ -132,8 +132,8 @@ def typicality(
 def frame_precision(confidence: Tensor, sharpness: Tensor | float = 1.0, present: Tensor | None = None) -> Tensor:
     """(*, M) confidence -> (*, 1 + M) precision of the fused frame and of each modality alone: odds(confidence)^sharpness
     over the modalities that are present (*, M), kept where one frame does not outweigh thousands."""
-    log_odds = torch.logit(confidence, eps=constants["confidence_margin"])
-    limit = constants["log_precision_limit"]
+    log_odds = torch.logit(confidence, eps=CONSTANTS["confidence_margin"])
+    limit = CONSTANTS["log_precision_limit"]
     own = (sharpness * log_odds).clamp(-limit, limit).exp()
     if present is not None:
         own = torch.where(present, own, 0.0)

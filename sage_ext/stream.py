@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from ._arguments import CONSTANTS, check_int
 from ._ops import _door
-from .nn import check_int
 
 __all__ = ["StreamOutput", "StreamStats", "StreamingSession"]
 
@@ -366,7 +366,7 @@ def _tensors(model: Streamable, manifest: Sequence[tuple[str, tuple[int, ...]]])
     """Every tensor of `manifest` (csrc/stream/describe.h) by its name, float32 on the CPU, from the model's state dict and
     what is folded from it."""
     for module in model.modules():
-        assert not isinstance(module, nn.LayerNorm) or module.eps == _C.constants["norm_eps"]
+        assert not isinstance(module, nn.LayerNorm) or module.eps == CONSTANTS["norm_eps"]
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         known = {**model.state_dict(), **_folded(model)}
@@ -385,15 +385,13 @@ def _folded(model: Streamable) -> dict[str, Tensor]:
     """What a step uses in place of tensors of the state dict."""
     state, folded = model.state_dict(), {}
     if model.config["fusion"] == "reliability":
-        assert model.fusion.typicality.clamp == _C.constants["typicality_limit"]
+        assert model.fusion.typicality.clamp == CONSTANTS["typicality_limit"]
         # Without a filter a stage's prior is uniform in every frame: that of a transition to anywhere alike.
         stages = model.fusion.stages
         transition = state.get("fusion.transition", torch.zeros(stages, stages))
         folded["fusion.log_a"] = transition.double().log_softmax(1)
         folded["fusion.a"] = folded["fusion.log_a"].exp()
-        folded["fusion.typicality.std"] = (
-            state["fusion.typicality.var"].clamp(min=_C.constants["variance_floor"]).sqrt()
-        )
+        folded["fusion.typicality.std"] = state["fusion.typicality.var"].clamp(min=CONSTANTS["variance_floor"]).sqrt()
         folded["fusion.logit_scale"] = (-state["fusion.log_temperature"]).exp()
         folded["fusion.sharpness"] = model.fusion.sharpness
     if model.config["memory"]:

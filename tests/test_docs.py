@@ -34,9 +34,9 @@ SHELLS = ("console", "bash", "sh", "shell")
 # Keys of the tables below: (page, beginning of the block's first line or of the command).
 NOT_RUN = {
     ("README.md", "make"): "minutes each; the targets are looked up",
-    ("README.md", "sage-ext compare"): "trains for minutes; tests/training/test_compare.py runs small studies",
+    ("README.md", "sage-ext compare"): "trains for minutes; tests/study/test_run.py runs small studies",
     ("CONTRIBUTING.md", "make"): "minutes each; the targets are looked up",
-    ("docs/study.md", "sage-ext compare"): "trains for hours; tests/training/test_compare.py runs small studies",
+    ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
 }
 SMALL_TRAINING = "--max-steps 2 --dim 8 --blocks 2 --window 60 --hop 40 --threads 1 --quiet"
 SMALLER = {

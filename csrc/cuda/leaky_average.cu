@@ -100,7 +100,7 @@ __device__ __forceinline__ void leak(int64_t n, A decay, Leak<A>& carry, const T
         carry, {__shfl_sync(kFull, through.first, kWarp - 1), __shfl_sync(kFull, through.second, kWarp - 1),
                 __shfl_sync(kFull, through.factor, kWarp - 1)});
   }
-  __syncwarp();
+  __syncwarp();  // orders memory: a shuffle is no fence
 }
 
 // Weight, count and scale of every frame: a warp a (sequence, average).
@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(kWarp, 8) leaky_precision_kernel(LeakyAverageB
     }
     to_prior = lanes_sum<1, kWarp>(to_prior);
     if (lane == 0) scratch.grad_prior[r] = to_prior;
-    __syncwarp();
+    __syncwarp();  // orders memory: a shuffle is no fence
 
     const int64_t state = (sequence * R + r) * (forward.dim + 2) + forward.dim;
     Leak<A> last = {A(0), A(0), A(1)}, carry = last;

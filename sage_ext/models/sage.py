@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import (
+    CONSTANTS,
+    MAX_MEMORY,
     Features,
     blank_missing,
     check_bool,
@@ -29,8 +31,6 @@ from .layers import ChannelDropout, Encoder, PrecisionMemory, TemporalBlock
 if TYPE_CHECKING:
     from ..stream import StreamingSession
 
-MAX_MEMORY = 8  # half-lives of the memory, as in csrc/stream/model.h (kMaxMemory)
-MAX_LOG_PRECISION = 10.0  # of a frame in the memory, either way
 DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean spread is dead: it is not used
 
 
@@ -399,7 +399,8 @@ class SAGE(nn.Module):
         without a memory, which alone asks for it."""
         if self.memory is None:
             return None
-        own = self.fusion.log_precision(confidence).clamp(-MAX_LOG_PRECISION, MAX_LOG_PRECISION).exp()
+        limit = CONSTANTS["log_precision_limit"]
+        own = self.fusion.log_precision(confidence).clamp(-limit, limit).exp()
         if told is not None:
             own = torch.where(told, own, 0.0)
         return torch.cat([own.sum(-1, keepdim=True), own], -1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import (
+    CONSTANTS,
     MAX_STAGES,
     Features,
     arithmetic_dtype,
@@ -27,8 +28,6 @@ from .typicality import TYPICALITY_FEATURES, Typicality
 # Adam moves every parameter by about the learning rate a step. A matrix has many that add up, the sharpness is alone:
 # this factor lets it double within a hundred steps at 1e-3.
 SHARPENING_RATE = 8.0
-# Confidence counts as within [0.001, 0.999] where it becomes a precision: one frame must not outweigh thousands.
-CONFIDENCE_MARGIN = 1e-3
 
 
 class FusionState(NamedTuple):
@@ -161,7 +160,7 @@ class Fusion(nn.Module):
 
     def log_precision(self, confidence: Tensor) -> Tensor:
         """(B, T, M) confidence -> log of the precision of a modality's frame, in units of 1 / kappa^2."""
-        return torch.logit(confidence, eps=CONFIDENCE_MARGIN)
+        return torch.logit(confidence, eps=CONSTANTS["confidence_margin"])
 
     def alone(self, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
         """What fusing each modality alone would give, (B, T, M, dim), 0 where it is missing; only where

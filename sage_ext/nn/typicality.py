@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import arithmetic_dtype
+from .._arguments import CONSTANTS, arithmetic_dtype
 
-ENERGY_FLOOR = 1e-8  # added to a frame's mean square before the log: a dead modality has a finite, very low energy
 TYPICALITY_FEATURES = 4  # z of log energy, z of log energy of the difference, and their absolute values
 
 
@@ -32,7 +31,9 @@ class Typicality(nn.Module):
     updates: Tensor  # (M, 2) batches seen by the momentum rule
     fitted: Tensor  # () bool
 
-    def __init__(self, modalities: int, window: int = 16, clamp: float = 4.0, momentum: float = 0.01) -> None:
+    def __init__(
+        self, modalities: int, window: int = 16, clamp: float = CONSTANTS["typicality_limit"], momentum: float = 0.01
+    ) -> None:
         super().__init__()
         self.modalities, self.window, self.clamp, self.momentum = modalities, window, clamp, momentum
         self.register_buffer("mean", torch.zeros(modalities, 2))
@@ -67,7 +68,7 @@ class Typicality(nn.Module):
         for v, previous in zip(x, last.split([v.shape[-1] for v in x], -1)):
             step = v - torch.cat([previous.unsqueeze(1), v], 1)[:, :-1]
             square = torch.stack([v.square().mean(-1), step.square().mean(-1)], -1)  # (B, T, 2)
-            logs.append((square + ENERGY_FLOOR).log())
+            logs.append((square + CONSTANTS["energy_floor"]).log())
         energy = torch.cat([energy, torch.stack(logs, 2) * now], 1)  # (B, W-1+T, M, 2)
         counted = torch.cat([counted, now], 1)
         # Each output sums its own window, so a frame's value does not depend on where the chunk began.
@@ -87,7 +88,10 @@ class Typicality(nn.Module):
         if self.training:
             self._follow(average.detach(), exists)
         # Copies: a later forward may move the buffers before this one's backward has run.
-        mean, std = self.mean.clone().to(average.dtype), self.var.clamp(min=1e-6).sqrt().to(average.dtype)
+        mean, std = (
+            self.mean.clone().to(average.dtype),
+            self.var.clamp(min=CONSTANTS["variance_floor"]).sqrt().to(average.dtype),
+        )
         z = torch.where(exists, (average - mean) / std, 0.0).asinh().clamp(-self.clamp, self.clamp)
         return torch.cat([z, z.abs()], -1), tail
 

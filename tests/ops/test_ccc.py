@@ -1,4 +1,4 @@
-"""ccc, ccc_moments, merge_moments, ccc_from_moments (spec 1.3)."""
+"""ccc, ccc_moments, merge_moments, ccc_from_moments."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_symmetric_in_its_arguments(backend):
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_mean_of_1e4_spreads_loses_nothing(backend, pool, mask):
-    """float32 inputs, relative error against float64 on the same inputs below 1e-5 (spec 1.3), gradients too."""
+    """float32 inputs, relative error against float64 on the same inputs below 1e-5, gradients too."""
     shape = (4, backend.size(3000, 50), 2)
     inputs = pair_inputs(Random(5, device=backend.device), *shape, mask=mask)
     inputs["pred"], inputs["target"] = 1e4 + inputs["pred"], 1e4 + inputs["target"]

@@ -1,4 +1,4 @@
-"""reliability_fusion (spec 1.2): its formula, absence, extremes, layouts and dtypes."""
+"""reliability_fusion: its formula, absence, extremes, layouts and dtypes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_log_temperature_divides_and_bias_shifts(backend):
 
 
 def test_defaults(backend):
-    """Every option left out equals the value that spec 1.2 gives as its default."""
+    """Every option left out equals the value that its docstring gives as its default."""
     r = Random(6, torch.float64, backend.device)
     bare = {"values": [r.normal(5, 4) for _ in range(2)], "reliability": r.normal(5, 2, 3), "stage": None}
     zeros = torch.zeros(2, 3, dtype=torch.float64, device=backend.device)

@@ -1,4 +1,4 @@
-"""stage_filter (spec 1.1): the filter's own properties, extremes, chunks and shapes."""
+"""stage_filter: the filter's own properties, extremes, chunks and shapes."""
 
 from __future__ import annotations
 

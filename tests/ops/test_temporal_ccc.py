@@ -1,4 +1,4 @@
-"""temporal_ccc (spec 1.4): running concordance in its three modes, chunked and whole."""
+"""temporal_ccc: running concordance in its three modes, chunked and whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Kernels with one mistake each, and their right twins: what the emulator must catch (tests/test_simt_emulator.py).
+// Kernels with one mistake each, and their right twins: what the emulator must catch (tests/simt/test_emulator.py).
 #include "cuda/device.cuh"
 
 namespace sage::cuda {

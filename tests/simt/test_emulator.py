@@ -13,7 +13,7 @@ import torch
 from simt import build
 
 pytestmark = pytest.mark.skipif(shutil.which(build.compiler()[0]) is None, reason="no C++ compiler")
-HERE = Path(__file__).parent / "simt"
+HERE = Path(__file__).parent
 ORDERS = (0, 1, 2, 3)
 N = 128
 
@@ -141,7 +141,7 @@ def test_sanitizers_catch_reads_out_of_bounds_and_misaligned(wrong, right, why):
 def test_op_tests_under_the_sanitizers():
     """The kernels' op tests once more, in a build under AddressSanitizer and UndefinedBehaviorSanitizer; without the longest."""
     env = {**build.sanitizer_environment(), "SAGE_TEST_SIMT": "sanitize", "OMP_NUM_THREADS": "1"}
-    chosen = ["tests/test_simt_kernels.py", "tests/ops/test_values.py", "tests/stream/test_cuda_session.py"]
+    chosen = ["tests/simt/test_kernels.py", "tests/ops/test_values.py", "tests/stream/test_cuda_session.py"]
     streams = "not cuda_session or offline_model and (odd or uniform or eight)"
     chosen += ["-k", f"simt and not gradcheck and not chunks and not float64 and ({streams})"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *chosen]

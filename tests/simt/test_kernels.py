@@ -14,7 +14,7 @@ from backends import SIMT, SIMT_MODULE
 from sage_ext import _C, functional, reference
 from sage_ext._ops import _door
 
-sys.path.insert(0, str(Path(__file__).parent / "ops"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import Case, Random, converted, filter_inputs, fusion_inputs, leaky_inputs, pair_inputs, run
 
 pytestmark = pytest.mark.skipif(SIMT is None, reason="no C++ compiler for the emulation")
