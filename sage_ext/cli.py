@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,6 +213,15 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
+def _say(text: str | Path) -> None:
+    """Results, at once. OSError that names standard output where it does not take them."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else the interpreter fails again when it exits)
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
 def _synth(args: argparse.Namespace) -> int:
     from .data.synthetic import write_dataset
 
@@ -220,7 +230,7 @@ def _synth(args: argparse.Namespace) -> int:
         difficulty=args.difficulty, images=args.images,
     )  # fmt: skip
     sizes = ", ".join(f"{name} {dim}" for name, dim in spec.modalities.items())
-    print(f"{args.out}: {spec.train} training, {spec.validation} validation, {spec.test} test videos; {sizes}")
+    _say(f"{args.out}: {spec.train} training, {spec.validation} validation, {spec.test} test videos; {sizes}")
     return 0
 
 
@@ -248,14 +258,14 @@ def _train(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )  # fmt: skip
     fused = best["scores"]["fused"]
-    print(
+    _say(
         f"{args.run}: best validation P {fused['P']:.4f} (CCC_V {fused['CCC_V']:.4f}, CCC_A {fused['CCC_A']:.4f}) "
         f"in epoch {best['epoch'] + 1}"
     )
     found = calibrate_run(args.run, device=config.device)
     if found is not None:
         before, after = found["error_before"], found["error_after"]
-        print("calibration error: " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before))
+        _say("calibration error: " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before))
     return 0
 
 
@@ -266,10 +276,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.run, args.data, args.split, smooth=args.smooth, device=args.device, chunk=args.chunk, report=args.report,
         videos=args.videos,
     )  # fmt: skip
-    print("\n\n".join(table.text() for table in tables))
-    print(f"\n{Path(args.run) / f'evaluation-{args.split}.json'}")
+    _say("\n\n".join(table.text() for table in tables))
+    _say(f"\n{Path(args.run) / f'evaluation-{args.split}.json'}")
     if args.report is not None:
-        print(Path(args.report) / "report.html")
+        _say(Path(args.report) / "report.html")
     return 0
 
 
@@ -279,7 +289,7 @@ def _predict(args: argparse.Namespace) -> int:
     predictions = predict_run(
         args.run, args.data, args.out, sample=args.sample, smooth=args.smooth, device=args.device, chunk=args.chunk
     )
-    print(f"{args.out}: {len(predictions)} videos, {sum(len(p) for p in predictions.values())} frames")
+    _say(f"{args.out}: {len(predictions)} videos, {sum(len(p) for p in predictions.values())} frames")
     return 0
 
 
@@ -311,25 +321,41 @@ def _compare(args: argparse.Namespace) -> int:
         train={**shared, "max_steps": args.max_steps if args.max_steps is not None else (400 if args.quick else 700)},
     )
     tables = compare(study, args.out, processes=args.processes, draws=args.draws, quiet=args.quiet)
-    print("\n\n".join(table.text() for table in tables))
+    _say("\n\n".join(table.text() for table in tables))
     return 0
 
 
 def _info(args: argparse.Namespace) -> int:
-    from . import info
+    from .info import report
 
-    return info.main([])
+    _say(report())
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import demo
 
-    print("\n\n".join(table.text() for table in demo(args.out, seed=args.seed, overwrite=args.overwrite)))
+    _say("\n\n".join(table.text() for table in demo(args.out, seed=args.seed, overwrite=args.overwrite)))
     return 0
+
+
+def _hold_standard_descriptors() -> None:
+    """A program may be started with some of these closed. Their numbers must not go to the next files that are opened:
+    libraries write warnings to 2, whatever it is. sys.stdin and sys.stdout stay None where they are closed; what is said
+    on a closed standard error goes nowhere, and not, as `print(file=None)` would have it, to standard output."""
+    for fd, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if stream is None:
+            while (taken := os.open(os.devnull, os.O_RDWR)) < fd:
+                pass  # a lower number that is free, held too
+            if taken != fd:
+                os.close(taken)  # somebody has this number already
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (open until the process ends)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _hold_standard_descriptors()
     import torch
 
     args = _parser().parse_args(argv)

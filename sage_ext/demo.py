@@ -21,7 +21,7 @@ from .calibration import expected_calibration_error
 from .data.affwild2 import Clip
 from .data.synthetic import TruthClips, oracle_predictions, read_truth, write_dataset
 from .data.windows import clip_tensors
-from .files import write_atomic
+from .files import LOCK, alone, write_atomic
 from .live.estimator import TARGETS, Estimator, microseconds
 from .live.frames import Frame
 from .report import Table, write_report
@@ -78,15 +78,31 @@ def _say(began: float, text: str) -> None:
 def demo(out: str | os.PathLike[str], *, seed: int = 0, overwrite: bool = False) -> list[Table]:
     """Run the demonstration in directory `out` and return its tables.
 
-    A directory that holds something is an error, except that `overwrite` replaces an earlier demo.
+    A directory that holds something is an error, except that `overwrite` replaces an earlier demo. BusyError while
+    another process runs one there.
     """
-    began, out = time.monotonic(), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (overwrite and (out / MARKER).exists()):
-            holds = "an earlier demo (--overwrite replaces it)" if (out / MARKER).exists() else "something else"
-            raise RunError(f"out: expected a directory that is empty or new, got {out}, which holds {holds}")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
+    _check_there(out, overwrite)
+    with alone(out, "demonstrating"):
+        _check_there(out, overwrite)  # again: another process may have been at work until now
+        for entry in out.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+        return _demo(out, seed)
+
+
+def _check_there(out: Path, overwrite: bool) -> None:
+    taken = out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir()))
+    earlier = (out / MARKER).exists()
+    if taken and not (overwrite and earlier):
+        holds = "an earlier demo (--overwrite replaces it)" if earlier else "something else"
+        raise RunError(f"out: expected a directory that is empty or new, got {out}, which holds {holds}")
+
+
+def _demo(out: Path, seed: int) -> list[Table]:
+    began = time.monotonic()
     write_atomic(out / MARKER, json.dumps({"seed": seed, "data": DATA, "model": MODEL}, indent=1) + "\n")
 
     data = out / "data"

@@ -1,13 +1,52 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, and folders in which one process works at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+LOCK = ".lock"
+
+
+class BusyError(ValueError):
+    """Another process works in the folder; the message says which."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path, work: str) -> Iterator[None]:
+    """The folder, made if it is not there, for this caller alone until the block ends.
+
+    BusyError, which says who holds it, where another one has it: of another process, or in another thread of this one.
+    A lock ends with its process, however that ends; the file FOLDER/.lock stays and holds nothing back. `work`: what is
+    done there, for the message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(300).strip() or "another process"
+            raise BusyError(
+                f"{folder}: expected a folder in which no other process works, got one held by {holder}"
+            ) from None
+        try:
+            file.truncate(0)
+            file.write(
+                f"process {os.getpid()} on {socket.gethostname()}, {work} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            )
+            file.flush()
+            yield
+        finally:
+            file.truncate(0)
+            fcntl.flock(file, fcntl.LOCK_UN)  # children that inherited the file would hold it on
 
 
 @contextlib.contextmanager
@@ -24,6 +63,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file, and nobody knows the temporary one
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too

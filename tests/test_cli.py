@@ -211,3 +211,67 @@ def test_interrupt_leaves_a_resumable_run(data, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert f"continues at step {step} of" in first
+
+
+def test_two_trainings_in_one_directory(capsys, data, tmp_path):
+    """The second one refuses, with --overwrite and --resume too, and says who is there; a killed one holds nothing."""
+    path = tmp_path / "run"
+    arguments = ["train", "--data", data, "--run", path, *SMALL, "--epochs", 400, "--checkpoint-every", 2]
+    command = [sys.executable, "-m", "sage_ext", *(str(a) for a in arguments)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+        try:
+            deadline = time.monotonic() + 60
+            while not (path / "last.safetensors").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for flag in ("--overwrite", "--resume"):
+                fails(capsys, *arguments, flag, message=f"held by process {first.pid} on ")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sage_ext", "train", "--run", str(path), "--resume"], stderr=subprocess.PIPE, text=True
+    )
+    said = process.stderr.readline()
+    process.kill()
+    process.communicate()
+    assert "continues at step" in said
+
+
+def test_closed_descriptors(trained, data):
+    """Nothing hangs, and what belongs to standard error never comes on standard output."""
+    program = f"{sys.executable} -m sage_ext"
+
+    def shell(command):
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    stream = f"{program} stream --run {trained}"
+    closed = "sage-ext stream: error: {}: expected {}open, got it closed\n"
+    assert shell(f"{stream} <&-") == (2, "", closed.format("--input", "standard input "))
+    assert shell(f"{stream} >&-") == (2, "", closed.format("standard output", "it "))
+    assert shell(f"{stream} <&- >&- 2>&-") == (2, "", "")
+    code, out, _ = shell(f"(echo '{{}}'; echo oops) | {stream} 2>&-")
+    assert code == 0
+    assert [json.loads(line)["frame"] for line in out.splitlines()] == [1]
+    assert shell(f"{program} evaluate --run nowhere 2>&-") == (2, "", "")
+
+
+def test_a_full_disk_is_named(trained):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    for arguments, text in (
+        (["info"], "sage-ext info: error: [Errno 28] No space left on device: 'standard output'\n"),
+        (
+            ["stream", "--run", str(trained)],
+            "sage-ext stream: error: [Errno 28] No space left on device: 'standard output'\n",
+        ),
+    ):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "sage_ext", *arguments]
+            done = subprocess.run(command, input=b"{}\n", stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert done.returncode == 2
+        assert done.stderr.decode().endswith(text)
+        assert b"Traceback" not in done.stderr
+        assert b"the input failed" not in done.stderr

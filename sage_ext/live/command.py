@@ -90,6 +90,10 @@ class Stop:
             os.read(self.reader, 1024)
 
 
+class OutputError(OSError):
+    """What is written to cannot take it, as a full disk; its strerror says why."""
+
+
 class Output:
     """Lines to a file descriptor, each written at once."""
 
@@ -98,7 +102,7 @@ class Output:
         self.until: float | None = None  # after a request to stop: when to give up
 
     def write(self, line: str) -> None:
-        """BrokenPipeError: nobody reads any more, or not within GRACE seconds after a request to stop."""
+        """BrokenPipeError: nobody reads any more, or not within GRACE seconds after a request to stop. OutputError."""
         data = line.encode()
         while data:
             poll = select.poll()
@@ -112,7 +116,12 @@ class Output:
             ready = dict(poll.poll(None if left is None else 1e3 * left))
             self.stop.drain(ready)
             if self.fd in ready:
-                data = data[os.write(self.fd, data[: select.PIPE_BUF]) :]  # so much a pipe takes without blocking
+                try:
+                    data = data[os.write(self.fd, data[: select.PIPE_BUF]) :]  # so much a pipe takes without blocking
+                except BrokenPipeError:
+                    raise
+                except OSError as error:
+                    raise OutputError(error.errno, error.strerror, "standard output") from None
             elif left is not None:
                 raise BrokenPipeError(errno.EPIPE, "the output was not read in time")
 
@@ -192,6 +201,10 @@ class Pace:
 
 def stream(args: argparse.Namespace) -> int:
     """The command. 0: the input ended, or nobody reads the output; 128 + the signal that stopped it."""
+    if sys.stdout is None:
+        raise ValueError("standard output: expected it open, got it closed")
+    if sys.stdin is None and args.input == "-":
+        raise ValueError("--input: expected standard input open, got it closed")
     if args.pace is not None and not 0 < args.pace < float("inf"):
         raise ValueError(f"--pace: expected frames a second above 0, got {args.pace}")
     if args.follow and args.input == "-":
@@ -207,7 +220,7 @@ def stream(args: argparse.Namespace) -> int:
     form = make_format(args.format, run.names, estimator.session.in_dims)
     if args.report is not None:
         Path(args.report).mkdir(parents=True, exist_ok=True)
-    output = 1 if sys.stdout is None else sys.stdout.fileno()
+    output = sys.stdout.fileno()
     with contextlib.ExitStack() as stack:
         fd = 0
         if args.input != "-":
@@ -240,7 +253,8 @@ def stream(args: argparse.Namespace) -> int:
         elif stop.output_gone:
             why = "the output is closed"
         elif failure is not None:
-            why = f"the input failed ({failure.strerror})"
+            what = "output" if isinstance(failure, OutputError) else "input"
+            why = f"the {what} failed ({failure.strerror})"
         if page is not None:
             page.end(why)
     table = summary(why, seconds, estimator, complaints)

@@ -140,9 +140,8 @@ def _echo(key: str, value: Any) -> Any:
             return value
     elif isinstance(value, str) and len(value) <= ECHO_LIMIT:
         return value
-    raise MalformedFrame(
-        f"bad {key}", f"{key}: expected a number or at most {ECHO_LIMIT} characters, got {_shown(json.dumps(value))}"
-    )
+    got = _kind(value) if isinstance(value, (dict, list)) else _shown(json.dumps(value))  # of a list or object: no walk
+    raise MalformedFrame(f"bad {key}", f"{key}: expected a number or at most {ECHO_LIMIT} characters, got {got}")
 
 
 def _kind(value: Any) -> str:

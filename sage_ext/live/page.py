@@ -7,8 +7,10 @@ when the last message has gone out. What came in between is not sent.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.resources
+import io
 import ipaddress
 import json
 import re
@@ -27,10 +29,11 @@ from .estimator import Estimator
 
 INTERVAL = 1 / 40  # seconds between messages to a browser
 KEEP_ALIVE = 10.0  # seconds without a frame after which a comment shows whether the browser is still there
-TIMEOUT = 10.0  # seconds that a browser may take to send its request, or to take a message
+TIMEOUT = 10.0  # seconds that a browser may take to send its whole request, or to take a message
 FAREWELL = 1.0  # seconds for the end to reach the browsers
 VIEWERS = 16
 CONNECTIONS = 64
+MAKING_ROOM = 0.5  # seconds that a new connection waits for the place of a slow one
 SEND_BUFFER = 1 << 14  # bytes: how far a slow browser's picture may lie behind
 PAST = 600  # frames that a browser gets when it comes
 
@@ -153,28 +156,64 @@ def _event(name: str, value: dict[str, Any]) -> bytes:
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = CONNECTIONS  # those not accepted yet; a browser beyond them would try again after a second
     block_on_close = False
 
     def __init__(self, family: int, address: Any, page: Page) -> None:
         self.address_family, self.page = family, page
         self.html, self.policy = _load()
         self.free = threading.BoundedSemaphore(CONNECTIONS)
+        self.asking: dict[Any, None] = {}  # connections whose request is not there yet, the oldest first
+        self.lock = threading.Lock()  # of `asking`
         super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self.free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        """A connection more than CONNECTIONS takes the place of the one that has kept its request back for longest."""
+        if not self.free.acquire(blocking=False):
+            with self.lock:
+                slowest = next(iter(self.asking), None)
+                if slowest is not None:
+                    self.asking.pop(slowest)
+                    with contextlib.suppress(OSError):
+                        slowest.shutdown(socket.SHUT_RDWR)  # its thread wakes up and ends
+            if slowest is None or not self.free.acquire(timeout=MAKING_ROOM):
+                self.shutdown_request(request)
+                return
+        with self.lock:
+            self.asking[request] = None
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.asked(request)
             self.free.release()
+
+    def asked(self, request: Any) -> None:
+        """The request of this connection is there, or will not come."""
+        with self.lock:
+            self.asking.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that goes away is no error of ours."""
+
+
+class _Until(io.RawIOBase):
+    """What a connection sends until a moment of time.monotonic(), however it is cut; then TimeoutError."""
+
+    def __init__(self, connection: socket.socket, until: float) -> None:
+        self.connection, self.until = connection, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request did not come in time")
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -183,11 +222,17 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = TIMEOUT
 
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Until(self.connection, time.monotonic() + TIMEOUT))
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
         self.close_connection = True
+        self.server.asked(self.connection)
+        self.connection.settimeout(TIMEOUT)
         if not self.server.page.allows(self.headers.get("Host", "")):
             self._text(HTTPStatus.FORBIDDEN, "Host: expected localhost, an IP address or the name given by --host\n")
         elif self.path == "/events":

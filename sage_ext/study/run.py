@@ -11,15 +11,13 @@ best mean validation P over the first `tuning_seeds` seeds; it is then used for 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ import numpy as np
 
 from ..data.affwild2 import AffWild2
 from ..data.synthetic import has_truth
-from ..files import write_atomic
+from ..files import LOCK, alone, write_atomic
 from ..nn import ReliabilityFusion
 from ..report import Table
 from ..training.runs import Run, calibrate_run
@@ -128,17 +126,6 @@ class _Phase:
         self.reporter.say(f"{self.done}/{self.count}{rest}  {text}")
 
 
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """One process a study. The lock ends with the process."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{out}: another process is at work on this study") from None
-        yield
-
-
 def _prepare(study: Study, out: Path, reporter: _Reporter) -> tuple[Path, bool]:
     """Check that `out` is this study's or new; the data to train on, and whether the truth about them is known."""
     truth = has_truth(study.data)
@@ -156,7 +143,7 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> tuple[Path, bool]:
         differ = differences(stored, asked, (*GROWS, *FREE))
         if differ:
             raise RunError(f"{out}: expected the configuration of the study that it holds, got another ({differ})")
-    elif any(entry.name not in (".lock", "data") for entry in out.iterdir()):
+    elif any(entry.name not in (LOCK, "data") for entry in out.iterdir()):
         raise RunError(
             f"{out}: expected a directory that is empty, new or a study's, got one that holds something else"
         )
@@ -265,12 +252,11 @@ def compare(
 
     `processes`: how many at once, of one thread each (default: one a core). `draws`: of the bootstrap.
     Where a method fails, the others are finished and reported, then RunError names it; the same call tries it again.
-    RunError too for a directory that holds another study, by what differs.
+    RunError too for a directory that holds another study, by what differs; BusyError while another process works there.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     reporter = _Reporter(quiet)
-    with _alone(out), Workers(processes or os.cpu_count() or 1) as workers:
+    with alone(out, "comparing"), Workers(processes or os.cpu_count() or 1) as workers:
         work = _Work(study, out, workers, reporter)
         failed = work.failed
         data, truth = _prepare(study, out, reporter)

@@ -26,7 +26,7 @@ from ..calibration import (
 )
 from ..data.affwild2 import AffWild2, Clip, write_submission
 from ..data.windows import whole_clips
-from ..files import write_atomic
+from ..files import alone, write_atomic
 from ..models.sage import SAGE
 from ..nn import ReliabilityFusion
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
@@ -103,9 +103,14 @@ def calibrate_run(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[
     Returns {"log_temperature", "bias" (M, S), "kappa", "error_before", "error_after", "error_held_out": {modality:
     expected calibration error}}; None for a fusion without learnt confidence. "error_after" is measured on the frames
     that were fitted; "error_held_out" on each half of the videos (every other one) with the calibration fitted on the
-    other half.
+    other half. BusyError while another process trains or calibrates the run.
     """
-    run = Run.load(path, device)
+    read_config(path)  # RunError where there is no run: nothing is made there
+    with alone(Path(path), "calibrating"):
+        return _calibrate(Run.load(path, device))
+
+
+def _calibrate(run: Run) -> dict[str, Any] | None:
     if not isinstance(run.model.fusion, ReliabilityFusion):
         return None
     data = run.open(None, "validation")

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from .._arguments import check_int, check_number
 from ..data.affwild2 import AffWild2, Clip
 from ..data.windows import Windows, collate
-from ..files import write_atomic
+from ..files import alone, write_atomic
 from ..functional import ccc_from_moments, ccc_moments
 from ..models.peers import fusion_class
 from ..models.sage import SAGE, SAGELoss
@@ -420,7 +420,22 @@ def data_shape(data: Mapping[str, AffWild2]) -> dict[str, Any]:
     return shape
 
 
+def _check_there(run: Path, wanted: bool) -> None:
+    there = [name for name in (CONFIG, LOG, LAST, BEST) if (run / name).exists()]
+    if there and not wanted:
+        raise RunError(
+            f"{run}: expected no run there, got {', '.join(there)}; resume it, overwrite it, or name another"
+        )
+
+
 def _check_same(run: Path, config: TrainConfig, shape: Mapping[str, Any]) -> None:
+    """That the run there, if there is one, can be continued with this configuration and data."""
+    if not (run / CONFIG).exists():
+        if (run / LAST).exists():
+            raise RunError(
+                f"{run}: expected {CONFIG} beside {LAST}, got none; cannot tell whether the configuration is the same"
+            )
+        return
     stored, began_with = _read_config(run)
     differ = differences(stored.to_json(), config.to_json())
     if differ:
@@ -470,24 +485,16 @@ def train(
     A directory that holds a run already is an error (RunError) unless it is to be continued (`resume`; one that holds
     none is begun) or replaced (`overwrite`: its files of the kinds written here go, others stay). `progress` goes to
     stderr, with a line that is rewritten in place if `live` (default: where stderr is a terminal). The global torch
-    generator and thread count are as before afterwards.
+    generator and thread count are as before afterwards. BusyError while another process works in the directory.
     """
     run = Path(run)
     if resume and overwrite:
         raise RunError("resume, overwrite: expected one of them at most, got both")
-    there = [name for name in (CONFIG, LOG, LAST, BEST) if (run / name).exists()]
-    if there and not (resume or overwrite):
-        raise RunError(
-            f"{run}: expected no run there, got {', '.join(there)}; resume it, overwrite it, or name another"
-        )
+    _check_there(run, resume or overwrite)
     data = open_data(config)
     shape = data_shape(data)
-    if resume and (run / CONFIG).exists():
+    if resume:
         _check_same(run, config, shape)
-    elif resume and (run / LAST).exists():
-        raise RunError(
-            f"{run}: expected {CONFIG} beside {LAST}, got none; cannot tell whether the configuration is the same"
-        )
     threads = torch.get_num_threads()
     devices = [torch.device(config.device)] if config.device.startswith("cuda") else []
     torch.set_num_threads(config.threads)
@@ -495,12 +502,16 @@ def train(
     try:
         with torch.random.fork_rng(devices=devices):
             training = Training(config, run, data, reporter)  # what is wrong with the configuration shows here
-            _prepare(run, config, shape, overwrite)
-            if resume and (run / LAST).exists():
-                training.load()
-            training.open_log()
-            reporter.start(training)
-            training.run_to_end()
+            with alone(run, "training"):
+                _check_there(run, resume or overwrite)  # again: another process may have been at work until now
+                if resume:
+                    _check_same(run, config, shape)
+                _prepare(run, config, shape, overwrite)
+                if resume and (run / LAST).exists():
+                    training.load()
+                training.open_log()
+                reporter.start(training)
+                training.run_to_end()
     finally:
         reporter.close()
         torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ import json
 import tracemalloc
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import DIMS, NAMES
@@ -47,6 +48,16 @@ def test_any_bytes_in_any_pieces(parts, data):
     cut = [r for r in raw.records(pieces) if isinstance(r, bytes)]
     assert b"".join(cut) == whole[: len(whole) // 20 * 20]
     assert all(raw.read(r).features[1].shape == (1, 2) for r in cut)
+
+
+@pytest.mark.parametrize("key", ["t", "frame", "audio", "other"])
+def test_a_line_of_any_depth_is_at_worst_malformed(key):
+    """Python's recursion limit is met somewhere within these, in reading the line or in showing what came."""
+    form = JsonLines(NAMES, DIMS)
+    for depth in [*range(1, 1100), 30_000]:
+        for opened, closed in ((b"[", b"]"), (b'{"a":', b"}")):
+            with pytest.raises(MalformedFrame):
+                form.read(b'{"%s": %s1%s}' % (key.encode(), opened * depth, closed * depth))
 
 
 def test_a_line_without_an_end_takes_bounded_memory():

@@ -22,7 +22,7 @@ from streams import DIMS, NAMES, WAIT, Process, line
 
 from sage_ext.live.estimator import Estimator, Quality
 from sage_ext.live.frames import RawFloats
-from sage_ext.live.page import Page
+from sage_ext.live.page import CONNECTIONS, Page
 from sage_ext.models import SAGE
 
 
@@ -159,6 +159,35 @@ def test_a_slow_browser_slows_nothing(page):
     assert time.monotonic() - began < 5
     assert event(quick)[0] == "end"
     slow.close()
+
+
+def test_requests_that_come_byte_by_byte(page, monkeypatch):
+    """They are cut off after TIMEOUT in all, whatever the gaps; until then they make room for others."""
+    monkeypatch.setattr("sage_ext.live.page.TIMEOUT", 3.0)
+    began = time.monotonic()
+    slow = [socket.create_connection(("127.0.0.1", page.port)) for _ in range(CONNECTIONS)]
+    try:
+        for connection in slow:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
+        time.sleep(0.2)
+        for _ in range(3):  # somebody else is served at once
+            assert get(page).read()
+        assert time.monotonic() - began < 2.5
+        ended = set()
+        while len(ended) < len(slow) and time.monotonic() - began < 10:
+            for connection in slow:
+                try:
+                    connection.sendall(b"x")
+                    if select.select([connection], [], [], 0)[0] and not connection.recv(1000):
+                        ended.add(connection)
+                except OSError:
+                    ended.add(connection)
+            time.sleep(0.2)
+        assert len(ended) == len(slow)
+        assert 2.5 < time.monotonic() - began < 8
+    finally:
+        for connection in slow:
+            connection.close()
 
 
 def test_browsers_that_go_away_are_forgotten(page):

@@ -17,6 +17,7 @@ from studies import SIZES, rows_of, tiny
 from sage_ext import cli
 from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.synthetic import TruthClips, has_truth, write_dataset
+from sage_ext.files import BusyError, alone
 from sage_ext.study import plan
 from sage_ext.study import run as run_module
 from sage_ext.study.methods import ORACLE
@@ -86,8 +87,8 @@ def test_other_data_and_another_process_are_refused(finished, tmp_path, data):
     with pytest.raises(RunError, match="shape"):
         compare(tiny(other), finished[0], processes=1, quiet=True)
     with (
-        run_module._alone(finished[0]),
-        pytest.raises(RunError, match="another process"),
+        alone(finished[0], "testing"),
+        pytest.raises(BusyError, match=f"held by process {os.getpid()} on .*, testing since"),
     ):
         compare(tiny(data), finished[0], processes=1, quiet=True)
     (tmp_path / "mine").mkdir()

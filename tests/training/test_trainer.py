@@ -17,6 +17,7 @@ import torch
 
 from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.synthetic import write_dataset
+from sage_ext.files import LOCK, BusyError, alone
 from sage_ext.training import trainer
 from sage_ext.training.checkpoint import CheckpointError, load_checkpoint
 from sage_ext.training.evaluate import evaluate, predict_clip
@@ -47,7 +48,18 @@ def assert_same_run(a, b):
         for key in x["model"]:
             assert torch.equal(x["model"][key], y["model"][key]), f"{name} {key}"
         assert one[name] == two[name], name  # optimizer, generators, position, best: every byte
-    assert not list(b.glob(".*"))
+    assert [path.name for path in b.glob(".*")] == [LOCK]
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_run_directory_in_which_another_process_works_is_left_alone(tiny, tmp_path, how):
+    if how:
+        quiet(dataclasses.replace(tiny, max_steps=2), tmp_path / "run")
+    with alone(tmp_path / "run", "training"):
+        before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        with pytest.raises(BusyError, match=f"held by process {os.getpid()} on .*, training since "):
+            quiet(dataclasses.replace(tiny, max_steps=2), tmp_path / "run", **how)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 @pytest.fixture(scope="module")

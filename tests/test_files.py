@@ -1,0 +1,106 @@
+"""Files that are there whole or not at all, and folders in which one process works at a time."""
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from sage_ext.files import LOCK, BusyError, alone, replacing, write_atomic
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sage_ext.files import alone
+with alone(Path(sys.argv[1]), "holding"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds tmp_path / "work"."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "work")], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_another_process_is_refused_and_told_who_holds_it(holder, tmp_path):
+    with (
+        pytest.raises(BusyError, match=f"held by process {holder.pid} on .*, holding since 2"),
+        alone(tmp_path / "work", "x"),
+    ):
+        pytest.fail("two at once")
+
+
+def test_a_lock_ends_with_its_process_however_it_ends(holder, tmp_path):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with alone(tmp_path / "work", "working"):
+        assert f"process {os.getpid()} " in (tmp_path / "work" / LOCK).read_text()
+    assert (tmp_path / "work" / LOCK).read_text() == ""
+
+
+def test_another_thread_is_refused(tmp_path):
+    found = []
+
+    def work():
+        try:
+            with alone(tmp_path, "second"):
+                found.append(None)
+        except BusyError as error:
+            found.append(error)
+
+    with alone(tmp_path, "first"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert isinstance(found[0], BusyError)
+    assert f"held by process {os.getpid()} on " in str(found[0])
+
+
+def test_a_child_that_lives_on_holds_nothing(tmp_path):
+    with alone(tmp_path, "first"):
+        child = os.fork()
+        if not child:
+            signal.pause()
+            os._exit(0)
+    try:
+        with alone(tmp_path, "second"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
+    path = tmp_path / "file.bin"
+    write_atomic(path, b"old")
+    with full_disk(1000), pytest.raises(OSError, match=r"file\.bin'$") as error:
+        write_atomic(path, b"x" * 100_000)
+    assert error.value.errno == errno.EFBIG
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/file\.bin'$"), replacing(tmp_path / "nowhere" / "file.bin"):
+        pass
