@@ -180,15 +180,16 @@ void bind_backend(py::module_ m, const Backend& on) {
            exec_of(where, stream));
   });
   m.def("stage_filter_backward", [run = on.stage_filter_backward](
-                                     int dtype, int64_t batch, int64_t frames, int stages, Address transition,
-                                     Address initial, int64_t initial_stride, Address mask, Address posterior,
-                                     Address belief, Address grad_posterior, Address grad_final,
-                                     Address grad_emission, Address grad_transition, Address grad_initial,
-                                     Address workspace, int where, Address stream) {
+                                     int dtype, int64_t batch, int64_t frames, int stages, Address emission,
+                                     Address transition, Address initial, int64_t initial_stride,
+                                     Address mask, Address posterior, Address belief, Address grad_posterior,
+                                     Address grad_final, Address grad_emission, Address grad_transition,
+                                     Address grad_initial, Address workspace, int where, Address stream) {
     within("stage_filter", "stages", 1, sage::kMaxStages, stages);
     const int64_t numbers = batch * frames;
     launch(run,
            sage::StageFilterBackward{dtype_of(dtype), batch, frames, stages,
+                                     need("stage_filter_backward", "emission", emission, numbers),
                                      need("stage_filter_backward", "transition", transition, 1), at(initial),
                                      initial_stride, static_cast<const uint8_t*>(at(mask)),
                                      need("stage_filter_backward", "posterior", posterior, numbers),

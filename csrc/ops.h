@@ -41,6 +41,7 @@ struct StageFilterBackward {
   DType dtype;
   int64_t batch, frames;
   int stages;
+  const void* emission;  // read only to find the logits that count as log 0: they have no gradient
   const void* transition;
   const void* initial;
   int64_t initial_stride;

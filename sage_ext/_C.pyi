@@ -15,8 +15,8 @@ class Kernels(Protocol):
         initial_stride: int, mask: int, posterior: int, belief: int, final_belief: int, where: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     def stage_filter_backward(
-        self, dtype: int, batch: int, frames: int, stages: int, transition: int, initial: int, initial_stride: int,
-        mask: int, posterior: int, belief: int, grad_posterior: int, grad_final: int, grad_emission: int,
+        self, dtype: int, batch: int, frames: int, stages: int, emission: int, transition: int, initial: int,
+        initial_stride: int, mask: int, posterior: int, belief: int, grad_posterior: int, grad_final: int, grad_emission: int,
         grad_transition: int, grad_initial: int, workspace: int, where: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     def reliability_fusion_forward(

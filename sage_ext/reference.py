@@ -35,6 +35,7 @@ def stage_filter(
     for t in range(frames):
         prior = torch.logsumexp(belief[:, :, None] + log_a, dim=1)
         evidence = emission[:, t].clamp(min=IMPOSSIBLE)
+        evidence = evidence - evidence.detach().amax(-1, keepdim=True)  # it is relative: log 0 for every stage is none
         if mask is not None:
             evidence = torch.where(mask[:, t, None], evidence, 0.0)
         belief = F.log_softmax(prior + evidence, dim=-1)
@@ -151,14 +152,22 @@ def ccc_moments(
         x, y = torch.where(valid > 0, x, 0.0), torch.where(valid > 0, y, 0.0)
     dims = (-2,) if pool == "sequence" else tuple(range(x.dim() - 1))
     count = valid.sum(dims)  # (..., C)
-    scale = 1.0 / count.clamp(min=1)
-    mean_p, mean_t = (x * valid).sum(dims) * scale, (y * valid).sum(dims) * scale
-    dp = (x - (mean_p if pool == "batch" else mean_p.unsqueeze(-2))) * valid
-    dt = (y - (mean_t if pool == "batch" else mean_t.unsqueeze(-2))) * valid
+    (mean_p, dp), (mean_t, dt) = (_centred(v, valid, dims) for v in (x, y))
     moments = torch.stack(
         [count, mean_p, mean_t, (dp * dp).sum(dims), (dt * dt).sum(dims), (dp * dt).sum(dims)], dim=-1
     )
     return moments if state is None else merge_moments(state, moments)
+
+
+def _centred(x: Tensor, valid: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean of the valid numbers over `dims`, and their distances to it, 0 where not valid. Taken from one of the numbers,
+    so that equal numbers have distances of exactly 0, whatever the rounding of their sum."""
+    some = torch.where(valid > 0, x.detach(), -torch.inf)
+    one = some.amax(dims, keepdim=True) if some.numel() else some.sum(dims, keepdim=True)
+    one = torch.where(one == -torch.inf, 0.0, one)  # nothing is valid
+    distance = (x - one) * valid
+    mean = distance.sum(dims, keepdim=True) / valid.sum(dims, keepdim=True).clamp(min=1)
+    return (one + mean).squeeze(dims), (distance - mean) * valid
 
 
 def _expand_mask(mask: Tensor, like: Tensor) -> Tensor:
@@ -245,10 +254,8 @@ def _sliding(x: Tensor, y: Tensor, valid: Tensor, window: int, state: Tensor | N
         return x.new_zeros(*x.shape, 6), valid, new_state
     xs, ys, w = padded.unfold(2, window, 1)[:, :, -frames:].transpose(1, 2).unbind(-2)  # (B, T, C, window) each
     count = w.sum(-1)
-    scale = 1.0 / count.clamp(min=1)
-    mean_p, mean_t = (w * xs).sum(-1) * scale, (w * ys).sum(-1) * scale
-    dp, dt = xs - mean_p[..., None], ys - mean_t[..., None]
-    sums = [(w * a * b).sum(-1) for a, b in ((dp, dp), (dt, dt), (dp, dt))]
+    (mean_p, dp), (mean_t, dt) = (_centred(v, w, (-1,)) for v in (xs, ys))
+    sums = [(a * b).sum(-1) for a, b in ((dp, dp), (dt, dt), (dp, dt))]
     return torch.stack([count, mean_p, mean_t, *sums], -1), count, new_state
 
 

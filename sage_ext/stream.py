@@ -18,6 +18,9 @@ from ._ops import _door
 __all__ = ["StreamOutput", "StreamStats", "StreamingSession"]
 
 Array = Tensor | np.ndarray
+# Of a state that is loaded. Features are below 1e19 or absent, and a LayerNorm stands before whatever could grow; sums over
+# the frames and channels of numbers up to this bound stay finite.
+MAX_STATE = 1e30
 _NUMPY = {torch.float32: np.dtype(np.float32), torch.bool: np.dtype(np.bool_)}
 
 
@@ -111,7 +114,7 @@ class StreamingSession:
         self.batch_size, self.weights_dtype = batch_size, weights_dtype
         self.names, self.in_dims, self.num_targets = model.names, tuple(model.in_dims), model.num_targets
         shape = _shape(model, weights_dtype)
-        self.stages = shape["stages"]
+        self.stages, self._stuck = shape["stages"], shape["stuck"]
         manifest, parts = _C.describe_stream(shape)
         self._parts: dict[str, tuple[int, ...]] = dict(parts)  # of a row's state, in native order
         self._on_cpu = self.device.type == "cpu"
@@ -221,7 +224,8 @@ class StreamingSession:
 
         To move a stream: `there.load_state_dict(here.state_dict(rows=3), rows=0)`. The result is, to the bit, what it would
         have been without the move, between sessions of one model, dtype and instruction set.
-        TypeError or ValueError, with nothing changed, where keys, shapes or dtypes do not fit this session.
+        TypeError or ValueError, with nothing changed, where keys, shapes or dtypes do not fit this session, or numbers are
+        none that a step could have left (a damaged file; what is taken here never becomes NaN).
         """
         index = self._rows(rows)
         if len(set(index.tolist())) != index.numel():
@@ -238,14 +242,32 @@ class StreamingSession:
                 raise TypeError(f"state[{name!r}]: expected a {dtype} tensor, got {got}")
             if tuple(x.shape) != (index.numel(), *part):
                 raise ValueError(f"state[{name!r}]: expected {(index.numel(), *part)}, got {tuple(x.shape)}")
-            # The energy of a step between huge frames may be +inf.
-            if not bool(x.isfinite().all() if name != "energy" else (x >= torch.finfo(dtype).min).all()):
-                raise ValueError(f"state[{name!r}]: expected finite numbers, got NaN or Inf")
+            if name != "frames":
+                self._check_state(name, x.detach().cpu())
         frames = state["frames"].to("cpu", copy=True).contiguous()
         if not bool(((frames >= 0) & (frames < 2**62)).all()):
             raise ValueError(f"state['frames']: expected numbers in [0, 2**62), got {frames.tolist()}")
         flat = torch.cat([state[name].cpu().flatten(1) for name in self._parts], 1).contiguous()
         self._native.write(index.data_ptr(), index.numel(), flat.data_ptr(), frames.data_ptr(), self._targets)
+
+    def _check_state(self, name: str, x: Tensor) -> None:
+        """ValueError for numbers that no step leaves in this part of the state."""
+        if name == "belief":
+            total = x.double().logsumexp(-1, keepdim=True)
+            good, expected = (total.abs() < 1e-3).expand_as(x), "logarithms of probabilities that sum to 1"
+        elif name == "counted":
+            good, expected = (x == 0) | (x == 1), "0 or 1"
+        elif name == "energy":  # that of a step between huge frames may be +inf
+            good, expected = x >= 2 * math.log(CONSTANTS["energy_floor"]), "logarithms of energies"
+        elif name == "repeats":
+            good, expected = (x >= 0) & (x <= self._stuck) & (x == x.round()), f"whole numbers from 0 to {self._stuck}"
+        else:
+            good, expected = x.abs() < MAX_STATE, f"numbers within {MAX_STATE:g}"
+            if name == "memory":  # sums of values, then the sum of their weights
+                good = good & ((x >= 0) | (torch.arange(x.shape[-1]) < x.shape[-1] - 1))
+                expected += ", weights not negative"
+        if not bool(good.all()):
+            raise ValueError(f"state[{name!r}]: expected {expected}, got {x[~good][0].item():g}")
 
     @property
     def stats(self) -> StreamStats:
@@ -318,7 +340,7 @@ def _address(
     alive."""
     if isinstance(x, Tensor):
         if x.dtype == dtype and x.shape == shape and (x.is_cpu or x.device == device) and x.layout == torch.strided:
-            x = x.contiguous()
+            x = x.resolve_neg().contiguous()
             held.append(x)
             return x.data_ptr()
         got: tuple[object, ...] = (x.dtype, tuple(x.shape), x.device, x.layout)

@@ -99,9 +99,6 @@ void weigh(const ReliabilityFusionForward& params, const Calibration<A>& calibra
   modality_weights(params.modalities, score, gate.present, gate.weight);
 }
 
-SAGE_FN float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
-SAGE_FN double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
-
 // What the feature loops need of one row: its present modalities, and no other is ever read.
 template <class T, class A>
 struct Row {
@@ -109,7 +106,8 @@ struct Row {
   int count;  // at least 1
   int m[kMaxModalities];
   const T* x[kMaxModalities];
-  A weight[kMaxModalities], scale[kMaxModalities], shift[kMaxModalities];  // xhat = x scale + shift
+  // xhat = (x - mean) rstd, never x rstd - mean rstd, whose two terms may each be far larger than their difference.
+  A weight[kMaxModalities], mean[kMaxModalities], rstd[kMaxModalities];
 };
 
 // The rows of a block that have a modality. Returns how many.
@@ -151,10 +149,9 @@ SAGE_FN void statistics(const ReliabilityFusionForward& params, Row<T, A>& row, 
     total += distance;
     squares = fma(distance, distance, squares);
   });
-  const A offset = sum(total) / A(dim), variance = sum(squares) / A(dim) - offset * offset;
-  const A mean = center[0] + offset, rstd = inverse_root((variance < 0 ? A(0) : variance) + A(params.eps));
-  row.scale[i] = rstd;
-  row.shift[i] = -mean * rstd;
+  const auto [mean, rstd] = norm_moments(center[0], sum(total), sum(squares), A(dim), A(params.eps));
+  row.mean[i] = mean;
+  row.rstd[i] = rstd;
   if (params.stats) {
     A* stats = (A*)params.stats + (row.row * params.modalities + row.m[i]) * 2;
     stats[0] = mean;
@@ -170,13 +167,13 @@ SAGE_FN void mix(const ReliabilityFusionForward& params, const Row<T, A>& row) {
   const int64_t dim = params.dim;
   constexpr int kMost = K ? K : kMaxModalities;
   const A *gamma[kMost], *beta[kMost];
-  V weight[kMost], scale[kMost], shift[kMost];
+  V weight[kMost], mean[kMost], scale[kMost];
   for (int k = 0; k < count; ++k) {
     const A w = row.weight[k];
     weight[k] = V(w);
     if (!Norm) continue;
-    scale[k] = V(w * row.scale[k]);
-    shift[k] = V(w * row.shift[k]);
+    mean[k] = V(row.mean[k]);
+    scale[k] = V(w * row.rstd[k]);
     gamma[k] = (const A*)params.norm_weight + row.m[k] * dim;
     beta[k] = (const A*)params.norm_bias + row.m[k] * dim;
   }
@@ -186,7 +183,7 @@ SAGE_FN void mix(const ReliabilityFusionForward& params, const Row<T, A>& row) {
     for (int k = 0; k < count; ++k) {
       const V x_vals = vector.read(row.x[k] + column);
       if (Norm)
-        out_vals = fma(fma(x_vals, scale[k], shift[k]), vector.read(gamma[k] + column),
+        out_vals = fma((x_vals - mean[k]) * scale[k], vector.read(gamma[k] + column),
                        fma(weight[k], vector.read(beta[k] + column), out_vals));
       else
         out_vals = fma(weight[k], x_vals, out_vals);
@@ -271,22 +268,21 @@ SAGE_FN A back_row(const ReliabilityFusionBackward& params, const Row<T, A>& row
     return sum(sum_u_xhat_lanes);
   }
   V sum_u_xhat_lanes(A(0)), sum_u(A(0)), sum_grad_beta(A(0));
-  const V scale(row.scale[i]), shift(row.shift[i]);
+  const V mean(row.mean[i]), rstd(row.rstd[i]);
   for_each_vector<V::width>(dim, [&](int64_t column, auto vector) {
     const V grad_vals = vector.read(grad + column),
             u = grad_vals * vector.read(gammas + column);  // 0 past the end
     sum_u += u;
-    sum_u_xhat_lanes = fma(u, fma(vector.read(x + column), scale, shift), sum_u_xhat_lanes);
+    sum_u_xhat_lanes = fma(u, (vector.read(x + column) - mean) * rstd, sum_u_xhat_lanes);
     sum_grad_beta = fma(grad_vals, vector.read(betas + column), sum_grad_beta);
   });
   const A sum_u_xhat = sum(sum_u_xhat_lanes);
   if (out) {
-    const NormAdjoint<A> back = norm_adjoint(row.weight[i], row.scale[i], sum(sum_u), sum_u_xhat, A(dim));
-    const V by_u(back.by_u), by_x(back.by_xhat * row.scale[i]),
-        rest(back.by_xhat * row.shift[i] + back.constant);
+    const NormAdjoint<A> back = norm_adjoint(row.weight[i], row.rstd[i], sum(sum_u), sum_u_xhat, A(dim));
+    const V by_u(back.by_u), by_x(back.by_xhat * row.rstd[i]), constant(back.constant);
     for_each_vector<V::width>(dim, [&](int64_t column, auto vector) {
       const V u = vector.read(grad + column) * vector.read(gammas + column);
-      vector.write(out + column, fma(u, by_u, fma(vector.read(x + column), by_x, rest)));
+      vector.write(out + column, fma(u, by_u, fma(vector.read(x + column) - mean, by_x, constant)));
     });
   }
   return sum_u_xhat + sum(sum_grad_beta);
@@ -300,21 +296,21 @@ SAGE_FN void back_affine(const ReliabilityFusionBackward& params, const Row<T, A
   using V = Lanes<A>;
   const int64_t dim = params.forward.dim;
   const T *grad[R], *x[R];
-  V weight[R], scale[R], shift[R];
+  V weight[R], mean[R], scale[R];
   for (int r = 0; r < R; ++r) {
     const Row<T, A>& row = *rows[r];
     const int k = at_k[r];
     grad[r] = (const T*)params.grad_fused + row.row * dim;
     x[r] = row.x[k];
     weight[r] = V(row.weight[k]);
-    scale[r] = V(row.weight[k] * row.scale[k]);
-    shift[r] = V(row.weight[k] * row.shift[k]);
+    mean[r] = V(row.mean[k]);
+    scale[r] = V(row.weight[k] * row.rstd[k]);
   }
   for_each_vector<V::width>(dim, [&](int64_t column, auto vector) {
     V gamma_vals = vector.read(gamma_sum + column), beta_vals = vector.read(beta_sum + column);
     for (int r = 0; r < R; ++r) {
       const V grad_vals = vector.read(grad[r] + column);
-      gamma_vals = fma(grad_vals, fma(vector.read(x[r] + column), scale[r], shift[r]), gamma_vals);
+      gamma_vals = fma(grad_vals, (vector.read(x[r] + column) - mean[r]) * scale[r], gamma_vals);
       beta_vals = fma(grad_vals, weight[r], beta_vals);
     }
     vector.write(gamma_sum + column, gamma_vals);
@@ -386,8 +382,8 @@ void backward_block(const ReliabilityFusionBackward& params, const Calibration<A
             if (live[i].m[k] != m) continue;
             if (Norm) {  // what forward saved
               const A* stats = (const A*)forward.stats + (live[i].row * M + m) * 2;
-              live[i].scale[k] = stats[1];
-              live[i].shift[k] = -stats[0] * stats[1];
+              live[i].mean[k] = stats[0];
+              live[i].rstd[k] = stats[1];
             }
             grad_weight[m].v[live[i].row - row] += back_row<T, A, Norm>(params, live[i], k);
             rows_of_m[n] = live + i;

@@ -64,6 +64,7 @@ SAGE_FN void start(const Group<T>& group, const T* initial, int64_t stride, int 
     group.gather(initial, stride, 0, stages, belief);
   else
     for (int s = 0; s < stages; ++s) belief[s] = V(T(0));
+  for (int s = 0; s < stages; ++s) belief[s] = finite_logit(belief[s]);
   V peak = belief[0], total(T(0));
   for (int s = 1; s < stages; ++s) peak = max(peak, belief[s]);
   for (int s = 0; s < stages; ++s) {
@@ -88,6 +89,7 @@ void forward_group(const StageFilterForward& params, const Transition<T>& matrix
   start(group, (const T*)params.initial, params.initial_stride, stages, belief, p);
   for (int64_t t = 0; t < params.frames; ++t) {
     group.gather((const T*)params.emission, stride, t * stages, stages, emission);
+    for (int s = 0; s < stages; ++s) emission[s] = finite_logit(emission[s]);
     if (params.mask) {
       const Bits<T> seen = group.mask(params.mask, params.frames, t);
       for (int s = 0; s < stages; ++s) emission[s] = select(seen, emission[s], V(T(0)));
@@ -130,6 +132,8 @@ void backward_group(const StageFilterBackward& params, const Transition<T>& matr
       start(group, (const T*)params.initial, params.initial_stride, stages, belief, p);
     }
     stage_step_backward(stages, matrix.log_a, matrix.a, belief, p, p_now, grad, grad_u, flow);
+    group.gather((const T*)params.emission, stride, t * stages, stages, g);
+    for (int s = 0; s < stages; ++s) grad_u[s] = finite_logit_adjoint(g[s], grad_u[s]);
     if (params.mask) {
       const Bits<T> seen = group.mask(params.mask, params.frames, t);
       for (int s = 0; s < stages; ++s) grad_u[s] = select(seen, grad_u[s], V(T(0)));
@@ -149,6 +153,10 @@ void backward_group(const StageFilterBackward& params, const Transition<T>& matr
     V total(T(0));
     for (int s = 0; s < stages; ++s) total += grad[s];
     for (int s = 0; s < stages; ++s) grad[s] = grad[s] - p[s] * total;
+    if (params.initial) {
+      group.gather((const T*)params.initial, params.initial_stride, 0, stages, g);
+      for (int s = 0; s < stages; ++s) grad[s] = finite_logit_adjoint(g[s], grad[s]);
+    }
     group.scatter((T*)params.grad_initial, stages, 0, stages, grad);
   }
 }
@@ -173,7 +181,9 @@ void backward_all(const StageFilterBackward& params, int threads) {
       for (int j = 0; j < stages; ++j) flow[j] += params.workspace[(b * stages + i) * stages + j];
     for (int j = 0; j < stages; ++j) total += flow[j];
     for (int j = 0; j < stages; ++j)
-      ((T*)params.grad_transition)[i * stages + j] = T(flow[j] - double(matrix.a[i * stages + j]) * total);
+      ((T*)params.grad_transition)[i * stages + j] =
+          finite_logit_adjoint(((const T*)params.transition)[i * stages + j],
+                               T(flow[j] - double(matrix.a[i * stages + j]) * total));
   }
 }
 

@@ -155,14 +155,16 @@ struct Moments {
 };
 // Of the first `dim` numbers of a padded row, whose padding is 0.
 SAGE_FN Moments moments(const float* x, int64_t dim) {
-  V s(0.0f), ss(0.0f);
+  V s(0.0f), drift(0.0f), ss(0.0f);
   for (int64_t d = 0; d < dim; d += W) s += load(x + d);
   const V mean(sum(s) / float(dim));
   for_each_vector<W>(dim, [&](int64_t d, auto at) {
     const V c = at.keep(at.read(x + d) - mean);
+    drift += c;
     ss = fma(c, c, ss);
   });
-  return {mean, V(1.0f / __builtin_sqrtf(sum(ss) / float(dim) + float(kNormEps)))};
+  const NormMoments<float> m = norm_moments(mean[0], sum(drift), sum(ss), float(dim), float(kNormEps));
+  return {V(m.mean), V(m.rstd)};
 }
 SAGE_FN V normed(const float* x, const Moments& m, const Norm& norm, int64_t d) {
   return fma((load(x + d) - m.mean) * m.rstd, load(norm.weight + d), load(norm.bias + d));

@@ -39,13 +39,7 @@ struct Cut {  // how a sequence is cut
 
 template <class T>
 __device__ __forceinline__ T nothing() {
-  return T(-1e30);
-}  // log 0, finite
-
-// A logit, of -inf taken for log 0; NaN stays.
-template <class T>
-__device__ __forceinline__ T finite(T logit) {
-  return max(nothing<T>(), logit);
+  return T(kImpossible);
 }
 
 // log_softmax of the transition's rows into shared memory: log_a[S * S], and a as columns for a stage's lane (to
@@ -57,7 +51,7 @@ __device__ __forceinline__ void read_transition(const T* logits, int S, T* log_a
   const int i = int(threadIdx.x);
   if (i < S) {
     transition_row(S, logits + i * S, [&](int j, double l) {
-      log_a[i * S + j] = finite(T(l));
+      log_a[i * S + j] = finite_logit(T(l));
       column[i * L + j] = line[j * L + i] = T(exp(l));
     });
   }
@@ -126,7 +120,7 @@ __device__ __forceinline__ void initial_belief(const T* initial, int64_t stride,
                                                int S, T& belief, T& p) {
   T all[L];
   const bool inside = stage < S;
-  const T own = inside ? (initial ? finite(initial[sequence * stride + stage]) : T(0)) : nothing<T>();
+  const T own = inside ? (initial ? finite_logit(initial[sequence * stride + stage]) : T(0)) : nothing<T>();
   gather<L>(own, all);
   const T peak = max_of<L>(all);
   T total(0);
@@ -185,7 +179,7 @@ __global__ void __launch_bounds__(kWarp, 8)
   const T* emission = static_cast<const T*>(params.emission) + row;
   const uint8_t* mask = params.mask ? params.mask + job.sequence * params.frames : nullptr;
   const auto read = [&](int64_t t) {
-    return inside && t < end && (!mask || mask[t]) ? finite(emission[t * S]) : T(0);
+    return inside && t < end && (!mask || mask[t]) ? finite_logit(emission[t * S]) : T(0);
   };
   // Frames of this chunk and the longest one's: groups of a warp go through as many (only the last chunk is longer).
   int64_t most = end - begin;
@@ -410,7 +404,9 @@ __global__ void __launch_bounds__(kWarp, 8)
 #pragma unroll
         for (int i = 0; i < L; ++i) flow[i] = fma(p[i] * column[i], h, flow[i]);
         if (pass != Pass::summarise && job.real && inside)
-          static_cast<T*>(params.grad_emission)[row + t * S] = !mask || mask[t] ? g : T(0);
+          static_cast<T*>(params.grad_emission)[row + t * S] =
+              !mask || mask[t] ? finite_logit_adjoint(static_cast<const T*>(params.emission)[row + t * S], g)
+                               : T(0);
         grad = back;
         p_now = p_ahead[k];
       }
@@ -433,7 +429,10 @@ __global__ void __launch_bounds__(kWarp, 8)
   for (int i = 0; i < L; ++i)
     if (i < S) out[i * S] = flows[i] + double(flow[i]);
   if (job.chunk == 0 && params.grad_initial)  // through log_softmax(initial)
-    static_cast<T*>(params.grad_initial)[job.sequence * S + j] = grad - first_p * sum_of<L>(grads);
+    static_cast<T*>(params.grad_initial)[job.sequence * S + j] = finite_logit_adjoint(
+        params.initial ? static_cast<const T*>(params.initial)[job.sequence * params.initial_stride + j]
+                       : T(0),
+        grad - first_p * sum_of<L>(grads));
 }
 
 template <class T, int L>
@@ -472,7 +471,7 @@ __global__ void __launch_bounds__(kSlices* kMaxStages)
   __syncthreads();
   if (int(threadIdx.x) >= S) return;
   const T* row = static_cast<const T*>(params.transition) + i * S;
-  double mine = 0, total = 0, peak = row[0], mass = 0;
+  double mine = 0, total = 0, peak = kImpossible, mass = 0;
   for (int c = 0; c < S; ++c) {
     double column = 0;
     for (int k = 0; k < kSlices; ++k) column += flow[k * kMaxStages + c];
@@ -480,8 +479,9 @@ __global__ void __launch_bounds__(kSlices* kMaxStages)
     if (c == j) mine = column;
     peak = max(peak, double(row[c]));
   }
-  for (int c = 0; c < S; ++c) mass += exp(double(row[c]) - peak);
-  static_cast<T*>(params.grad_transition)[i * S + j] = T(mine - exp(double(row[j]) - peak) / mass * total);
+  for (int c = 0; c < S; ++c) mass += exp(finite_logit(double(row[c])) - peak);
+  const double own = exp(finite_logit(double(row[j])) - peak) / mass;
+  static_cast<T*>(params.grad_transition)[i * S + j] = finite_logit_adjoint(row[j], T(mine - own * total));
 }
 
 // ---------------------------------------------------------------------------------------------------- launchers

@@ -27,14 +27,17 @@ struct Moments {
   float mean, rstd;
 };
 __device__ __forceinline__ Moments moments(const float* x, int dim, int lane) {
-  float s = 0, ss = 0;
+  float s = 0, drift = 0, ss = 0;
   for (int d = lane; d < dim; d += kWarp) s += x[d];
   const float mean = lanes_sum<1, kWarp>(s) / float(dim);
   for (int d = lane; d < dim; d += kWarp) {
     const float c = x[d] - mean;
+    drift += c;
     ss = fma(c, c, ss);
   }
-  return {mean, 1.0f / sqrt(lanes_sum<1, kWarp>(ss) / float(dim) + float(kNormEps))};
+  const NormMoments<float> m =
+      norm_moments(mean, lanes_sum<1, kWarp>(drift), lanes_sum<1, kWarp>(ss), float(dim), float(kNormEps));
+  return {m.mean, m.rstd};
 }
 __device__ __forceinline__ float normed(float x, const Moments& m, const Norm& norm, int d) {
   return fma((x - m.mean) * m.rstd, norm.weight[d], norm.bias[d]);

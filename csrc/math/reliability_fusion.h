@@ -163,6 +163,19 @@ SAGE_FN void modality_weights_adjoint(int count, const V* weight, const Mask* pr
   for (int m = 0; m < count; ++m) grad[m] = select(present[m], weight[m] * (grad[m] - mean), zero);
 }
 
+// LayerNorm statistics of a row of `dim` numbers x from sums over x - near, where `near` is any number close to the mean:
+// taken about 0 the variance would be the small difference of two large numbers, and the mean's own rounding would show
+// in rows that hardly vary.
+template <class A>
+struct NormMoments {
+  A mean, rstd;
+};
+template <class A>
+SAGE_FN NormMoments<A> norm_moments(A near, A sum_of_distances, A sum_of_squares, A dim, A eps) {
+  const A offset = sum_of_distances / dim, variance = fma(-offset, offset, sum_of_squares / dim);
+  return {near + offset, A(1) / sqrt(max(variance, A(0)) + eps)};
+}
+
 // Adjoint of a modality's LayerNorm where it is mixed, fused = sum_m weight (xhat gamma + beta). With
 // u = d fused gamma,
 //   d weight = sum u xhat + sum d fused beta

@@ -12,7 +12,20 @@
 
 namespace sage {
 
-constexpr double kSafeSum = 1e-25;  // lost terms are under 2^-126 each
+constexpr double kSafeSum = 1e-25;     // lost terms are under 2^-126 each
+constexpr double kImpossible = -1e30;  // log 0, finite: all that is below, -inf too, counts as this
+
+// A logit as it is used; NaN stays.
+template <class V>
+SAGE_FN V finite_logit(V logit) {
+  return max(V(typename ScalarOf<V>::Type(kImpossible)), logit);
+}
+// Its adjoint: what reaches a logit below the bound is 0.
+template <class V>
+SAGE_FN V finite_logit_adjoint(V logit, V grad) {
+  using T = typename ScalarOf<V>::Type;
+  return select(logit < V(T(kImpossible)), V(T(0)), grad);
+}
 
 // log sum_i exp(term(i)) over i < count, of which there are Most at the most: a GPU keeps that many in registers.
 template <class V, int Most, class Term>
@@ -37,11 +50,11 @@ SAGE_FN V stage_prior_exact(int stages, const V* belief, const Matrix* log_a, in
 // One row of log_softmax(transition), in double: calls emit(j, log probability).
 template <class T, class Emit>
 SAGE_FN void transition_row(int stages, const T* logits, Emit&& emit) {
-  double peak = logits[0], total = 0;
-  for (int j = 1; j < stages; ++j) peak = max(peak, double(logits[j]));
-  for (int j = 0; j < stages; ++j) total += exp(double(logits[j]) - peak);
+  double peak = finite_logit(double(logits[0])), total = 0;
+  for (int j = 1; j < stages; ++j) peak = max(peak, finite_logit(double(logits[j])));
+  for (int j = 0; j < stages; ++j) total += exp(finite_logit(double(logits[j])) - peak);
   const double log_total = log(total);
-  for (int j = 0; j < stages; ++j) emit(j, double(logits[j]) - peak - log_total);
+  for (int j = 0; j < stages; ++j) emit(j, finite_logit(double(logits[j])) - peak - log_total);
 }
 
 // log of P(stage j) before this frame's evidence.
@@ -62,9 +75,10 @@ SAGE_FN void stage_step(int stages, const Matrix* log_a, const Matrix* a, const 
                         V* p) {
   using T = typename ScalarOf<V>::Type;
   V next[kMaxStages];
-  V peak;
+  V peak, likeliest = emission[0];  // evidence is relative: log 0 for every stage is none
+  for (int j = 1; j < stages; ++j) likeliest = max(likeliest, emission[j]);
   for (int j = 0; j < stages; ++j) {
-    next[j] = stage_prior(stages, log_a, a, belief, p, j) + emission[j];
+    next[j] = stage_prior(stages, log_a, a, belief, p, j) + (emission[j] - likeliest);
     peak = j == 0 ? next[0] : max(peak, next[j]);
   }
   V total(T(0));

@@ -32,13 +32,14 @@ def _forward(
 def _backward(
     grad_posterior: Tensor | None,
     grad_final: Tensor | None,
+    emission: Tensor,
     transition: Tensor,
     initial: Tensor | None,
     mask: Tensor | None,
     posterior: Tensor,
     belief: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    transition, initial, mask = transition.contiguous(), dense(initial), dense(mask)
+    emission, transition, initial, mask = emission.contiguous(), transition.contiguous(), dense(initial), dense(mask)
     posterior, belief = posterior.contiguous(), belief.contiguous()
     grad_posterior, grad_final = dense(grad_posterior), dense(grad_final)
     batch, frames, stages = posterior.shape
@@ -48,8 +49,8 @@ def _backward(
     if batch:
         space = _door.workspace(_C.stage_filter_workspace(batch, frames, stages), posterior)
         _door.kernels[posterior.device.type].stage_filter_backward(
-            _door.DTYPE_CODES[posterior.dtype], batch, frames, stages, address(transition), address(initial),
-            _stride(initial), address(mask), address(posterior), address(belief), address(grad_posterior),
+            _door.DTYPE_CODES[posterior.dtype], batch, frames, stages, address(emission), address(transition),
+            address(initial), _stride(initial), address(mask), address(posterior), address(belief), address(grad_posterior),
             address(grad_final), address(grad_emission), address(grad_transition), address(grad_initial),
             address(space), *_door.placement(posterior),
         )  # fmt: skip
@@ -70,15 +71,15 @@ class _StageFilter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, emission: Tensor, transition: Tensor, initial: Tensor | None, mask: Tensor | None) -> Any:
         posterior, final, belief = _forward(emission, transition, initial, mask)
-        ctx.save_for_backward(transition, initial, mask, posterior, belief)
+        ctx.save_for_backward(emission, transition, initial, mask, posterior, belief)
         ctx.set_materialize_grads(False)
         return posterior, final
 
     @staticmethod
     def backward(ctx: Any, grad_posterior: Tensor | None, grad_final: Tensor | None) -> Any:
-        transition, initial, mask, posterior, belief = ctx.saved_tensors
+        emission, transition, initial, mask, posterior, belief = ctx.saved_tensors
         run = _door.backward_door(_backward, _backward_op, grad_posterior, grad_final)
-        ge, gt, gi = run(grad_posterior, grad_final, transition, initial, mask, posterior, belief)
+        ge, gt, gi = run(grad_posterior, grad_final, emission, transition, initial, mask, posterior, belief)
         return ge, gt, _grad_initial(initial, gi), None
 
 
@@ -89,10 +90,10 @@ def _fake(emission: Tensor, transition: Tensor, initial: Tensor | None, mask: Te
 
 
 _backward_op = _door.register(
-    "stage_filter_backward(Tensor? grad_posterior, Tensor? grad_final, Tensor transition, Tensor? initial, Tensor? mask, "
-    "Tensor posterior, Tensor belief) -> (Tensor, Tensor, Tensor)",
+    "stage_filter_backward(Tensor? grad_posterior, Tensor? grad_final, Tensor emission, Tensor transition, Tensor? initial, "
+    "Tensor? mask, Tensor posterior, Tensor belief) -> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda grad_posterior, grad_final, transition, initial, mask, posterior, belief: (
+    lambda grad_posterior, grad_final, emission, transition, initial, mask, posterior, belief: (
         posterior.new_empty(posterior.shape),
         transition.new_empty(transition.shape),
         posterior.new_empty(posterior.shape[0], posterior.shape[2]),
@@ -101,14 +102,14 @@ _backward_op = _door.register(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, transition, initial, mask = inputs
+    emission, transition, initial, mask = inputs
     posterior, _, belief = output
-    ctx.save_for_backward(transition, initial, mask, posterior, belief)
+    ctx.save_for_backward(emission, transition, initial, mask, posterior, belief)
 
 
 def _autograd(ctx: Any, grad_posterior: Tensor | None, grad_final: Tensor | None, _: Tensor | None) -> Any:
-    transition, initial, mask, posterior, belief = ctx.saved_tensors
-    ge, gt, gi = _backward_op(grad_posterior, grad_final, transition, initial, mask, posterior, belief)
+    emission, transition, initial, mask, posterior, belief = ctx.saved_tensors
+    ge, gt, gi = _backward_op(grad_posterior, grad_final, emission, transition, initial, mask, posterior, belief)
     return ge, gt, _grad_initial(initial, gi), None
 
 

@@ -194,6 +194,20 @@ def test_constants_have_no_spread(backend, value, frames):
             assert (moments[:, 5] == 0).all()
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1])
+def test_constants_have_no_spread_in_the_reference(value):
+    """At every length: the sum of n equal numbers is n times one of them only at some."""
+    for frames in range(1, 200):
+        for dtype in (torch.float32, torch.float64):
+            c = torch.full((2, frames, 2), value, dtype=dtype)
+            assert (reference.ccc(c, c) == 0).all()
+            assert (reference.ccc(c, c, pool="sequence") == 0).all()
+    assert (reference.temporal_ccc(c, c, window=7)[0] == 0).all()
+    empty = torch.zeros(2, 5, 2, dtype=torch.bool)
+    assert (reference.ccc(c[:, :5], c[:, :5], empty) == 0).all()
+    assert (reference.ccc(c[:, :0], c[:, :0]) == 0).all()
+
+
 def test_undefined_ccc_from_moments(backend):
     good = moments_inputs(Random(8, device=backend.device), 3)
     good[0] = 0

@@ -161,6 +161,20 @@ def test_constant_values_normalise_to_the_bias(backend, dtype, dim):
     assert (grads["values.0"].double() - wanted["values.0"]).abs().max() <= 1e3 * torch.finfo(dtype).eps * scale
 
 
+@pytest.mark.parametrize("offset", [1.00013, 1e4, 12345.678, 1e6])
+@pytest.mark.parametrize("dim", [1, 7, 64, 100, 256, 300])
+def test_constant_rows_far_from_zero(backend, dim, offset):
+    """x - mean is exactly 0 there, and 1/std is 316: in (x rstd - mean rstd) two numbers of 3e6 would be rounded."""
+    inputs = fusion_inputs(Random(9, device=backend.device), (5,), 1, dim, 2, present=False)
+    inputs["values"] = [torch.full_like(inputs["values"][0], offset)]
+    out, grads, cotangents = run(CASE, functional, inputs)
+    assert torch.equal(out[0], inputs["norm_bias"].expand_as(out[0]))
+    wanted = run(CASE, reference, converted(inputs, torch.float64), grads=cotangents)[1]
+    assert (grads["norm_weight"] == 0).all()
+    scale = max(wanted["values.0"].abs().max().item(), 1e-5**-0.5)
+    assert (grads["values.0"].double() - wanted["values.0"]).abs().max() <= 1e-5 * scale
+
+
 def test_the_same_tensor_for_two_modalities(backend):
     inputs = fusion_inputs(Random(10, torch.float64, backend.device))
     x = inputs["values"][0].clone().requires_grad_()

@@ -181,6 +181,37 @@ def test_impossible_stages_and_forbidden_transitions(backend, dtype):
     assert error(rest[0], whole[0][:, 2:]) <= tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("what", ["evidence", "contradiction", "initial", "transition"])
+def test_nothing_is_possible(backend, dtype, what):
+    """Logits of -inf for every stage, or for every stage that the belief still allows: in the first case there is no
+    evidence, in the second the filter begins again, all stages alike. Nothing becomes NaN; a logit of -inf has no gradient."""
+    inputs = filter_inputs(Random(23, dtype, backend.device), 3, 7, 3)
+    inputs["mask"][1] = True
+    if what == "evidence":
+        inputs["emission"][1, 2] = -math.inf
+    elif what == "contradiction":  # each stage for itself, for ever; then the only one left is excluded
+        inputs["transition"] = torch.eye(3, dtype=dtype, device=backend.device).log()
+        inputs["emission"][1, 1, :2] = -math.inf
+        inputs["emission"][1, 2, 2] = -math.inf
+    elif what == "initial":
+        inputs["initial"][1] = -math.inf
+    else:
+        inputs["transition"][1] = -math.inf
+    out, grads, cotangents = run(CASE, functional, inputs)
+    wanted_out, wanted, _ = run(CASE, reference, converted(inputs, torch.float64), grads=cotangents)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert error(out[0], wanted_out[0]) <= tolerance
+    assert error(out[1], wanted_out[1]) <= tolerance
+    if what == "evidence":  # as if the frame were masked
+        inputs["mask"][1, 2] = False
+        assert error(functional.stage_filter(**inputs)[0], out[0].double()) <= tolerance
+    for name, g in grads.items():
+        assert torch.isfinite(g).all(), name
+        assert error(g, wanted[name]) <= 10 * tolerance, name
+        assert (g[inputs[name] == -math.inf] == 0).all(), name
+
+
 @pytest.mark.parametrize("name", ["emission", "transition", "initial"])
 def test_nan_where_it_counts_shows(backend, name):
     for functions in (functional, reference):

@@ -6,6 +6,7 @@ import gc
 import itertools
 import math
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -309,6 +310,101 @@ def test_large_values_leave_the_state_finite_and_wash_out():
         assert all(v.isfinite().all() for v in b)
     assert shaken.stats.nonfinite == {"audio": 0, "visual": 0}
     torch.testing.assert_close(a.prediction, b.prediction, atol=1e-5, rtol=0)
+
+
+def test_lazily_negated_features():
+    model = build()
+    features, _ = draw(2, 5)
+    a, b = model.stream(2), model.stream(2)
+    for t in range(5):
+        x = {
+            k: v.contiguous() for k, v in frame(features, t).items()
+        }  # else it would be copied, and negated, on the way
+        want = keep(a.step({k: -v for k, v in x.items()}))
+        assert_same(want, b.step({k: torch._neg_view(v) for k, v in x.items()}))
+
+
+def test_layer_norm_of_a_constant_row_far_from_zero():
+    """All channels of an encoder alike, and large: what is left after the LayerNorm is its bias, as in float64."""
+    model = build(dim=100)
+    with torch.no_grad():
+        for m in range(2):
+            model.encoders[m].project.weight.zero_()
+            model.encoders[m].project.bias.fill_(10001.3)
+            for block in model.encoders[m].blocks:
+                block.pointwise.weight.zero_()
+                block.pointwise.bias.zero_()
+    features, present = draw(2, 10)
+    session = model.stream(2)
+    outs = [keep(session.step(frame(features, t), present[:, t])) for t in range(10)]
+    whole = offline(model.double(), {k: v.double() for k, v in features.items()}, present)
+    assert_close(stack(outs), whole._replace(**{field: getattr(whole, field).float() for field in FIELDS}))
+
+
+TAMPERED = {
+    "belief": ("probabilities that sum to 1", [1e10, 0.5, -50.0]),
+    "counted": ("expected 0 or 1", [0.5, 2.0, -1.0]),
+    "energy": ("logarithms of energies", [-100.0, -3e38]),
+    "fused.0": ("numbers within 1e+30", [-1e38, 1e30]),
+    "history.0": ("numbers within 1e+30", [3e38]),
+    "last": ("numbers within 1e+30", [-1e38]),
+    "memory": ("weights not negative", [1e38]),
+    "repeats": ("whole numbers from 0 to 8", [9.0, 0.5, -1.0]),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_state_that_no_step_leaves_is_refused(name):
+    model = build(stuck=8, memory=[8.0])
+    session = model.stream(2)
+    features, _ = draw(2, 3)
+    for t in range(3):
+        session.step(frame(features, t))
+    before = session.state_dict()
+    message, values = TAMPERED[name]
+    for value in [*values, math.nan, -math.inf]:
+        state = {k: v.clone() for k, v in before.items()}
+        state[name].view(-1)[-2] = value
+        with pytest.raises(ValueError, match=r"state\['" + re.escape(name) + r"'\]: .*" + re.escape(message)):
+            session.load_state_dict(state)
+    if name == "memory":
+        state["memory"] = before["memory"].clone()
+        state["memory"][0, 0, 0, -1] = -1.0  # a weight
+        with pytest.raises(ValueError, match="weights not negative"):
+            session.load_state_dict(state)
+    assert all(torch.equal(x, session.state_dict()[k]) for k, x in before.items())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_state_that_is_taken_never_becomes_nan(seed):
+    """The largest and oddest numbers that load_state_dict takes, then frames of every size."""
+    model = build(stuck=3, memory=[2.0, 100.0], seed=seed)
+    session = model.stream(3)
+    g = torch.Generator().manual_seed(seed)
+    state = session.state_dict()
+    for name, x in state.items():
+        if name == "belief":
+            x.copy_((1e3 * torch.rand(x.shape, generator=g)).log_softmax(-1))
+        elif name == "counted":
+            x.copy_(torch.rand(x.shape, generator=g) < 0.5)
+        elif name == "energy":
+            x.copy_(
+                torch.where(
+                    torch.rand(x.shape, generator=g) < 0.2, math.inf, 100 * torch.rand(x.shape, generator=g) - 18
+                )
+            )
+        elif name == "repeats":
+            x.copy_(torch.randint(0, 4, x.shape, generator=g))
+        elif name != "frames":
+            x.copy_(10.0 ** (60 * torch.rand(x.shape, generator=g) - 30.1))
+            x.mul_(torch.randn(x.shape, generator=g).sign() if name != "memory" else 1)
+    session.load_state_dict(state)
+    for t in range(60):
+        size = 10.0 ** (20 * torch.rand(3, 1, generator=g)) if t < 20 else torch.ones(3, 1)
+        out = session.step({k: size * torch.randn(3, d, generator=g) for k, d in DIMS.items()})
+        assert all(bool(x.isfinite().all()) for x in out), t
+    state = session.state_dict()
+    assert not any(bool(x.isnan().any()) for x in state.values())
 
 
 def test_absent_modalities_and_inactive_rows_are_not_read():
@@ -628,7 +724,7 @@ ERRORS = [
     (lambda s, x, p: s.load_state_dict({}), ValueError, "state: expected the keys"),
     (lambda s, x, p: s.load_state_dict({**s.state_dict(), "last": 0}), TypeError, r"state\['last'\]: expected a torch.float32"),
     (lambda s, x, p: s.load_state_dict({**s.state_dict(), "belief": torch.full((2, 3), math.nan)}), ValueError,
-     r"state\['belief'\]: expected finite"),
+     r"state\['belief'\]: expected logarithms"),
     (lambda s, x, p: s.load_state_dict({**s.state_dict(), "frames": torch.tensor([1, -1])}), ValueError,
      r"expected numbers in \[0, 2\*\*62\)"),
     (lambda s, x, p: build(causal=False).stream(), ValueError, "model: expected a causal SAGE"),
