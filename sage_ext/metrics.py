@@ -155,7 +155,9 @@ def _torchmetrics_adapter() -> type:
     class TorchMetricsCCC(metric):  # type: ignore[misc, valid-type]
         """`StreamingCCC` (pooled) as a `torchmetrics.Metric`: masks, float64 moments, exact merge over processes.
 
-        `update(pred, target, mask=None)` as there; `compute()` gives (C,), or with `average=True` their mean, a scalar.
+        `update(pred, target, mask=None)` as there, and (T,) for one target; `compute()` gives (C,), for one target, or with
+        `average=True` their mean, a scalar, as torchmetrics does. The state stays float64 whatever it is cast to: by
+        `module.to(dtype)`, `.half()`, Lightning's "16-true" and "bf16-true", or `set_dtype`.
         Moments are population (1/n) ones: `torchmetrics.ConcordanceCorrCoef` divides second moments by n - 1, and so
         gives a slightly smaller value, equal in the limit; undefined values are 0 here, NaN there.
         """
@@ -165,7 +167,6 @@ def _torchmetrics_adapter() -> type:
         full_state_update = False
         plot_lower_bound = -1.0
         plot_upper_bound = 1.0
-        moments: Tensor
 
         def __init__(self, num_targets: int = 2, average: bool = False, **kwargs: Any) -> None:
             super().__init__(**kwargs)
@@ -175,12 +176,25 @@ def _torchmetrics_adapter() -> type:
             self.add_state("moments", zeros, dist_reduce_fx=_merge_stacked)
 
         def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+            if self.num_targets == 1 and all(isinstance(x, Tensor) and x.dim() == 1 for x in (pred, target)):
+                pred, target = pred[:, None], target[:, None]
             pred, target = _update_pair(pred, target, self.num_targets)
-            self.moments = functional.ccc_moments(pred, target, mask, state=self.moments)
+            self.moments = functional.ccc_moments(pred, target, mask, state=self.moments)  # type: ignore[has-type]
 
         def compute(self) -> Tensor:
             rho = functional.ccc_from_moments(self.moments)
-            return rho.mean() if self.average else rho
+            return rho.mean() if self.average or self.num_targets == 1 else rho
+
+        def plot(self, val: Any = None, ax: Any = None) -> Any:
+            """`torchmetrics.Metric.plot`: (figure, axes) of `val`, one result or several, by default `compute()`."""
+            return self._plot(val, ax)
+
+        def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
+            before = self.moments, self._defaults["moments"]
+            super()._apply(fn, exclude_state)
+            device = fn(self.moments.new_zeros(0)).device
+            self.moments, self._defaults["moments"] = (x.to(device) for x in before)
+            return self
 
     TorchMetricsCCC.__qualname__ = "TorchMetricsCCC"  # picklable by the name that __getattr__ serves
     return TorchMetricsCCC

@@ -292,3 +292,70 @@ def test_degenerates_are_zero_where_torchmetrics_gives_nan():
     constant = torch.full((10, 2), 0.5)
     assert adapter()(constant, constant).tolist() == [0.0, 0.0]
     assert all(math.isnan(v) for v in torchmetrics.ConcordanceCorrCoef(num_outputs=2)(constant, constant))
+
+
+CASTS = {
+    "to dtype": lambda m, d: m.to(d),
+    "half": lambda m, d: m.half(),
+    "bfloat16": lambda m, d: m.bfloat16(),
+    "type": lambda m, d: m.type(d),
+    "set_dtype": lambda m, d: [x.set_dtype(d) for x in m.modules() if isinstance(x, torchmetrics.Metric)],
+    "device": lambda m, d: m.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cast", CASTS)
+def test_adapter_survives_casts(cast, dtype):
+    """Before, between and after updates, alone and inside a module: the state stays float64, the value exact."""
+    pred, target, mask = draw()
+    whole = functional.ccc(pred.double(), target.double(), mask)
+    module = torch.nn.ModuleDict({"net": torch.nn.Linear(2, 2), "metric": adapter()})
+    CASTS[cast](module, dtype)
+    for row in range(3):
+        module["metric"].update(pred[row : row + 1], target[row : row + 1], mask[row : row + 1])
+        CASTS[cast](module, dtype)
+    CASTS[cast](module["metric"], dtype)
+    metric = module["metric"]
+    assert metric.moments.dtype == metric._defaults["moments"].dtype == torch.float64
+    torch.testing.assert_close(metric.compute(), whole, rtol=1e-12, atol=1e-12)
+    metric.reset()
+    assert metric.moments.dtype == torch.float64
+    metric(pred.to(dtype), target.to(dtype), mask)
+    assert 0.0 < abs(metric.compute()[0].item()) <= 1.0
+
+
+def test_adapter_takes_one_target_as_torchmetrics_does():
+    pred, target, _ = draw(lead=(), frames=4000)
+    theirs = torchmetrics.ConcordanceCorrCoef()(pred[:, 0], target[:, 0])
+    ours = adapter(num_targets=1)(pred[:, 0], target[:, 0])
+    assert ours.shape == theirs.shape == ()
+    torch.testing.assert_close(ours.float(), theirs, atol=1e-3, rtol=0)
+    assert torch.equal(adapter(num_targets=1)(pred[:, :1], target[:, :1]), ours)
+    with pytest.raises(ValueError, match=r"pred: expected shape \(T, 2\) or \(B, T, 2\), got \(4000,\)"):
+        adapter()(pred[:, 0], target[:, 0])
+
+
+def test_adapter_plots():
+    pytest.importorskip("matplotlib").use("Agg")
+    pred, target, mask = draw()
+    metric = adapter()
+    values = [metric(pred, target, mask), metric(target, pred, mask)]
+    for figure, _ in (metric.plot(), metric.plot(values), adapter(average=True).plot(values[0].mean())):
+        assert figure.axes
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_module_that_holds_the_adapter_can_be_scripted():
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.metric = torch.nn.Linear(2, 2), adapter()
+
+        def forward(self, x):
+            return self.net(x)
+
+    holder = Holder()
+    x = torch.randn(3, 2)
+    assert torch.equal(torch.jit.script(holder)(x), holder(x))
+    torch.jit.script(adapter())
