@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +25,10 @@ from cases import (
     pair_inputs,
     run,
 )
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
-from sage_ext import functional
+from sage_ext import _ops, functional
 from sage_ext._ops import _door
 
 ALL = pytest.mark.parametrize("case", CASES + MOMENT_CASES, ids=str)
@@ -106,6 +108,29 @@ def test_inductor(backend, case):
     expected, got = (named(*run(case, f, inputs)[:2]) for f in functions)
     for name in expected:
         assert error(got[name], expected[name]) <= 64 * 2.0**-23, name
+
+
+@pytest.mark.slow
+def test_the_cache_on_disk_forgets_the_graphs_of_other_versions(tmp_path, monkeypatch):
+    """Such a graph calls the operators with arguments that they may no longer have (seen when stage_filter got one more)."""
+    for name in _ops.__all__:
+        (tmp_path / f"{name}.py").write_text("define(...)")
+    others = _ops._version(tmp_path)
+    (tmp_path / "ccc.py").write_text("define(..., one_more)")
+    assert len({_ops._version(tmp_path), others, _ops._version(Path(_ops.__file__).parent)}) == 3
+    here = torch.compiler.config.cache_key_tag
+    assert here.endswith(f"sage_ext-{_ops._version(Path(_ops.__file__).parent)}")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    x, transition = torch.randn(1, 5, 2), torch.eye(2).log_softmax(-1)
+    found = []
+    for tag in (here, here, here + "-older"):
+        monkeypatch.setattr(torch.compiler.config, "cache_key_tag", tag)
+        torch.compiler.reset()
+        counters.clear()
+        torch.compile(functional.stage_filter, fullgraph=True)(x, transition)
+        found.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert found == [0, 1, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- dynamic shapes

@@ -442,3 +442,18 @@ def test_backward_twice(backend, case):
     second = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
     for a, b in zip(first, second, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what is loaded")
+def test_one_openmp_runtime_is_loaded():
+    """torch's own: a second one has threads of its own, and `torch.set_num_threads` rules one of the two."""
+    program = """
+import re, torch, sage_ext
+torch.set_num_threads(2)
+x = torch.randn(64, 300, 4)
+sage_ext.functional.stage_filter(x, torch.eye(4))
+sage_ext.functional.ccc(x, x)
+print(len(set(re.findall("/\\\\S*lib[gi]?omp5?[^/]*so\\\\S*", open("/proc/self/maps").read()))))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout.strip()) == (0, "1"), found.stderr
