@@ -215,8 +215,10 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
 # ------------------------------------------------------------------------------------------------------------ commands
 def _say(text: str | Path) -> None:
     """Results, at once. OSError that names standard output where it does not take them."""
+    from .report import printable
+
     try:
-        print(text, flush=True)
+        print(printable(text, "\n"), flush=True)
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else the interpreter fails again when it exits)
         raise OSError(error.errno, error.strerror, "standard output") from None
@@ -373,5 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if args.debug:
             raise
-        print(f"sage-ext {args.command}: error: {error}", file=sys.stderr)
+        from .report import printable
+
+        one_line = " ".join(str(error).split("\n"))
+        print(f"sage-ext {args.command}: error: {printable(one_line)}", file=sys.stderr)
         return 2

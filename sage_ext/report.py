@@ -35,9 +35,15 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
     "grid.color": "#E4E4E4", "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.3,
-    "axes.edgecolor": "#666666", "figure.facecolor": "white",
+    "axes.edgecolor": "#666666", "figure.facecolor": "white", "text.parse_math": False,
 }  # fmt: skip
 DPI = 120
+
+
+def printable(text: object, keep: str = "") -> str:
+    """`text` for a terminal or a picture: what does not print, escape sequences of terminals among it, is spelt out (`keep`
+    aside). Names of files, folders and modalities may hold anything."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def plot_clip(
     for axis, values, title in ((axes[2], weights, "weight"), (axes[3], confidence, "confidence")):
         for m in range(count):
             shown = values[:, m] if present is None else np.where(present[:, m], values[:, m], np.nan)
-            axis.plot(seconds, shown, color=MODALITY[m], linestyle=DASH[m], label=modalities[m])
+            axis.plot(seconds, shown, color=MODALITY[m], linestyle=DASH[m], label=printable(modalities[m]))
         if title == "weight" and best_weights is not None:
             for m in range(count):
                 label = "with the true noise known" if m == 0 else None
@@ -113,7 +119,7 @@ def plot_clip(
     _stage_band(axes[4], stage, seconds, fps)
     for axis in axes[:4]:
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
-    axes[0].set_title(name)
+    axes[0].set_title(printable(name))
     axes[4].set(xlabel="time (s)", xlim=(0, frames / fps))
     figure.align_ylabels(axes)
     return figure
@@ -134,7 +140,7 @@ def _missing_ticks(axis: Any, present: np.ndarray, seconds: np.ndarray, modaliti
     """A bar at the panel's foot, in the modality's colour, where it is missing."""
     for m in range(present.shape[1]):
         for i, (start, stop) in enumerate(_runs(~present[:, m])):
-            label = f"{modalities[m]} missing" if i == 0 else None
+            label = f"{printable(modalities[m])} missing" if i == 0 else None
             ends = (seconds[start], seconds[stop - 1])
             axis.plot(ends, (0.0 + 0.05 * m,) * 2, color=MODALITY[m], linewidth=4, solid_capstyle="butt", label=label)
 
@@ -182,10 +188,10 @@ def plot_reliability(before: Sequence[Any], after: Sequence[Any], modalities: Se
             (before[m], "before", VERMILLION, "s", DASH[1]), (after[m], "after", BLUE, "o", "-"),
         ):  # fmt: skip
             x, y = np.asarray(diagram.predicted), np.asarray(diagram.observed)
-            label = f"{name}, error {expected_calibration_error(diagram):.3f}"
+            label = f"{printable(name)}, error {expected_calibration_error(diagram):.3f}"
             axis.plot(x, y, color=color, marker=marker, markersize=4, linestyle=dash, label=label)
         axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        axis.set(xlabel="confidence (stated reliability)", title=modalities[m])
+        axis.set(xlabel="confidence (stated reliability)", title=printable(modalities[m]))
         axis.legend(loc="upper left")
     axes[0, 0].set_ylabel("observed reliability")
     return figure
@@ -260,12 +266,12 @@ class Table:
 
     def text(self) -> str:
         """For a terminal: columns aligned, the first one to the left."""
-        cells = [list(self.header), *([_cell(value) for value in row] for row in self.rows)]
+        cells = [[printable(name) for name in self.header], *([_cell(value) for value in row] for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]) for row in cells
         ]
-        return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
+        return "\n".join([printable(self.title), *lines, *([printable(self.note, "\n")] if self.note else [])])
 
     def markdown(self) -> str:
         lines = [self.header, ["---"] * len(self.header), *([_cell(value) for value in row] for row in self.rows)]
@@ -283,7 +289,7 @@ class Table:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else printable(value)
 
 
 def _numeric(value: Any) -> str:

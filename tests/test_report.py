@@ -12,7 +12,16 @@ import torch
 
 from sage_ext import report
 from sage_ext.calibration import expected_calibration_error, reliability_diagram
-from sage_ext.report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
+from sage_ext.report import (
+    Picture,
+    Table,
+    plot_clip,
+    plot_reliability,
+    plot_training,
+    printable,
+    read_log,
+    write_report,
+)
 from sage_ext.training.trainer import COLUMNS
 
 pytest.importorskip("matplotlib")
@@ -183,3 +192,27 @@ def test_missing_extra_says_what_to_install(monkeypatch, clip):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install sage-ext\[train\]"):
         plot_clip(**clip)
+
+
+NASTY = "a $\\frac{$ \x1b[2J\x1b]0;title\x07 <b>&\nnext\r\u202e"
+
+
+def test_names_of_any_kind(tmp_path, clip):
+    """Mathematics of TeX, escape sequences of terminals, new lines, HTML: shown as they are or spelt out."""
+    names = [NASTY, "$x$"]
+    figure = plot_clip(**{**clip, "name": NASTY, "modalities": names})
+    table = Table(NASTY, ("", NASTY), [(NASTY, 1.0)], "note")
+    page = write_report(tmp_path, NASTY, [Picture("picture", NASTY, figure)], [table])
+    shown = "".join(text.get_text() for text in figure.findobj(lambda x: hasattr(x, "get_text")))
+    assert r"a $\frac{$ \x1b[2J" in shown
+    assert table.text().count("\n") == 3
+    assert set(table.text()) <= {"\n", *map(chr, range(32, 127))}
+    reader = Reader()
+    reader.feed(page.read_text())
+    assert reader.open == []
+    assert "<b>&" not in page.read_text()
+
+
+def test_printable():
+    assert printable(NASTY) == r"a $\frac{$ \x1b[2J\x1b]0;title\x07 <b>&\nnext\r\u202e"
+    assert printable("a\nb\tc é", "\n") == "a\nb\\tc é"

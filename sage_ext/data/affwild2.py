@@ -36,7 +36,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +50,11 @@ INVALID = -5.0
 
 _TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
 _META_KEYS = ("rate", "shared", "images", "about")
-_LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>\d+)\.(?:jpg|png)")
+_LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>[0-9]+)\.(?:jpg|png)")
+_MOST_FRAMES = 10_000_000  # of a video that a sample file may name: 92 hours at 30 a second
+_RATES = (1e-6, 1e6)  # rows, or frames, a second
+_MOST_ROWS = 10_000  # of features, a frame
+_BLOCK = 1 << 20  # overlaps of rows and frames that are weighed at once
 
 
 # -------------------------------------------------------------------------------------------------------------- clips
@@ -102,6 +106,11 @@ class Resampled:
         start, stop, _ = span.indices(len(self))
         if start >= stop:
             return np.zeros((0, self.shape[1]), np.float32)
+        most = max(_BLOCK // (math.ceil(self.step) + 1), 1)
+        parts = [self._span(a, min(a + most, stop)) for a in range(start, stop, most)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _span(self, start: int, stop: int) -> np.ndarray:
         edges = _snap(np.arange(start, stop + 1) * self.step)  # frame borders, in rows
         low, high = edges[:-1, None], np.minimum(edges[1:, None], len(self.rows))
         row = np.floor(low).astype(np.int64) + np.arange(
@@ -161,7 +170,7 @@ def read_annotation(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     path = Path(path)
     lines = _read_text(path).split("\n")
     if lines[0].strip() != ANNOTATION_HEADER:
-        raise ValueError(f"{path}:1: expected the header {ANNOTATION_HEADER!r}, got {lines[0].strip()!r}")
+        raise ValueError(f"{path}:1: expected the header {ANNOTATION_HEADER!r}, got {_short(lines[0].strip())}")
     while lines and not lines[-1].strip():
         lines.pop()
     rows = lines[1:]
@@ -186,14 +195,16 @@ def _annotation_fault(path: Path, rows: list[str]) -> str:
         if not row.strip():
             return f"{path}:{number}: expected a row, got a blank line, which would shift every later frame"
         if len(cells) != 2:
-            return f"{path}:{number}: expected 2 columns ({ANNOTATION_HEADER}), got {len(cells)}: {row.strip()!r}"
+            return f"{path}:{number}: expected 2 columns ({ANNOTATION_HEADER}), got {len(cells)}: {_short(row.strip())}"
         for cell, column in zip(cells, ANNOTATION_HEADER.split(",")):
             try:
                 value = float(cell) if "_" not in cell else math.nan
             except ValueError:
-                return f"{path}:{number}: {column}: expected a number, got {cell.strip()!r}"
+                return f"{path}:{number}: {column}: expected a number, got {_short(cell.strip())}"
             if not (-1 <= value <= 1 or value == INVALID):
-                return f"{path}:{number}: {column}: expected a value in [-1, 1] or -5 (invalid), got {cell.strip()}"
+                return (
+                    f"{path}:{number}: {column}: expected a value in [-1, 1] or -5 (invalid), got {cell.strip()[:60]}"
+                )
     return f"{path}: expected two columns of numbers, got rows that cannot be read as such"
 
 
@@ -308,7 +319,7 @@ class AffWild2(Sequence[Clip]):
                 features[m], declared[m] = np.zeros((0, dim), np.float32), np.zeros(frames, bool)
                 continue
             rows = _open_rows(source.path)
-            mask = None if source.mask is None else _load(source.mask)
+            mask = None if source.mask is None else np.array(_open_array(source.mask))
             present = np.zeros(frames, bool)
             if meta.rate is None:
                 features[m] = rows
@@ -368,6 +379,11 @@ class AffWild2(Sequence[Clip]):
 
     def _report_lengths(self, m: str, name: str, frames: int, count: int, rate: float | None) -> None:
         step = 1.0 if rate is None else rate / self.fps(name)  # rows a frame
+        if not 1e-6 <= step <= _MOST_ROWS:
+            raise ValueError(
+                f"{self._folders[m] / 'meta.json'}: rate: expected 1e-6 to {_MOST_ROWS} rows a frame, got {rate:g} Hz for "
+                f"{self.fps(name):g} frames a second of {name}"
+            )
         covered, needed = math.ceil(_snap(count / step)), math.ceil(_snap(frames * step))
         rows = f"{count} rows"
         if rate is not None:
@@ -436,10 +452,13 @@ def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[st
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
     try:
-        value = json.loads(_read_text(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: expected JSON, got something else: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise ValueError(f"{path}: expected JSON, got what cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -451,14 +470,16 @@ def _read_meta(path: Path, root: Path) -> _Meta:
     meta = _read_json(path)
     for key in meta:
         if key not in _META_KEYS:
-            raise ValueError(f"{path}: expected the keys {', '.join(_META_KEYS)} (notes go below 'about'), got {key!r}")
+            raise ValueError(
+                f"{path}: expected the keys {', '.join(_META_KEYS)} (notes go below 'about'), got {_short(key)}"
+            )
     rate, shared, images = meta.get("rate"), meta.get("shared", False), meta.get("images")
     if rate is not None:
         _check_rate(rate, f"{path}: rate", "Hz")
     if not isinstance(shared, bool):
-        raise ValueError(f"{path}: shared: expected true or false, got {shared!r}")
-    if images is not None and not (isinstance(images, str) and (root / images).is_dir()):
-        raise ValueError(f"{path}: images: expected a folder below {root}, got {images!r}")
+        raise ValueError(f"{path}: shared: expected true or false, got {_short(shared)}")
+    if images is not None and not (isinstance(images, str) and _stays_below(images) and (root / images).is_dir()):
+        raise ValueError(f"{path}: images: expected a folder below {root}, got {_short(images)}")
     return _Meta(None if rate is None else float(rate), shared, images)
 
 
@@ -467,20 +488,37 @@ def _read_fps(path: Path) -> dict[str, float]:
         return {}
     rates = _read_json(path)
     for name, fps in rates.items():
-        _check_rate(fps, f"{path}: {name}", "frames a second")
+        _check_rate(fps, f"{path}: {name[:60]}", "frames a second")
     return {name: float(fps) for name, fps in rates.items()}
 
 
 def _check_rate(value: Any, what: str, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{what}: expected a positive number of {unit}, got {value!r}")
+        raise ValueError(f"{what}: expected a positive number of {unit}, got {_short(value)}")
+    if not _RATES[0] <= value <= _RATES[1]:
+        raise ValueError(f"{what}: expected {_RATES[0]:g} to {_RATES[1]:g} {unit}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    """Of a value from a file, little."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _stays_below(name: str) -> bool:
+    """Whether a path from a file, joined to a folder, can only lead below it, as far as its text says, and can be one."""
+    parts = name.replace("\\", "/").split("/")
+    return all(part not in ("", ".", "..") for part in parts) and name.isprintable() and len(name.encode()) <= 200
 
 
 def _open_rows(path: Path) -> np.ndarray:
     """The (rows, D) array of a .npy file, memory-mapped."""
-    rows = _load(path, mmap_mode="r")
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2:
-        raise ValueError(f"{path}: expected an array (rows, D), got {getattr(rows, 'shape', type(rows).__name__)}")
+    rows = _open_array(path)
+    if rows.ndim != 2:
+        raise ValueError(f"{path}: expected an array (rows, D), got {rows.shape}")
     if rows.dtype.kind != "f":
         raise ValueError(f"{path}: expected floating point, got {rows.dtype}")
     if 0 in rows.shape:
@@ -488,18 +526,39 @@ def _open_rows(path: Path) -> np.ndarray:
     return rows
 
 
-def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
-    """What a .npy file holds."""
+def _open_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped; whatever the file holds, at worst a ValueError that names it.
+
+    The header is checked before it is believed: NumPy maps a shape of booleans, and allocates what a header of 100 bytes
+    asks for."""
     try:
-        if path.stat().st_size == 0:
-            raise ValueError("it is empty")
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: expected a .npy file, got one that cannot be read: {error}") from None
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ValueError("it is empty")
+            version = np.lib.format.read_magic(file)
+            if version not in _NPY_HEADERS:
+                raise ValueError(f"version {version} of the format")
+            shape, by_column, dtype = _NPY_HEADERS[version](file)
+            offset = file.tell()
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python: whatever that raises
+        raise ValueError(f"{path}: expected a .npy file, got one that cannot be read: {str(error)[:100]}") from None
+    if not all(type(size) is int and size >= 0 for size in shape) or dtype.hasobject:
+        raise ValueError(f"{path}: expected a .npy file of numbers, got the shape {_short(shape)} of {dtype}")
+    size, there = math.prod(shape) * dtype.itemsize, path.stat().st_size - offset
+    if size > there:
+        raise ValueError(f"{path}: expected {_short(size)} bytes for the shape {_short(shape)} of {dtype}, got {there}")
+    if size == 0:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape, "F" if by_column else "C")
+
+
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def _check_mask(path: Path, features: Path, count: int) -> None:
-    mask = _load(path)
+    mask = _open_array(path)
     if mask.dtype != bool:
         raise ValueError(f"{path}: expected bool, got {mask.dtype}")
     if mask.shape != (count,):
@@ -561,7 +620,7 @@ def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
     """(image location, video, frame number from 1) of each row."""
     lines = _read_text(path).split("\n")
     if lines[0].strip() != SUBMISSION_HEADER:
-        raise ValueError(f"{path}:1: expected the header {SUBMISSION_HEADER!r}, got {lines[0].strip()!r}")
+        raise ValueError(f"{path}:1: expected the header {SUBMISSION_HEADER!r}, got {_short(lines[0].strip())}")
     while lines and not lines[-1].strip():
         lines.pop()
     if len(lines) < 2:
@@ -570,6 +629,13 @@ def _sample_rows(path: Path) -> Iterator[tuple[str, str, int]]:
     for number, line in enumerate(lines[1:], start=2):
         location = line.split(",", 1)[0].strip()
         match = _LOCATION.fullmatch(location)
-        if match is None or int(match["frame"]) < 1:
-            raise ValueError(f"{path}:{number}: expected <video>/<frame>.jpg,valence,arousal, got {line.strip()!r}")
-        yield location, videos.setdefault(match["video"], match["video"]), int(match["frame"])
+        frame = match["frame"].lstrip("0") if match is not None else ""
+        if match is None or not frame:
+            raise ValueError(
+                f"{path}:{number}: expected <video>/<frame>.jpg,valence,arousal, got {_short(line.strip())}"
+            )
+        if not _stays_below(match["video"]):
+            raise ValueError(f"{path}:{number}: expected the name of a video, got {_short(match['video'])}")
+        if len(frame) > len(str(_MOST_FRAMES)) or int(frame) > _MOST_FRAMES:
+            raise ValueError(f"{path}:{number}: expected a frame of at most {_MOST_FRAMES:,}, got {_short(frame)}")
+        yield location, videos.setdefault(match["video"], match["video"]), int(frame)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..data.affwild2 import read_annotation
 from ..extras import require
-from ..report import FPS, Picture, Table, plot_clip, plot_latency, write_report
+from ..report import FPS, Picture, Table, plot_clip, plot_latency, printable, write_report
 from ..training.runs import Run
 from .estimator import RECENT, TARGETS, Estimator, Quality, Recording
 from .frames import Block, Format, MalformedFrame, make_format
@@ -129,7 +129,7 @@ class Output:
 def note(text: str, prefix: str = "sage-ext stream: ") -> None:
     """A line on stderr; where nobody reads it, nothing."""
     try:
-        print(prefix + text, file=sys.stderr, flush=True)
+        print(prefix + printable(text, "\n"), file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (else the interpreter fails again when it exits)
 

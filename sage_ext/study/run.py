@@ -27,7 +27,7 @@ from ..data.affwild2 import AffWild2
 from ..data.synthetic import has_truth
 from ..files import LOCK, alone, write_atomic
 from ..nn import ReliabilityFusion
-from ..report import Table
+from ..report import Table, printable
 from ..training.runs import Run, calibrate_run
 from ..training.trainer import (
     BEST,
@@ -96,7 +96,7 @@ class _Reporter:
     def say(self, text: str) -> None:
         if not self.quiet:
             seconds = int(time.monotonic() - self.began)
-            print(f"[{seconds // 60:3d}:{seconds % 60:02d}] {text}", file=sys.stderr, flush=True)
+            print(f"[{seconds // 60:3d}:{seconds % 60:02d}] {printable(text)}", file=sys.stderr, flush=True)
 
     def phase(self, count: int) -> _Phase:
         return _Phase(self, count)

@@ -7,9 +7,11 @@ checkpoint: the old one or the new one, whenever the process dies.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value]
     if tag == "dict":
         return {key: _unpack(item, tensors) for key, item in value}
+    if tag not in ("list", "tuple"):
+        raise ValueError(f"the tag {tag!r}")
     items = [_unpack(item, tensors) for item in value]
     return items if tag == "list" else tuple(items)
 
@@ -75,7 +79,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, tensors on the CPU. CheckpointError if the file is missing, cut or altered."""
-    safetensors = require("safetensors", "train")
+    require("safetensors", "train")
     safetensors_torch = require("safetensors.torch", "train")
     path = Path(path)
     if not path.is_file():
@@ -83,18 +87,39 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = path.read_bytes()  # at once: a library that opens the file twice may meet two files
         tensors = safetensors_torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+    except OSError:
+        raise
+    except Exception as error:  # whatever the library raises for bytes that are not its own
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
-    if _KEY not in metadata:
+    if not isinstance(metadata, dict) or _KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a sage_ext checkpoint")
     try:
         header = json.loads(metadata[_KEY])
-        version, tree, digest = header["format"], header["tree"], header["digest"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        version, tree, digest = header["format"], str(header["tree"]), header["digest"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged header ({error})") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {version}; this version reads format {FORMAT}")
     if _digest(tree, tensors) != digest:
         raise CheckpointError(f"{path}: damaged (the contents do not match their digest)")
-    return _unpack(json.loads(tree), tensors)
+    try:
+        state = _unpack(json.loads(tree), tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged tree ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected a dict of its parts, got {type(state).__name__}")
+    return state
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """For a block that takes a checkpoint apart: what is missing in it, or is of another kind, size or value than `what`
+    has there, becomes a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        got = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(f"{path}: expected {what} of this version, got another file ({got})") from error

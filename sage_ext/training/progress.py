@@ -10,6 +10,7 @@ from typing import Any
 
 from ..extras import require
 from ..functional import ccc_from_moments
+from ..report import printable
 
 _EVERY = 0.2  # seconds between updates of the live line
 
@@ -83,4 +84,4 @@ class Progress:
 
     def _line(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ from ..files import alone, write_atomic
 from ..models.sage import SAGE
 from ..nn import ReliabilityFusion
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, reading, save_checkpoint
 from .evaluate import ClipPrediction, evaluate, mean_filter, predict_clips
 from .trainer import BEST, LOG, RunError, read_config
 
@@ -58,17 +58,26 @@ class Run:
         if not (path / BEST).exists():
             raise RunError(f"{path}: expected a run with {BEST}, got one of which no epoch is finished yet")
         state = load_checkpoint(path / BEST)
-        try:
+        with reading(path / BEST, "the weights of a model"):
+            with torch.device("meta"):  # a damaged configuration may ask for more memory than there is
+                wanted = {name: x.shape for name, x in SAGE.from_config(state["model_config"]).state_dict().items()}
+            if {name: x.shape for name, x in state["model"].items()} != wanted:
+                raise ValueError("weights of other names or shapes than its configuration says")
             model = SAGE.from_config(state["model_config"])
             model.load_state_dict(state["model"])
-        except (RuntimeError, TypeError) as error:
-            raise CheckpointError(
-                f"{path / BEST}: expected weights of this version's model, got others ({error})"
-            ) from error
-        return cls(
-            path, model.to(device).eval(), state["modalities"], config.data, config.window, config.hop,
-            state["epoch"], state["step"], state["calibration"], device,
-        )  # fmt: skip
+            names = list(model.names or state["modalities"])
+            if names != state["modalities"]:
+                raise ValueError(f"the modalities {state['modalities']!r} for a model of {names!r}")
+            parts = (
+                names,
+                config.data,
+                config.window,
+                config.hop,
+                int(state["epoch"]),
+                int(state["step"]),
+                state["calibration"],
+            )
+        return cls(path, model.to(device).eval(), *parts, device)
 
     def open(
         self, root: str | os.PathLike[str] | None, split: str, sample: str | os.PathLike[str] | None = None

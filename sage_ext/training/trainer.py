@@ -35,7 +35,7 @@ from ..files import alone, write_atomic
 from ..functional import ccc_from_moments, ccc_moments
 from ..models.peers import fusion_class
 from ..models.sage import SAGE, SAGELoss
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, reading, save_checkpoint
 from .evaluate import evaluate, predict_clip
 from .progress import Progress
 from .rehearsal import Rehearsal
@@ -126,6 +126,7 @@ class TrainConfig:
         return cls(**values)
 
 
+AT = ("step", "epoch", "position", "log_bytes", "done")  # where a training is, attributes of `Training`
 # What may differ when a run is continued: none of it changes the numbers on the CPU.
 FREE = ("data", "num_workers", "checkpoint_every")
 
@@ -247,32 +248,31 @@ class Training:
             "rng": rng,
             "running": {"loss_sum": self.loss_sum, "moments": self.moments},
             "best": self.best,
-            "at": {name: getattr(self, name) for name in ("step", "epoch", "position", "log_bytes", "done")},
+            "at": {name: getattr(self, name) for name in AT},
             "config": self.config.to_json(),
         }
         save_checkpoint(self.run / LAST, state)
 
     def load(self) -> None:
         state = load_checkpoint(self.run / LAST)
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.run / LAST}: expected weights of this version's model, got others ({error})"
-            ) from error
+        with reading(self.run / LAST, "the training state"):
+            self._take(state)
+        if self.best["model"]:
+            self._export_best()  # the file may be from after this checkpoint
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.loss_sum = state["running"]["loss_sum"].to(self.device)
         self.moments = state["running"]["moments"]
         if self.moments is not None:
             self.moments = self.moments.to(self.device)
-        self.best = state["best"]
-        for name, value in state["at"].items():
-            setattr(self, name, value)
+        self.best = {name: state["best"][name] for name in self.best}
+        for name in AT:
+            setattr(self, name, type(getattr(self, name))(state["at"][name]))
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        if self.best["model"]:
-            self._export_best()  # the file may be from after this checkpoint
 
     def _export_best(self) -> None:
         state = {
@@ -457,7 +457,7 @@ def _read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
         return TrainConfig.from_json(stored["train"]), stored["data"]
     except FileNotFoundError:
         raise RunError(f"{run}: expected a run directory, got one without {CONFIG}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path}: damaged ({error})") from error
 
 

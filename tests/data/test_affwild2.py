@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
 import re
+import time
 import tracemalloc
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -420,16 +424,106 @@ def test_wrong_arrays(root, rows, words):
 def test_unreadable_arrays(root):
     path = root / "features/visual/clip.npy"
     whole = path.read_bytes()
-    for content, words in ((b"", "it is empty"), (b"no array", ""), (whole[:-4], "")):
+    unread = "expected a .npy file, got one that cannot be read: "
+    archive = io.BytesIO()
+    np.savez(archive, a=np.ones((10, 3), np.float32))
+    for content, words in (
+        (b"", unread + "it is empty"),
+        (b"no array", unread),
+        (archive.getvalue(), unread),
+        (b"PK" + whole[2:], unread),
+        (whole[:-4], "expected 120 bytes for the shape (10, 3) of float32, got 116"),
+        (npy("(True, 3)"), "expected a .npy file of numbers, got the shape (True, 3)"),
+        (npy("(-1, 3)"), "expected a .npy file of numbers, got the shape (-1, 3)"),
+        (npy("(9223372036854775808, 3)"), "expected 110680464442257309696 bytes"),
+        (npy(f"({10**40}, 3)"), "expected 12000"),
+        (npy("(10, 3)", dtype="'|O'"), "expected a .npy file of numbers"),
+        (npy("(10, 3)", dtype="'<f99'"), unread),
+        (npy("(10, 3)", dtype="[]"), "expected "),
+        (npy("(" * 3000), unread),
+        (npy("None"), unread),
+        (npy("(10,)"), "expected an array (rows, D), got (10,)"),
+        (npy("(0, 3)"), "expected rows of features, got the shape (0, 3)"),
+        (b"\x93NUMPY\x09\x00" + whole[8:], unread + "version (9, 0) of the format"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + whole[12:], unread),
+    ):
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match="^" + re.escape(f"{path}: expected a .npy file, got one that cannot be read: {words}")
-        ):
+        with pytest.raises(ValueError, match="^" + re.escape(f"{path}: {words}")):
             AffWild2(root, "train")
-    with open(path, "wb") as file:
-        np.savez(file, a=np.ones((10, 3), np.float32))
-    with pytest.raises(ValueError, match="^" + re.escape(f"{path}: expected an array (rows, D)")):
-        AffWild2(root, "train")
+    path.write_bytes(whole)
+    mask = root / "features/visual/clip.mask.npy"
+    for content in (archive.getvalue(), npy(f"({10**15},)", dtype="'|b1'"), npy("(10,)", dtype="'|b1'")[:-120]):
+        mask.write_bytes(content)
+        with pytest.raises(ValueError, match="^" + re.escape(f"{mask}: expected ")):
+            AffWild2(root, "train")
+
+
+def npy(shape: str, dtype: str = "'<f4'") -> bytes:
+    """A .npy file with this in its header, and 120 bytes of data."""
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(120)
+
+
+PARSED = {  # the file, what it may hold at first
+    "Annotations/VA_Estimation_Challenge/Train_Set/clip.txt": b"valence,arousal\n0.1,-0.2\n-5,0\n1,1\n" * 1,
+    "features/visual/clip.npy": npy("(10, 3)"),
+    "features/visual/clip.mask.npy": npy("(10,)", dtype="'|b1'"),
+    "features/visual/meta.json": b'{"rate": 30, "shared": true, "images": "faces", "about": {"a": [1, 2.5e3]}}',
+    "fps.json": b'{"clip": 25, "other": 29.97}',
+    "sample_submission.txt": b"image_location,valence,arousal\nclip/00001.jpg,0,0\nclip/00002.jpg,,\n",
+}
+PIECES = (
+    b"", b"-", b"9" * 20, b"9" * 5000, b"1e400", b"1e-320", b"1e308", b"NaN", b"Infinity", b"\xff", b"\0", b"\n", b"\r",
+    b",", b"/", b"..", b"../", b"[" * 5000, b'{"a":' * 3000, b"true", b"null", b"(", b"'", b"(True, 4)", b"PK\x03\x04",
+    b"|O", b"\x1b[2J",
+)  # fmt: skip
+
+
+def damaged(rng: np.random.Generator, whole: bytes) -> bytes:
+    """A few cuts, flips and insertions."""
+    data = bytearray(whole)
+    for _ in range(rng.integers(1, 4)):
+        at, piece = int(rng.integers(0, len(data) + 1)), PIECES[rng.integers(len(PIECES))]
+        kind = rng.integers(5)
+        if kind == 0 and data:
+            data[min(at, len(data) - 1)] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            del data[at : at + int(rng.integers(1, 20))]
+        elif kind == 2:
+            data[at:at] = piece
+        elif kind == 3:
+            data[at : at + int(rng.integers(1, 12))] = piece
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_damaged_files_are_read_or_named(tmp_path, name):
+    """Whatever bytes a file holds, it is read, or one line says which file it is; quickly, and within little memory."""
+    cases = int(os.environ.get("SAGE_TEST_FUZZ_CASES", 400))
+    annotate(tmp_path, "clip", 10, task="Annotations/VA_Estimation_Challenge", split="Train_Set")
+    featurize(tmp_path, "visual", "clip", 10)
+    (tmp_path / "faces").mkdir()
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    path, split = tmp_path / name, "test" if name == "sample_submission.txt" else "train"
+    refused, peak, began = 0, 0, time.monotonic()
+    for _ in range(cases):
+        path.write_bytes(damaged(rng, PARSED[name]))
+        tracemalloc.start()
+        try:
+            clip = AffWild2(tmp_path, split)[0]
+            clip_tensors(clip, ["visual"], 0, min(clip.num_frames, 300))
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            assert str(tmp_path) in str(error) or "clip" in str(error), error
+            assert len(str(error)) < 1000 + 3 * len(str(tmp_path))
+        finally:
+            peak = max(peak, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert refused > cases // 10
+    assert peak < 100e6
+    assert time.monotonic() - began < 10 + cases / 10
 
 
 def test_dimensions_must_agree(root):
@@ -474,6 +568,16 @@ def test_infinity_is_an_error_where_it_is_read(root):
         ('{"rate": 0}', ": rate: expected a positive number of Hz, got 0"),
         ('{"rate": "30"}', ": rate: expected a positive number of Hz, got '30'"),
         ('{"rate": true}', ": rate: expected a positive number of Hz, got True"),
+        ('{"rate": 1e-320}', ": rate: expected 1e-06 to 1e+06 Hz, got 1e-320"),
+        ('{"rate": 1e9}', ": rate: expected 1e-06 to 1e+06 Hz, got 1000000000.0"),
+        ('{"rate": 1e400}', ": rate: expected a positive number of Hz, got inf"),
+        ('{"rate": 5e5}', ": rate: expected 1e-6 to 10000 rows a frame, got 500000 Hz for 30 frames a second of clip"),
+        ('{"rate": 1' + "0" * 400 + "}", ": rate: expected 1e-06 to 1e+06 Hz, got 1000"),
+        ('{"rate": 1' + "0" * 5000 + "}", ": expected JSON, got what cannot be read: "),
+        ('{"about": ' + "[" * 100_000, ": expected JSON, got what cannot be read: "),
+        ('{"images": ".."}', ": images: expected a folder below "),
+        ('{"images": "features/../.."}', ": images: expected a folder below "),
+        ('{"images": "/tmp"}', ": images: expected a folder below "),
         ('{"rate": Infinity}', ": rate: expected a positive number of Hz, got inf"),
         ('{"shared": 1}', ": shared: expected true or false, got 1"),
         ('{"images": "nowhere"}', ": images: expected a folder below "),
@@ -491,6 +595,7 @@ def test_wrong_fps(root):
     path = root / "fps.json"
     for content, words in (
         ('{"clip": -1}', ": clip: expected a positive number of frames a second"),
+        ('{"clip": 1e308}', ": clip: expected 1e-06 to 1e+06 frames a second, got 1e+308"),
         ("x", ":1: expected JSON"),
     ):
         path.write_text(content)
@@ -720,6 +825,21 @@ def test_submission_faults_leave_nothing_behind(tmp_path, change, words):
         ("image_location,valence,arousal\na/00000.jpg,0,0\n", 2, "expected <video>/<frame>.jpg"),
         ("image_location,valence,arousal\n00001.jpg,0,0\n", 2, "expected <video>/<frame>.jpg"),
         ("image_location,valence,arousal\na/00001.jpg,0,0\n\na/00002.jpg,0,0\n", 3, "expected <video>/<frame>.jpg"),
+        ("image_location,valence,arousal\n../a/00001.jpg,0,0\n", 2, "expected the name of a video, got '../a'"),
+        ("image_location,valence,arousal\n/etc/00001.jpg,0,0\n", 2, "expected the name of a video, got '/etc'"),
+        (
+            "image_location,valence,arousal\na/../../b/00001.jpg,0,0\n",
+            2,
+            "expected the name of a video, got 'a/../../b'",
+        ),
+        (f"image_location,valence,arousal\n{'a' * 300}/00001.jpg,0,0\n", 2, "expected the name of a video, got 'aaa"),
+        ("image_location,valence,arousal\na\x1b[2J/00001.jpg,0,0\n", 2, "expected the name of a video, got"),
+        ("image_location,valence,arousal\na/999999999999.jpg,0,0\n", 2, "expected a frame of at most 10,000,000, got"),
+        (
+            "image_location,valence,arousal\na/" + "9" * 5000 + ".jpg,0,0\n",
+            2,
+            "expected a frame of at most 10,000,000, got",
+        ),
     ],
 )
 def test_malformed_samples(root, text, line, words):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sage_ext.files import write_atomic
+from sage_ext.training import checkpoint
 from sage_ext.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
@@ -166,6 +167,42 @@ def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
     assert not (tmp_path / "exploded").exists()
+
+
+def signed(path, tree, metadata=None):
+    """A safetensors file with this tree and the digest that goes with it: what only somebody who means it writes."""
+    from safetensors.torch import save_file
+
+    text, tensors = json.dumps(tree), {"/w": torch.zeros(2)}
+    header = {"format": 1, "digest": checkpoint._digest(text, tensors), "tree": text}
+    save_file(tensors, path, metadata or {"sage_ext": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a": 1, "b": 2}, {}, {"tensor": "/absent"}, {"tensor": []}, {"dict": 3}, {"dict": [1]}, {"dict": [[[], 1]]},
+        {"bag": []}, {"list": 3}, {"tuple": None}, {"list": [1]}, 17, None, "text", {"dict": [["a", {"x": 1}]]},
+    ],
+)  # fmt: skip
+def test_odd_trees_are_refused(tmp_path, tree):
+    path = tmp_path / "a.safetensors"
+    signed(path, tree)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: "):
+        load_checkpoint(path)
+
+
+def test_deep_trees_and_headers_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    deep = "[" * 50_000 + "]" * 50_000
+    tensors = {"/w": torch.zeros(2)}
+    for header in (
+        json.dumps({"format": 1, "digest": checkpoint._digest(deep, tensors), "tree": deep}), deep, "[]", "3", "null",
+        json.dumps({"format": 1, "digest": 3, "tree": 4}), json.dumps({"format": 1}), "{",
+    ):  # fmt: skip
+        signed(path, {}, {"sage_ext": header})
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: "):
+            load_checkpoint(path)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +21,11 @@ from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.synthetic import write_dataset
 from sage_ext.files import LOCK, BusyError, alone
 from sage_ext.training import trainer
-from sage_ext.training.checkpoint import CheckpointError, load_checkpoint
+from sage_ext.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from sage_ext.training.evaluate import evaluate, predict_clip
 from sage_ext.training.rehearsal import Rehearsal
 from sage_ext.training.runs import Run
-from sage_ext.training.trainer import RunError, TrainConfig, learning_rate, read_config, train
+from sage_ext.training.trainer import BEST, LAST, RunError, TrainConfig, learning_rate, read_config, train
 
 quiet = functools.partial(train, progress=False)
 
@@ -411,3 +413,45 @@ def test_tensorboard(tiny, tmp_path):
     lines = (run / "log.csv").read_text().splitlines()[1:]
     want = [float(line.split(",")[trainer.COLUMNS.index("val_P")]) for line in lines]
     np.testing.assert_allclose(logged, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["last", "modalities", "config", "huge", "missing", "values", "list"])
+def test_a_checkpoint_of_another_kind_is_named(whole, tmp_path, change):
+    """Whole and well signed, but not what belongs there: one line that names the file, for loading as for resuming."""
+    config, whole_run = whole
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    best = load_checkpoint(run / BEST)
+    if change == "last":
+        shutil.copy(run / LAST, run / BEST)
+    elif change == "modalities":
+        save_checkpoint(run / BEST, {**best, "modalities": ["audio", "smell"]})
+    elif change == "config":
+        save_checkpoint(run / BEST, {**best, "model_config": {**best["model_config"], "dim": -3}})
+    elif change == "huge":
+        save_checkpoint(run / BEST, {**best, "model_config": {**best["model_config"], "dim": 2**40}})
+    elif change == "missing":
+        save_checkpoint(run / BEST, {key: value for key, value in best.items() if key != "epoch"})
+    elif change == "values":
+        save_checkpoint(run / BEST, {**best, "model": dict.fromkeys(best["model"], 3)})
+    else:
+        save_checkpoint(run / BEST, {**best, "model": []})
+    with pytest.raises(
+        CheckpointError, match=re.escape(str(run / BEST)) + ": expected the weights of a model"
+    ) as error:
+        Run.load(run)
+    assert "\n" not in str(error.value)
+    last = load_checkpoint(run / LAST)
+    shutil.copy(whole_run / BEST, run / BEST)
+    for wrong in (
+        load_checkpoint(run / BEST),
+        {**last, "at": {"step": "x"}},
+        {**last, "at": {**last["at"], "step": "x"}},
+        {**last, "rng": {"cpu": torch.zeros(3)}},
+        {**last, "running": {"loss_sum": 3, "moments": None}},
+        {**last, "optimizer": []},
+        {**last, "best": {}},
+    ):
+        save_checkpoint(run / LAST, wrong)
+        with pytest.raises(CheckpointError, match=re.escape(str(run / LAST)) + ": expected the training state"):
+            quiet(config, run, resume=True)
