@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -38,15 +39,31 @@ def alone(folder: Path, work: str) -> Iterator[None]:
                 f"{folder}: expected a folder in which no other process works, got one held by {holder}"
             ) from None
         try:
-            file.truncate(0)
-            file.write(
-                f"process {os.getpid()} on {socket.gethostname()}, {work} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-            )
-            file.flush()
+            with naming(folder / LOCK):
+                file.truncate(0)
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, {work} since {since}\n")
+                file.flush()
             yield
         finally:
             file.truncate(0)
             fcntl.flock(file, fcntl.LOCK_UN)  # children that inherited the file would hold it on
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Gives an OSError that names no file (a full disk, a quota) the name `path`; one below `temporary` too."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        hidden = temporary is not None and str(name).startswith(str(temporary))  # nobody knows that one
+        if name is not None and not hidden:
+            raise
+        if hidden and str(name) != str(temporary):
+            path = path / Path(str(name)).relative_to(temporary or "")
+        # np.save says "N requested and M written" and gives no number
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -58,15 +75,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename in (None, str(temporary)):  # a full disk names no file, and nobody knows the temporary one
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with naming(path, temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
@@ -90,9 +104,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            temporary.mkdir(parents=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

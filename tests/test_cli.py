@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -256,6 +258,27 @@ def test_closed_descriptors(trained, data):
     assert code == 0
     assert [json.loads(line)["frame"] for line in out.splitlines()] == [1]
     assert shell(f"{program} evaluate --run nowhere 2>&-") == (2, "", "")
+
+
+def test_a_full_disk_leaves_nothing_half_written(data, tmp_path):
+    """No file may grow beyond a few bytes: each command says which one could not, and what it began is not there."""
+
+    def run_within(size, *arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "sage_ext", *map(str, arguments)],
+            capture_output=True, text=True, timeout=120,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        return done.stderr.splitlines()[-1]
+
+    made, trained = tmp_path / "made", tmp_path / "run"
+    error = run_within(2000, "synth", made, "--train", 1, "--validation", 1, "--test", 1)
+    assert re.fullmatch(rf"sage-ext synth: error: \[Errno \d+\] .*: '{made}.*'", error), error
+    assert not made.exists()
+    error = run_within(200, "train", "--data", data, "--run", trained, "--epochs", 1, "--dim", 8)
+    assert re.fullmatch(rf"sage-ext train: error: \[Errno \d+\] .*: '{trained}/.+'", error), error
+    assert not [*trained.glob("*.tmp"), *trained.glob("*.pt")]
 
 
 def test_a_full_disk_is_named(trained):

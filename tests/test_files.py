@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
-from sage_ext.files import LOCK, BusyError, alone, replacing, write_atomic
+from sage_ext.files import LOCK, BusyError, alone, naming, replacing, replacing_folder, write_atomic
 
 HOLDER = """
 import sys, time
@@ -99,6 +100,30 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
     assert error.value.errno == errno.EFBIG
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_full_disk_names_the_file_of_a_folder(tmp_path):
+    """The file that could not be written where its name is known, else the folder; both as they would have been called."""
+
+    def save(part):
+        np.save(part / "rows.npy", np.zeros(5_000))  # NumPy's error has no number and no name
+
+    def copy(part):
+        os.link(part / "nothing", part / "copy")
+
+    for write, name in ((save, "data"), (copy, "data/nothing")):
+        with full_disk(1000), pytest.raises(OSError) as error, replacing_folder(tmp_path / "data") as part:
+            write(part)
+        assert error.value.filename == str(tmp_path / name)
+        assert error.value.errno
+        assert os.listdir(tmp_path) == []
+
+
+def test_errors_that_have_a_name_keep_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"other'$"), naming(tmp_path / "file"):
+        open(tmp_path / "other")  # noqa: SIM115
+    with pytest.raises(ValueError, match=r"^not about files$"), naming(tmp_path / "file"):
+        raise ValueError("not about files")
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from .._arguments import check_int, check_number
 from ..data.affwild2 import AffWild2, Clip
 from ..data.windows import Windows, collate
-from ..files import alone, write_atomic
+from ..files import alone, naming, write_atomic
 from ..functional import ccc_from_moments, ccc_moments
 from ..models.peers import fusion_class
 from ..models.sage import SAGE, SAGELoss
@@ -302,7 +302,7 @@ class Training:
 
     def log(self, row: Mapping[str, float]) -> None:
         text = ",".join(str(row[name]) if name in ("epoch", "step") else f"{row[name]:.8g}" for name in COLUMNS) + "\n"
-        with open(self.run / LOG, "ab") as file:
+        with naming(self.run / LOG), open(self.run / LOG, "ab") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

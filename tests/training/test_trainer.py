@@ -1,6 +1,7 @@
 """The trainer: it learns, it logs what it did, and a killed run continues to the bit."""
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -455,3 +456,18 @@ def test_a_checkpoint_of_another_kind_is_named(whole, tmp_path, change):
         save_checkpoint(run / LAST, wrong)
         with pytest.raises(CheckpointError, match=re.escape(str(run / LAST)) + ": expected the training state"):
             quiet(config, run, resume=True)
+
+
+def test_a_log_that_cannot_grow_is_named(whole, tmp_path, monkeypatch):
+    config, run = whole[0], tmp_path / "run"
+
+    fsync = os.fsync
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(run / trainer.LOG):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{run / trainer.LOG}'")):
+        quiet(config, run)
