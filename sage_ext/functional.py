@@ -52,7 +52,8 @@ def stage_filter(
     """Causal Bayes filter over latent interaction stages: the forward pass of a hidden Markov model.
 
     ``prior_t[j] = logsumexp_i(belief_{t-1}[i] + log_softmax(transition)[i, j])``, at the first frame too;
-    ``belief_t = log_softmax(prior_t + emission_t)``. Derivation: docs/math.md, "Stage filter".
+    ``belief_t = log_softmax(prior_t + emission_t)``. Derivation: docs/math.md, "Stage filter". A logit of -inf counts as
+    -1e30 and gets no gradient; evidence that calls every stage impossible is none.
 
     Args:
         emission: (B, T, S), unnormalised log-evidence of each stage in each frame, S <= 16.

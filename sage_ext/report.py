@@ -46,6 +46,11 @@ def printable(text: object, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def _html(text: str) -> str:
+    """The same for a page."""
+    return html.escape(printable(text, keep="\n"))
+
+
 @dataclass(frozen=True)
 class Picture:
     """A figure, the name of its PNG file without the ending, and the sentence under it."""
@@ -279,13 +284,13 @@ class Table:
         return f"## {self.title}\n\n{table}\n" + (f"\n{self.note}\n" if self.note else "")
 
     def html(self) -> str:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.header)
+        head = "".join(f"<th>{_html(name)}</th>" for name in self.header)
         body = "".join(
-            "<tr>" + "".join(f"<td{_numeric(value)}>{html.escape(_cell(value))}</td>" for value in row) + "</tr>\n"
+            "<tr>" + "".join(f"<td{_numeric(value)}>{_html(_cell(value))}</td>" for value in row) + "</tr>\n"
             for row in self.rows
         )
-        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
-        return f"<h2>{html.escape(self.title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>\n{note}"
+        note = f"<p>{_html(self.note)}</p>" if self.note else ""
+        return f"<h2>{_html(self.title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>\n{note}"
 
 
 def _cell(value: Any) -> str:
@@ -310,12 +315,12 @@ def write_report(
     for picture in pictures:
         png = _png(picture.figure)
         write_atomic(folder / f"{picture.name}.png", png)
-        data, caption = base64.b64encode(png).decode(), html.escape(picture.caption)
+        data, caption = base64.b64encode(png).decode(), _html(picture.caption)
         image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
         parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_CSS}</style></head>\n<body><h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_html(title)}</title>'
+        f"<style>{_CSS}</style></head>\n<body><h1>{_html(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread each, before torch counts the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch  # noqa: F401  (before the compiled module, as the package does)
+from simt import build
+
+if module := os.environ.get("SAGE_TEST_NATIVE"):  # tests/ops/test_sanitizers.py: another build of the kernels
+    sys.modules["sage_ext._C"] = build.load(Path(module), "sage_ext._C")
+
 from backends import BACKENDS, Backend, open_backend
 from hypothesis import HealthCheck, settings
 

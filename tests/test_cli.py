@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,3 +299,25 @@ def test_a_full_disk_is_named(trained):
         assert done.stderr.decode().endswith(text)
         assert b"Traceback" not in done.stderr
         assert b"the input failed" not in done.stderr
+
+
+def test_names_from_files_are_shown_and_not_obeyed(capsys, data, tmp_path):
+    """A modality, a video, a data set and a run whose names hold escapes, markup, mathematics and line ends."""
+    evil = "$\\x$\x1b[2J<b>\n&"
+    root = tmp_path / evil / "data"
+    shutil.copytree(data, root, ignore=shutil.ignore_patterns("truth"))
+    (root / "features" / "visual").rename(root / "features" / f"see{evil}")
+    for path in list(root.rglob("validation-003*")):
+        path.rename(path.with_name(path.name.replace("validation-003", f"v{evil}")))
+    out = tmp_path / evil / "run"
+    assert run("train", "--data", root, "--run", out, *SMALL, "--epochs", 1) == 0
+    assert run("evaluate", "--run", out, "--report", tmp_path / "report", "--videos", 4) == 0
+    assert run("evaluate", "--run", out, "--data", tmp_path / evil) == 2
+    shown = "".join(capsys.readouterr())
+    assert "\x1b[2J" not in shown
+    assert f"see{evil}" not in shown
+    assert "see$\\x$\\x1b[2J<b>\\n&" in shown
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "<b>" not in html
+    assert "\x1b" not in html
+    assert "see$\\x$\\x1b[2J&lt;b&gt;" in html

@@ -458,7 +458,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: expected JSON, got something else: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        raise ValueError(f"{path}: expected JSON, got what cannot be read: {error}") from None
+        raise ValueError(f"{path}: expected JSON, got what cannot be read: {str(error)[:100]}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -543,7 +543,8 @@ def _open_array(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # NumPy parses the header as Python: whatever that raises
-        raise ValueError(f"{path}: expected a .npy file, got one that cannot be read: {str(error)[:100]}") from None
+        why = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path}: expected a .npy file, got one that cannot be read: {why}") from None
     if not all(type(size) is int and size >= 0 for size in shape) or dtype.hasobject:
         raise ValueError(f"{path}: expected a .npy file of numbers, got the shape {_short(shape)} of {dtype}")
     size, there = math.prod(shape) * dtype.itemsize, path.stat().st_size - offset

@@ -38,7 +38,8 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         rows = np.asarray(clip.features[name][start:stop])  # shorter than the span where the features end early
         here = declared[name][start : start + len(rows)] & ~np.isnan(rows).any(axis=1)
         values = np.zeros((stop - start, rows.shape[1]), dtype=np.float32)
-        np.copyto(values[: len(rows)], rows, where=here[:, None], casting="same_kind")
+        with np.errstate(over="ignore"):  # float64 beyond float32: infinite, and so refused below
+            np.copyto(values[: len(rows)], rows, where=here[:, None], casting="same_kind")
         if not np.isfinite(values).all():
             row = start + int(np.argmax(~np.isfinite(values).all(axis=1)))
             raise ValueError(f"{clip.name}: {name}, row {row} (0-based): expected finite float32 values, got infinity")

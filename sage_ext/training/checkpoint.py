@@ -54,7 +54,7 @@ def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
     if tag == "dict":
         return {key: _unpack(item, tensors) for key, item in value}
     if tag not in ("list", "tuple"):
-        raise ValueError(f"the tag {tag!r}")
+        raise ValueError(f"the tag {tag!r:.60}")
     items = [_unpack(item, tensors) for item in value]
     return items if tag == "list" else tuple(items)
 
@@ -91,22 +91,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever the library raises for bytes that are not its own
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error)[:100]})") from error
     if not isinstance(metadata, dict) or _KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a sage_ext checkpoint")
     try:
         header = json.loads(metadata[_KEY])
         version, tree, digest = header["format"], str(header["tree"]), header["digest"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged header ({error})") from error
+        raise CheckpointError(f"{path}: damaged header ({str(error)[:100]})") from error
     if version != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {version}; this version reads format {FORMAT}")
+        raise CheckpointError(f"{path}: checkpoint format {str(version)[:60]}; this version reads format {FORMAT}")
     if _digest(tree, tensors) != digest:
         raise CheckpointError(f"{path}: damaged (the contents do not match their digest)")
     try:
         state = _unpack(json.loads(tree), tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged tree ({error})") from error
+        raise CheckpointError(f"{path}: damaged tree ({str(error)[:100]})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a dict of its parts, got {type(state).__name__}")
     return state
@@ -121,5 +121,5 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        got = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        got = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: expected {what} of this version, got another file ({got})") from error

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import re
-import time
 import tracemalloc
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -462,68 +459,6 @@ def npy(shape: str, dtype: str = "'<f4'") -> bytes:
     """A .npy file with this in its header, and 120 bytes of data."""
     header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(120)
-
-
-PARSED = {  # the file, what it may hold at first
-    "Annotations/VA_Estimation_Challenge/Train_Set/clip.txt": b"valence,arousal\n0.1,-0.2\n-5,0\n1,1\n" * 1,
-    "features/visual/clip.npy": npy("(10, 3)"),
-    "features/visual/clip.mask.npy": npy("(10,)", dtype="'|b1'"),
-    "features/visual/meta.json": b'{"rate": 30, "shared": true, "images": "faces", "about": {"a": [1, 2.5e3]}}',
-    "fps.json": b'{"clip": 25, "other": 29.97}',
-    "sample_submission.txt": b"image_location,valence,arousal\nclip/00001.jpg,0,0\nclip/00002.jpg,,\n",
-}
-PIECES = (
-    b"", b"-", b"9" * 20, b"9" * 5000, b"1e400", b"1e-320", b"1e308", b"NaN", b"Infinity", b"\xff", b"\0", b"\n", b"\r",
-    b",", b"/", b"..", b"../", b"[" * 5000, b'{"a":' * 3000, b"true", b"null", b"(", b"'", b"(True, 4)", b"PK\x03\x04",
-    b"|O", b"\x1b[2J",
-)  # fmt: skip
-
-
-def damaged(rng: np.random.Generator, whole: bytes) -> bytes:
-    """A few cuts, flips and insertions."""
-    data = bytearray(whole)
-    for _ in range(rng.integers(1, 4)):
-        at, piece = int(rng.integers(0, len(data) + 1)), PIECES[rng.integers(len(PIECES))]
-        kind = rng.integers(5)
-        if kind == 0 and data:
-            data[min(at, len(data) - 1)] ^= 1 << int(rng.integers(8))
-        elif kind == 1:
-            del data[at : at + int(rng.integers(1, 20))]
-        elif kind == 2:
-            data[at:at] = piece
-        elif kind == 3:
-            data[at : at + int(rng.integers(1, 12))] = piece
-        else:
-            del data[at:]
-    return bytes(data)
-
-
-@pytest.mark.parametrize("name", PARSED)
-def test_damaged_files_are_read_or_named(tmp_path, name):
-    """Whatever bytes a file holds, it is read, or one line says which file it is; quickly, and within little memory."""
-    cases = int(os.environ.get("SAGE_TEST_FUZZ_CASES", 120))
-    annotate(tmp_path, "clip", 10, task="Annotations/VA_Estimation_Challenge", split="Train_Set")
-    featurize(tmp_path, "visual", "clip", 10)
-    (tmp_path / "faces").mkdir()
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    path, split = tmp_path / name, "test" if name == "sample_submission.txt" else "train"
-    refused, peak, began = 0, 0, time.monotonic()
-    for _ in range(cases):
-        path.write_bytes(damaged(rng, PARSED[name]))
-        tracemalloc.start()
-        try:
-            clip = AffWild2(tmp_path, split)[0]
-            clip_tensors(clip, ["visual"], 0, min(clip.num_frames, 300))
-        except (ValueError, FileNotFoundError) as error:
-            refused += 1
-            assert str(tmp_path) in str(error) or "clip" in str(error), error
-            assert len(str(error)) < 1000 + 3 * len(str(tmp_path))
-        finally:
-            peak = max(peak, tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-    assert refused > cases // 10
-    assert peak < 100e6
-    assert time.monotonic() - began < 10 + cases / 10
 
 
 def test_dimensions_must_agree(root):

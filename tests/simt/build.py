@@ -50,9 +50,9 @@ def _includes(csrc: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _headers(csrc: Path) -> list[Path]:
+def _headers(csrc: Path, cpu: bool = False) -> list[Path]:
     found = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.rglob("*.h")]
-    return sorted(p for p in found if "cpu" not in p.parts)
+    return sorted(p for p in found if cpu or "cpu" not in p.parts)
 
 
 @contextmanager
@@ -78,10 +78,10 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(str(c) for c in command)}\n{done.stdout}{done.stderr}")
 
 
-def compile_object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
+def compile_object(source: Path, csrc: Path, flags: Sequence[str], headers: Sequence[Path] | None = None) -> Path:
     command = [*compiler(), *FLAGS, *flags, *_includes(csrc)]
     digest = hashlib.sha256(repr([c for c in command if not c.startswith(f"-I{csrc}")]).encode())
-    for path in [source, *_headers(csrc)]:
+    for path in [source, *(_headers(csrc) if headers is None else headers)]:
         digest.update(path.name.encode() + path.read_bytes())
     out = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
     if not out.exists():
@@ -102,17 +102,34 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
         return compile_object(source, csrc, [*flags, *[f"-DSAGE_MODULE_NAME={name}"] * (source == named)])
 
     with alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        if not (CACHE / "build_info.h").exists():
-            _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
-        objects = list(pool.map(compiled, sources))
-        digest = hashlib.sha256(repr([o.name for o in objects]).encode()).hexdigest()[:20]
-        folder = CACHE / f"{name}-{digest}"
-        module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-        if not module.exists():
-            folder.mkdir(exist_ok=True)
-            link = [*compiler(), "-shared", *(SANITIZE if sanitize else []), *objects]
-            _write(module, lambda to: _run([*link, "-o", to]))
+        _write_build_info()
+        return _link(name, list(pool.map(compiled, sources)), SANITIZE if sanitize else [])
+
+
+def _write_build_info() -> None:
+    if not (CACHE / "build_info.h").exists():
+        _write(CACHE / "build_info.h", lambda to: to.write_text(BUILD_INFO))
+
+
+def _link(name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
+    digest = hashlib.sha256(repr([o.name for o in objects]).encode()).hexdigest()[:20]
+    module = CACHE / f"{name}-{digest}" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not module.exists():
+        module.parent.mkdir(exist_ok=True)
+        _write(module, lambda to: _run([*compiler(), "-shared", *flags, *objects, "-o", to]))
     return module
+
+
+def build_native(flags: Sequence[str]) -> Path:
+    """The package's `_C` with the CPU kernels alone, as their baseline but with `flags`, under the sanitizers; its path."""
+    csrc = ROOT / "csrc"
+    sources = [csrc / "bindings.cpp", *sorted(csrc.glob("cpu/*.cpp")), csrc / "stream" / "session.cpp"]
+    flags = [*SANITIZE, *flags, "-O0", "-fopenmp", "-DSAGE_ISA=baseline", "-DSAGE_MODULE_NAME=_C"]
+    flags += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+    with alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        _write_build_info()
+        objects = list(pool.map(lambda source: compile_object(source, csrc, flags, _headers(csrc, cpu=True)), sources))
+        return _link("_C", objects, [*SANITIZE, "-fopenmp"])
 
 
 def build_program(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
