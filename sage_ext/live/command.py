@@ -231,7 +231,7 @@ def stream(args: argparse.Namespace) -> int:
         if args.serve is not None:
             if pace is None and stat.S_ISREG(os.fstat(fd).st_mode) and not args.follow:
                 pace = FPS
-            page = stack.enter_context(Page(args.host, args.serve, run.path.resolve().name, estimator))
+            page = stack.enter_context(Page(args.host, args.serve, run.path.resolve().name, estimator, note))
             note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
         sizes = ", ".join(f"{dim} {name}" for name, dim in zip(run.names, estimator.session.in_dims))
         note(f"ready; a frame has {sizes} numbers")

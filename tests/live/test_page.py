@@ -8,11 +8,13 @@ import os
 import re
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ from streams import DIMS, NAMES, WAIT, Process, line
 
 from sage_ext.live.estimator import Estimator, Quality
 from sage_ext.live.frames import RawFloats
-from sage_ext.live.page import CONNECTIONS, Page
+from sage_ext.live.page import Page
+from sage_ext.live.server import CONNECTIONS, VIEWERS, Board
 from sage_ext.models import SAGE
 
 
@@ -39,6 +42,14 @@ def page(model):
     estimator = Estimator(model, NAMES, quality=Quality(labels, np.arange(100) % 2 == 0))
     with Page("127.0.0.1", 0, "a <run>", estimator) as page:
         yield page
+
+
+@pytest.fixture
+def board():
+    """The page's server, in this process."""
+    board = Board("127.0.0.1", 0, {"run": "a <run>"})
+    yield board
+    board.end("the test is over")
 
 
 def answer(page, number=1):
@@ -161,17 +172,17 @@ def test_a_slow_browser_slows_nothing(page):
     slow.close()
 
 
-def test_requests_that_come_byte_by_byte(page, monkeypatch):
+def test_requests_that_come_byte_by_byte(board, monkeypatch):
     """They are cut off after TIMEOUT in all, whatever the gaps; until then they make room for others."""
-    monkeypatch.setattr("sage_ext.live.page.TIMEOUT", 3.0)
+    monkeypatch.setattr("sage_ext.live.server.TIMEOUT", 3.0)
     began = time.monotonic()
-    slow = [socket.create_connection(("127.0.0.1", page.port)) for _ in range(CONNECTIONS)]
+    slow = [socket.create_connection(("127.0.0.1", board.port)) for _ in range(CONNECTIONS)]
     try:
         for connection in slow:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
         time.sleep(0.2)
         for _ in range(3):  # somebody else is served at once
-            assert get(page).read()
+            assert get(board).read()
         assert time.monotonic() - began < 2.5
         ended = set()
         while len(ended) < len(slow) and time.monotonic() - began < 10:
@@ -190,27 +201,100 @@ def test_requests_that_come_byte_by_byte(page, monkeypatch):
             connection.close()
 
 
-def test_browsers_that_go_away_are_forgotten(page):
+def test_browsers_that_go_away_are_forgotten(board):
     for _ in range(40):  # more than may watch at once
-        response = get(page, "/events")
+        response = get(board, "/events")
         if response.status == 503:
             time.sleep(0.05)
         response.close()
-        page.publish(answer(page), 0)
+        board.publish({}, [])
     until = time.monotonic() + 20
-    while page._viewers and time.monotonic() < until:
-        page.publish(answer(page), 0)
+    while board.viewers and time.monotonic() < until:
+        board.publish({}, [])
         time.sleep(0.05)
-    assert page._viewers == 0
-    assert get(page, "/events").status == 200
+    assert board.viewers == 0
+    assert get(board, "/events").status == 200
 
 
 def test_other_hosts_are_allowed_to_watch_only_if_asked(model):
+    board = Board("0.0.0.0", 0, {})
+    assert not board.loopback
+    assert board.allows(f"{socket.gethostname()}:80")
+    assert not board.allows("evil.example")
+    assert get(board).status == 200
+    board.end("the test is over")
     with Page("0.0.0.0", 0, "run", Estimator(model, NAMES)) as page:
         assert not page.loopback
-        assert page.allows(f"{socket.gethostname()}:80")
-        assert not page.allows("evil.example")
         assert get(page).status == 200
+
+
+def test_a_page_that_dies_leaves_the_stream_alone(model):
+    """Whether its process is killed or stands still: the stream goes on, is told, and ends."""
+    told = []
+    with Page("127.0.0.1", 0, "run", Estimator(model, NAMES), told.append) as page:
+        page._process.kill()
+        page._process.wait()
+        until = time.monotonic() + 5
+        while not told and time.monotonic() < until:
+            page.publish(answer(page), 0)
+            time.sleep(0.01)
+    assert told == ["the live page has ended; the stream goes on"]
+
+
+def test_a_page_that_stands_still_holds_nobody(model, monkeypatch):
+    monkeypatch.setattr("sage_ext.live.page.TIMEOUT", 0.5)
+    monkeypatch.setattr("sage_ext.live.page.FAREWELL", 0.5)
+    monkeypatch.setattr("sage_ext.live.page.PATIENCE", 0.0)
+    page = Page("127.0.0.1", 0, "run", Estimator(model, NAMES))
+    record = {**answer(page), "frame": "x" * 100_000}  # more than a pipe holds
+    page._process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    for _ in range(3):
+        page.publish(record, 0)
+        time.sleep(0.05)
+    assert time.monotonic() - began < 1
+    page.end("end of input")
+    assert time.monotonic() - began < 4
+    assert page._process.poll() is not None
+
+
+def test_browsers_are_another_process_s_business(page):
+    """So what they do cannot hold the interpreter that the stream needs."""
+    before = threading.active_count()
+    watching = [get(page, "/events") for _ in range(VIEWERS)]
+    page.publish(answer(page), 0)
+    assert [event(response)[0] for response in watching] == ["hello"] * VIEWERS
+    assert get(page, "/events").status == 503
+    assert threading.active_count() == before
+    for response in watching:
+        response.close()
+
+
+def test_the_page_ends_with_the_process_that_began_it(trained):
+    """However that ends."""
+    program = f"""
+import time, sys
+from sage_ext.live.estimator import Estimator
+from sage_ext.live.page import Page
+from sage_ext.training.runs import Run
+run = Run.load({str(trained)!r})
+page = Page("127.0.0.1", 0, "run", Estimator(run.model, run.names))
+print(page.port, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline())
+        assert get(types.SimpleNamespace(port=port)).status == 200
+        process.kill()
+    until, refused = time.monotonic() + 5, False
+    while not refused and time.monotonic() < until:
+        try:
+            get(types.SimpleNamespace(port=port)).close()
+        except ConnectionRefusedError:
+            refused = True
+        except (OSError, http.client.HTTPException):  # just ending
+            time.sleep(0.05)
+    assert refused
 
 
 # --------------------------------------------------------------------------------------------------- the page, in Chromium
