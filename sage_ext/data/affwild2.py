@@ -33,6 +33,7 @@ import math
 import operator
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -532,7 +533,8 @@ def _open_array(path: Path) -> np.ndarray:
     The header is checked before it is believed: NumPy maps a shape of booleans, and allocates what a header of 100 bytes
     asks for."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, of the header as a literal
             if not os.fstat(file.fileno()).st_size:
                 raise ValueError("it is empty")
             version = np.lib.format.read_magic(file)

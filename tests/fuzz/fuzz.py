@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,7 +254,9 @@ def outcome(target: Target, data: bytes) -> tuple[str, str | None]:
     """(which way it went, what is wrong with it)."""
     began = time.process_time()
     try:
-        way, wrong = f"taken: {target.take(data)}", None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a warning is a line that nobody asked for
+            way, wrong = f"taken: {target.take(data)}", None
     except target.refusals as error:
         text = str(error)
         way = "refused: " + re.sub(
