@@ -38,6 +38,7 @@ SECONDS = 2.0  # that one case may take
 MEGABYTES = 300  # that all cases together may add to the process
 LONGEST = 1500  # characters of a message
 KEPT, MOST_KEPT = 1000, 100  # bytes of an input, inputs of a target, in the corpus
+WAYS = 500  # that a run tells apart; more say little, and their inputs would be most of the memory it measures
 PIECES = (
     b"", b"-", b"9" * 20, b"9" * 5000, b"1e400", b"1e-320", b"1e308", b"NaN", b"Infinity", b"\xff", b"\0", b"\n", b"\r",
     b",", b":", b"/", b"..", b"../", b"[" * 5000, b'{"a":' * 3000, b"true", b"null", b"{}", b"[]", b"(", b"'", b'"', b"\\",
@@ -290,8 +291,11 @@ def fuzz(name: str, cases: int, seed: int, folder: Path) -> Run:
         way, wrong = outcome(target, data)
         if wrong is not None:
             run.findings.append((wrong, data))
-        if way not in run.outcomes and case >= len(first):
-            corpus.append(data)
+        if way not in run.outcomes:
+            if len(run.outcomes) == WAYS:
+                continue
+            if case >= len(first):
+                corpus.append(data)
         if len(data) < len(run.outcomes.get(way, b" " * 1_000_000)):
             run.outcomes[way] = data
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

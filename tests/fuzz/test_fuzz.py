@@ -11,7 +11,7 @@ def test_bytes_from_outside_are_taken_or_refused(tmp_path, name):
     """Whatever they are: in one line that says which file it is, soon, and within little memory."""
     run = fuzz.fuzz(name, 300, 0, tmp_path)
     assert run.findings == []
-    assert len(run.outcomes) > 5
+    assert len(run.outcomes) >= 3
     assert any(way.startswith("taken") for way in run.outcomes)
 
 

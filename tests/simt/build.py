@@ -92,18 +92,20 @@ def compile_object(source: Path, csrc: Path, flags: Sequence[str], headers: Sequ
 def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | None = None, name: str = "_C_simt",
           kernels: Sequence[Path] | None = None) -> Path:  # fmt: skip
     """The module's path. `csrc`: another copy of the sources; `bindings`, `kernels`: other sources than the project's."""
-    flags = [*(SANITIZE if sanitize else []), *DEFINES]
+    sanitizers = SANITIZE if sanitize else []
     named = csrc / "bindings.cpp" if bindings is None else bindings  # the one source that holds the module's name
     sources = [named, *(sorted((csrc / "cuda").glob("*.cu")) if kernels is None else kernels)]
     sources += [csrc / "stream" / "session.cpp"] if bindings is None else []
     sources += [HERE / "simt.cpp", HERE / "control.cpp"]
 
     def compiled(source: Path) -> Path:
-        return compile_object(source, csrc, [*flags, *[f"-DSAGE_MODULE_NAME={name}"] * (source == named)])
+        if source == named:  # addresses and sizes alone pass through it
+            return compile_object(source, csrc, [*DEFINES, f"-DSAGE_MODULE_NAME={name}"])
+        return compile_object(source, csrc, [*sanitizers, *DEFINES])
 
     with alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_build_info()
-        return _link(name, list(pool.map(compiled, sources)), SANITIZE if sanitize else [])
+        return _link(name, list(pool.map(compiled, sources)), sanitizers)
 
 
 def _write_build_info() -> None:
@@ -124,12 +126,16 @@ def build_native(flags: Sequence[str]) -> Path:
     """The package's `_C` with the CPU kernels alone, as their baseline but with `flags`, under the sanitizers; its path."""
     csrc = ROOT / "csrc"
     sources = [csrc / "bindings.cpp", *sorted(csrc.glob("cpu/*.cpp")), csrc / "stream" / "session.cpp"]
-    flags = [*SANITIZE, *flags, "-O0", "-fopenmp", "-DSAGE_ISA=baseline", "-DSAGE_MODULE_NAME=_C"]
-    flags += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+    flags = [*flags, "-O0", "-fopenmp", "-DSAGE_ISA=baseline", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+
+    def compiled(source: Path) -> Path:
+        named = source.name == "bindings.cpp"
+        more = ["-DSAGE_MODULE_NAME=_C"] if named else SANITIZE
+        return compile_object(source, csrc, [*flags, *more], _headers(csrc, cpu=True))
+
     with alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_build_info()
-        objects = list(pool.map(lambda source: compile_object(source, csrc, flags, _headers(csrc, cpu=True)), sources))
-        return _link("_C", objects, [*SANITIZE, "-fopenmp"])
+        return _link("_C", list(pool.map(compiled, sources)), [*SANITIZE, "-fopenmp"])
 
 
 def build_program(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
