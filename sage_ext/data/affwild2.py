@@ -489,7 +489,7 @@ def _read_fps(path: Path) -> dict[str, float]:
         return {}
     rates = _read_json(path)
     for name, fps in rates.items():
-        _check_rate(fps, f"{path}: {name[:60]}", "frames a second")
+        _check_rate(fps, f"{path}: {name[:60] if name.isprintable() else _short(name)}", "frames a second")
     return {name: float(fps) for name, fps in rates.items()}
 
 
