@@ -13,7 +13,7 @@ import pytest
 import torch  # noqa: F401  (before the compiled module, as the package does)
 from simt import build
 
-if module := os.environ.get("SAGE_TEST_NATIVE"):  # tests/ops/test_sanitizers.py: another build of the kernels
+if module := os.environ.get("SAGE_TEST_NATIVE"):  # tests/ops/test_sanitized.py: another build of the kernels
     sys.modules["sage_ext._C"] = build.load(Path(module), "sage_ext._C")
 
 from backends import BACKENDS, Backend, open_backend
