@@ -64,18 +64,20 @@ def stream(run: Path, frames: int, watching: int, trying: int) -> str:
         port = re.search(r":(\d+)/", "".join(said))[1]
         crowd = [sys.executable, "-c", CROWD, port, str(watching), str(trying)]
         browsers = subprocess.Popen(crowd) if watching + trying else None
-        time.sleep(2)
-        line = json.dumps({name: [0.1] * dim for name, dim in DIMS.items()}) + "\n"
-        began = time.perf_counter()
-        for number in range(1, frames + 1):
-            session.stdin.write(line)
-            session.stdin.flush()
-            time.sleep(max(began + number / 30 - time.perf_counter(), 0))
-        session.stdin.close()
-        listener.join()
-        if browsers is not None:
-            browsers.kill()
-            browsers.wait()
+        try:
+            time.sleep(2)
+            line = json.dumps({name: [0.1] * dim for name, dim in DIMS.items()}) + "\n"
+            began = time.perf_counter()
+            for number in range(1, frames + 1):
+                session.stdin.write(line)
+                session.stdin.flush()
+                time.sleep(max(began + number / 30 - time.perf_counter(), 0))
+            session.stdin.close()
+            listener.join()
+        finally:
+            if browsers is not None:
+                browsers.kill()
+                browsers.wait()
     return next(line.split(None, 1)[1].strip() for line in said if line.lstrip().startswith("latency"))
 
 

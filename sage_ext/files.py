@@ -29,7 +29,7 @@ def alone(folder: Path, work: str) -> Iterator[None]:
     done there, for the message.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+    with open(folder / LOCK, "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -40,13 +40,14 @@ def alone(folder: Path, work: str) -> Iterator[None]:
             ) from None
         try:
             with naming(folder / LOCK):
-                file.truncate(0)
+                os.ftruncate(file.fileno(), 0)
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
-                file.write(f"process {os.getpid()} on {socket.gethostname()}, {work} since {since}\n")
-                file.flush()
+                held = f"process {os.getpid()} on {socket.gethostname()}, {work} since {since}\n"
+                os.write(file.fileno(), held.encode())
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), 0)
             fcntl.flock(file, fcntl.LOCK_UN)  # children that inherited the file would hold it on
 
 
@@ -67,6 +68,20 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def parsing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """For a block that reads a file of our own making: what damage makes a parser raise becomes a ValueError that names it."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # zipfile, zlib, json and NumPy each have their own
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path}: expected what this version writes there, got a damaged file ({why})") from None
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends well, and else leaves nothing behind.
 
@@ -82,7 +97,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not even be made
+            temporary.unlink()
     directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
     try:
         os.fsync(directory)

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from .extras import require
-from .files import write_atomic
+from .files import parsing, write_atomic
 
 P = ParamSpec("P")
 FPS = 30.0
@@ -242,11 +242,12 @@ def plot_training(log: Mapping[str, np.ndarray]) -> Any:
 
 def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The columns of a run's log.csv. ValueError where it has no rows."""
-    lines = Path(path).read_text().splitlines()
-    rows = [[float(value) for value in line.split(",")] for line in lines[1:]]
-    if not rows:
-        raise ValueError(f"{path}: expected a row an epoch, got none: no epoch was finished")
-    return dict(zip(lines[0].split(","), np.array(rows).T))
+    with parsing(path):
+        lines = Path(path).read_text().splitlines()
+        rows = [[float(value) for value in line.split(",")] for line in lines[1:]]
+        if not rows:
+            raise ValueError(f"{path}: expected a row an epoch, got none: no epoch was finished")
+        return dict(zip(lines[0].split(","), np.array(rows).T))
 
 
 # --------------------------------------------------------------------------------------------------------------- page

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,7 +13,10 @@ import threading
 import numpy as np
 import pytest
 
+from sage_ext.data.synthetic import read_spec, read_truth
 from sage_ext.files import LOCK, BusyError, alone, naming, replacing, replacing_folder, write_atomic
+from sage_ext.report import read_log
+from sage_ext.study.results import read_evaluation
 
 HOLDER = """
 import sys, time
@@ -117,6 +121,41 @@ def test_a_full_disk_names_the_file_of_a_folder(tmp_path):
         assert error.value.filename == str(tmp_path / name)
         assert error.value.errno
         assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_and_a_lock(tmp_path):
+    with full_disk(0), pytest.raises(OSError, match=re.escape(f"'{tmp_path / LOCK}'")), alone(tmp_path, "testing"):
+        pass
+    (tmp_path / LOCK).write_bytes(b"\xff\xfe")
+    with alone(tmp_path, "testing"), pytest.raises(BusyError, match="testing since"), alone(tmp_path, "testing"):
+        pass
+
+
+def test_a_place_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=re.escape(f"'{tmp_path / 'file' / 'x.txt'}'")):
+        write_atomic(tmp_path / "file" / "x.txt", b"")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04junk", b"junk", b"[]", b'{"a": 1}', b"\xff", b"a,b\nx,1", b"a\n1"]
+)
+def test_damage_in_files_of_our_own_is_named(tmp_path, content):
+    for name, read in (
+        ("truth/clip.npz", lambda: read_truth(tmp_path, "clip")),
+        ("truth/spec.json", lambda: read_spec(tmp_path)),
+        ("study.npz", lambda: read_evaluation(tmp_path / "study.npz")),
+        ("log.csv", lambda: read_log(tmp_path / "log.csv")),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        if (name, content) == ("log.csv", b"a\n1"):
+            assert read()["a"].tolist() == [1]
+            continue
+        with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_errors_that_have_a_name_keep_it(tmp_path):

@@ -120,14 +120,17 @@ class Resampled:
         weight: np.ndarray = np.maximum(np.minimum(row + 1, high) - np.maximum(row, low), 0)
         row = np.minimum(row, len(self.rows) - 1)  # beyond the end the weight is 0
         first, last = int(row[0, 0]), int(row.max()) + 1
-        block = np.asarray(self.rows[first:last], dtype=np.float32)  # the only read of the file
+        with np.errstate(over="ignore"):  # float64 beyond float32: infinite
+            block = np.asarray(self.rows[first:last], dtype=np.float32)  # the only read of the file
         counts = np.logical_not(np.isnan(block).any(axis=1))
         if self.mask is not None:
             counts &= self.mask[first:last]
         weight = weight * counts[row - first]
         total = np.zeros((len(row), self.shape[1]))
         for k in range(row.shape[1]):
-            np.add(total, weight[:, k, None] * block[row[:, k] - first], out=total, where=weight[:, k, None] > 0)
+            with np.errstate(invalid="ignore"):  # 0 times infinity, where it does not count
+                part = weight[:, k, None] * block[row[:, k] - first]
+            np.add(total, part, out=total, where=weight[:, k, None] > 0)
         mass = weight.sum(axis=1, keepdims=True)
         return np.divide(total, mass, out=np.full_like(total, np.nan), where=mass > 0).astype(np.float32)
 
@@ -216,8 +219,9 @@ def _read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: expected text in UTF-8, got the byte {data[error.start]:#04x}") from None
+        read: bytes = error.object  # without the mark at its beginning that `data` may have
+        line = read.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: expected text in UTF-8, got the byte {read[error.start]:#04x}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- data set
@@ -552,9 +556,12 @@ def _open_array(path: Path) -> np.ndarray:
     size, there = math.prod(shape) * dtype.itemsize, path.stat().st_size - offset
     if size > there:
         raise ValueError(f"{path}: expected {_short(size)} bytes for the shape {_short(shape)} of {dtype}, got {there}")
-    if size == 0:
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, "F" if by_column else "C")
+    try:
+        if size == 0:
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", offset, shape, "F" if by_column else "C")
+    except (ValueError, OverflowError, MemoryError) as error:  # empty, and of dimensions that no array has
+        raise ValueError(f"{path}: expected a .npy file of numbers, got the shape {_short(shape)} ({error})") from None
 
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

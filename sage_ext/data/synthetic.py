@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import replacing_folder
+from ..files import parsing, replacing_folder
 from ..functional import ccc
 from .affwild2 import ANNOTATION_HEADER, SUBMISSION_HEADER, AffWild2, Clip
 
@@ -386,8 +386,10 @@ def _write_annotation(path: Path, rng: np.random.Generator, labels: np.ndarray, 
 
 def read_spec(root: str | os.PathLike) -> SyntheticSpec:
     """The arguments that `write_dataset` was given."""
-    values = json.loads((Path(root) / "truth" / "spec.json").read_text())
-    return SyntheticSpec(**{**values, "frames": tuple(values["frames"])})
+    path = Path(root) / "truth" / "spec.json"
+    with parsing(path):
+        values = json.loads(path.read_text())
+        return SyntheticSpec(**{**values, "frames": tuple(values["frames"])})
 
 
 def has_truth(root: str | os.PathLike) -> bool:
@@ -397,7 +399,8 @@ def has_truth(root: str | os.PathLike) -> bool:
 
 def read_truth(root: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
     """What truth/ holds of the clip `name`, see `write_dataset`."""
-    with np.load(Path(root) / "truth" / f"{name}.npz") as data:
+    path = Path(root) / "truth" / f"{name}.npz"
+    with parsing(path), np.load(path) as data:
         return {key: data[key] for key in data.files}
 
 

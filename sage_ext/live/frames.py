@@ -92,7 +92,7 @@ class JsonLines:
         try:
             text = record.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            got = f"the byte {record[error.start]:#04x} at byte {error.start + 1}"
+            got = f"the byte {error.object[error.start]:#04x} at byte {error.start + 1}"
             raise MalformedFrame("not UTF-8", f"expected text in UTF-8, got {got}") from None
         if not text.strip():
             return None

@@ -93,6 +93,10 @@ class Page:
                 self._process.wait(FAREWELL + PATIENCE)
         self._process.kill()
         self._process.wait()
+        if self._thread.is_alive():
+            self._thread.join()  # its pipe is broken now
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         self._process.stdout.close()
 
     def _forward(self) -> None:
@@ -117,7 +121,8 @@ class Page:
                     return
                 time.sleep(INTERVAL)
         except OSError:  # the process is gone
-            self._tell("the live page has ended; the stream goes on")
+            if self._why is None:
+                self._tell("the live page has ended; the stream goes on")
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -160,7 +160,12 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 return
         with self.lock:
             self.asking[request] = None
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread more is to be had
+            self.asked(request)
+            self.free.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -291,8 +296,8 @@ def main() -> None:
     asked = json.loads(sys.stdin.readline())
     try:
         board = Board(asked["host"], asked["port"], asked["hello"])
-    except OSError as error:
-        print(json.dumps({"error": error.strerror or str(error)}), flush=True)
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
+        print(json.dumps({"error": getattr(error, "strerror", None) or str(error)}), flush=True)
         return
     print(json.dumps({"port": board.port, "loopback": board.loopback}), flush=True)
     why = GONE

@@ -14,7 +14,7 @@ import torch
 
 from ..calibration import ReliabilityDiagram, expected_calibration_error
 from ..data.affwild2 import bare_name
-from ..files import write_atomic
+from ..files import parsing, write_atomic
 from .corruptions import Condition
 from .methods import ORACLE, REFERENCE
 from .plan import Study, condition_name, evaluation_path, scored_clips
@@ -59,7 +59,7 @@ def read_evaluation(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """{method: {"model": digest of its weights, "moments": (V, 2, 6), and of SAGE what `score` says of its
     confidence}}."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(path) as file:
+    with parsing(path), np.load(path) as file:
         for key in file.files:
             method, _, name = key.partition("/")
             found.setdefault(method, {})[name] = file[key]

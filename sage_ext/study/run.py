@@ -25,7 +25,7 @@ import numpy as np
 
 from ..data.affwild2 import AffWild2
 from ..data.synthetic import has_truth
-from ..files import LOCK, alone, write_atomic
+from ..files import LOCK, alone, parsing, write_atomic
 from ..nn import ReliabilityFusion
 from ..report import Table, printable
 from ..training.runs import Run, calibrate_run
@@ -61,7 +61,8 @@ def finished(config: TrainConfig, path: str | os.PathLike[str]) -> dict[str, Any
     differ = differences(read_config(run).to_json(), config.to_json())
     if differ:
         raise RunError(f"{run}: expected the configuration that it was trained with, got another ({differ})")
-    return json.loads((run / RESULT).read_text())
+    with parsing(run / RESULT):
+        return json.loads((run / RESULT).read_text())
 
 
 def train_one(config: TrainConfig, path: str) -> dict[str, Any]:

@@ -91,22 +91,24 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever the library raises for bytes that are not its own
-        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error)[:100]})") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(metadata, dict) or _KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a sage_ext checkpoint")
     try:
         header = json.loads(metadata[_KEY])
         version, tree, digest = header["format"], str(header["tree"]), header["digest"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged header ({str(error)[:100]})") from error
+        raise CheckpointError(f"{path}: damaged header ({' '.join(str(error).split())[:100]})") from error
     if version != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {str(version)[:60]}; this version reads format {FORMAT}")
-    if _digest(tree, tensors) != digest:
-        raise CheckpointError(f"{path}: damaged (the contents do not match their digest)")
+        raise CheckpointError(f"{path}: checkpoint format {version!r:.60}; this version reads format {FORMAT}")
     try:
+        if _digest(tree, tensors) != digest:
+            raise CheckpointError(f"{path}: damaged (the contents do not match their digest)")
         state = _unpack(json.loads(tree), tensors)
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged tree ({str(error)[:100]})") from error
+        raise CheckpointError(f"{path}: damaged tree ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a dict of its parts, got {type(state).__name__}")
     return state

@@ -102,13 +102,16 @@ class DataSet:
         features.mkdir(parents=True)
         (features / "clip.npy").write_bytes(npy("(10, 3)"))
         (self.root / "faces" / "clip").mkdir(parents=True)
+        (self.root / "features" / "audio").mkdir()
+        (self.root / "features" / "audio" / "clip.npy").write_bytes(npy("(10, 3)"))
+        (self.root / "features" / "audio" / "meta.json").write_text('{"rate": 31}')
 
     def reading(self, name: str) -> Callable[[bytes], object]:
         """Writes the bytes to the file `name`, and reads the whole clip."""
 
         def read(path: Path) -> None:
             clip = AffWild2(self.root, "train", annotations=self.root / "Annotations" / "VA_Estimation_Challenge")[0]
-            clip_tensors(clip, ["visual"], 0, min(clip.num_frames, 300))
+            clip_tensors(clip, ["audio", "visual"], 0, min(clip.num_frames, 300))
 
         return reading_file(self.root / name, read)
 
@@ -189,6 +192,8 @@ ANNOTATION = b"valence,arousal\n0.1,-0.2\n-5,0\n1,1\n0,-1e-3\n"
 SAMPLE = b"image_location,valence,arousal\nclip/00001.jpg,0,0\nclip/00002.jpg,,\nother_left/00007.png,0,0\n"
 META = b'{"rate": 30, "shared": true, "images": "faces", "about": {"a": [1, 2.5e3]}}'
 ARRAYS = [npy("(10, 3)"), npy("(4, 2)", "'>f8'"), npy("(3,)", "[('a', '<f4')]")]
+ARRAYS += [npy("(0, 4611686018427387904)"), npy("(" + "1, " * 65 + ")"), npy("(10, 3)", "'<S0'")]
+ARRAYS += [npy("(4, 2)", "'<f8'", size=0) + np.array([1e300, np.inf] * 4).tobytes()]
 TREES = [
     b'{"dict": [["model", {"dict": [["weight", {"tensor": "/model/weight"}], ["bias", {"tensor": "/model/bias"}]]}],'
     b' ["at", {"tuple": [1, null, true]}], ["list", {"list": ["a", 2.5]}]]}',
@@ -204,6 +209,9 @@ REQUESTS = [
 ]  # fmt: skip
 
 
+UNSIGNED = safetensors.torch.save({}, {"sage_ext": json.dumps({"format": 1, "digest": "x", "tree": "\ud800"})})
+
+
 def of_file(read: Callable[[Path], object], *seeds: bytes) -> Callable[[Path], Target]:
     return lambda folder: Target(reading_file(folder / "file", read), [*seeds], named=re.escape(str(folder / "file")))
 
@@ -214,7 +222,7 @@ def of_data_set(name: str, *seeds: bytes) -> Callable[[Path], Target]:
             DataSet(folder).reading(name),
             [*seeds],
             (ValueError, FileNotFoundError),
-            f"{re.escape(str(folder))}|^clip: visual, row",
+            f"{re.escape(str(folder))}|^clip: (audio|visual), row",
         )
 
     return make
@@ -230,10 +238,11 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "annotation": of_file(read_annotation, ANNOTATION),
     "sample": of_file(read_sample, SAMPLE),
     "array": of_data_set("features/visual/clip.npy", *ARRAYS),
+    "array_resampled": of_data_set("features/audio/clip.npy", *ARRAYS),
     "mask": of_data_set("features/visual/clip.mask.npy", npy("(10,)", "'|b1'", size=10)),
     "meta": of_data_set("features/visual/meta.json", META),
     "fps": of_data_set("fps.json", b'{"clip": 25, "other": 29.97}'),
-    "checkpoint": of_file(checkpoint.load_checkpoint, *map(signed, TREES)),
+    "checkpoint": of_file(checkpoint.load_checkpoint, *map(signed, TREES), UNSIGNED),
     "checkpoint_tree": of_tree,
     "frames": lambda folder: Target(reading_frames(), LINES),
     "http": lambda folder: Target(Browser().take, REQUESTS),

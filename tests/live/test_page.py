@@ -241,6 +241,23 @@ def test_a_page_that_dies_leaves_the_stream_alone(model):
     assert told == ["the live page has ended; the stream goes on"]
 
 
+def test_a_name_that_cannot_be_one_is_refused(model):
+    with pytest.raises(OSError, match=r"^--serve, --host: expected an address to listen on, got 0, a\.\.b: "):
+        Page("a..b", 0, "run", Estimator(model, NAMES))
+
+
+def test_threads_that_cannot_be_had_hold_no_place(board, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(CONNECTIONS + 2):
+            with socket.create_connection(("127.0.0.1", board.port), timeout=5) as connection:
+                assert connection.recv(1) == b""
+    assert get(board).status == 200
+
+
 def test_a_page_that_stands_still_holds_nobody(model, monkeypatch):
     monkeypatch.setattr("sage_ext.live.page.TIMEOUT", 0.5)
     monkeypatch.setattr("sage_ext.live.page.FAREWELL", 0.5)
