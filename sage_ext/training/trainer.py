@@ -131,6 +131,11 @@ AT = ("step", "epoch", "position", "log_bytes", "done")  # where a training is, 
 FREE = ("data", "num_workers", "checkpoint_every")
 
 
+def _same_shape(what: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"{what} of shape {tuple(value.shape)} in place of {tuple(like.shape)}")
+
+
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = FREE) -> str:
     """What differs between two configurations, "name OLD -> NEW" each; empty where nothing does. `free` may."""
     names = [name for name in {**stored, **asked} if name not in free and stored.get(name) != asked.get(name)]
@@ -263,11 +268,22 @@ class Training:
     def _take(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.loss_sum = state["running"]["loss_sum"].to(self.device)
-        self.moments = state["running"]["moments"]
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.dim():
+                    _same_shape(f"optimizer's {name}", value, parameter)
+        running, best = state["running"], state["best"]
+        _same_shape("loss_sum", running["loss_sum"], self.loss_sum)
+        if running["moments"] is not None:
+            _same_shape("moments", running["moments"], torch.empty(2, 6))
+        if best["model"]:
+            for name, value in self.model.state_dict().items():
+                _same_shape(f"best {name}", best["model"][name], value)
+        self.loss_sum = running["loss_sum"].to(self.device)
+        self.moments = running["moments"]
         if self.moments is not None:
             self.moments = self.moments.to(self.device)
-        self.best = {name: state["best"][name] for name in self.best}
+        self.best = {name: type(value)(best[name]) for name, value in self.best.items()}
         for name in AT:
             setattr(self, name, type(getattr(self, name))(state["at"][name]))
         torch.set_rng_state(state["rng"]["cpu"])

@@ -416,6 +416,11 @@ def test_tensorboard(tiny, tmp_path):
     np.testing.assert_allclose(logged, want, rtol=1e-6)
 
 
+def one(tensors):
+    """The first of them, of another shape."""
+    return {next(iter(tensors)): torch.zeros(3, 5, 7)}
+
+
 @pytest.mark.parametrize("change", ["last", "modalities", "config", "huge", "missing", "values", "list"])
 def test_a_checkpoint_of_another_kind_is_named(whole, tmp_path, change):
     """Whole and well signed, but not what belongs there: one line that names the file, for loading as for resuming."""
@@ -452,6 +457,20 @@ def test_a_checkpoint_of_another_kind_is_named(whole, tmp_path, change):
         {**last, "running": {"loss_sum": 3, "moments": None}},
         {**last, "optimizer": []},
         {**last, "best": {}},
+        {**last, "best": {**last["best"], "P": "high"}},
+        {**last, "best": {**last["best"], "model": {**last["best"]["model"], **one(last["best"]["model"])}}},
+        {**last, "running": {**last["running"], "loss_sum": torch.zeros(3)}},
+        {**last, "running": {**last["running"], "moments": torch.zeros(6, 2)}},
+        {
+            **last,
+            "optimizer": {
+                **last["optimizer"],
+                "state": {
+                    **last["optimizer"]["state"],
+                    0: {**last["optimizer"]["state"][0], "exp_avg": torch.zeros(3, 7)},
+                },
+            },
+        },
     ):
         save_checkpoint(run / LAST, wrong)
         with pytest.raises(CheckpointError, match=re.escape(str(run / LAST)) + ": expected the training state"):
