@@ -216,6 +216,7 @@ def test_interrupt_leaves_a_resumable_run(data, tmp_path):
     assert f"continues at step {step} of" in first
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_directory(capsys, data, tmp_path):
     """The second one refuses, with --overwrite and --resume too, and says who is there; a killed one holds nothing."""
     path = tmp_path / "run"
@@ -240,6 +241,7 @@ def test_two_trainings_in_one_directory(capsys, data, tmp_path):
     assert "continues at step" in said
 
 
+@pytest.mark.slow
 def test_closed_descriptors(trained, data):
     """Nothing hangs, and what belongs to standard error never comes on standard output."""
     program = f"{sys.executable} -m sage_ext"
@@ -261,6 +263,7 @@ def test_closed_descriptors(trained, data):
     assert shell(f"{program} evaluate --run nowhere 2>&-") == (2, "", "")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(data, tmp_path):
     """No file may grow beyond a few bytes: each command says which one could not, and what it began is not there."""
 
