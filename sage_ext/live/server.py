@@ -216,6 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.close_connection = True
         self.server.asked(self.connection)
+        if self.request_version == "HTTP/0.9":  # knows no headers, and so not the page's policy
+            return
         self.connection.settimeout(TIMEOUT)
         if not self.server.board.allows(self.headers.get("Host", "")):
             self._text(HTTPStatus.FORBIDDEN, "Host: expected localhost, an IP address or the name given by --host\n")

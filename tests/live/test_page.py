@@ -243,6 +243,13 @@ def test_a_page_that_dies_leaves_the_stream_alone(model):
     assert told == ["the live page has ended; the stream goes on"]
 
 
+@pytest.mark.parametrize("path", [b"/", b"/events"])
+def test_a_request_without_a_version_gets_nothing(board, path):
+    with socket.create_connection(("127.0.0.1", board.port), timeout=5) as connection:
+        connection.sendall(b"GET " + path + b"\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(100) == b""
+
+
 def test_a_name_that_cannot_be_one_is_refused(model):
     with pytest.raises(OSError, match=r"^--serve, --host: expected an address to listen on, got 0, a\.\.b: "):
         Page("a..b", 0, "run", Estimator(model, NAMES))
