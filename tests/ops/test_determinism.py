@@ -457,3 +457,5 @@ print(len(set(re.findall("/\\\\S*lib[gi]?omp5?[^/]*so\\\\S*", open("/proc/self/m
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout.strip()) == (0, "1"), found.stderr
+    with open(_C.__file__, "rb") as file:
+        assert b"libgomp" not in file.read()  # nor asked for: a tool that repairs wheels would bundle it
