@@ -67,6 +67,11 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 
+def one_line(text: object, most: int = 100) -> str:
+    """The beginning of an error's text, for a message of one line."""
+    return " ".join(str(text).split())[:most]
+
+
 @contextlib.contextmanager
 def parsing(path: str | os.PathLike[str]) -> Iterator[None]:
     """For a block that reads a file of our own making: what damage makes a parser raise becomes a ValueError that names it."""
@@ -77,7 +82,7 @@ def parsing(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:  # zipfile, zlib, json and NumPy each have their own
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        why = one_line(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"{path}: expected what this version writes there, got a damaged file ({why})") from None
 
 

@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import replacing
+from ..files import one_line, replacing
 
 FPS = 30.0
 SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",), "test": ()}
@@ -127,10 +127,10 @@ class Resampled:
             counts &= self.mask[first:last]
         weight = weight * counts[row - first]
         total = np.zeros((len(row), self.shape[1]))
-        for k in range(row.shape[1]):
-            with np.errstate(invalid="ignore"):  # 0 times infinity, where it does not count
+        with np.errstate(invalid="ignore"):  # 0 times infinity, where it does not count
+            for k in range(row.shape[1]):
                 part = weight[:, k, None] * block[row[:, k] - first]
-            np.add(total, part, out=total, where=weight[:, k, None] > 0)
+                np.add(total, part, out=total, where=weight[:, k, None] > 0)
         mass = weight.sum(axis=1, keepdims=True)
         return np.divide(total, mass, out=np.full_like(total, np.nan), where=mass > 0).astype(np.float32)
 
@@ -549,8 +549,7 @@ def _open_array(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # NumPy parses the header as Python: whatever that raises
-        why = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path}: expected a .npy file, got one that cannot be read: {why}") from None
+        raise ValueError(f"{path}: expected a .npy file, got one that cannot be read: {one_line(error)}") from None
     if not all(type(size) is int and size >= 0 for size in shape) or dtype.hasobject:
         raise ValueError(f"{path}: expected a .npy file of numbers, got the shape {_short(shape)} of {dtype}")
     size, there = math.prod(shape) * dtype.itemsize, path.stat().st_size - offset

@@ -87,8 +87,6 @@ class Page:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if not self._thread.is_alive():
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(FAREWELL + PATIENCE)
         self._process.kill()

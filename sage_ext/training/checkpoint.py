@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..extras import require
-from ..files import write_atomic
+from ..files import one_line, write_atomic
 
 FORMAT = 1
 _KEY = "sage_ext"
@@ -79,7 +79,6 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, tensors on the CPU. CheckpointError if the file is missing, cut or altered."""
-    require("safetensors", "train")
     safetensors_torch = require("safetensors.torch", "train")
     path = Path(path)
     if not path.is_file():
@@ -91,14 +90,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever the library raises for bytes that are not its own
-        raise CheckpointError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:100]})") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({one_line(error)})") from error
     if not isinstance(metadata, dict) or _KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a sage_ext checkpoint")
     try:
         header = json.loads(metadata[_KEY])
         version, tree, digest = header["format"], str(header["tree"]), header["digest"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged header ({' '.join(str(error).split())[:100]})") from error
+        raise CheckpointError(f"{path}: damaged header ({one_line(error)})") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {version!r:.60}; this version reads format {FORMAT}")
     try:
@@ -108,7 +107,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged tree ({' '.join(str(error).split())[:100]})") from error
+        raise CheckpointError(f"{path}: damaged tree ({one_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a dict of its parts, got {type(state).__name__}")
     return state
@@ -123,5 +122,5 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        got = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        got = f"no {error}" if isinstance(error, KeyError) else one_line(error, 300)
         raise CheckpointError(f"{path}: expected {what} of this version, got another file ({got})") from error
