@@ -1,13 +1,23 @@
-"""Reader and submission writer for data in the Aff-Wild2 (ABAW challenge) layout.
+"""Reader and submission writer for data in the Aff-Wild2 (ABAW challenge) layout, and for anybody's in the same folders.
 
     root/
       <N>th ABAW Annotations/VA_Estimation_Challenge/{Train_Set,Validation_Set}/<video>.txt  (older releases: VA_Set)
+      annotations/{Train_Set,Validation_Set,Test_Set}/<video>.txt     the same of other data
       features/<modality>/<video>.npy         (rows, D) floating point: row i is frame i + 1, see `rate`
       features/<modality>/<video>.mask.npy    optional (rows,) bool: False where the row means nothing
       features/<modality>/meta.json           optional, see below
       cropped_aligned/<video>/00001.jpg       optional: the face crops; a frame without a face has no file
-      sample_submission.txt                   the organisers' sample file: it alone says what the test split is
-      fps.json                                optional {"<video>": frames per second}, 30 where a video is not listed
+      sample_submission.txt                   the organisers' sample file: where it is, it says what the test split is
+      fps.json                                optional: frames a second, one number for all videos, or {"<video>": number}
+                                              with 30 where a video is not listed
+      targets.json                            optional {"<target>": [low, high]}: the columns of the annotations that are
+                                              estimated, in order, and the range of each
+      groups.json                             optional {"<grouping>": {"<video>": "<group>"}}, or {"<video>": "<group>"},
+                                              which is the grouping "group": what must not be torn apart by a split
+
+An annotation has a header and a row a frame. `valence,arousal` without a targets.json is Aff-Wild2's: both in [-1, 1], -5
+in a frame that is not annotated. Any other names any columns, each with its range behind it where that is not
+[-1, 1], as in `stress[0:100],valence`; an empty cell or NaN says that the frame is not annotated.
 
 `meta.json` of a modality, every key optional:
 
@@ -22,7 +32,8 @@
 
 Row i of an annotation is frame i is row i of the features, whatever the lengths: nothing is ever shifted or cut out.
 Features that end early leave the modality absent in the last frames; surplus rows are ignored; both are listed in
-`mismatches`. Features are memory-mapped and resampled span by span, so a data set may be larger than the memory.
+`mismatches`, with files that nothing reads and videos that lack something. Features are memory-mapped and resampled span by
+span, so a data set may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -34,6 +45,7 @@ import operator
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +53,17 @@ from typing import Any
 
 import numpy as np
 
+from .._arguments import MAX_MODALITIES
 from ..files import one_line, replacing
+from .rates import FPS
+from .targets import VALENCE_AROUSAL, Targets, described, header_targets, make_targets, scaled
 
-FPS = 30.0
-SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",), "test": ()}
+SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",), "test": ("Test_Set",)}
 ANNOTATION_HEADER = "valence,arousal"
 SUBMISSION_HEADER = "image_location,valence,arousal"
 INVALID = -5.0
 
-_TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
+_TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set", "annotations")
 _META_KEYS = ("rate", "shared", "images", "about")
 _LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>[0-9]+)\.(?:jpg|png)")
 _MOST_FRAMES = 10_000_000  # of a video that a sample file may name: 92 hours at 30 a second
@@ -66,13 +80,16 @@ class Clip:
     """One annotated or test video of T frames. Arrays may be memory-mapped or computed when sliced.
 
     name        the annotation's stem: `video`, `video_left` or `video_right`; rows of a submission use it
-    labels      (T, 2) float32 valence and arousal in [-1, 1], NaN in invalid rows; None for a test video
-    valid       (T,) bool: the frame is annotated (neither column is -5)
+    labels      (T, C) float32, each target on [-1, 1] (mapped there from its range, see `targets`), NaN in invalid rows;
+                None for a test video
+    valid       (T,) bool: the frame is annotated, with all targets
     features    modality -> (T_m, D_m) floating point, row t is frame t (0-based); T_m may be shorter or longer than
                 T. Slice it (`features[m][a:b]`) rather than read it whole. Rows of absent frames hold anything, NaN
-                included
+                included; a row that holds NaN or infinity is absent
     present     modality -> (T,) bool: the frame has that modality
     num_frames  T
+    fps         frames a second
+    targets     names and ranges of the C targets
     """
 
     name: str
@@ -81,13 +98,20 @@ class Clip:
     features: Mapping[str, Any]
     present: Mapping[str, np.ndarray]
     num_frames: int
+    fps: float = FPS
+    targets: Targets = VALENCE_AROUSAL
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {rows.shape[1]}" for name, rows in self.features.items())
+        known = "no labels" if self.labels is None else f"{int(self.valid.sum())} annotated"
+        return f"<Clip {self.name}: {self.num_frames} frames at {self.fps:g} a second, {known}; {sizes}>"
 
 
 class Resampled:
     """Features of another rate on the frame clock, computed for the span that is sliced.
 
-    `rows` is (N, D) at `rate` rows a second, `mask` (N,) bool or None says which rows count; rows that hold NaN do
-    not. `resampled[a:b]` is (b - a, D) float32: frame t (0-based) is the mean of the rows that overlap [t/fps,
+    `rows` is (N, D) at `rate` rows a second, `mask` (N,) bool or None says which rows count; rows that hold NaN or
+    infinity do not. `resampled[a:b]` is (b - a, D) float32: frame t (0-based) is the mean of the rows that overlap [t/fps,
     (t+1)/fps) s, weighted by the overlap; NaN where none of them counts. A row of the result does not depend on the
     span.
     """
@@ -122,7 +146,7 @@ class Resampled:
         first, last = int(row[0, 0]), int(row.max()) + 1
         with np.errstate(over="ignore"):  # float64 beyond float32: infinite
             block = np.asarray(self.rows[first:last], dtype=np.float32)  # the only read of the file
-        counts = np.logical_not(np.isnan(block).any(axis=1))
+        counts = finite_rows(block)
         if self.mask is not None:
             counts &= self.mask[first:last]
         weight = weight * counts[row - first]
@@ -138,9 +162,17 @@ class Resampled:
         return np.asarray(self[:], dtype=dtype)
 
 
+def finite_rows(rows: np.ndarray) -> np.ndarray:
+    """(N,) bool of (N, D) floating point: all numbers of the row are finite, as float32."""
+    if rows.dtype.itemsize > 4:
+        with np.errstate(over="ignore"):
+            rows = rows.astype(np.float32)
+    return np.isfinite(rows).all(axis=1)
+
+
 class Presence(Mapping[str, np.ndarray]):
-    """modality -> (T,) bool. `declared` is what the files say (rows, mask, images); rows that hold NaN are absent
-    too, which takes a pass over the features and is found out only for the modality that is asked for."""
+    """modality -> (T,) bool. `declared` is what the files say (rows, mask, images); rows that hold NaN or infinity
+    are absent too, which takes a pass over the features and is found out only for the modality that is asked for."""
 
     def __init__(self, declared: Mapping[str, np.ndarray], features: Mapping[str, Any]):
         self.declared, self._features, self._full = declared, features, dict[str, np.ndarray]()
@@ -150,7 +182,7 @@ class Presence(Mapping[str, np.ndarray]):
             full, rows = self.declared[name].copy(), self._features[name]
             for start in range(0, min(len(full), len(rows)), 4096):
                 block = np.asarray(rows[start : min(start + 4096, len(full))])
-                full[start : start + len(block)] &= ~np.isnan(block).any(axis=1)
+                full[start : start + len(block)] &= finite_rows(block)
             self._full[name] = full
         return self._full[name]
 
@@ -164,52 +196,90 @@ class Presence(Mapping[str, np.ndarray]):
 # -------------------------------------------------------------------------------------------------------- annotations
 
 
-def read_annotation(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Reads `valence,arousal` rows, one a frame -> labels (T, 2) float32 with NaN in invalid rows, valid (T,) bool.
+def read_annotation(path: str | os.PathLike, targets: Targets | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Reads an annotation, a row a frame -> labels (T, C) float32 on [-1, 1], NaN in invalid rows, valid (T,) bool.
 
-    A row is invalid when either column is -5. Raises ValueError naming file and line for a wrong header, a wrong
-    number of columns, a blank line between rows, something that is not a number, or a value outside [-1, 1] other
-    than -5.
+    targets: the columns to read, in this order, each with its range; others are left. Default: what the header says.
+    A row is invalid where one of them is empty or NaN. In a file with the header `valence,arousal` it is invalid where
+    either is -5, and without `targets` every cell has to be a number there, as in Aff-Wild2.
+
+    Raises ValueError naming file and line for a wrong header, a wrong number of columns, a blank line between rows,
+    something that is not a number, or a value outside its range.
     """
-    path = Path(path)
+    return _read_annotation(Path(path), targets)[:2]
+
+
+def _read_annotation(path: Path, targets: Targets | None) -> tuple[np.ndarray, np.ndarray, Targets]:
     lines = _read_text(path).split("\n")
-    if lines[0].strip() != ANNOTATION_HEADER:
-        raise ValueError(f"{path}:1: expected the header {ANNOTATION_HEADER!r}, got {_short(lines[0].strip())}")
+    header = lines[0].strip()
+    columns = header_targets(header, f"{path}:1: expected a header of targets, as in {ANNOTATION_HEADER!r}, got")
+    affwild2 = header == ANNOTATION_HEADER
+    strict = affwild2 and targets is None
+    names = [column.name for column in columns]
+    if targets is None:
+        targets = columns
+    missing = [target.name for target in targets if target.name not in names]
+    if missing:
+        raise ValueError(f"{path}:1: expected the columns {', '.join(missing)}, got the header {_short(header)}")
     while lines and not lines[-1].strip():
         lines.pop()
     rows = lines[1:]
     if not rows:
-        raise ValueError(f"{path}:2: expected rows of {ANNOTATION_HEADER!r}, got the end of the file")
+        raise ValueError(f"{path}:2: expected rows of {header!r:.60}, got the end of the file")
+    values = _numbers(rows, len(columns))
+    if values is None:
+        raise ValueError(_annotation_fault(path, rows, columns, targets, strict))
+    values = values[:, [names.index(target.name) for target in targets]]
+    low, high = np.array([(target.low, target.high) for target in targets]).T
+    unknown = np.isnan(values) if not strict else np.zeros(values.shape, bool)
+    if affwild2:
+        unknown |= values == INVALID
+    if not (unknown | (values >= low) & (values <= high)).all():
+        raise ValueError(_annotation_fault(path, rows, columns, targets, strict))
+    valid = ~unknown.any(axis=1)
+    labels = scaled(values, targets).astype(np.float32)
+    labels[~valid] = np.nan
+    return labels, valid, targets
+
+
+def _numbers(rows: list[str], columns: int) -> np.ndarray | None:
+    """(T, columns) float64, NaN where a cell is empty; None where a row is not that many numbers."""
     try:
         values = np.loadtxt(rows, delimiter=",", comments=None, ndmin=2)
     except ValueError:
-        values = np.empty((0, 2))
-    outside = ~((values >= -1) & (values <= 1) | (values == INVALID))
-    if values.shape != (len(rows), 2) or outside.any():
-        raise ValueError(_annotation_fault(path, rows))
-    valid = (values != INVALID).all(axis=1)
-    labels = values.astype(np.float32)
-    labels[~valid] = np.nan
-    return labels, valid
+        cells = [row.split(",") for row in rows]
+        try:
+            values = np.array([[float(cell) if cell.strip() else math.nan for cell in row] for row in cells])
+        except ValueError:
+            return None
+        if any("_" in row for row in rows) or not all(row.strip() for row in rows):
+            return None
+    return values if values.shape == (len(rows), columns) else None
 
 
-def _annotation_fault(path: Path, rows: list[str]) -> str:
+def _annotation_fault(path: Path, rows: list[str], columns: Targets, targets: Targets, strict: bool) -> str:
+    header = ",".join(column.name for column in columns)
+    wanted = {target.name: target for target in targets}
     for number, row in enumerate(rows, start=2):
         cells = row.split(",")
         if not row.strip():
             return f"{path}:{number}: expected a row, got a blank line, which would shift every later frame"
-        if len(cells) != 2:
-            return f"{path}:{number}: expected 2 columns ({ANNOTATION_HEADER}), got {len(cells)}: {_short(row.strip())}"
-        for cell, column in zip(cells, ANNOTATION_HEADER.split(",")):
+        if len(cells) != len(columns):
+            many = f"{len(columns)} columns" if len(columns) > 1 else "1 column"
+            return f"{path}:{number}: expected {many} ({header:.60}), got {len(cells)}: {_short(row.strip())}"
+        for cell, column in zip(cells, columns):
+            where = f"{path}:{number}: {column.name}"
             try:
-                value = float(cell) if "_" not in cell else math.nan
+                value = float(cell.strip() or ("" if strict else "nan")) if "_" not in cell else float("_")
             except ValueError:
-                return f"{path}:{number}: {column}: expected a number, got {_short(cell.strip())}"
-            if not (-1 <= value <= 1 or value == INVALID):
-                return (
-                    f"{path}:{number}: {column}: expected a value in [-1, 1] or -5 (invalid), got {cell.strip()[:60]}"
-                )
-    return f"{path}: expected two columns of numbers, got rows that cannot be read as such"
+                return f"{where}: expected a number{'' if strict else ' or nothing'}, got {_short(cell.strip())}"
+            if column.name not in wanted or (math.isnan(value) and not strict):
+                continue
+            _, low, high = wanted[column.name]
+            if not (low <= value <= high or (header == ANNOTATION_HEADER and value == INVALID)):
+                nothing = "-5 (invalid)" if header == ANNOTATION_HEADER else "nothing (not annotated)"
+                return f"{where}: expected a value in [{low:g}, {high:g}] or {nothing}, got {cell.strip()[:60]}"
+    return f"{path}: expected columns of numbers, got rows that cannot be read as such"
 
 
 def _read_text(path: Path) -> str:
@@ -238,6 +308,7 @@ class _Meta:
 class _Source:
     path: Path
     rows: int
+    dim: int
     mask: Path | None
 
 
@@ -250,17 +321,21 @@ class _Video:
 
 
 class AffWild2(Sequence[Clip]):
-    """The clips of one split, in the order of their names (test: of the sample file).
+    """The clips of one split, in the order of their names (test: of the sample file, where there is one).
 
     root         the folder above (str or path)
-    split        "train", "validation" or "test"; the test split is defined by the sample file and has no labels
-    modalities   which folders of `features`, in this order; default: all, by name
+    split        "train", "validation" or "test". The test split is what the sample file names, without labels; where there
+                 is no sample file it is the annotations in Test_Set
+    modalities   which folders of `features`, in this order; default: all, by name; 8 at most
     annotations  the folder that holds Train_Set and Validation_Set, where it is not found below root
     features     the folder that holds the modality folders; default root/features
     sample_file  the organisers' sample submission; default root/sample_submission.txt (read for the test split only)
+    faults       a list that takes what is wrong with single files, a sentence each, in place of the error: such a file
+                 is left out
 
-    `names`: the clips' names. `modalities`: name -> D, in order. `mismatches`: what does not fit, a sentence each
-    that begins with the video's name: nothing in it stops training, everything in it should be looked at once.
+    `names`: the clips' names. `modalities`: name -> D, in order. `targets`: names and ranges. `frame_rate`: the frames a
+    second of most frames. `groupings`: what groups.json holds. `mismatches`: what does not fit, a sentence each that
+    begins with the video's name or the folder: nothing in it stops training, everything in it should be looked at once.
     Annotations and the headers of all feature files are read and checked here; the features themselves when a clip is
     sliced.
 
@@ -269,6 +344,7 @@ class AffWild2(Sequence[Clip]):
 
     names: list[str]
     modalities: dict[str, int]
+    targets: Targets
     mismatches: list[str]
 
     def __init__(
@@ -280,35 +356,75 @@ class AffWild2(Sequence[Clip]):
         annotations: str | os.PathLike | None = None,
         features: str | os.PathLike | None = None,
         sample_file: str | os.PathLike | None = None,
+        faults: list[str] | None = None,
     ):
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        self.root, self.split = Path(root), split
+        self.root, self.split, self._faults = Path(root), split, faults
         if not self.root.is_dir():
             raise FileNotFoundError(f"root: expected a folder, got {self.root}")
         folder = self.root / "features" if features is None else Path(features)
         self._folders = _modality_folders(folder, modalities)
         self._meta = {name: _read_meta(path / "meta.json", self.root) for name, path in self._folders.items()}
         self._fps = _read_fps(self.root / "fps.json")
+        self._declared = _read_targets(self.root / "targets.json")
+        self.groupings = _read_groups(self.root / "groups.json")
         self._images: dict[tuple[str, str], np.ndarray] = {}
-        self.modalities, self.mismatches = {}, []
-        first: dict[str, Path] = {}  # the file from which a modality's D was learnt
+        self.modalities, self.mismatches, self.targets = {}, [], self._declared or VALENCE_AROUSAL
         self._videos: list[_Video] = []
+        bare: list[str] = []  # annotated videos without any features
         for name, labels, valid in self._annotated(annotations, sample_file):
-            sources = {m: self._source(m, name, len(valid), first) for m in self._folders}
-            if not any(sources.values()):
-                where = ", ".join(str(path / f"{name}.npy") for path in self._folders.values())
-                raise FileNotFoundError(
-                    f"{name}: expected features of a modality or more, got none (looked for {where})"
-                )
-            self._videos.append(_Video(name, labels, valid, sources))
+            sources = {m: self._source(m, name) for m in self._folders}
+            if any(sources.values()):
+                self._videos.append(_Video(name, labels, valid, sources))
+            else:
+                bare.append(name)
+        if bare and (split == "test" or not self._videos) and faults is None:
+            where = ", ".join(str(path / f"{bare[0]}.npy") for path in self._folders.values())
+            raise FileNotFoundError(
+                f"{bare[0]}: expected features of a modality or more, got none (looked for {where})"
+            )
+        self.mismatches += [f"{name}: annotated, but without features of any modality: left out" for name in bare]
         for m, path in self._folders.items():
+            with self._lenient():
+                self._settle_dim(m)
             if m not in self.modalities:
-                raise FileNotFoundError(
+                error = FileNotFoundError(
                     f"modalities: expected features of {m!r} for the {split} split, got none in {path}"
                 )
-        self.modalities = {m: self.modalities[m] for m in self._folders}
+                if faults is None:
+                    raise error
+                faults.append(str(error))
+                self.modalities[m] = 0
+        for video in self._videos:
+            self._report(video)
+        self.modalities = {m: self.modalities[m] for m in self._folders if self.modalities[m]}
         self.names = [video.name for video in self._videos]
+        self._report_strangers(annotations, sample_file)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {dim}" for name, dim in self.modalities.items())
+        return f"<AffWild2 {self.root}, {self.split}: {len(self)} clips; {sizes}; {described(self.targets)}>"
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second: of one half of all frames no more, of the other no less."""
+        rates = sorted((self.fps(video.name), len(video.valid)) for video in self._videos)
+        half = sum(frames for _, frames in rates) / 2
+        for rate, frames in rates:
+            half -= frames
+            if half <= 0:
+                return rate
+        return FPS
+
+    def group(self, name: str, grouping: str | None = None) -> str:
+        """The group that clip `name` is in: by `grouping`, by default the one named "group". Where that grouping does not
+        hold the clip, its video. ValueError for a grouping that groups.json does not have."""
+        if grouping is not None and grouping not in self.groupings:
+            have = ", ".join(self.groupings) or "none"
+            raise ValueError(f"group: expected a grouping of {self.root / 'groups.json'} ({have}), got {grouping!r}")
+        known = self.groupings.get("group" if grouping is None else grouping, {})
+        return known.get(name, known.get(bare_name(name), bare_name(name)))
 
     def __len__(self) -> int:
         return len(self._videos)
@@ -335,52 +451,145 @@ class AffWild2(Sequence[Clip]):
             if meta.images is not None:
                 present &= self._with_image(meta.images, video.name, frames)
             declared[m] = present
-        return Clip(video.name, video.labels, video.valid, features, Presence(declared, features), frames)
+        present_ = Presence(declared, features)
+        return Clip(
+            video.name, video.labels, video.valid, features, present_, frames, self.fps(video.name), self.targets
+        )
 
     def fps(self, name: str) -> float:
         """Frames a second of the video that clip `name` is from."""
+        if isinstance(self._fps, float):
+            return self._fps
         return self._fps.get(name, self._fps.get(bare_name(name), FPS))
 
+    def _sample(self, sample_file: str | os.PathLike | None) -> Path:
+        return self.root / "sample_submission.txt" if sample_file is None else Path(sample_file)
+
     def _annotated(self, annotations, sample_file) -> Iterator[tuple[str, np.ndarray | None, np.ndarray]]:
-        if self.split == "test":
-            path = self.root / "sample_submission.txt" if sample_file is None else Path(sample_file)
-            for name, frames in read_sample(path).items():
+        sample = self._sample(sample_file)
+        if self.split == "test" and (sample.exists() or sample_file is not None):
+            for name, frames in read_sample(sample).items():
                 yield name, None, np.zeros(frames, bool)
             return
-        folder = annotation_folder(self.root, annotations, SPLITS[self.split])
+        try:
+            folder = annotation_folder(self.root, annotations, SPLITS[self.split])
+        except FileNotFoundError as error:
+            if self.split == "test":
+                raise FileNotFoundError(
+                    f"{sample}: expected a sample file, or annotations in Test_Set, got none"
+                ) from error
+            raise
         paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
         if not paths:
             raise FileNotFoundError(f"{folder}: expected annotations (*.txt), got none")
+        others = sorted(path.name for path in folder.iterdir() if path.suffix != ".txt" and path.name[0] != ".")
+        if others:
+            self.mismatches.append(f"{folder}: not read, for they do not end in .txt: {_some(others)}")
+        first: Path | None = None
         for path in paths:
-            labels, valid = read_annotation(path)
-            yield path.stem, labels, valid
+            with self._lenient():
+                labels, valid, targets = _read_annotation(path, self._declared)
+                if first is None:
+                    first, self.targets = path, targets
+                elif targets != self.targets:
+                    raise ValueError(
+                        f"{path}:1: expected the targets {described(self.targets)}, as in {first}, got {described(targets)}"
+                    )
+                yield path.stem, labels, valid
 
-    def _source(self, m: str, name: str, frames: int, first: dict[str, Path]) -> _Source | None:
-        folder, meta = self._folders[m], self._meta[m]
+    @contextlib.contextmanager
+    def _lenient(self) -> Iterator[None]:
+        """What goes wrong with a file in this block is noted, if the caller asked for that."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if self._faults is None:
+                raise
+            self._faults.append(str(error))
+
+    def _source(self, m: str, name: str) -> _Source | None:
+        """The file of a modality's features for clip `name`, its header read."""
+        folder = self._folders[m]
         path, bare = folder / f"{name}.npy", folder / f"{bare_name(name)}.npy"
         if not path.exists():
-            if not (bare.exists() and meta.shared):
-                hint = f'; if {bare} is a track that all persons share, say "shared": true in meta.json'
-                self.mismatches.append(
-                    f"{name}: no {path}: {m} is absent in the whole clip" + (hint if bare.exists() else "")
-                )
+            if not (bare.exists() and self._meta[m].shared):
                 return None
             path = bare
-        rows = _open_rows(path)
-        count, dim = rows.shape
-        if dim != self.modalities.setdefault(m, dim):
-            raise ValueError(f"{path}: expected D = {self.modalities[m]}, as in {first[m]}, got {dim}")
-        first.setdefault(m, path)
-        mask: Path | None = path.with_suffix(".mask.npy")
-        if mask is not None and mask.exists():
-            _check_mask(mask, path, count)
-        else:
-            mask = None
-        self._report_lengths(m, name, frames, count, meta.rate)
-        if meta.images is not None and not (self.root / meta.images / name).is_dir():
-            images = self.root / meta.images / name
-            self.mismatches.append(f"{name}: no folder {images}: {m} is absent in the whole clip")
-        return _Source(path, count, mask)
+        with self._lenient():
+            rows = _open_rows(path)
+            count, dim = rows.shape
+            mask: Path | None = path.with_suffix(".mask.npy")
+            if mask is not None and mask.exists():
+                _check_mask(mask, path, count)
+            else:
+                mask = None
+            return _Source(path, count, dim, mask)
+        return None
+
+    def _settle_dim(self, m: str) -> None:
+        """The D of a modality is that of most of its files. Others are wrong, each blamed by its own name."""
+        sources = {video.name: source for video in self._videos if (source := video.sources[m]) is not None}
+        if not sources:
+            return
+        shapes = [(source.rows, source.dim) for source in sources.values()]
+        count = Counter(dim for _, dim in shapes)
+        dim = max(count, key=count.__getitem__)  # the first one of those that are as frequent
+        if len(shapes) > 2 and len(set(shapes)) > 1 and count[dim] == 1 and len({rows for rows, _ in shapes}) == 1:
+            rows = shapes[0][0]
+            raise ValueError(
+                f"{self._folders[m]}: expected arrays (rows, D) of one D, got {rows} rows in every file and another D in "
+                "each: transposed?"
+            )
+        like = next(source.path for source in sources.values() if source.dim == dim)
+        for name, source in sources.items():
+            if source.dim != dim:
+                with self._lenient():
+                    hint = f" rows of {source.dim}: transposed?" if source.rows == dim else ""
+                    got = f"{source.rows}{hint}" if hint else str(source.dim)
+                    raise ValueError(f"{source.path}: expected D = {dim}, as in {like}, got {got}")
+                next(video for video in self._videos if video.name == name).sources[m] = None
+        self.modalities[m] = dim
+
+    def _report(self, video: _Video) -> None:
+        """What does not fit between a video's annotation and its features."""
+        name, frames = video.name, len(video.valid)
+        for m, source in video.sources.items():
+            folder, meta = self._folders[m], self._meta[m]
+            if source is None:
+                bare = folder / f"{bare_name(name)}.npy"
+                wanted = folder / f"{name}.npy"
+                hint = f'; if {bare} is a track that all persons share, say "shared": true in meta.json'
+                if not wanted.exists():
+                    self.mismatches.append(
+                        f"{name}: no {wanted}: {m} is absent in the whole clip" + (hint if bare.exists() else "")
+                    )
+                continue
+            with self._lenient():
+                self._report_lengths(m, name, frames, source.rows, meta.rate)
+            if meta.images is not None and not (self.root / meta.images / name).is_dir():
+                images = self.root / meta.images / name
+                self.mismatches.append(f"{name}: no folder {images}: {m} is absent in the whole clip")
+
+    def _report_strangers(self, annotations: str | os.PathLike | None, sample_file: str | os.PathLike | None) -> None:
+        """Features of videos that no split has."""
+        known = set(self.names)
+        for names in SPLITS.values():
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                known |= {path.stem for path in annotation_folder(self.root, annotations, names).glob("*.txt")}
+        with contextlib.suppress(OSError, ValueError):
+            known |= set(read_sample(self._sample(sample_file)))
+        for m, folder in self._folders.items():
+            read = known | {bare_name(name) for name in known} if self._meta[m].shared else known
+            files = {path.name.removesuffix(".npy") for path in folder.glob("*.npy")}
+            others = sorted(name for name in files - read if name.removesuffix(".mask") not in read)
+            if others:
+                self.mismatches.append(f"{folder}: features without an annotation: {_some(others)}")
+            strange = sorted(
+                path.name for path in folder.iterdir()
+                if path.suffix != ".npy" and path.name != "meta.json" and path.name[0] != "."
+            )  # fmt: skip
+            if strange:
+                self.mismatches.append(f"{folder}: not read, for they do not end in .npy: {_some(strange)}")
 
     def _report_lengths(self, m: str, name: str, frames: int, count: int, rate: float | None) -> None:
         step = 1.0 if rate is None else rate / self.fps(name)  # rows a frame
@@ -446,6 +655,11 @@ def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[st
     names = there if modalities is None else list(modalities)
     if not names:
         raise FileNotFoundError(f"features: expected folders of modalities in {folder}, got none")
+    if len(names) > MAX_MODALITIES:
+        raise ValueError(
+            f"modalities: expected 1 to {MAX_MODALITIES} folders in {folder}, got {len(names)} ({', '.join(names)}); choose "
+            "among them with modalities="
+        )
     for name in names:
         if name not in there:
             raise FileNotFoundError(
@@ -456,14 +670,18 @@ def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[st
     return {name: folder / name for name in names}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     text = _read_text(path)
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: expected JSON, got something else: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         raise ValueError(f"{path}: expected JSON, got what cannot be read: {str(error)[:100]}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = _read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -472,7 +690,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_meta(path: Path, root: Path) -> _Meta:
     if not path.exists():
         return _Meta()
-    meta = _read_json(path)
+    meta = _read_object(path)
     for key in meta:
         if key not in _META_KEYS:
             raise ValueError(
@@ -488,13 +706,49 @@ def _read_meta(path: Path, root: Path) -> _Meta:
     return _Meta(None if rate is None else float(rate), shared, images)
 
 
-def _read_fps(path: Path) -> dict[str, float]:
+def _read_fps(path: Path) -> float | dict[str, float]:
     if not path.exists():
         return {}
     rates = _read_json(path)
+    if not isinstance(rates, dict):
+        _check_rate(rates, f"{path}", "frames a second")
+        return float(rates)
     for name, fps in rates.items():
-        _check_rate(fps, f"{path}: {name[:60] if name.isprintable() else _short(name)}", "frames a second")
+        _check_rate(fps, f"{path}: {_printed(name)}", "frames a second")
     return {name: float(fps) for name, fps in rates.items()}
+
+
+def _read_targets(path: Path) -> Targets | None:
+    return make_targets(_read_object(path).items(), str(path)) if path.exists() else None
+
+
+def _read_groups(path: Path) -> dict[str, dict[str, str]]:
+    """{grouping: {video: group}}."""
+    if not path.exists():
+        return {}
+    found = _read_object(path)
+    if found and not any(isinstance(value, dict) for value in found.values()):
+        found = {"group": found}
+    for grouping, groups in found.items():
+        if not isinstance(groups, dict):
+            raise ValueError(
+                f"{path}: {_printed(grouping)}: expected an object of video and group, got {_short(groups)}"
+            )
+        for video, group in groups.items():
+            if isinstance(group, bool) or not isinstance(group, (str, int)):
+                where = f"{path}: {_printed(grouping)}: {_printed(video)}"
+                raise ValueError(f"{where}: expected a name or a whole number, got {_short(group)}")
+    return {grouping: {video: str(group) for video, group in groups.items()} for grouping, groups in found.items()}
+
+
+def _printed(name: str) -> str:
+    return name[:60] if name.isprintable() else _short(name)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of them, and how many there are."""
+    first = ", ".join(_printed(name) for name in names[:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most} more"
 
 
 def _check_rate(value: Any, what: str, unit: str) -> None:

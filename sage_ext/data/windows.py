@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .affwild2 import Clip
+from .affwild2 import Clip, finite_rows
 
 _KEYS = ("present", "labels", "valid", "frame")  # of an item, beside its features
 
@@ -18,11 +19,12 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
 
         features  name -> (W, D) float32, 0 where the modality is absent: no NaN ever leaves here
         present   (W, M) bool, modalities in the order of `names`
-        labels    (W, 2) float32, 0 where invalid
+        labels    (W, C) float32, each target on [-1, 1], 0 where invalid
         valid     (W,) bool: the frame is annotated
         frame     (W,) bool: the frame exists; all True here, see Windows
 
-    Raises ValueError for a span outside the clip, a name the clip lacks, or infinite features.
+    A row that holds infinity (as float32) counts as missing like one that holds NaN, with a warning.
+    Raises ValueError for a span outside the clip, or a name the clip lacks.
     """
     stop = clip.num_frames if stop is None else stop
     if not 0 <= start <= stop <= clip.num_frames:
@@ -36,17 +38,21 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         if name not in clip.features:
             raise ValueError(f"names: expected modalities of {clip.name} ({', '.join(clip.features)}), got {name!r}")
         rows = np.asarray(clip.features[name][start:stop])  # shorter than the span where the features end early
-        here = declared[name][start : start + len(rows)] & ~np.isnan(rows).any(axis=1)
+        said, finite = declared[name][start : start + len(rows)], finite_rows(rows)
+        here = said & finite
+        infinite = said & ~finite & ~np.isnan(rows).any(axis=1)
+        if infinite.any():
+            warnings.warn(  # the same words in every span: shown once
+                f"{clip.name}: {name}: expected finite float32 values, got infinity in some rows: they count as missing; "
+                "sage-ext check says where",
+                stacklevel=2,
+            )
         values = np.zeros((stop - start, rows.shape[1]), dtype=np.float32)
-        with np.errstate(over="ignore"):  # float64 beyond float32: infinite, and so refused below
-            np.copyto(values[: len(rows)], rows, where=here[:, None], casting="same_kind")
-        if not np.isfinite(values).all():
-            row = start + int(np.argmax(~np.isfinite(values).all(axis=1)))
-            raise ValueError(f"{clip.name}: {name}, row {row} (0-based): expected finite float32 values, got infinity")
+        np.copyto(values[: len(rows)], rows, where=here[:, None], casting="same_kind")
         present[: len(rows), m] = here
         features[name] = torch.from_numpy(values)
     valid = np.array(clip.valid[start:stop], dtype=bool)
-    labels = np.zeros((stop - start, 2), dtype=np.float32)
+    labels = np.zeros((stop - start, len(clip.targets)), dtype=np.float32)
     if clip.labels is not None:
         np.copyto(labels, clip.labels[start:stop], where=valid[:, None])
     return {

@@ -18,16 +18,19 @@ from hypothesis import strategies as st
 import sage_ext.data.affwild2 as affwild2
 from sage_ext.data import AffWild2, clip_tensors, write_submission
 from sage_ext.data.affwild2 import Resampled, bare_name, read_annotation, read_sample
+from sage_ext.data.targets import unscaled
 
 OFFICIAL = "6th ABAW Annotations/VA_Estimation_Challenge"
 
 
-def annotate(root: Path, name: str, rows: str | int, split: str = "Train_Set", task: str = OFFICIAL) -> Path:
+def annotate(
+    root: Path, name: str, rows: str | int, split: str = "Train_Set", task: str = OFFICIAL, header: str = "valence,arousal"
+) -> Path:
     """rows: the text below the header, or a number of frames."""
     path = root / task / split / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{i / 1000:.3f},{-i / 1000:.3f}\n" for i in range(rows)) if isinstance(rows, int) else rows
-    path.write_text("valence,arousal\n" + text)
+    path.write_text(f"{header}\n{text}")
     return path
 
 
@@ -180,8 +183,8 @@ def test_annotation_round_trip(tmp_path_factory, values, end, last):
         ("", 1, "expected text, got an empty file"),
         (" \n\n", 1, "expected text, got an empty file"),
         ("valence,arousal\n", 2, "expected rows of 'valence,arousal', got the end of the file"),
-        ("arousal,valence\n0,0\n", 1, "expected the header 'valence,arousal', got 'arousal,valence'"),
-        ("0,0\n0,0\n", 1, "expected the header 'valence,arousal', got '0,0'"),
+        ("arousal,valence\n0,-5\n", 2, "valence: expected a value in [-1, 1] or nothing (not annotated), got -5"),
+        ("0,0\n0,0\n", 1, "expected a header of targets, as in 'valence,arousal', got numbers: '0,0'"),
         ("valence,arousal\n0,0\n0.1\n", 3, "expected 2 columns (valence,arousal), got 1: '0.1'"),
         ("valence,arousal\n0,0,0\n", 2, "expected 2 columns (valence,arousal), got 3: '0,0,0'"),
         ("valence,arousal\n0,0\n0,0,\n0\n", 3, "expected 2 columns (valence,arousal), got 3: '0,0,'"),
@@ -195,7 +198,7 @@ def test_annotation_round_trip(tmp_path_factory, values, end, last):
         ("valence,arousal\nnan,0\n", 2, "valence: expected a value in [-1, 1] or -5 (invalid), got nan"),
         ("valence,arousal\n0,1e400\n", 2, "arousal: expected a value in [-1, 1] or -5 (invalid), got 1e400"),
         ("valence,arousal\n0,0\n\n0,0\n", 3, "expected a row, got a blank line, which would shift every later frame"),
-        ("valence,arousal\n0,0\n0_1,0\n", 3, "valence: expected a value in [-1, 1] or -5 (invalid), got 0_1"),
+        ("valence,arousal\n0,0\n0_1,0\n", 3, "valence: expected a number, got '0_1'"),
     ],
 )
 def test_malformed_annotations(root, text, line, words):
@@ -343,9 +346,14 @@ def test_missing_modality_is_absent_and_reported(root):
     assert item["present"].tolist() == [[True, False]] * 3
     np.testing.assert_array_equal(item["features"]["visual"], np.zeros((3, 3)))
     path.unlink()
+    data = AffWild2(root, "train")
+    assert data.names == ["clip"]
+    assert data.mismatches == ["other: annotated, but without features of any modality: left out"]
+    (root / "features/audio/clip.npy").unlink()
+    (root / "features/visual/clip.npy").unlink()
     with pytest.raises(
         FileNotFoundError,
-        match=r"^other: expected features of a modality or more, got none \(looked for .*audio.*visual",
+        match=r"^clip: expected features of a modality or more, got none \(looked for .*audio.*visual",
     ):
         AffWild2(root, "train")
 
@@ -470,6 +478,169 @@ def test_dimensions_must_agree(root):
         AffWild2(root, "train")
 
 
+def test_a_transposed_file_is_blamed_itself(root):
+    """Also where it is the first one that is read."""
+    for name in ("other", "third"):
+        annotate(root, name, 10)
+        featurize(root, "visual", name, 10, dim=3)
+    path = featurize(root, "visual", "clip", np.ones((3, 10), np.float32))
+    words = f"{path}: expected D = 3, as in {root / 'features/visual/other.npy'}, got 3 rows of 10: transposed?"
+    with pytest.raises(ValueError, match="^" + re.escape(words) + "$"):
+        AffWild2(root, "train")
+    for frames, name in ((10, "clip"), (11, "other"), (12, "third")):
+        featurize(root, "visual", name, np.ones((3, frames), np.float32))
+    with pytest.raises(ValueError, match=r"visual: expected arrays \(rows, D\) of one D, got 3 rows in .*: transposed\?"):
+        AffWild2(root, "train")
+
+
+def test_nine_modalities_are_refused_by_the_reader(root):
+    names = [f"sensor{i}" for i in range(9)]
+    for name in names:
+        featurize(root, name, "clip", 10, dim=1)
+    with pytest.raises(ValueError, match=r"modalities: expected 1 to 8 folders in .*features, got 9 .* choose among them"):
+        AffWild2(root, "train", modalities=names)
+    assert list(AffWild2(root, "train", modalities=names[:8]).modalities) == names[:8]
+
+
+def test_what_nothing_reads_is_listed(root):
+    """Annotations of another ending, features of no split's videos, files that are no arrays."""
+    folder = annotate(root, "clip", 10).parent
+    (folder / "more.csv").write_text("valence,arousal\n0,0\n")
+    for name in ("stray", "stray2"):
+        featurize(root, "audio", name, 10, dim=2)
+    np.save(root / "features/audio/clip.mask.npy", np.ones(10, bool))
+    (root / "features/visual/clip.npz").write_bytes(b"")
+    assert AffWild2(root, "train").mismatches == [
+        f"{folder}: not read, for they do not end in .txt: more.csv",
+        f"{root / 'features/audio'}: features without an annotation: stray, stray2",
+        f"{root / 'features/visual'}: not read, for they do not end in .npy: clip.npz",
+    ]
+
+
+def test_faults_are_gathered_where_asked_for(root):
+    """Each file that is wrong by itself, the others read."""
+    for name in ("b", "c", "d"):
+        annotate(root, name, 10)
+        for m, dim in (("audio", 2), ("visual", 3)):
+            featurize(root, m, name, 10, dim=dim)
+    bad = annotate(root, "c", "0,7\n")
+    short = root / "features/audio/d.npy"
+    short.write_bytes(short.read_bytes()[:-4])
+    wide = featurize(root, "visual", "b", 10, dim=5)
+    faults: list[str] = []
+    data = AffWild2(root, "train", faults=faults)
+    assert data.names == ["b", "clip", "d"]
+    assert [fault.split(": expected")[0] for fault in faults] == [f"{bad}:2: arousal", str(short), str(wide)]
+    assert not data[0].present["visual"].any()
+    assert data[0].present["audio"].all()
+    assert not data[2].present["audio"].any()
+
+
+# -------------------------------------------------------------------------------------------- targets, rates and groups
+@pytest.mark.parametrize("declared", [False, True])
+def test_any_targets(root, declared):
+    """Ranges from the header or from targets.json; labels on [-1, 1]; an empty cell or NaN is no annotation."""
+    header = "stress,pain" if declared else "stress[0:100],pain[-2:6]"
+    rows = ["0,6", "100,-2", "25,2", ",2", "50,nan", "NaN, "]
+    annotate(root, "clip", "\n".join(rows) + "\n", header=header)
+    if declared:
+        (root / "targets.json").write_text('{"stress": [0, 100], "pain": [-2, 6]}')
+    data = AffWild2(root, "train")
+    assert [tuple(target) for target in data.targets] == [("stress", 0, 100), ("pain", -2, 6)]
+    clip = data[0]
+    assert clip.targets == data.targets
+    assert clip.valid.tolist() == [True, True, True, False, False, False]
+    np.testing.assert_array_equal(clip.labels[:3], [[-1, 1], [1, -1], [-0.5, 0]])
+    assert np.isnan(clip.labels[3:]).all()
+    np.testing.assert_allclose(unscaled(clip.labels[:3], data.targets), [[0, 6], [100, -2], [25, 2]])
+    assert clip_tensors(clip, ["audio"])["labels"].shape == (6, 2)
+
+
+def test_targets_json_chooses_columns_and_their_order(root):
+    annotate(root, "clip", "0.5,1,3\n-0.5,0,oops\n", header="a,b,note")
+    (root / "targets.json").write_text('{"b": [0, 1], "a": [-1, 1]}')
+    with pytest.raises(ValueError, match=r"clip.txt:3: note: expected a number or nothing, got 'oops'"):
+        AffWild2(root, "train")
+    annotate(root, "clip", "0.5,1,3\n-0.5,0,99\n", header="a,b,note")
+    np.testing.assert_array_equal(AffWild2(root, "train")[0].labels, [[1, 0.5], [-1, -0.5]])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "expected 1 to 64 targets"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"a": [1, 1]}', "'a': expected low < high, got [1, 1]"),
+        ('{"a": [0, Infinity]}', "'a': expected its range, two numbers [low, high], got [0, inf]"),
+        ('{"a": [0, 1' + "0" * 400 + "]}", "'a': expected its range"),
+        ('{"a": 1}', "'a': expected its range"),
+        ('{"a": [true, 2]}', "'a': expected its range"),
+        ('{"a,b": [0, 1]}', "'a,b': expected the name of a target"),
+        ('{"frame": [0, 1]}', "'frame': expected a name"),
+        ('{"b": [0, 1]}', "clip.txt:1: expected the columns b, got the header 'valence,arousal'"),
+    ],
+)
+def test_malformed_targets(root, text, words):
+    (root / "targets.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        AffWild2(root, "train")
+
+
+def test_annotations_of_one_data_set_have_the_same_targets(root):
+    first, other = annotate(root, "clip", "0\n", header="a"), annotate(root, "other", "0\n", header="b")
+    featurize(root, "audio", "other", 1, dim=2)
+    words = f"{other}:1: expected the targets a [-1, 1], as in {first}, got b [-1, 1]"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        AffWild2(root, "train")
+
+
+def test_one_rate_for_all(root):
+    (root / "fps.json").write_text("0.5")
+    data = AffWild2(root, "train")
+    assert (data.fps("clip"), data.frame_rate, data[0].fps) == (0.5, 0.5, 0.5)
+    (root / "fps.json").write_text("0")
+    with pytest.raises(ValueError, match=r"fps.json: expected a positive number of frames a second, got 0"):
+        AffWild2(root, "train")
+
+
+def test_the_frame_rate_is_that_of_most_frames(root):
+    for name, frames in (("slow", 30), ("fast", 25)):
+        annotate(root, name, frames)
+        featurize(root, "audio", name, frames, dim=2)
+    (root / "fps.json").write_text('{"slow": 10, "fast": 60, "clip": 25}')  # 30, 25 and 10 frames
+    assert AffWild2(root, "train").frame_rate == 25
+
+
+def test_groups(root):
+    (root / "groups.json").write_text('{"run": {"clip": 3}, "group": {"clip": "anna"}}')
+    data = AffWild2(root, "train")
+    assert (data.group("clip"), data.group("clip_left"), data.group("clip", "run")) == ("anna", "anna", "3")
+    assert data.group("other_right") == "other"
+    with pytest.raises(ValueError, match=r"group: expected a grouping of .*groups.json \(run, group\), got 'person'"):
+        data.group("clip", "person")
+    (root / "groups.json").write_text('{"clip": "bert"}')
+    assert AffWild2(root, "train").group("clip") == "bert"
+    (root / "groups.json").write_text('{"run": {"clip": [1]}}')
+    with pytest.raises(ValueError, match=r"groups.json: run: clip: expected a name or a whole number, got \[1\]"):
+        AffWild2(root, "train")
+
+
+def test_a_test_split_of_annotations(root):
+    """Where there is no sample file."""
+    folder = annotate(root, "clip", 10).parent.with_name("Test_Set")
+    folder.mkdir()
+    (folder / "clip.txt").write_text("valence,arousal\n0.5,-5\n0,1\n")
+    data = AffWild2(root, "test")
+    assert data.names == ["clip"]
+    assert data[0].valid.tolist() == [False, True]
+
+
+def test_representations_are_one_line(root):
+    data = AffWild2(root, "train")
+    assert repr(data[0]) == "<Clip clip: 10 frames at 30 a second, 10 annotated; audio 2, visual 3>"
+    assert repr(data) == f"<AffWild2 {root}, train: 1 clips; audio 2, visual 3; valence [-1, 1], arousal [-1, 1]>"
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
 def test_other_floating_types_become_float32(root, dtype):
     values = np.linspace(-3, 3, 30).reshape(10, 3).astype(dtype)
@@ -481,14 +652,19 @@ def test_other_floating_types_become_float32(root, dtype):
     assert item["present"][:, 0].tolist() == [t != 3 for t in range(10)]
 
 
-def test_infinity_is_an_error_where_it_is_read(root):
+def test_infinity_counts_as_missing_with_a_warning_once(root):
     rows = np.ones((10, 3), np.float32)
     rows[6, 2] = -np.inf
     featurize(root, "visual", "clip", rows)
     clip = AffWild2(root, "train")[0]
     clip_tensors(clip, ["visual"], 0, 6)
-    with pytest.raises(ValueError, match=r"clip: visual, row 6 \(0-based\): expected finite"):
-        clip_tensors(clip, ["visual"], 4, 10)
+    with pytest.warns(UserWarning, match=r"clip: visual: expected finite float32 values, got infinity") as seen:
+        item = clip_tensors(clip, ["visual"], 4, 10)
+        clip_tensors(clip, ["visual"], 5, 10)
+    assert len({str(one.message) for one in seen}) == 1
+    assert item["features"]["visual"].isfinite().all()
+    assert item["present"][:, 0].tolist() == [True, True, False, True, True, True]
+    assert clip.present["visual"].tolist() == [t != 6 for t in range(10)]
     np.save(root / "features/visual/clip.mask.npy", np.arange(10) != 6)  # absent: not read
     assert clip_tensors(AffWild2(root, "train")[0], ["visual"])["features"]["visual"].isfinite().all()
 
