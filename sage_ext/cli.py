@@ -1,4 +1,4 @@
-"""The command line: `sage-ext synth | train | evaluate | predict | stream | compare | info | demo`.
+"""The command line: `sage-ext synth | import | check | train | evaluate | predict | stream | compare | info | demo`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 the request or the data are wrong (one line
 says what), 130 interrupted (stream: 143 by SIGTERM); anything else is a bug and shows its traceback.
@@ -42,13 +42,19 @@ def _numbers(kind: type) -> Any:
     return parse
 
 
+def _seconds(text: str) -> tuple[float, ...]:
+    return () if text == "none" else _numbers(float)(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sage-ext",
-        description="Valence-arousal estimation by reliability-weighted fusion, on data in the Aff-Wild2 layout.",
+        description="Continuous estimation (valence and arousal, or any targets) by reliability-weighted fusion.",
     )
     parser.add_argument("--version", action="version", version=f"sage-ext {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    from .data.table import add_arguments as table_arguments
+
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, run: Any) -> argparse.ArgumentParser:
@@ -68,18 +74,35 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--difficulty", type=float, default=1.0, help="factor on the noise")
     sub.add_argument("--images", action="store_true", help="also write (empty) image files; missing faces have none")
 
+    sub = command(
+        "import", "make a data set of a table (CSV or Parquet): a row a frame, columns of features and targets", _import
+    )
+    table_arguments(sub)
+
+    sub = command("check", "say what is in a data set and what is wrong with it; exit code 1 if something is", _check)
+    sub.add_argument("data", metavar="DATA", help="root of the data set")
+    sub.add_argument("--modalities", type=_names, metavar="A,B", help="of its features (default: all)")
+    sub.add_argument("--report", metavar="DIR", help="write a picture and report.html there")
+
     sub = command("train", "train a model, and calibrate its confidence on the validation split", _train)
     _train_arguments(sub)
 
-    sub = command("evaluate", "score a run on an annotated split: CCC_V, CCC_A and their mean P", _evaluate)
+    sub = command(
+        "evaluate", "score a run on an annotated split: CCC_V, CCC_A (or of any targets) and their mean P", _evaluate
+    )
     _run_arguments(sub)
-    sub.add_argument("--split", choices=("validation", "train"), default="validation", help="annotated split")
+    sub.add_argument("--split", choices=("validation", "train", "test"), default="validation", help="annotated split")
     sub.add_argument("--report", metavar="DIR", help="write pictures and report.html there")
     sub.add_argument("--videos", type=int, default=3, help="videos in the report, the longest annotated first")
 
-    sub = command("predict", "write the test split's predictions in the challenge's submission format", _predict)
+    sub = command(
+        "predict", "write a split's predictions: a table of all frames, or the challenge's submission", _predict
+    )
     _run_arguments(sub)
-    sub.add_argument("--out", required=True, metavar="FILE", help="submission file to write")
+    sub.add_argument("--split", choices=("test", "validation", "train"), default="test", help="split to predict")
+    sub.add_argument(
+        "--out", required=True, metavar="FILE", help="CSV to write; where DATA has a sample file, a submission"
+    )
     sub.add_argument("--sample", metavar="FILE", help="the organisers' sample file (default: in DATA)")
 
     sub = command("stream", "estimate frame by frame as the features come, a line of JSON each", _stream)
@@ -105,8 +128,8 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     sub.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     sub.add_argument(
-        "--smooth", type=_pair, default=(1, 1), metavar="V,A",
-        help="centred mean filter of V frames on valence and A on arousal (looks ahead; 1: none)",
+        "--smooth", type=_numbers(int), default=(1,), metavar="N[,N]",
+        help="centred mean filter of N frames, one number for all targets or one each (looks ahead; 1: none)",
     )  # fmt: skip
     sub.add_argument("--chunk", type=int, default=3000, help="frames at once, causal models")
 
@@ -118,8 +141,18 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("blocks", int, "temporal convolution blocks (dilations 1, 2, 4 ...)"),
     ("kernel_size", int, "frames a convolution sees at dilation 1"),
     ("dropout", float, "dropout probability"),
-    ("window", int, "frames of a training window"),
-    ("hop", int, "frames between windows"),
+    ("window", float, "seconds of a training window (default: 10; more below 7.5 frames a second)"),
+    ("hop", float, "seconds between windows (default: two thirds of the window)"),
+    (
+        "memory",
+        _seconds,
+        "half-lives of the memory in seconds, or none (default: 0.27,1.07,4.27; more below 7.5 frames a second)",
+    ),
+    (
+        "stuck",
+        float,
+        "seconds of exact repetition after which a modality is missing, 0: never (default: 0.27; likewise)",
+    ),
     ("batch_size", int, "windows of a step"),
     ("lr", float, "peak learning rate"),
     ("weight_decay", float, "of matrices"),
@@ -130,7 +163,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("grad_clip", float, "largest gradient norm"),
     ("unimodal_weight", float, "of the unimodal heads' loss"),
     ("reliability_weight", float, "of the score that trains confidence"),
-    ("kappa", float, "error at which confidence is 1/2, in label units"),
+    ("kappa", float, "error at which confidence is 1/2, for a target in [-1, 1]"),
     ("seed", int, "of weights, order, dropout and rehearsal"),
     ("device", str, "cpu, cuda, cuda:1 ..."),
     ("threads", int, "CPU threads"),
@@ -139,11 +172,50 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def _train_arguments(sub: argparse.ArgumentParser) -> None:
+def _config_arguments(sub: argparse.ArgumentParser, *without: str, **defaults: Any) -> None:
+    """The flags of `_FLAGS` and those like them: fields of TrainConfig. A flag that is not given is absent."""
     from .models.peers import FUSIONS
     from .training.trainer import TrainConfig
 
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    values = {**{field.name: field.default for field in dataclasses.fields(TrainConfig)}, **defaults}
+    sub.add_argument("--modalities", type=_names, metavar="A,B", default=argparse.SUPPRESS,
+                     help="the model's inputs (default: all the data set has)")  # fmt: skip
+    sub.add_argument("--no-rehearsal", action="store_true", default=argparse.SUPPRESS,
+                     help="train without rehearsed failures")  # fmt: skip
+    sub.add_argument("--rehearsal-length", type=_numbers(float), metavar="A,B", default=argparse.SUPPRESS,
+                     help="seconds of the shortest and the longest rehearsed failure (default: 0.27,5; more below 7.5 "
+                     "frames a second)")  # fmt: skip
+    sub.add_argument("--centred", action="store_true", default=argparse.SUPPRESS,
+                     help="centred convolutions, which see the future (default: causal)")  # fmt: skip
+    for name, kind, text in _FLAGS:
+        if name in without:
+            continue
+        default = values[name]
+        shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
+        text = text.format(peers=", ".join(FUSIONS)) + shown
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def _given(args: argparse.Namespace, rehearsal: Any = None, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Fields of TrainConfig that the flags of `_config_arguments` ask for. `rehearsal`: what they change."""
+    from .training.rehearsal import Rehearsal
+
+    given = {name: getattr(args, name) for name, _, _ in _FLAGS if hasattr(args, name) and name not in without}
+    if hasattr(args, "modalities"):
+        given["modalities"] = args.modalities
+    if hasattr(args, "centred"):
+        given["causal"] = False
+    changed: dict[str, Any] = {"probability": 0.0} if hasattr(args, "no_rehearsal") else {}
+    if hasattr(args, "rehearsal_length"):
+        if len(args.rehearsal_length) != 2:
+            raise ValueError(f"--rehearsal-length: expected two numbers A,B, got {len(args.rehearsal_length)}")
+        changed["length"] = args.rehearsal_length
+    if changed:
+        given["rehearsal"] = dataclasses.replace(rehearsal or Rehearsal(), **changed)
+    return given
+
+
+def _train_arguments(sub: argparse.ArgumentParser) -> None:
     # A flag that is not given is absent, so that --resume can take it from the run.
     sub.add_argument("--data", metavar="DIR", default=argparse.SUPPRESS, help="root of the data set")
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory to write")
@@ -151,17 +223,7 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     sub.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard beside log.csv")
     sub.add_argument("--quiet", action="store_true", help="no progress display")
-    sub.add_argument("--modalities", type=_names, metavar="A,B", default=argparse.SUPPRESS,
-                     help="the model's inputs (default: all the data set has)")  # fmt: skip
-    sub.add_argument("--no-rehearsal", action="store_true", default=argparse.SUPPRESS,
-                     help="train without rehearsed failures")  # fmt: skip
-    sub.add_argument("--centred", action="store_true", default=argparse.SUPPRESS,
-                     help="centred convolutions, which see the future (default: causal)")  # fmt: skip
-    for name, kind, text in _FLAGS:
-        default = defaults[name]
-        shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
-        text = text.format(peers=", ".join(FUSIONS)) + shown
-        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+    _config_arguments(sub)
 
 
 def _stream_arguments(sub: argparse.ArgumentParser) -> None:
@@ -175,13 +237,17 @@ def _stream_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--follow", action="store_true", help="wait for more at the end of FILE, as tail -f does")
     sub.add_argument("--pace", type=float, metavar="FPS",
-                     help="frames a second at most, to replay a recording (default: no limit; 30 with --serve and a "
-                     "file that is not followed)")  # fmt: skip
-    sub.add_argument("--labels", metavar="FILE", help="annotation in Aff-Wild2's format, row i for frame i of the input: "
+                     help="frames a second at most, to replay a recording (default: no limit; with --serve and a file that is not "
+                     "followed those of the run's data, 30 below 7.5)")  # fmt: skip
+    sub.add_argument("--labels", metavar="FILE", help="annotation (docs/data.md), row i for frame i of the input: "
                      "adds the truth and the running CCC")  # fmt: skip
     sub.add_argument("--report", metavar="DIR", help="at the end write pictures and report.html there")
     sub.add_argument("--serve", type=int, metavar="PORT", help="show the stream on a web page; 0: a free port")
     sub.add_argument("--host", default="127.0.0.1", help="address of that page; others can watch on any but a loopback")
+
+
+_SWEPT = ("fusion", "seed", "lr", "threads", "patience")  # flags of train that a comparison sets itself
+_COMPARED = {"epochs": 1000, "dim": 32, "batch_size": 8}  # what is not train's default in a comparison
 
 
 def _compare_arguments(sub: argparse.ArgumentParser) -> None:
@@ -195,16 +261,13 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tuning-seeds", type=int, default=1, help="seeds on which the rate is chosen, on validation P")
     sub.add_argument("--severities", type=_numbers(int), metavar="S,S", help="of 1 to 5 (default: all, quick 3)")
     sub.add_argument("--corruptions", type=_names, metavar="A,B", help="kinds (default: the whole protocol)")
-    sub.add_argument("--max-steps", type=int, help="training steps at most (default: 700, quick 400)")
-    sub.add_argument("--epochs", type=int, default=1000, help="epochs at most")
-    for name, kind, default, text in (
-        ("dim", int, 32, "channels of each encoder and of the fusion"),
-        ("batch_size", int, 8, "windows of a step"),
-        ("window", int, 300, "frames of a training window"),
-        ("hop", int, 200, "frames between windows"),
-        ("device", str, "cpu", "cpu, cuda, cuda:1 ..."),
-    ):
-        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
+    sub.add_argument("--corruption-span", type=float, metavar="SECONDS",
+                     help="of a span that fails, about; shifts in proportion (default: 2; more below 7.5 frames a "
+                     "second)")  # fmt: skip
+    sub.add_argument("--folds", type=int, metavar="K", help="cross-validation: K folds of whole groups of videos")
+    sub.add_argument("--group", metavar="NAME", help="grouping of groups.json that splits keep whole (default: group, else "
+                     "the video)")  # fmt: skip
+    _config_arguments(sub, *_SWEPT, max_steps="700, quick 400", **_COMPARED)
     sub.add_argument("--quick", action="store_true",
                      help="SAGE, concat, uniform weights and the single modalities, one severity, fewer steps")  # fmt: skip
     sub.add_argument("--processes", type=int, help="at once, of one thread each (default: one a core)")
@@ -236,19 +299,33 @@ def _synth(args: argparse.Namespace) -> int:
     return 0
 
 
+def _import(args: argparse.Namespace) -> int:
+    from .data.table import run
+
+    _say(run(args))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from .inspection import inspect, write_inspection
+
+    found = inspect(args.data, args.modalities)
+    _say(found.text())
+    if args.report is not None:
+        _say(write_inspection(found, args.report))
+    return 1 if found.wrong else 0
+
+
 def _train(args: argparse.Namespace) -> int:
-    from .training.rehearsal import Rehearsal
     from .training.runs import calibrate_run
     from .training.trainer import CONFIG, TrainConfig, read_config, train
 
-    given = {name: getattr(args, name) for name, _, _ in _FLAGS if hasattr(args, name)}
-    given.update({name: getattr(args, name) for name in ("data", "modalities") if hasattr(args, name)})
-    if hasattr(args, "centred"):
-        given["causal"] = False
-    if hasattr(args, "no_rehearsal"):
-        given["rehearsal"] = Rehearsal(probability=0.0)
-    if args.resume and (Path(args.run) / CONFIG).exists():
-        config = dataclasses.replace(read_config(args.run), **given)
+    stored = read_config(args.run) if args.resume and (Path(args.run) / CONFIG).exists() else None
+    given = _given(args, None if stored is None else stored.rehearsal)
+    if hasattr(args, "data"):
+        given["data"] = args.data
+    if stored is not None:
+        config = dataclasses.replace(stored, **given)
     elif "data" not in given:
         raise ValueError(
             "--data: expected the root of a data set (only --resume of a begun run can do without), got none"
@@ -261,8 +338,8 @@ def _train(args: argparse.Namespace) -> int:
     )  # fmt: skip
     fused = best["scores"]["fused"]
     _say(
-        f"{args.run}: best validation P {fused['P']:.4f} (CCC_V {fused['CCC_V']:.4f}, CCC_A {fused['CCC_A']:.4f}) "
-        f"in epoch {best['epoch'] + 1}"
+        f"{args.run}: best validation P {fused['P']:.4f} "
+        f"({', '.join(f'{name} {value:.4f}' for name, value in fused.items() if name != 'P')}) in epoch {best['epoch'] + 1}"
     )
     found = calibrate_run(args.run, device=config.device)
     if found is not None:
@@ -272,12 +349,16 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from .report import printable
     from .training.runs import evaluate_run
+    from .training.trainer import advice
 
-    _, tables = evaluate_run(
+    result, tables = evaluate_run(
         args.run, args.data, args.split, smooth=args.smooth, device=args.device, chunk=args.chunk, report=args.report,
         videos=args.videos,
     )  # fmt: skip
+    for text in advice(result["mismatches"]):
+        print(f"sage-ext evaluate: {printable(text)}", file=sys.stderr)
     _say("\n\n".join(table.text() for table in tables))
     _say(f"\n{Path(args.run) / f'evaluation-{args.split}.json'}")
     if args.report is not None:
@@ -289,8 +370,9 @@ def _predict(args: argparse.Namespace) -> int:
     from .training.runs import predict_run
 
     predictions = predict_run(
-        args.run, args.data, args.out, sample=args.sample, smooth=args.smooth, device=args.device, chunk=args.chunk
-    )
+        args.run, args.data, args.out, split=args.split, sample=args.sample, smooth=args.smooth, device=args.device,
+        chunk=args.chunk,
+    )  # fmt: skip
     _say(f"{args.out}: {len(predictions)} videos, {sum(len(p) for p in predictions.values())} frames")
     return 0
 
@@ -308,19 +390,24 @@ def _compare(args: argparse.Namespace) -> int:
     from .study.run import compare
 
     data = synthesise(args.out) if args.data is None else args.data
-    methods = args.methods
+    given = {**_COMPARED, "max_steps": 400 if args.quick else 700, **_given(args, without=_SWEPT)}
+    modalities, methods = given.pop("modalities", None), args.methods
     if methods is None:
-        methods = (quick_methods if args.quick else default_methods)(list(AffWild2(data, "train").modalities))
-    shared = {name: getattr(args, name) for name in ("epochs", "dim", "batch_size", "window", "hop", "device")}
+        there = modalities or tuple(AffWild2(data, "train").modalities)
+        methods = (quick_methods if args.quick else default_methods)(there)
     study = Study(
         data,
         methods,
+        modalities=modalities,
+        folds=args.folds,
+        group=args.group,
         seeds=args.seeds if args.seeds is not None else (3 if args.quick else 5),
         rates=args.lr or ((2e-3,) if args.quick else (1e-3, 2e-3, 4e-3)),
         tuning_seeds=args.tuning_seeds,
         severities=args.severities or ((3,) if args.quick else (1, 2, 3, 4, 5)),
         corruptions=args.corruptions,
-        train={**shared, "max_steps": args.max_steps if args.max_steps is not None else (400 if args.quick else 700)},
+        span=args.corruption_span,
+        train=given,
     )
     tables = compare(study, args.out, processes=args.processes, draws=args.draws, quiet=args.quiet)
     _say("\n\n".join(table.text() for table in tables))

@@ -22,7 +22,7 @@ from .data.affwild2 import Clip
 from .data.synthetic import TruthClips, oracle_predictions, read_truth, write_dataset
 from .data.windows import clip_tensors
 from .files import LOCK, alone, write_atomic
-from .live.estimator import TARGETS, Estimator, microseconds
+from .live.estimator import Estimator, microseconds
 from .live.frames import Frame
 from .report import Table, write_report
 from .study.jobs import Job, Workers
@@ -140,7 +140,7 @@ def stream_clip(run: Run, clip: Clip, lines: int = 5) -> Table:
         rows.append(
             [
                 str(record["frame"]),
-                *(record[target] for target in TARGETS),
+                *estimator.values(record),
                 *record["weights"].values(),
                 f"{stage + 1} ({record['stage'][stage]:.2f})",
                 microseconds(record["latency_us"]),
@@ -148,7 +148,13 @@ def stream_clip(run: Run, clip: Clip, lines: int = 5) -> Table:
         )
     return Table(
         f"The test video {clip.name} frame by frame, its last lines",
-        ("frame", *TARGETS, *(f"weight {name}" for name in run.names), "stage", "latency"),
+        (
+            "frame",
+            *(target.name for target in run.targets),
+            *(f"weight {name}" for name in run.names),
+            "stage",
+            "latency",
+        ),
         rows,
         f"One stream, float32, on the CPU, {clip.num_frames} frames: latency {estimator.latency.line()}.",
     )

@@ -19,11 +19,12 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
+from .data.rates import FPS
+from .data.targets import VALENCE_AROUSAL, Targets
 from .extras import require
 from .files import parsing, write_atomic
 
 P = ParamSpec("P")
-FPS = 30.0
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442",
 )  # fmt: skip
@@ -91,26 +92,39 @@ def plot_clip(
     present: np.ndarray | None = None,
     best_weights: np.ndarray | None = None,
     fps: float = FPS,
+    targets: Targets = VALENCE_AROUSAL,
 ) -> Any:
-    """One video of T frames over time: valence and arousal against the truth, then weights, confidence and stage.
+    """One video of T frames over time: each target against the truth, in its own units, then weights, confidence and stage.
 
-    prediction, labels (T, 2); valid (T,) bool, invalid frames are shaded; weights, confidence, present (T, M); stage
+    prediction, labels (T, C) on [-1, 1]; valid (T,) bool, invalid frames are shaded; weights, confidence, present (T, M); stage
     (T, S). `best_weights` (T, M): weights that know the true noise, drawn thin beside the model's.
     """
-    frames, count = weights.shape
-    seconds = np.arange(frames) / fps
-    figure, axes = new_figure(11, 9.2, 5, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 2.2, 2.2, 1.4]})
+    (frames, count), many = weights.shape, len(targets)
+    unit, name_of_unit = _time_unit(frames / fps)
+    seconds = np.arange(frames) / fps / unit
+    fps *= unit  # frames a unit, from here on
+    heights = [*[3 if many <= 2 else 2] * many, 2.2, 2.2, 1.4]
+    figure, axes = new_figure(
+        11,
+        9.2 if many == 2 else 0.8 * sum(heights) + 0.5,
+        many + 3,
+        1,
+        sharex=True,
+        gridspec_kw={"height_ratios": heights},
+    )
     axes = axes[:, 0]
+    weight_axis, confidence_axis, stage_axis = axes[many:]
     bad = np.zeros(frames, bool) if valid is None or labels is None else ~np.asarray(valid, bool)
-    for c, (axis, target) in enumerate(zip(axes[:2], ("valence", "arousal"))):
+    for c, (axis, target) in enumerate(zip(axes, targets)):
         if labels is not None:
-            truth = np.where(bad, np.nan, labels[:, c])
+            truth = target.unscaled(np.where(bad, np.nan, labels[:, c]))
             axis.plot(seconds, truth, color="black", label="annotation", linewidth=1.8)
-        axis.plot(seconds, prediction[:, c], color=BLUE, label="prediction", linewidth=1.1)
+        axis.plot(seconds, target.unscaled(prediction[:, c]), color=BLUE, label="prediction", linewidth=1.1)
         _shade(axis, bad, fps, GREY, "not annotated")
-        axis.set(ylim=(-1.05, 1.05), ylabel=target, yticks=(-1, -0.5, 0, 0.5, 1))
-        axis.axhline(0, color="#999999", linewidth=0.7, zorder=0)
-    for axis, values, title in ((axes[2], weights, "weight"), (axes[3], confidence, "confidence")):
+        ends = target.unscaled(np.array([-1.05, 1.05]))
+        axis.set(ylim=ends, ylabel=printable(target.name), yticks=target.unscaled(np.array([-1, -0.5, 0, 0.5, 1])))
+        axis.axhline(target.unscaled(0.0), color="#999999", linewidth=0.7, zorder=0)
+    for axis, values, title in ((weight_axis, weights, "weight"), (confidence_axis, confidence, "confidence")):
         for m in range(count):
             shown = values[:, m] if present is None else np.where(present[:, m], values[:, m], np.nan)
             axis.plot(seconds, shown, color=MODALITY[m], linestyle=DASH[m], label=printable(modalities[m]))
@@ -121,13 +135,21 @@ def plot_clip(
         if present is not None:
             _missing_ticks(axis, present, seconds, modalities)
         axis.set(ylim=(-0.03, 1.03), ylabel=title, yticks=(0, 0.5, 1))
-    _stage_band(axes[4], stage, seconds, fps)
-    for axis in axes[:4]:
+    _stage_band(stage_axis, stage, seconds, fps)
+    for axis in axes[:-1]:
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
     axes[0].set_title(printable(name))
-    axes[4].set(xlabel="time (s)", xlim=(0, frames / fps))
+    stage_axis.set(xlabel=f"time ({name_of_unit})", xlim=(0, frames / fps))
     figure.align_ylabels(axes)
     return figure
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """In which a span of so many seconds is best read."""
+    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 20 * unit:
+            return unit, name
+    return 1.0, "s"
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
@@ -216,10 +238,14 @@ def plot_training(log: Mapping[str, np.ndarray]) -> Any:
     for (column, label, color), dash in zip(parts, DASH):
         loss.plot(epochs, log[column], color=color, linestyle=dash, label=label, marker=marker)
     loss.set(xlabel="epoch", ylabel="training loss, mean of the epoch", title="Loss, and its parts before weighting")
+    single = [name for name in log if name.startswith("val_") and name != "val_P"]
+    colors = (VERMILLION, GREEN, PURPLE, ORANGE, SKY)
     for column, label, color, dash in (
         ("train_P", "training P (with failures)", "#777777", DASH[1]),
-        ("val_CCC_V", "validation CCC_V", VERMILLION, DASH[2]),
-        ("val_CCC_A", "validation CCC_A", GREEN, DASH[3]),
+        *(
+            (name, f"validation {printable(name.removeprefix('val_'))}", colors[i], DASH[(i + 2) % 4])
+            for i, name in enumerate(single[: len(colors)])
+        ),
         ("val_P", "validation P", BLUE, "-"),
     ):
         concordance.plot(epochs, log[column], color=color, linestyle=dash, label=label, marker=marker)

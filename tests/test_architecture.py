@@ -36,7 +36,7 @@ LAYERS: Layers = (
     ("training",),
     ("live",),
     ("study",),
-    ("demo", "info"),
+    ("demo", "info", "inspection"),
     ("cli",),
     ("__main__",),
 )

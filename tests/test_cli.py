@@ -20,7 +20,7 @@ from sage_ext.data.synthetic import TruthClips
 from sage_ext.demo import read_submission
 from sage_ext.training.checkpoint import load_checkpoint
 
-SMALL = ("--dim=8", "--stages=2", "--blocks=2", "--window=60", "--hop=40", "--batch-size=4", "--threads=1")
+SMALL = ("--dim=8", "--stages=2", "--blocks=2", "--window=2", "--hop=1.3333333333", "--batch-size=4", "--threads=1")
 
 
 def run(*arguments):

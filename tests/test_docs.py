@@ -204,7 +204,7 @@ def data_set(path: str, train: int = 4, validation: int = 2, frames: tuple[int, 
 def trained(run: str, data: str) -> None:
     from sage_ext.training.trainer import TrainConfig, train
 
-    config = TrainConfig(data, dim=8, blocks=2, window=60, hop=40, max_steps=2, threads=1)
+    config = TrainConfig(data, dim=8, blocks=2, window=2, hop=4 / 3, max_steps=2, threads=1)
     train(config, run, progress=False)
 
 

@@ -62,8 +62,9 @@ SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set
 ANNOTATION_HEADER = "valence,arousal"
 SUBMISSION_HEADER = "image_location,valence,arousal"
 INVALID = -5.0
+SAMPLE = "sample_submission.txt"
 
-_TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set", "annotations")
+_TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
 _META_KEYS = ("rate", "shared", "images", "about")
 _LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>[0-9]+)\.(?:jpg|png)")
 _MOST_FRAMES = 10_000_000  # of a video that a sample file may name: 92 hours at 30 a second
@@ -236,7 +237,7 @@ def _read_annotation(path: Path, targets: Targets | None) -> tuple[np.ndarray, n
         unknown |= values == INVALID
     if not (unknown | (values >= low) & (values <= high)).all():
         raise ValueError(_annotation_fault(path, rows, columns, targets, strict))
-    valid = ~unknown.any(axis=1)
+    valid = np.asarray(~unknown.any(axis=1))
     labels = scaled(values, targets).astype(np.float32)
     labels[~valid] = np.nan
     return labels, valid, targets
@@ -336,6 +337,7 @@ class AffWild2(Sequence[Clip]):
     `names`: the clips' names. `modalities`: name -> D, in order. `targets`: names and ranges. `frame_rate`: the frames a
     second of most frames. `groupings`: what groups.json holds. `mismatches`: what does not fit, a sentence each that
     begins with the video's name or the folder: nothing in it stops training, everything in it should be looked at once.
+    `slight`: those among them about a second or less at a video's end.
     Annotations and the headers of all feature files are read and checked here; the features themselves when a clip is
     sliced.
 
@@ -369,8 +371,10 @@ class AffWild2(Sequence[Clip]):
         self._fps = _read_fps(self.root / "fps.json")
         self._declared = _read_targets(self.root / "targets.json")
         self.groupings = _read_groups(self.root / "groups.json")
+        self.sample_file: Path | None = None  # that the test split is from
         self._images: dict[tuple[str, str], np.ndarray] = {}
         self.modalities, self.mismatches, self.targets = {}, [], self._declared or VALENCE_AROUSAL
+        self.slight: list[str] = []
         self._videos: list[_Video] = []
         bare: list[str] = []  # annotated videos without any features
         for name, labels, valid in self._annotated(annotations, sample_file):
@@ -398,6 +402,8 @@ class AffWild2(Sequence[Clip]):
                 self.modalities[m] = 0
         for video in self._videos:
             self._report(video)
+        for m in self._folders:
+            self._report_rate(m)
         self.modalities = {m: self.modalities[m] for m in self._folders if self.modalities[m]}
         self.names = [video.name for video in self._videos]
         self._report_strangers(annotations, sample_file)
@@ -463,11 +469,12 @@ class AffWild2(Sequence[Clip]):
         return self._fps.get(name, self._fps.get(bare_name(name), FPS))
 
     def _sample(self, sample_file: str | os.PathLike | None) -> Path:
-        return self.root / "sample_submission.txt" if sample_file is None else Path(sample_file)
+        return self.root / SAMPLE if sample_file is None else Path(sample_file)
 
     def _annotated(self, annotations, sample_file) -> Iterator[tuple[str, np.ndarray | None, np.ndarray]]:
         sample = self._sample(sample_file)
         if self.split == "test" and (sample.exists() or sample_file is not None):
+            self.sample_file = sample
             for name, frames in read_sample(sample).items():
                 yield name, None, np.zeros(frames, bool)
             return
@@ -604,9 +611,33 @@ class AffWild2(Sequence[Clip]):
             rows += f" at {rate:g} Hz ({covered} frames at {self.fps(name):g} fps)"
         if covered < frames:
             tail = f"{m} is absent in the last {frames - covered}"
-            self.mismatches.append(f"{name}: {m} has {rows} for {frames} frames: {tail}")
         elif count > needed:
-            self.mismatches.append(f"{name}: {m} has {rows} for {frames} frames: the last {count - needed} are ignored")
+            tail = f"the last {count - needed} are ignored"
+        else:
+            return
+        self.mismatches.append(f"{name}: {m} has {rows} for {frames} frames: {tail}")
+        if abs(covered - frames) <= max(self.fps(name), 2):
+            self.slight.append(self.mismatches[-1])
+
+    def _report_rate(self, m: str) -> None:
+        """Rows that are a like share of the frames in most videos: their rate is another one than is said."""
+        rate = self._meta[m].rate
+        shares = [
+            source.rows / len(video.valid) / (1.0 if rate is None else rate / self.fps(video.name))
+            for video in self._videos
+            if (source := video.sources[m]) is not None and len(video.valid) >= 20
+        ]
+        if len(shares) < 2:
+            return
+        share = sorted(shares)[len(shares) // 2]
+        alike = sum(abs(other / share - 1) < 0.02 for other in shares)
+        if abs(share - 1) > 0.04 and 2 * alike > len(shares):
+            said = f"{self.frame_rate:g} (a frame each)" if rate is None else f"{rate:g}"
+            real = share * (self.frame_rate if rate is None else rate)
+            self.mismatches.append(
+                f"{self._folders[m]}: in most videos there are {share:.3g} times the rows that {said} a second would give: is "
+                f"their rate {real:.3g}? say so in meta.json"
+            )
 
     def _with_image(self, images: str, name: str, frames: int) -> np.ndarray:
         """(T,) bool: the frame's image exists. One listing a video, kept."""
@@ -628,7 +659,8 @@ def annotation_folder(root: Path, annotations: str | os.PathLike | None, split_n
     if annotations is not None:
         tasks = [Path(annotations)]
     else:
-        tasks = [
+        tasks = [root / "annotations"]
+        tasks += [
             path
             for depth in ("", "*/", "*/*/")
             for task in _TASK_FOLDERS
@@ -642,8 +674,15 @@ def annotation_folder(root: Path, annotations: str | os.PathLike | None, split_n
         raise ValueError(
             f"root: expected one annotation folder, got {', '.join(map(str, found))}; say which with annotations="
         )
-    where = str(annotations) if annotations is not None else f"{root}/*/{{{','.join(_TASK_FOLDERS)}}}"
+    where = (
+        str(annotations) if annotations is not None else f"{root}/annotations or {root}/*/{{{','.join(_TASK_FOLDERS)}}}"
+    )
     raise FileNotFoundError(f"annotations: expected a folder {where}/{' or '.join(split_names)}, got none")
+
+
+def modality_names(folder: Path) -> list[str]:
+    """Of the folders in `folder`, root/features, in the order of the names."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
 
 def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[str, Path]:
@@ -651,7 +690,7 @@ def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[st
         raise TypeError(f"modalities: expected a sequence of names, got the string {modalities!r}")
     if not folder.is_dir():
         raise FileNotFoundError(f"features: expected a folder, got {folder}")
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    there = modality_names(folder)
     names = there if modalities is None else list(modalities)
     if not names:
         raise FileNotFoundError(f"features: expected folders of modalities in {folder}, got none")

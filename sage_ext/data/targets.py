@@ -27,6 +27,12 @@ class Target(NamedTuple):
         """The name of its concordance in tables and files: CCC_V, CCC_A, else CCC_<name>."""
         return _SCORES.get(self.name, f"CCC_{self.name}")
 
+    @property
+    def digits(self) -> int:
+        """Decimals that a value in its own units is written with: six for a range of 2, more or fewer as it is narrower or
+        wider."""
+        return max(0, 6 - math.floor(math.log10((self.high - self.low) / 2)))
+
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """From its own units to [-1, 1]."""
         if (self.low, self.high) == (-1.0, 1.0):

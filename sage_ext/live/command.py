@@ -19,10 +19,12 @@ from types import FrameType
 from typing import Any
 
 from ..data.affwild2 import read_annotation
+from ..data.rates import FPS, SLOW, default_frames
+from ..data.targets import VALENCE_AROUSAL
 from ..extras import require
-from ..report import FPS, Picture, Table, plot_clip, plot_latency, printable, write_report
+from ..report import Picture, Table, plot_clip, plot_latency, printable, write_report
 from ..training.runs import Run
-from .estimator import RECENT, TARGETS, Estimator, Quality, Recording
+from .estimator import RECENT, Estimator, Quality, Recording
 from .frames import Block, Format, MalformedFrame, make_format
 from .page import Page
 
@@ -213,10 +215,16 @@ def stream(args: argparse.Namespace) -> int:
         raise ValueError(f"--serve: expected a port from 0 to 65535, got {args.serve}")
     if args.report is not None:  # what would fail at the end should fail now
         require("matplotlib", "train")
-    quality = Quality(*read_annotation(args.labels)) if args.labels is not None else None
     run = Run.load(args.run)
+    recent = max(round(default_frames(RECENT, run.fps)), 2)
+    quality = None
+    if args.labels is not None:
+        strict = None if run.targets == VALENCE_AROUSAL else run.targets
+        quality = Quality(*read_annotation(args.labels, strict), run.targets, recent)
     keep = KEEP if args.report is not None else 0
-    estimator = Estimator(run.model, run.names, device=args.device, quality=quality, keep=keep)
+    estimator = Estimator(
+        run.model, run.names, targets=run.targets, device=args.device, quality=quality, keep=keep, recent=recent
+    )
     form = make_format(args.format, run.names, estimator.session.in_dims)
     if args.report is not None:
         Path(args.report).mkdir(parents=True, exist_ok=True)
@@ -230,7 +238,7 @@ def stream(args: argparse.Namespace) -> int:
         page = None
         if args.serve is not None:
             if pace is None and stat.S_ISREG(os.fstat(fd).st_mode) and not args.follow:
-                pace = FPS
+                pace = run.fps if run.fps >= SLOW else FPS  # nobody waits an hour for a frame
             page = stack.enter_context(Page(args.host, args.serve, run.path.resolve().name, estimator, note))
             note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
         sizes = ", ".join(f"{dim} {name}" for name, dim in zip(run.names, estimator.session.in_dims))
@@ -260,7 +268,7 @@ def stream(args: argparse.Namespace) -> int:
     table = summary(why, seconds, estimator, complaints)
     print_summary(table, estimator)
     if args.report is not None:
-        note(f"report: {write_session(args.report, run, estimator, table, args.labels, pace or FPS)}")
+        note(f"report: {write_session(args.report, run, estimator, table, args.labels, run.fps)}")
     if failure is not None:
         raise failure
     if stop.signal is not None:
@@ -321,10 +329,10 @@ def summary(why: str, seconds: float, estimator: Estimator, complaints: Complain
         whole, recent = quality.scores(), quality.recent.compute().tolist()
         for title, scores, count in (
             ("CCC", whole, quality.counted),
-            (f"CCC, last {RECENT}", recent, sum(quality.window)),
+            (f"CCC, last {estimator.recent}", recent, sum(quality.window)),
         ):
-            values = "  ".join(f"{name} {value:.4f}" for name, value in zip(TARGETS, scores))
-            rows.append((title, f"{values}  P {sum(scores) / 2:.4f}  ({count} annotated frames)"))
+            values = "  ".join(f"{target.name} {value:.4f}" for target, value in zip(quality.targets, scores))
+            rows.append((title, f"{values}  P {sum(scores) / len(scores):.4f}  ({count} annotated frames)"))
     note_ = "Latency: from a frame's bytes being there to its estimate; waiting in a pipe or for --pace is not in it."
     return Table(f"Stream: {why}", ("", ""), rows, note_ if stats.frames else "")
 
@@ -348,7 +356,7 @@ def write_session(folder: str, run: Run, estimator: Estimator, table: Table, lab
             truth, valid = estimator.quality.at(kept.number)
         figure = plot_clip(
             f"{run.path.name}, live", kept.prediction, truth, valid, kept.weights, kept.confidence, kept.stage, run.names,
-            present=kept.present, fps=fps,
+            present=kept.present, fps=fps, targets=run.targets,
         )  # fmt: skip
         text = (
             f"The last {len(kept.number):,} of {estimator.trace.taken:,} frames, {fps:g} to a second: prediction"

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.targets import VALENCE_AROUSAL, Targets
 from ..functional import ccc_from_moments
 from ..metrics import StreamingCCC
 from ..models.sage import SAGE
 from .frames import Frame
 
-TARGETS = ("valence", "arousal")
-RECENT = 300  # frames of the running concordance's window
+RECENT = 300  # frames of the running concordance's window, at 30 a second
 
 
 class Latency:
@@ -72,47 +72,54 @@ def microseconds(us: float) -> str:
 
 
 class Quality:
-    """Concordance with the truth so far, and of the last `RECENT` frames (`temporal_ccc`, its state carried)."""
+    """Concordance with the truth so far, and of the last `recent` frames (`temporal_ccc`, its state carried)."""
 
-    def __init__(self, labels: np.ndarray, valid: np.ndarray) -> None:
-        """labels (T, 2), valid (T,) bool: of frame 1, 2 ...; frames beyond T are not counted."""
+    def __init__(
+        self, labels: np.ndarray, valid: np.ndarray, targets: Targets = VALENCE_AROUSAL, recent: int = RECENT
+    ) -> None:
+        """labels (T, C) on [-1, 1], valid (T,) bool: of frame 1, 2 ...; frames beyond T are not counted."""
         self.labels, self.valid = torch.from_numpy(np.nan_to_num(labels).astype(np.float32)), valid
-        self.whole, self.recent = StreamingCCC(), StreamingCCC(window=RECENT)
+        self.targets = targets
+        self.whole, self.recent = StreamingCCC(len(targets)), StreamingCCC(len(targets), window=recent)
         self.counted = 0
-        self.window: deque[bool] = deque(maxlen=RECENT)
+        self.window: deque[bool] = deque(maxlen=recent)
 
     def add(self, number: int, prediction: torch.Tensor) -> dict[str, Any]:
-        """Frame `number` (from 1) with its prediction (1, 2) -> "truth", "ccc", "ccc_recent"; None where unknown."""
+        """Frame `number` (from 1) with its prediction (1, C) -> "truth", "ccc", "ccc_recent"; None where unknown."""
         known = number <= len(self.valid) and bool(self.valid[number - 1])
-        target = self.labels[number - 1 : number] if known else torch.zeros(1, 2)
+        target = self.labels[number - 1 : number] if known else torch.zeros(1, len(self.targets))
         mask = torch.tensor([known])
         self.whole.update(prediction, target, mask)
         self.recent.update(prediction, target, mask)
         self.counted += known
         self.window.append(known)
         return {
-            "truth": named(TARGETS, target[0].tolist()) if known else None,
+            "truth": in_units(self.targets, target[0].tolist()) if known else None,
             "ccc": self._scores(self.whole, self.counted),
             "ccc_recent": self._scores(self.recent, sum(self.window)),
         }
 
     def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Labels (n, 2) of these frames, and (n,) which of them are known."""
+        """Labels (n, C) of these frames, and (n,) which of them are known."""
         rows = np.minimum(numbers, len(self.valid)) - 1
         return self.labels.numpy()[rows], self.valid[rows] & (numbers <= len(self.valid))
 
-    @staticmethod
-    def _scores(metric: StreamingCCC, counted: int) -> dict[str, float] | None:
-        return named(TARGETS, metric.compute().tolist()) if counted >= 2 else None
+    def _scores(self, metric: StreamingCCC, counted: int) -> dict[str, float] | None:
+        names = [target.name for target in self.targets]
+        return named(names, metric.compute().tolist()) if counted >= 2 else None
 
-    def scores(self) -> tuple[float, float]:
-        """(valence, arousal) over every labelled frame; 0 where undefined."""
-        valence, arousal = ccc_from_moments(self.whole.moments).tolist()
-        return valence, arousal
+    def scores(self) -> list[float]:
+        """The CCC of each target over every labelled frame; 0 where undefined."""
+        return ccc_from_moments(self.whole.moments).tolist()
 
 
 def named(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in zip(names, values)}
+
+
+def in_units(targets: Targets, values: Sequence[float]) -> dict[str, float]:
+    """Values on [-1, 1] -> in the targets' own units, six digits of half their range."""
+    return {target.name: round(target.unscaled(x), target.digits) for target, x in zip(targets, values)}
 
 
 @dataclass
@@ -120,7 +127,7 @@ class Recording:
     """The last frames of a session, oldest first."""
 
     number: np.ndarray  # (T,) frame in the input, from 1
-    prediction: np.ndarray  # (T, 2)
+    prediction: np.ndarray  # (T, C) on [-1, 1]
     weights: np.ndarray  # (T, M)
     confidence: np.ndarray  # (T, M)
     stage: np.ndarray  # (T, S)
@@ -130,9 +137,9 @@ class Recording:
 class Trace:
     """Room for the last `keep` frames, allocated as it is needed."""
 
-    def __init__(self, modalities: int, stages: int, keep: int) -> None:
+    def __init__(self, modalities: int, stages: int, keep: int, targets: int = 2) -> None:
         self.keep, self.taken = keep, 0
-        self.cuts = np.cumsum([1, 2, modalities, modalities, stages])
+        self.cuts = np.cumsum([1, targets, modalities, modalities, stages])
         self.rows = np.zeros((min(1024, keep), self.cuts[-1] + modalities))
 
     def add(self, row: list[float]) -> None:
@@ -153,19 +160,37 @@ class Trace:
 class Estimator:
     """One stream through a causal `SAGE`: a record of plain Python numbers for each frame, and the session's figures.
 
-    `keep`: how many of the last frames `trace` remembers for a report; 0: none, and no `trace`.
+    `keep`: how many of the last frames `trace` remembers for a report; 0: none, and no `trace`. `recent`: frames of the
+    running concordance's window.
     """
 
     def __init__(
-        self, model: SAGE, names: Sequence[str], *, device: str = "cpu", quality: Quality | None = None, keep: int = 0
+        self,
+        model: SAGE,
+        names: Sequence[str],
+        *,
+        targets: Targets = VALENCE_AROUSAL,
+        device: str = "cpu",
+        quality: Quality | None = None,
+        keep: int = 0,
+        recent: int = RECENT,
     ) -> None:
         self.session, self.names, self.quality = model.stream(device=device), tuple(names), quality
-        if self.session.num_targets != len(TARGETS):
+        self.targets, self.recent = targets, recent
+        if self.session.num_targets != len(targets):
             raise ValueError(
-                f"model: expected {len(TARGETS)} targets ({', '.join(TARGETS)}), got {self.session.num_targets}"
+                f"model: expected {len(targets)} targets ({', '.join(target.name for target in targets)}), got "
+                f"{self.session.num_targets}"
             )
+        # Valence and arousal stand in the record itself, other targets, of whatever names, in its "prediction".
+        self._apart = [target.name for target in targets] != [target.name for target in VALENCE_AROUSAL]
         self.latency, self.step = Latency(), Latency()  # frame read to answer made; the model's part of it
-        self.trace = Trace(len(self.names), self.session.stages, keep) if keep else None
+        self.trace = Trace(len(self.names), self.session.stages, keep, len(targets)) if keep else None
+
+    def values(self, record: dict[str, Any]) -> list[float]:
+        """What a record says of each target."""
+        said = record["prediction"] if self._apart else record
+        return [said[target.name] for target in self.targets]
 
     def take(self, number: int, frame: Frame, began: float | None = None) -> dict[str, Any]:
         """The estimate for frame `number` (from 1) of the input. `began`: `time.perf_counter()` when it had been read."""
@@ -175,7 +200,8 @@ class Estimator:
         prediction, weights, confidence, stage, present = (
             x[0].tolist() for x in (out.prediction, out.weights, out.confidence, out.stage, out.present)
         )
-        record: dict[str, Any] = {"frame": number, **frame.echo, **named(TARGETS, prediction)}
+        said: dict[str, Any] = in_units(self.targets, prediction)
+        record: dict[str, Any] = {"frame": number, **frame.echo, **({"prediction": said} if self._apart else said)}
         record["weights"], record["confidence"] = named(self.names, weights), named(self.names, confidence)
         record["present"] = dict(zip(self.names, present))
         record["stage"] = [round(p, 6) for p in stage]

@@ -36,11 +36,11 @@ class Page:
         self.estimator, self._tell = estimator, tell
         self._changed = threading.Condition()
         self._latest: tuple[int, dict[str, Any], int, float] = (0, {}, 0, 0.0)  # frames, record, malformed, when
-        self._points: deque[tuple[Any, ...]] = deque(maxlen=PAST)  # not yet sent: when, number, valence, arousal, truth
+        self._points: deque[tuple[Any, ...]] = deque(maxlen=PAST)  # not yet sent: when, number, values, truth
         self._why: str | None = None
         hello = {
             "id": secrets.token_hex(8), "run": title, "modalities": estimator.names, "stages": estimator.session.stages,
-            "labels": estimator.quality is not None,
+            "labels": estimator.quality is not None, "targets": estimator.targets, "recent": estimator.recent,
         }  # fmt: skip
         self._thread = threading.Thread(target=self._forward, daemon=True)
         program = Path(__file__).with_name("server.py")
@@ -69,7 +69,7 @@ class Page:
         with self._changed:
             count, when, truth = self._latest[0] + 1, round(time.monotonic(), 4), record.get("truth")
             self._latest = (count, record, malformed, when)
-            self._points.append((when, count, record["valence"], record["arousal"], truth and list(truth.values())))
+            self._points.append((when, count, self.estimator.values(record), truth and list(truth.values())))
             self._changed.notify()
 
     def end(self, why: str) -> None:
@@ -110,7 +110,7 @@ class Page:
                 if count > seen:
                     seen, latency = count, self.estimator.latency
                     more = {
-                        "count": count, "malformed": malformed, "clock": when,
+                        "point": self.estimator.values(record), "count": count, "malformed": malformed, "clock": when,
                         "p50": round(latency.quantile(0.5), 1), "p99": round(latency.quantile(0.99), 1),
                     }  # fmt: skip
                     self._send({"frame": {**record, **more}, "points": points})

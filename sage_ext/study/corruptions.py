@@ -27,13 +27,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .._arguments import check_number
 from ..data.affwild2 import Clip, bare_name
+from ..data.rates import FPS, default_frames, whole_frames
 
 VERSION = 1  # of the protocol: part of every random number's key
 SEVERITIES = (1, 2, 3, 4, 5)
-SPAN_SECONDS = 2.0  # of a span, about
-SPAN_FRAMES = 60  # the same, at the 30 frames a second of most videos
-STAGES, STAGE_FRAMES = 4, 90  # the stage chain where no stage is given: number, and mean frames of a visit
+SPAN = 60  # frames of a span, about, at 30 a second: 2 s
+STAGES, STAGE_FRAMES = (
+    4,
+    90,
+)  # the stage chain where no stage is given: number, and mean frames of a visit at 30 a second
 
 _SNR = (15.0, 10.0, 5.0, 0.0, -5.0)
 _SPANS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -88,7 +92,7 @@ class Track:
     hit      (n,) bool: where the corruption acts at all: all True unless it depends on the stage
     stage    (n,) int64 interaction stage, for corruptions that depend on it; else None
     donors   the present rows of other clips, (n_i, ...) each, for corruptions that need them; else empty
-    span     rows in a span, about
+    stretch  rows for each frame at 30 a second: what a corruption says in such frames it multiplies by this
     """
 
     rows: np.ndarray
@@ -98,7 +102,16 @@ class Track:
     hit: np.ndarray
     stage: np.ndarray | None = None
     donors: tuple[np.ndarray, ...] = ()
-    span: int = SPAN_FRAMES
+    stretch: float = 1.0
+
+    @property
+    def span(self) -> int:
+        """Rows in a span, about."""
+        return self.rows_for(SPAN)
+
+    def rows_for(self, thirtieths: float) -> int:
+        """Rows for so many frames at 30 a second, one at least."""
+        return max(1, whole_frames(thirtieths, self.stretch))
 
     def draws(self, purpose: str) -> Draws:
         """This clip's and modality's random numbers for `purpose`: the same at every severity."""
@@ -300,6 +313,8 @@ def apply(
     seed: int,
     donor: Mapping[str, Any] | None = None,
     stage: np.ndarray | None = None,
+    fps: float = FPS,
+    span: float | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Corrupts the features of one clip.
 
@@ -311,6 +326,9 @@ def apply(
               `foreign-spans` and `stage-foreign`
     stage     (T,) integers >= 0: the interaction stage of each frame, for the corruptions that depend on it; default:
               a random chain (docs/robustness.md)
+    fps       frames a second
+    span      seconds of a span; shifts and stages are in proportion to it. Default: 2 s, as the protocol says, and more
+              below 7.5 frames a second (`data.rates`)
 
     Returns new (features, present) with the same keys; nothing given is changed. A frame that becomes absent has
     `present` False and a row of zeros.
@@ -318,7 +336,7 @@ def apply(
     Raises TypeError for a wrong type or dtype; ValueError for a wrong shape or value, infinite features, a modality or
     donor that is not there.
     """
-    spec, key = _spec(condition, "feature"), _key(clip, seed)
+    spec, key, stretch = _spec(condition, "feature"), _key(clip, seed), _stretch(fps, span)
     for argument, value in (("features", features), ("present", present), ("donor", donor)):
         if not isinstance(value, Mapping) and (value is not None or argument == "features"):
             raise TypeError(f"{argument}: expected a mapping from modality to array, got {type(value).__name__}")
@@ -337,7 +355,7 @@ def apply(
         if len(mask) != frames:
             raise ValueError(f"present: expected masks of one length, got {frames} and {len(mask)} ({name!r})")
     if spec.scopes == "rotations":
-        stage = _chain(*key, frames) if stage is None else _stage(stage, frames)
+        stage = _chain(*key, frames, stretch) if stage is None else _stage(stage, frames)
     for position, name in enumerate(condition.modalities):
         rows, mask = out[name], masks[name]
         covered = min(frames, len(rows))
@@ -352,7 +370,7 @@ def apply(
         here = None if spec.scopes != "rotations" or stage is None else stage[where].astype(np.int64)
         hit = np.ones(len(where), bool) if here is None else here % len(condition.modalities) == position
         level = spec.levels[condition.severity - 1]
-        track = Track(seen, where, level, (key[0], name, key[1]), hit, here, donors)
+        track = Track(seen, where, level, (key[0], name, key[1]), hit, here, donors, stretch)
         changed = _checked(spec, track)
         gone = np.isnan(changed).any(axis=1)
         mask[where[gone]] = False
@@ -360,8 +378,21 @@ def apply(
     return out, masks
 
 
+def _stretch(fps: float, span: float | None) -> float:
+    """Frames for each frame at 30 a second."""
+    for name, value in (("fps", fps), ("span", span)):
+        if value is not None:
+            check_number(name, value, "> 0 and finite", lambda x: 0 < x < math.inf)
+    return default_frames(1.0, fps) if span is None else span * fps / SPAN
+
+
 def corrupted(
-    clips: Sequence[Clip], condition: Condition, seed: int, *, stages: Mapping[str, np.ndarray] | None = None
+    clips: Sequence[Clip],
+    condition: Condition,
+    seed: int,
+    *,
+    stages: Mapping[str, np.ndarray] | None = None,
+    span: float | None = None,
 ) -> Sequence[Clip]:
     """`clips` under `condition`: a sequence of the same length whose clips have their features and `present` replaced,
     computed whenever a clip is asked for; labels and the modalities that do not fail are passed on.
@@ -370,16 +401,24 @@ def corrupted(
     no donors of each other: they share a track) that have that modality at all, by a hash of the names: which one
     does not depend on the order of clips.
 
-    stages: clip name -> (T,) integers, the true stages where they are known (synthetic data: truth/<name>.npz).
+    stages: clip name -> (T,) integers, the true stages where they are known (synthetic data: truth/<name>.npz). `span`: as
+    in `apply`; the rate is the clip's own.
 
     Raises ValueError where a donor is needed and all clips are of one video; on access what `apply` raises.
     """
-    return _Corrupted(clips, condition, operator.index(seed), stages)
+    return _Corrupted(clips, condition, operator.index(seed), stages, span)
 
 
 class _Corrupted(Sequence[Clip]):
-    def __init__(self, clips: Sequence[Clip], condition: Condition, seed: int, stages: Mapping[str, np.ndarray] | None):
-        self._clips, self._condition, self._seed, self._stages = clips, condition, seed, stages
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        condition: Condition,
+        seed: int,
+        stages: Mapping[str, np.ndarray] | None,
+        span: float | None,
+    ):
+        self._clips, self._condition, self._seed, self._stages, self._span = clips, condition, seed, stages, span
         self._needs_donor = _spec(condition, "feature").donors
         self._names = [clips[i].name for i in range(len(clips))] if self._needs_donor else []
         if self._needs_donor and len({bare_name(name) for name in self._names}) == 1:
@@ -405,6 +444,8 @@ class _Corrupted(Sequence[Clip]):
             seed=self._seed,
             donor={name: self._donor(clip.name, name) for name in names} if self._needs_donor else None,
             stage=None if self._stages is None else self._stages.get(clip.name),
+            fps=clip.fps,
+            span=self._span,
         )
         return dataclasses.replace(
             clip,
@@ -444,8 +485,7 @@ def apply_waveform(
     others = tuple(_finite(f"donors[{k}]", _floating(f"donors[{k}]", donor, 1)) for k, donor in enumerate(donors))
     if spec.donors and not (others and all(donor.any() for donor in others)):
         raise ValueError(f"donors: expected waveforms for {spec.name}, none of them silent, got {len(others)}")
-    span = max(1, round(SPAN_SECONDS * rate))
-    return _whole(spec, condition, samples, clip, seed, others if spec.donors else (), span)
+    return _whole(spec, condition, samples, clip, seed, others if spec.donors else (), rate / FPS)
 
 
 def apply_images(condition: Condition, images: np.ndarray, *, clip: str, seed: int) -> np.ndarray:
@@ -465,12 +505,12 @@ def apply_images(condition: Condition, images: np.ndarray, *, clip: str, seed: i
     pixels = _floating("images", images, 4)
     if not ((pixels >= 0) & (pixels <= 1)).all():
         raise ValueError(f"images: expected floating point in [0, 1], got {pixels.min()} to {pixels.max()}")
-    out = _whole(spec, condition, pixels, clip, seed, (), SPAN_FRAMES)
+    out = _whole(spec, condition, pixels, clip, seed, (), 1.0)
     return np.rint(out * 255).astype(np.uint8) if given.dtype == np.uint8 else out
 
 
 def _whole(
-    spec: Corruption, condition: Condition, rows: np.ndarray, clip: str, seed: int, donors: tuple, span: int
+    spec: Corruption, condition: Condition, rows: np.ndarray, clip: str, seed: int, donors: tuple, stretch: float
 ) -> np.ndarray:
     """`rows` without gaps under `condition`."""
     if len(condition.modalities) != 1:
@@ -480,7 +520,7 @@ def _whole(
     name, seed = _key(clip, seed)
     every, level = np.ones(len(rows), bool), spec.levels[condition.severity - 1]
     key = (name, condition.modalities[0], seed)
-    return _checked(spec, Track(rows, np.arange(len(rows)), level, key, every, None, donors, span))
+    return _checked(spec, Track(rows, np.arange(len(rows)), level, key, every, None, donors, stretch))
 
 
 def _key(clip: str, seed: int) -> tuple[str, int]:
@@ -560,10 +600,11 @@ def _stage(stage: np.ndarray, frames: int) -> np.ndarray:
     return stage
 
 
-def _chain(clip: str, seed: int, frames: int) -> np.ndarray:
+def _chain(clip: str, seed: int, frames: int, stretch: float) -> np.ndarray:
     """(T,) a Markov chain that leaves its stage with probability 1 / STAGE_FRAMES, for any other one evenly."""
+    mean = max(1.0, STAGE_FRAMES * stretch)
     leave, which = Draws("robustness", VERSION, "stage", clip, "", seed).uniform(frames, 2).T
-    steps = np.where(leave < 1 / STAGE_FRAMES, 1 + np.floor(which * (STAGES - 1)), 0)
+    steps = np.where(leave < 1 / mean, 1 + np.floor(which * (STAGES - 1)), 0)
     steps[:1] = np.floor(which[:1] * STAGES)
     return np.cumsum(steps.astype(np.int64)) % STAGES
 
@@ -672,9 +713,9 @@ def _foreign(track: Track) -> np.ndarray:
     return _where(track.tail(track.level), track.foreign(), track.rows)
 
 
-@corruption("misaligned", "early or late by some frames", (5, 10, 20, 40, 80), "frames")
+@corruption("misaligned", "early or late by a while", (5, 10, 20, 40, 80), "frames at 30 a second")
 def _misaligned(track: Track) -> np.ndarray:
-    shift = int(track.level)
+    shift = track.rows_for(track.level)
     if track.draws("direction").coins(1)[0] < 0:  # early: the first present row at or after t + shift
         index = np.searchsorted(track.frames, track.frames + shift, side="left")
     else:  # late: the last present row at or before t - shift

@@ -43,7 +43,7 @@ VARIANTS = {
         Method("sage-no-memory", "SAGE, no memory", {"memory": ()}),
         Method("sage-no-stuck", "SAGE, stuck frames present", {"stuck": 0}),
         Method("can-plus", "CAN attention, SAGE's memory and stuck rule",
-               {"fusion": "can", "memory": (8.0, 32.0, 128.0), "stuck": 8},
+               {"fusion": "can", "peer_memory": True},
                "what is left of SAGE's lead is its reliability's"),
     )
 }  # fmt: skip
@@ -75,12 +75,15 @@ def title(name: str) -> str:
 
 def default_methods(modalities: Sequence[str]) -> tuple[str, ...]:
     """All there are for data with these modalities."""
-    fused = [
-        method.name
-        for method in methods().values()
-        if len(modalities) == 2 or not _pairwise(method.overrides.get("fusion"))
-    ]
-    return (*fused, *single_methods(modalities))
+    left = unfit(modalities)
+    return (*(name for name in methods() if name not in left), *single_methods(modalities))
+
+
+def unfit(modalities: Sequence[str]) -> tuple[str, ...]:
+    """The methods that these modalities leave out: defined for two of them."""
+    if len(modalities) == 2:
+        return ()
+    return tuple(method.name for method in methods().values() if _pairwise(method.overrides.get("fusion")))
 
 
 def quick_methods(modalities: Sequence[str]) -> tuple[str, ...]:

@@ -1,10 +1,13 @@
 """What a study is asked for, which data answer it, and where its files lie.
 
 OUT/study.json                                what was asked for; a study is continued only with the same
-OUT/data/                                     synthetic data made here, or a view of licensed data (see `Study`)
+OUT/data/                                     synthetic data made here, or a view of other data (see `Study`)
+OUT/fold-<k>/                                 with folds: the view of the data that fold k is trained on and scored with
 OUT/runs/<method>/seed-<s>-lr-<rate>/         an ordinary run directory each, and result.json when it is finished
 OUT/evaluations/seed-<s>/<condition>.npz      moments of every video under one condition, all methods
 OUT/results.csv, report.md, report.html, *.png
+
+With folds the directories of runs and evaluations are named fold-<k>-seed-<s>...
 """
 
 from __future__ import annotations
@@ -15,19 +18,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._arguments import check_int
-from ..data.affwild2 import SPLITS, AffWild2, Clip, annotation_folder, bare_name
-from ..data.synthetic import TruthClips, write_dataset
+from ..data.affwild2 import SAMPLE, SPLITS, AffWild2, Clip, annotation_folder
+from ..data.synthetic import TruthClips, has_truth, write_dataset
 from ..files import replacing_folder
 from ..training.trainer import TrainConfig
 from .corruptions import Condition
 from .methods import find
 
 CLEAN = "clean"  # the condition in which nothing fails
+TRUTH = "truth"  # for the split of a `Part`
+TRAIN, VALIDATION, TEST = (SPLITS[split][0] for split in ("train", "validation", "test"))
 DATA = {"seed": 1, "train": 160, "validation": 32, "test": 48, "frames": (250, 900)}  # synthesised where none are given
 HELD_OUT = 5  # of data without truth, one training video in so many is the validation split
 
@@ -40,15 +46,24 @@ class Study:
     synthesiser knows, choices are made on the validation split. On any other data in the Aff-Wild2 layout the score is
     on the validation split, and a fifth of the training *videos*, chosen by a hash of their names, takes its place in
     all choices: OUT/data is that view of the data set, made of links.
+
+    With `folds` the groups of all annotated videos are dealt into so many folds, of about as many frames. Every fold is
+    scored once, by models that were trained on the others, of whose groups a fifth, chosen by a hash, takes the
+    place of the validation split. Groups are those of the `group`ing of groups.json (default: "group"), or the videos.
+    They are what the bootstrap draws, and no split ever tears one apart.
     """
 
     data: str  # root of the data set
     methods: tuple[str, ...]  # names of `methods.default_methods`
+    modalities: tuple[str, ...] | None = None  # None: all the data set has
+    folds: int | None = None
+    group: str | None = None
     seeds: int = 5  # seeds 0 .. seeds - 1 of weights, order, rehearsal and corruption
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # the grid of peak learning rates
     tuning_seeds: int = 1
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     corruptions: tuple[str, ...] | None = None  # None: the whole protocol
+    span: float | None = None  # seconds of a corruption's spans, see `corruptions.apply`; None: 2, as the protocol says
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of TrainConfig, the same for all
 
     def __post_init__(self) -> None:
@@ -56,9 +71,11 @@ class Study:
         check_int("tuning_seeds", self.tuning_seeds, 1)
         if self.tuning_seeds > self.seeds:
             raise ValueError(f"tuning_seeds: expected at most seeds ({self.seeds}), got {self.tuning_seeds}")
-        for name in ("methods", "rates", "severities"):
+        if self.folds is not None:
+            check_int("folds", self.folds, 2)
+        for name in ("methods", "rates", "severities", "modalities"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
+            if values is not None and (not values or len(set(values)) != len(values)):
                 raise ValueError(f"{name}: expected one or more, all different, got {list(values)}")
         self.base()  # what is wrong with it shows here
 
@@ -67,35 +84,58 @@ class Study:
         fixed = {"data", "seed", "lr", "fusion", "modalities"} & set(self.train)
         if fixed:
             raise ValueError(f"train: expected none of what the study itself sets, got {', '.join(sorted(fixed))}")
-        return TrainConfig.from_json({"data": self.data, "threads": 1, "patience": 10**9, **self.train})
+        fixed_here = {"data": self.data, "modalities": self.modalities, "threads": 1, "patience": 10**9}
+        return TrainConfig.from_json({**fixed_here, **self.train})
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps({**dataclasses.asdict(self), "train": self.base().to_json()}))
 
 
-def configuration(study: Study, data: Path, method: str, seed: int, rate: float) -> TrainConfig:
+def configuration(study: Study, part: Part, method: str, seed: int, rate: float) -> TrainConfig:
     """Of one training."""
-    return dataclasses.replace(study.base(), data=str(data), seed=seed, lr=rate, **find(method).overrides)
+    return dataclasses.replace(study.base(), data=part.data, seed=seed, lr=rate, **find(method).overrides)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def run_path(out: Path, method: str, seed: int, rate: float) -> Path:
-    return out / "runs" / method / f"seed-{seed}-lr-{rate:g}"
+def _folder(part: Part, seed: int) -> str:
+    return f"{part.name}-seed-{seed}" if part.name else f"seed-{seed}"
+
+
+def run_path(out: Path, method: str, seed: int, rate: float, part: Part | None = None) -> Path:
+    return out / "runs" / method / f"{_folder(part or WHOLE, seed)}-lr-{rate:g}"
 
 
 def condition_name(condition: Condition | None) -> str:
     return CLEAN if condition is None else condition.name
 
 
-def evaluation_path(out: Path, seed: int, condition: Condition | None) -> Path:
-    return out / "evaluations" / f"seed-{seed}" / f"{condition_name(condition)}.npz"
+def evaluation_path(out: Path, seed: int, condition: Condition | None, part: Part | None = None) -> Path:
+    return out / "evaluations" / _folder(part or WHOLE, seed) / f"{condition_name(condition)}.npz"
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+class Part(NamedTuple):
+    """What a model is trained on, and the clips that it is scored on: the whole study, or a fold."""
+
+    name: str  # "" or "fold-1" ...
+    data: str  # root of the data set whose training and validation splits are used
+    scored: str  # root of the one that is scored,
+    split: str  # and which split of it; "truth": the test split with the synthesiser's labels
+
+
+WHOLE = Part("", "", "", "")
+
+
 @functools.lru_cache(maxsize=1)
-def scored_clips(data: str, truth: bool) -> list[Clip]:
+def scored_clips(part: Part, modalities: tuple[str, ...] | None = None) -> list[Clip]:
     """What is scored, in the order of its names."""
-    return list(TruthClips(data)) if truth else list(AffWild2(data, "validation"))
+    return list(scored_data(part, modalities))
+
+
+def scored_data(part: Part, modalities: tuple[str, ...] | None = None) -> TruthClips | AffWild2:
+    if part.split == TRUTH:
+        return TruthClips(part.scored)
+    return AffWild2(part.scored, part.split, modalities=modalities)
 
 
 def synthesise(out: str | os.PathLike[str]) -> str:
@@ -106,27 +146,94 @@ def synthesise(out: str | os.PathLike[str]) -> str:
     return str(root)
 
 
-def tuning_view(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    """A data set at `out`, made of links to the one at `root`, whose validation split is a fifth of root's training
-    videos (all persons of a video together) and whose training split is the rest."""
-    root, out = Path(root).resolve(), Path(out)
-    names = AffWild2(root, "train").names
-    videos = sorted({bare_name(name) for name in names}, key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(videos) < 2:
-        raise ValueError(f"{root}: expected two training videos or more, to tune on some of them, got {len(videos)}")
-    held_out = set(videos[: max(round(len(videos) / HELD_OUT), 1)])
+def parts(study: Study, out: Path) -> list[Part]:
+    """What is trained and scored, its views of the data made anew."""
+    if study.folds is not None:
+        return fold_views(study, out)
+    if has_truth(study.data):
+        return [Part("", study.data, study.data, TRUTH)]
+    view = tuning_view(study.data, out / "data", study.group, study.modalities)
+    return [Part("", str(view), study.data, "validation")]
+
+
+def tuning_view(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    group: str | None = None,
+    modalities: Sequence[str] | None = None,
+) -> Path:
+    """A data set at `out`, made of links to the one at `root`, whose validation split is a fifth of the groups of root's
+    training videos (all persons of a video together) and whose training split is the rest."""
+    root, data = Path(root).resolve(), AffWild2(root, "train", modalities=modalities)
+    groups = {name: data.group(name, group) for name in data.names}
+    held_out = _held_out(set(groups.values()), "training ")
     source = annotation_folder(root, None, SPLITS["train"])
-    folders = {False: "Train_Set", True: "Validation_Set"}
+    folders = {name: VALIDATION if groups[name] in held_out else TRAIN for name in groups}
+    return _view(root, Path(out), {name: source / f"{name}.txt" for name in groups}, folders)
+
+
+def _held_out(groups: set[str], what: str = "") -> set[str]:
+    """A fifth of the groups, chosen by a hash of their names."""
+    if len(groups) < 2:
+        raise ValueError(
+            f"data: expected two {what}videos or groups or more, to tune on some of them, got {len(groups)}"
+        )
+    order = sorted(groups, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(order[: max(round(len(order) / HELD_OUT), 1)])
+
+
+def fold_views(study: Study, out: Path) -> list[Part]:
+    """A view of the data a fold: its own videos are the test split, a fifth of the other groups the validation split."""
+    assert study.folds is not None
+    root = Path(study.data).resolve()
+    groups, frames, sources = dict[str, str](), Counter[str](), dict[str, Path]()
+    for split in SPLITS:
+        try:
+            folder = annotation_folder(root, None, SPLITS[split])
+        except FileNotFoundError:
+            if split == "train":
+                raise
+            continue
+        if split == "test" and (root / SAMPLE).exists():
+            continue  # the test split has no labels
+        data = AffWild2(root, split, modalities=study.modalities)
+        for clip in data:
+            groups[clip.name] = data.group(clip.name, study.group)
+            frames[groups[clip.name]] += int(clip.valid.sum())
+            sources[clip.name] = folder / f"{clip.name}.txt"
+    if not study.folds <= len(frames) or len(frames) < 3:
+        raise ValueError(
+            f"folds: expected at most as many as there are groups of videos, three groups at least, got {study.folds} folds "
+            f"of {len(frames)} groups in {root}"
+        )
+    dealt: list[set[str]] = [set() for _ in range(study.folds)]
+    for name, _ in sorted(frames.items(), key=lambda item: (-item[1], item[0])):
+        min(dealt, key=lambda fold: sum(frames[group] for group in fold)).add(name)
+    found = []
+    for k, fold in enumerate(dealt, start=1):
+        validation = _held_out(set(frames) - fold)
+        folders = {
+            name: TEST if group in fold else VALIDATION if group in validation else TRAIN
+            for name, group in groups.items()
+        }
+        view = str(_view(root, out / f"fold-{k}", sources, folders))
+        found.append(Part(f"fold-{k}", view, view, "test"))
+    return found
+
+
+def _view(root: Path, out: Path, sources: Mapping[str, Path], folders: Mapping[str, str]) -> Path:
+    """A data set at `out`, made of links to the one at `root`, with the annotations `sources` in the split folders given."""
     with replacing_folder(out) as part:
-        task = part / "Annotations" / "VA_Estimation_Challenge"
-        for folder in folders.values():
+        task = part / "annotations"
+        for folder in set(folders.values()):
             (task / folder).mkdir(parents=True)
-        for name in names:
-            (task / folders[bare_name(name) in held_out] / f"{name}.txt").symlink_to(source / f"{name}.txt")
-        annotations = source.relative_to(root).parts[0]
+        for name, folder in folders.items():
+            (task / folder / f"{name}.txt").symlink_to(sources[name])
+        tops = {source.relative_to(root).parts[0] for source in sources.values()}
         for entry in root.iterdir():
             inside = out.resolve().is_relative_to(entry.resolve())  # the study itself, within the data set
-            if not (entry.name == annotations or entry.name.startswith(".") or inside):
+            own = entry.name in tops or (entry.name == SAMPLE and TEST in folders.values())
+            if not (own or entry.name.startswith(".") or inside):
                 (part / entry.name).symlink_to(entry)
         shutil.rmtree(out, ignore_errors=True)  # an earlier view
     return out

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..data.targets import Targets
 from ..files import write_atomic
 from ..models import FUSIONS
 from ..report import (
@@ -82,15 +83,15 @@ def _grouped(values: np.ndarray, group: Group) -> np.ndarray:
 
 
 def score(results: Results, draws: int = 2000) -> Scores:
-    """Bootstrap over videos and seeds at once: a draw takes as many videos and as many seeds as there are, each with
-    replacement, the same for all methods and conditions, and pools the frames of the videos anew."""
+    """Bootstrap over groups of videos and seeds at once: a draw takes as many groups and as many seeds as there are, each
+    with replacement, the same for all methods and conditions, and pools the frames of the videos anew."""
     rng = np.random.default_rng(0)
-    weights = resampled(results.videos, draws, rng)  # (R, V)
+    weights = resampled(results.groups, draws, rng)  # (R, V)
     seeds = results.study.seeds
     seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (R, N)
     measured, drawn = {}, {}
     for method, moments in results.moments.items():
-        by_video = np.moveaxis(moments, 2, 0)  # (V, N, K, 2, 6)
+        by_video = np.moveaxis(moments, 2, 0)  # (V, N, K, C, 6)
         measured[method] = pooled_score(by_video, np.ones((1, len(by_video))))[0]
         out = np.empty((draws, moments.shape[1]))
         for k in range(moments.shape[1]):
@@ -133,8 +134,8 @@ def _ranked(scores: Scores) -> list[str]:
 
 
 def tables(scores: Scores) -> list[Table]:
-    return [_overview(scores), *_claims(scores), *_by_corruption(scores), *_by_severity(scores), *_against_peer(scores),
-            *_calibration(scores), *_stages(scores)]  # fmt: skip
+    return [_overview(scores), *_by_fold(scores), *_claims(scores), *_by_corruption(scores), *_by_severity(scores),
+            *_against_peer(scores), *_calibration(scores), *_stages(scores)]  # fmt: skip
 
 
 def _overview(scores: Scores) -> Table:
@@ -144,9 +145,10 @@ def _overview(scores: Scores) -> Table:
     header += [f"SAGE less this, {name}" for name in shown] if paired else []
     rows = []
     for method in _ranked(scores):
-        trained = results.trained.results.get((method, 0))
+        trained = results.trained.results.get((method, results.parts[0], 0))
         row = [title(method), "-" if trained is None else f"{trained['parameters']:,}"]
-        row.append(f"{results.trained.rates[method]:g}" if method in results.trained.rates else "-")
+        rates = sorted({rate for (name, _), rate in results.trained.rates.items() if name == method})
+        row.append(" to ".join(dict.fromkeys((f"{rates[0]:g}", f"{rates[-1]:g}"))) if rates else "-")
         row += [_with_spread(scores.mean(method, g), scores.spread(method, g)) for g in shown.values()]
         if paired:
             same = method == REFERENCE
@@ -154,14 +156,48 @@ def _overview(scores: Scores) -> Table:
         rows.append(row)
     study = results.study
     note = (
-        f"P = (CCC_V + CCC_A) / 2 over {results.frames:,} frames of {len(results.clips)} clips taken together; mean ± "
+        f"P = {_meaning(results.targets)} over {results.frames:,} frames of {len(results.clips)} clips taken together; mean ± "
         f"standard deviation over {_seeds(study.seeds)}. All corruptions: the mean over the kinds of the mean over each "
-        "kind's modalities and severities. In brackets: 95 % intervals of the bootstrap over videos and seeds. The "
-        "rate is the one of the grid with the best validation P."
+        "kind's modalities and severities. In brackets: 95 % intervals of the bootstrap over "
+        f"{_drawn(results)} and seeds. The rate is the one of the grid with the best validation P."
     )
     if study.seeds == 1:
         note += " With one seed the intervals tell nothing of how much another seed would change."
     return Table("Methods", header, rows, note)
+
+
+def _meaning(targets: Targets) -> str:
+    """Of P."""
+    if len(targets) == 1:
+        return targets[0].score
+    if len(targets) > 3:
+        return f"the mean CCC of the {len(targets)} targets"
+    return f"({' + '.join(target.score for target in targets)}) / {len(targets)}"
+
+
+def _drawn(results: Results) -> str:
+    """What the bootstrap draws."""
+    return f"the {len(set(results.groups))} groups of videos" if results.study.folds is not None else "videos"
+
+
+def _by_fold(scores: Scores) -> list[Table]:
+    """P of each fold by itself, clean, mean over seeds; and its mean and spread."""
+    results = scores.results
+    if results.study.folds is None:
+        return []
+    folds, names = np.array(results.folds), [part.name for part in results.parts]
+    rows = []
+    for method in _ranked(scores):
+        moments = np.moveaxis(results.moments[method][:, 0], 1, 0)  # (V, N, C, 6), clean
+        each = np.array(
+            [pooled_score(moments[folds == name], np.ones((1, int((folds == name).sum()))))[0].mean() for name in names]
+        )
+        rows.append([title(method), f"{each.mean():.3f} ± {np.std(each, ddof=1):.3f}", *map(float, each)])
+    note = (
+        "P of each fold's frames by themselves, clean, mean over seeds: the mean ± the standard deviation over folds. The "
+        "CCC of a fold is not that of all frames together, which the other tables give: the folds' means differ."
+    )
+    return [Table("By fold", ("", "mean", *names), rows, note)]
 
 
 def _by_corruption(scores: Scores) -> list[Table]:
@@ -322,7 +358,8 @@ def _claims(scores: Scores) -> list[Table]:
         rows.append(("rank correlation of confidence with true reliability, clean, all modalities", f"{ranks[-1]:.3f}",
                      ">= 0.8", "met" if ranks[-1] >= 0.8 else "missed"))  # fmt: skip
     note = (
-        f"Differences in P with 95 % intervals of the bootstrap over videos and seeds; {_seeds(results.study.seeds)}."
+        f"Differences in P with 95 % intervals of the bootstrap over {_drawn(results)} and seeds; "
+        f"{_seeds(results.study.seeds)}."
     )
     return [Table("Claims", ("", "measured", "target", ""), rows, note)]
 
@@ -332,7 +369,7 @@ def _calibration(scores: Scores) -> list[Table]:
     results = scores.results
     if not results.confidence:
         return []
-    names, seeds = results.modalities, range(results.study.seeds)
+    names, seeds = results.modalities, range(results.fits)
     error = {key: calibration_error(found["diagram"]) for key, found in results.confidence.items()}  # (2, M) each
 
     def mean(values: Iterable[Any]) -> str:
@@ -398,7 +435,8 @@ def pictures(scores: Scores) -> list[Picture]:
     ]
     if REFERENCE in scores.results.methods and len(scores.results.methods) > 1:
         text = (
-            "SAGE less each method, with 95 % intervals of the bootstrap over videos and seeds; right of 0 SAGE wins."
+            f"SAGE less each method, with 95 % intervals of the bootstrap over {_drawn(scores.results)} and seeds; right of 0 "
+            "SAGE wins."
         )
         found.append(Picture("differences", text, plot_differences(scores)))
     if ALL in scores.groups:
@@ -556,7 +594,7 @@ def _diagonal(axis: Any, found: np.ndarray) -> None:
 @styled
 def plot_calibration(scores: Scores) -> Any:
     results = scores.results
-    clean = [results.confidence[n, 0] for n in range(results.study.seeds)]
+    clean = [results.confidence[n, 0] for n in range(results.fits)]
     whole = np.stack([c["diagram"] for c in clean])  # (N, 2, M, 3, K)
     stage = np.stack([c["stage_diagram"] for c in clean])  # (N, stages, 2, M, 3, K)
     count = stage.shape[1]
@@ -587,7 +625,7 @@ def plot_calibration_corruptions(scores: Scores) -> Any:
             condition = results.conditions[k]
             assert condition is not None
             failing = [results.modalities.index(m) for m in condition.modalities]
-            found += [results.confidence[n, k]["diagram"][:, i] for n in range(results.study.seeds) for i in failing]
+            found += [results.confidence[n, k]["diagram"][:, i] for n in range(results.fits) for i in failing]
         _diagonal(axis, np.stack(found))
         axis.set_title(kind)
     _label_grid(axes, len(kinds), "confidence", "observed")
@@ -620,9 +658,14 @@ def plot_stages(scores: Scores) -> Any:
 def protocol(results: Results) -> str:
     """In words, what was compared."""
     study, base = results.study, results.study.base()
+    fps = results.fps
+    window = base.spans(fps).window / fps
     steps = f"{base.max_steps} steps, {base.epochs} epochs at most," if base.max_steps else f"{base.epochs} epochs"
     where = (
-        "Scored on the test split with the synthesiser's truth; rate, epoch and calibration chosen on the validation split"
+        f"{study.folds} folds of {len(set(results.groups))} groups of videos, each scored by models of the other folds; rate, "
+        f"epoch and calibration chosen on one in {HELD_OUT} of their groups, which were not trained on"
+        if study.folds is not None
+        else "Scored on the test split with the synthesiser's truth; rate, epoch and calibration chosen on the validation split"
         if results.truth
         else f"Scored on the validation split; rate, epoch and calibration chosen on one in {HELD_OUT} training videos, "
         "which were not trained on"
@@ -630,7 +673,7 @@ def protocol(results: Results) -> str:
     kinds = {c.corruption for c in results.conditions if c is not None}
     return (
         f"{where}. Trained with {_seeds(study.seeds)} for {steps} "
-        f"of {base.batch_size} windows of {base.window} frames; width {base.dim}; "
+        f"of {base.batch_size} windows of {window:g} s; width {base.dim}; "
         f"peak rates {', '.join(f'{r:g}' for r in study.rates)}, chosen on {_seeds(study.tuning_seeds)}; the same "
         f"rehearsed failures for all. {len(kinds)} corruptions in {len(results.conditions) - 1} conditions at "
         f"severities {', '.join(map(str, study.severities))}. sage-ext {__version__}."

@@ -13,50 +13,62 @@ import numpy as np
 import torch
 
 from ..calibration import ReliabilityDiagram, expected_calibration_error
-from ..data.affwild2 import bare_name
+from ..data.synthetic import TruthClips
+from ..data.targets import Targets, scores
 from ..files import parsing, write_atomic
 from .corruptions import Condition
 from .methods import ORACLE, REFERENCE
-from .plan import Study, condition_name, evaluation_path, scored_clips
+from .plan import TRUTH, Part, Study, condition_name, evaluation_path, scored_data
 from .statistics import additive, concordance
 
 
 class Trained(NamedTuple):
     """The methods whose trainings are all finished."""
 
-    rates: dict[str, float]  # method -> the learning rate chosen for it
-    results: dict[tuple[str, int], dict[str, Any]]  # (method, seed) -> what result.json holds, see `run.train_one`
+    rates: dict[tuple[str, Part], float]  # the learning rate chosen for a method in a part
+    results: dict[tuple[str, Part, int], dict[str, Any]]  # what result.json holds with a seed, see `run.train_one`
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(method for method, _ in self.rates))
 
     def without(self, failed: Mapping[str, str]) -> Trained:
         return Trained(
-            {method: rate for method, rate in self.rates.items() if method not in failed},
+            {key: rate for key, rate in self.rates.items() if key[0] not in failed},
             {key: result for key, result in self.results.items() if key[0] not in failed},
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that was measured; `N` seeds, `K` conditions (the first is clean), `V` clips."""
+    """All that was measured; `N` seeds, `K` conditions (the first is clean), `V` clips, `C` targets."""
 
     study: Study
-    truth: bool
+    parts: list[Part]
     modalities: list[str]
+    targets: Targets
+    fps: float
     methods: list[str]  # the oracle last, where there is one
     conditions: list[Condition | None]
     clips: list[str]  # (V,)
+    folds: list[str]  # (V,) the part that each is scored in
+    groups: list[str]  # (V,) what the bootstrap draws: two persons of one video are not independent
     frames: int  # annotated ones, of all clips
-    moments: dict[str, np.ndarray]  # method -> (N, K, V, 2, 6), NaN where the oracle is blank
+    moments: dict[str, np.ndarray]  # method -> (N, K, V, C, 6), NaN where the oracle is blank
     trained: Trained
-    confidence: dict[tuple[int, int], dict[str, np.ndarray]]  # (seed, condition) -> of SAGE
+    confidence: dict[tuple[int, int], dict[str, np.ndarray]]  # (fit, condition) -> of SAGE; a fit: a seed in a part
 
     @property
-    def videos(self) -> list[str]:
-        """(V,) the video of each clip: two persons of one are not independent."""
-        return [bare_name(name) for name in self.clips]
+    def truth(self) -> bool:
+        return self.parts[0].split == TRUTH
+
+    @property
+    def fits(self) -> int:
+        return self.study.seeds * len(self.parts)
 
 
 def read_evaluation(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """{method: {"model": digest of its weights, "moments": (V, 2, 6), and of SAGE what `score` says of its
+    """{method: {"model": digest of its weights, "moments": (V, C, 6), and of SAGE what `score` says of its
     confidence}}."""
     found: dict[str, dict[str, np.ndarray]] = {}
     with parsing(path), np.load(path) as file:
@@ -76,31 +88,51 @@ def write_evaluation(path: Path, found: Mapping[str, Mapping[str, np.ndarray]]) 
 
 
 def gather(
-    study: Study, out: Path, conditions: Sequence[Condition | None], trained: Trained, *, truth: bool, oracle: bool
+    study: Study,
+    out: Path,
+    parts: Sequence[Part],
+    conditions: Sequence[Condition | None],
+    trained: Trained,
+    *,
+    oracle: bool,
 ) -> Results:
-    """Read the evaluation files of `trained`; `truth`: of synthetic data; `oracle`: it is there."""
-    methods = [*trained.rates, *([ORACLE] if oracle else [])]
-    clips = scored_clips(study.data, truth)
-    moments = {m: np.zeros((study.seeds, len(conditions), len(clips), 2, 6)) for m in methods}
+    """Read the evaluation files of `trained`; `oracle`: it is there."""
+    methods = [*trained.methods, *([ORACLE] if oracle else [])]
+    found: dict[str, list[np.ndarray]] = {method: [] for method in methods}  # (N, K, clips of the part, C, 6) a part
     confidence: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-    for seed in range(study.seeds):
-        for k, condition in enumerate(conditions):
-            held = read_evaluation(evaluation_path(out, seed, condition))
-            for method in methods:
-                moments[method][seed, k] = held[method]["moments"]
-            if REFERENCE in methods:
-                confidence[seed, k] = {
-                    name: value for name, value in held[REFERENCE].items() if name not in ("model", "moments")
-                }
+    names, folds, groups, frames = list[str](), list[str](), list[str](), 0
+    for p, part in enumerate(parts):
+        held = [
+            [read_evaluation(evaluation_path(out, seed, condition, part)) for condition in conditions]
+            for seed in range(study.seeds)
+        ]
+        for method in methods:
+            found[method].append(np.array([[file[method]["moments"] for file in files] for files in held]))
+        if REFERENCE in methods:
+            for seed, files in enumerate(held):
+                for k, file in enumerate(files):
+                    confidence[seed * len(parts) + p, k] = {
+                        name: value for name, value in file[REFERENCE].items() if name not in ("model", "moments")
+                    }
+        data = scored_data(part, study.modalities)
+        index = data.data if isinstance(data, TruthClips) else data
+        names += index.names
+        folds += [part.name] * len(index)
+        groups += [index.group(name, study.group) for name in index.names]
+        frames += int(sum(clip.valid.sum() for clip in data))
     return Results(
         study=study,
-        truth=truth,
-        modalities=list(clips[0].features),
+        parts=list(parts),
+        modalities=list(index.modalities),
+        targets=index.targets,
+        fps=index.frame_rate,
         methods=methods,
         conditions=list(conditions),
-        clips=[clip.name for clip in clips],
-        frames=int(sum(clip.valid.sum() for clip in clips)),
-        moments=moments,
+        clips=names,
+        folds=folds,
+        groups=groups,
+        frames=frames,
+        moments={method: np.concatenate(arrays, 2) for method, arrays in found.items()},
         trained=trained,
         confidence=confidence,
     )
@@ -124,15 +156,15 @@ def write_results(results: Results, path: Path) -> None:
     """One row a (method, seed, condition); blank where the oracle cannot be computed."""
     buffer = io.StringIO()
     rows = csv.writer(buffer, lineterminator="\n")
-    rows.writerow(("method", "seed", "condition", "corruption", "severity", "modalities", "CCC_V", "CCC_A", "P"))
+    columns = [*(target.score for target in results.targets), "P"]
+    rows.writerow(("method", "seed", "condition", "corruption", "severity", "modalities", *columns))
     for method in results.methods:
-        scores = concordance(additive(results.moments[method]).sum(2))  # (N, K, 2)
-        for seed, by_condition in enumerate(scores):
-            for condition, (valence, arousal) in zip(results.conditions, by_condition):
+        found = concordance(additive(results.moments[method]).sum(2))  # (N, K, C)
+        for seed, by_condition in enumerate(found):
+            for condition, values in zip(results.conditions, by_condition):
                 what: tuple[Any, ...] = ("", "", "")
                 if condition is not None:
                     what = (condition.corruption, condition.severity, "+".join(condition.modalities))
-                values = (valence, arousal, (valence + arousal) / 2)
-                said = ["" if np.isnan(v) else f"{v:.6f}" for v in values]
+                said = ["" if np.isnan(v) else f"{v:.6f}" for v in scores(values, results.targets).values()]
                 rows.writerow((method, seed, condition_name(condition), *what, *said))
     write_atomic(path, buffer.getvalue())

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from ..data.affwild2 import AffWild2
-from ..data.synthetic import has_truth
 from ..files import LOCK, alone, parsing, write_atomic
 from ..nn import ReliabilityFusion
 from ..report import Table, printable
@@ -34,6 +33,7 @@ from ..training.trainer import (
     FREE,
     RunError,
     TrainConfig,
+    advice,
     data_shape,
     differences,
     open_data,
@@ -42,8 +42,8 @@ from ..training.trainer import (
 )
 from .corruptions import Condition, conditions
 from .jobs import Job, Workers
-from .methods import ORACLE, default_methods
-from .plan import HELD_OUT, Study, condition_name, configuration, evaluation_path, run_path, tuning_view
+from .methods import ORACLE, default_methods, unfit
+from .plan import HELD_OUT, TRUTH, Part, Study, condition_name, configuration, evaluation_path, parts, run_path
 from .report import write_study
 from .results import Trained, gather, read_evaluation, write_results
 from .score import Scored, Sweep, evaluate_sweep, missing
@@ -127,10 +127,10 @@ class _Phase:
         self.reporter.say(f"{self.done}/{self.count}{rest}  {text}")
 
 
-def _prepare(study: Study, out: Path, reporter: _Reporter) -> tuple[Path, bool]:
-    """Check that `out` is this study's or new; the data to train on, and whether the truth about them is known."""
-    truth = has_truth(study.data)
-    shape = data_shape(open_data(study.base()))
+def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
+    """Check that `out` is this study's or new; what to train on and to score."""
+    data = open_data(study.base())
+    shape = data_shape(data)
     asked = {**study.to_json(), "shape": shape}
     asked["train"] = {key: value for key, value in asked["train"].items() if key not in ("data", "seed", "lr")}
     asked.pop("data")  # it may move; its shape may not
@@ -148,18 +148,30 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> tuple[Path, bool]:
         raise RunError(
             f"{out}: expected a directory that is empty, new or a study's, got one that holds something else"
         )
-    known = default_methods(list(shape["modalities"]))
+    modalities = list(study.modalities or shape["modalities"])
+    known, left = default_methods(modalities), unfit(modalities)
+    why = f"defined for two modalities, of which there are {len(modalities)} here"
+    for name in study.methods:
+        if name in left:
+            raise ValueError(f"methods: expected names among {', '.join(known)}, got {name}: {why}")
     unknown = [name for name in study.methods if name not in known]
     if unknown:
         raise ValueError(f"methods: expected names among {', '.join(known)}, got {', '.join(unknown)}")
+    for text in advice(text for clips in data.values() for text in clips.mismatches):
+        reporter.say(text)
+    if left:
+        reporter.say(f"not compared: {', '.join(left)}: {why}")
+    found = parts(study, out)
     write_atomic(path, json.dumps(asked, indent=1) + "\n")
-    if truth:
+    if study.folds is not None:
+        reporter.say(f"{study.folds} folds: each scored by models of the others, tuned on a fifth of their groups")
+    elif found[0].split == TRUTH:
         reporter.say("scored on the test split with the synthesiser's truth, tuned on the validation split")
-        return Path(study.data), True
-    reporter.say(
-        f"scored on the validation split, tuned on one in {HELD_OUT} training videos, which are not trained on"
-    )
-    return tuning_view(study.data, out / "data"), False
+    else:
+        reporter.say(
+            f"scored on the validation split, tuned on one in {HELD_OUT} training videos, which are not trained on"
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,16 +185,20 @@ class _Work:
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # method -> what went wrong
 
 
-def _train_all(work: _Work, data: Path) -> Trained:
+def _train_all(work: _Work, found: Sequence[Part]) -> Trained:
     """Train what is not finished yet."""
     study, out, reporter, failed = work.study, work.out, work.reporter, work.failed
-    results: dict[tuple[str, int, float], dict[str, Any]] = {}
+    Key = tuple[str, Part, int, float]
+    results: dict[Key, dict[str, Any]] = {}
 
-    def finish(wanted: Sequence[tuple[str, int, float]], phase: _Phase) -> None:
-        keys = {f"{method}, seed {seed}, rate {rate:g}": (method, seed, rate) for method, seed, rate in wanted}
+    def finish(wanted: Sequence[Key], phase: _Phase) -> None:
+        keys = {}
         jobs = []
-        for name, key in keys.items():
-            config, path = configuration(study, data, *key), run_path(out, *key)
+        for key in wanted:
+            method, part, seed, rate = key
+            name = f"{method}, {part.name + ', ' if part.name else ''}seed {seed}, rate {rate:g}"
+            keys[name] = key
+            config, path = configuration(study, part, method, seed, rate), run_path(out, method, seed, rate, part)
             done = finished(config, path)
             if done is None:
                 jobs.append(Job(name, train_one, (config, str(path))))
@@ -200,37 +216,46 @@ def _train_all(work: _Work, data: Path) -> Trained:
                 failed[key[0]] = f"{outcome.job.name}: {outcome.error}"
                 phase.say(f"{outcome.job.name} FAILED: {outcome.error}")
 
-    tuning = [
-        (method, seed, rate) for seed in range(study.tuning_seeds) for method in study.methods for rate in study.rates
-    ]
-    count = len(tuning) + len(study.methods) * (study.seeds - study.tuning_seeds)
+    seeds = range(study.tuning_seeds)
+    tuning = [(m, part, seed, rate) for seed in seeds for part in found for m in study.methods for rate in study.rates]
+    count = len(tuning) + len(study.methods) * len(found) * (study.seeds - study.tuning_seeds)
     phase = reporter.phase(count)
     reporter.say(f"{count} trainings")
     finish(tuning, phase)
-    chosen = {}
-    for method in [method for method in study.methods if method not in failed]:
-        mean = {r: np.mean([results[method, s, r]["P"] for s in range(study.tuning_seeds)]) for r in study.rates}
-        chosen[method] = max(study.rates, key=lambda rate: mean[rate])
-    finish([(m, s, chosen[m]) for s in range(study.tuning_seeds, study.seeds) for m in chosen], phase)
-    good = {m: rate for m, rate in chosen.items() if m not in failed}
-    return Trained(good, {(m, s): results[m, s, rate] for m, rate in good.items() for s in range(study.seeds)})
+    chosen: dict[tuple[str, Part], float] = {}
+    for method in study.methods:
+        for part in found:
+            if method not in failed:
+                mean = {rate: np.mean([results[method, part, s, rate]["P"] for s in seeds]) for rate in study.rates}
+                chosen[method, part] = max(study.rates, key=lambda rate: mean[rate])
+    later = range(study.tuning_seeds, study.seeds)
+    finish([(m, part, s, rate) for s in later for (m, part), rate in chosen.items()], phase)
+    good = {key: rate for key, rate in chosen.items() if key[0] not in failed}
+    return Trained(
+        good, {(m, part, s): results[m, part, s, rate] for (m, part), rate in good.items() for s in range(study.seeds)}
+    )
 
 
-def _evaluate_all(work: _Work, wanted: Sequence[Condition | None], trained: Trained, truth: bool) -> None:
+def _evaluate_all(work: _Work, found: Sequence[Part], wanted: Sequence[Condition | None], trained: Trained) -> None:
     """Score what is not scored yet."""
     study, out, reporter, failed = work.study, work.out, work.reporter, work.failed
     device = study.base().device
     jobs = []
-    for seed in range(study.seeds):
-        runs = tuple(
-            Scored(method, str(run_path(out, method, seed, rate)), trained.results[method, seed]["model"])
-            for method, rate in trained.rates.items()
-        )
-        for condition in wanted:
-            path = evaluation_path(out, seed, condition)
-            sweep = Sweep(study.data, truth, runs, condition, seed, device, str(path))
-            if not path.exists() or missing(sweep, read_evaluation(path)):
-                jobs.append(Job(f"seed {seed}, {condition_name(condition)}", evaluate_sweep, (sweep,)))
+    for part in found:
+        for seed in range(study.seeds):
+            runs = tuple(
+                Scored(
+                    method, str(run_path(out, method, seed, rate, part)), trained.results[method, part, seed]["model"]
+                )
+                for (method, of), rate in trained.rates.items()
+                if of == part
+            )
+            for condition in wanted:
+                path = evaluation_path(out, seed, condition, part)
+                sweep = Sweep(part, study.modalities, runs, condition, study.span, seed, device, str(path))
+                if not path.exists() or missing(sweep, read_evaluation(path)):
+                    where = f"{part.name}, " if part.name else ""
+                    jobs.append(Job(f"{where}seed {seed}, {condition_name(condition)}", evaluate_sweep, (sweep,)))
     phase = reporter.phase(len(jobs))
     broken = []
     for outcome in work.workers.run(jobs):
@@ -260,15 +285,15 @@ def compare(
     with alone(out, "comparing"), Workers(processes or os.cpu_count() or 1) as workers:
         work = _Work(study, out, workers, reporter)
         failed = work.failed
-        data, truth = _prepare(study, out, reporter)
-        modalities = list(AffWild2(study.data, "train").modalities)
-        wanted = [None, *conditions(modalities, study.corruptions, study.severities)]
-        trained = _train_all(work, data)
+        found = _prepare(study, out, reporter)
+        modalities = study.modalities or AffWild2(study.data, "train").modalities
+        wanted = [None, *conditions(list(modalities), study.corruptions, study.severities)]
+        trained = _train_all(work, found)
         if not trained.rates:
             raise RunError("every method failed: " + "; ".join(failed.values()))
-        _evaluate_all(work, wanted, trained, truth)
-        oracle = truth and ORACLE not in failed
-        results = gather(study, out, wanted, trained.without(failed), truth=truth, oracle=oracle)
+        _evaluate_all(work, found, wanted, trained)
+        oracle = found[0].split == TRUTH and ORACLE not in failed
+        results = gather(study, out, found, wanted, trained.without(failed), oracle=oracle)
         write_results(results, out / "results.csv")
         tables, page = write_study(results, out, draws=draws)
         reporter.say(f"{out / 'results.csv'}, {out / 'report.md'}, {page}")

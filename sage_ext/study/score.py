@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ..calibration import Evidence, calibrated_confidence, collect, diagrams, spearman
 from ..data.affwild2 import Clip
-from ..data.synthetic import Oracle, read_truth
+from ..data.synthetic import Oracle, TruthClips, read_truth
 from ..data.windows import whole_clips
 from ..nn import ReliabilityFusion
 from ..training.evaluate import alike, clip_moments
 from ..training.runs import Run, join
 from .corruptions import Condition, corrupted
 from .methods import ORACLE, REFERENCE
-from .plan import scored_clips
+from .plan import TRUTH, Part, scored_clips
 from .results import read_evaluation, write_evaluation
 
 BINS = 15  # of a reliability diagram
@@ -45,13 +45,23 @@ class Scored(NamedTuple):
 class Sweep:
     """The evaluation of all methods under one condition with one seed."""
 
-    data: str
-    truth: bool
+    part: Part
+    modalities: tuple[str, ...] | None
     runs: tuple[Scored, ...]
     condition: Condition | None  # None: clean
+    span: float | None  # of corruptions, in seconds
     seed: int
     device: str
     out: str  # the evaluation file
+
+    @property
+    def truth(self) -> bool:
+        """Of synthetic data."""
+        return self.part.split == TRUTH
+
+    @property
+    def data(self) -> str:
+        return self.part.scored
 
 
 def missing(sweep: Sweep, found: Mapping[str, Mapping[str, np.ndarray]]) -> list[Scored]:
@@ -64,11 +74,11 @@ def evaluate_sweep(sweep: Sweep) -> dict[str, str]:
     """In a process of its own: write what `sweep.out` lacks of `sweep.runs`. Returns {method: what went wrong}."""
     path = Path(sweep.out)
     found = read_evaluation(path) if path.exists() else {}
-    clean = scored_clips(sweep.data, sweep.truth)
+    clean = scored_clips(sweep.part, sweep.modalities)
     seen: Sequence[Clip] = clean
     if sweep.condition is not None:
         stages = {name: truth["stage"] for name, truth in _truth(sweep.data).items()} if sweep.truth else None
-        seen = corrupted(clean, sweep.condition, sweep.seed, stages=stages)
+        seen = corrupted(clean, sweep.condition, sweep.seed, stages=stages, span=sweep.span)
     errors: dict[str, str] = {}
     found.update(_score(sweep, clean, seen, missing(sweep, found), errors))
     write_evaluation(path, found)
@@ -79,7 +89,7 @@ def evaluate_sweep(sweep: Sweep) -> dict[str, str]:
 def _truth(data: str) -> dict[str, dict[str, np.ndarray]]:
     """{clip name: stage (T,), reliability (T, M)}, modalities in the order of the clips."""
     found = {}
-    for clip in scored_clips(data, True):
+    for clip in TruthClips(data):
         truth = read_truth(data, clip.name)
         order = [list(truth["modalities"]).index(name) for name in clip.features]
         found[clip.name] = {"stage": truth["stage"].astype(np.int64), "reliability": truth["reliability"][:, order]}
@@ -102,7 +112,7 @@ def _score(
 ) -> dict[str, dict[str, np.ndarray]]:
     """{method: what the evaluation file holds of it}; `seen` are the `clean` clips under the condition."""
     models = _models(sweep.runs, sweep.device)
-    moments = {run.method: np.zeros((len(clean), 2, 6)) for run in todo}
+    moments = {run.method: np.zeros((len(clean), len(clean[0].targets), 6)) for run in todo}
     evidence: list[Evidence] = []
     order: list[int] = []  # of the clips in `evidence`
     lost = 0  # frames without a sound modality

@@ -37,9 +37,9 @@ def concordance(sums: Array) -> Array:
 
 
 def pooled_score(moments: Array, weights: Array) -> Array:
-    """P = (CCC_V + CCC_A) / 2 over all frames of all videos together, in each of `R` weightings of the videos.
+    """P, the mean CCC of the targets, over all frames of all videos together, in each of `R` weightings of the videos.
 
-    moments: (V, *, 2, 6) of each video; weights: (R, V), how often a video counts. Returns (R, *) float64.
+    moments: (V, *, C, 6) of each video; weights: (R, V), how often a video counts. Returns (R, *) float64.
     """
     sums = additive(moments)
     pooled = weights @ sums.reshape(len(sums), -1)

@@ -1,7 +1,8 @@
 """Whole-video predictions and the challenge's score.
 
-The score follows the Aff-Wild2 protocol: all valid frames of all videos of the split together, one CCC a dimension,
-P = (CCC_V + CCC_A) / 2. The mean over videos is another number and is not computed here.
+The score follows the Aff-Wild2 protocol: all valid frames of all videos of the split together, one CCC a target, and P,
+their mean: (CCC_V + CCC_A) / 2 for valence and arousal. It is the same in a target's own units and on [-1, 1], where
+predictions and labels are here. The mean over videos is another number and is not computed here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.affwild2 import Clip
+from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import OverlapAverage, stack, window_starts, window_tensors
 from ..functional import ccc_from_moments, ccc_moments
 
@@ -188,31 +190,35 @@ def _annotated(clips: Iterable[Clip]) -> Iterator[Clip]:
         yield clip
 
 
-def _scores(moments: Tensor | None) -> dict[str, float]:
-    """{"CCC_V", "CCC_A", "P"} of all the frames in (2, 6) `moments`."""
+def _scores(moments: Tensor | None, targets: Targets) -> dict[str, float]:
+    """{"CCC_V", "CCC_A", "P"} or the like of all the frames in (C, 6) `moments`."""
     if moments is None:
         raise ValueError("clips: expected one or more to score, got none")
-    valence, arousal = ccc_from_moments(moments).tolist()
-    return {"CCC_V": valence, "CCC_A": arousal, "P": (valence + arousal) / 2}
+    return scores(ccc_from_moments(moments).tolist(), targets)
 
 
 def score(predictions: Mapping[str, Array], clips: Iterable[Clip]) -> dict[str, float]:
-    """CCC_V, CCC_A and P of `predictions` {clip name: (T, 2)} over the valid frames of the annotated `clips`."""
+    """The CCC of each target, as in {"CCC_V", "CCC_A"}, and their mean P, of `predictions` {clip name: (T, C)} over the
+    valid frames of the annotated `clips`."""
     moments: Tensor | None = None
+    targets = VALENCE_AROUSAL
     for clip in _annotated(clips):
-        moments = clip_moments(predictions[clip.name], clip, moments)
-    return _scores(moments)
+        moments, targets = clip_moments(predictions[clip.name], clip, moments), clip.targets
+    return _scores(moments, targets)
 
 
 def evaluate(
     predict: Callable[[Clip], ClipPrediction], clips: Iterable[Clip], names: Sequence[str]
 ) -> tuple[dict[str, dict[str, float]], dict[str, ClipPrediction]]:
-    """Scores {"fused" and each modality's own head: {"CCC_V", "CCC_A", "P"}} and the predictions {clip name: ...}."""
+    """Scores {"fused" and each modality's own head: {"CCC_V", "CCC_A", "P"} or the like, see `score`} and the predictions
+    {clip name: ...}."""
     moments: dict[str, Tensor] = {}
     predictions = {}
+    targets = VALENCE_AROUSAL
     for clip in _annotated(clips):
+        targets = clip.targets
         said = predictions[clip.name] = predict(clip)
         heads = {"fused": said.prediction, **{name: said.unimodal[:, m] for m, name in enumerate(names)}}
         for name, prediction in heads.items():
             moments[name] = clip_moments(prediction, clip, moments.get(name))
-    return {name: _scores(moments.get(name)) for name in ("fused", *names)}, predictions
+    return {name: _scores(moments.get(name), targets) for name in ("fused", *names)}, predictions

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.targets import scores
 from ..extras import require
 from ..functional import ccc_from_moments
 from ..report import printable
@@ -45,11 +46,11 @@ class Progress:
         if not self.live or time.monotonic() - self.shown < _EVERY:
             return
         self.shown = time.monotonic()
-        valence, arousal = ccc_from_moments(training.moments).tolist()
+        found = scores(ccc_from_moments(training.moments).tolist(), training.targets)
         loss = float(training.loss_sum[0]) / training.position
         text = (
             f"epoch {training.epoch + 1}/{self.epochs}  step {training.step}/{self.total}  loss {loss:.3f}  "
-            f"CCC_V {valence:.3f}  CCC_A {arousal:.3f}  {self._pace(training.step)}"
+            f"{_said(found)}  {self._pace(training.step)}"
         )
         sys.stderr.write("\r" + text.ljust(self.width))
         sys.stderr.flush()
@@ -61,7 +62,7 @@ class Progress:
             self.width = 0
         self._line(
             f"epoch {int(row['epoch']) + 1:3d}/{self.epochs}  loss {row['loss']:.3f}  train P {row['train_P']:.3f}  "
-            f"validation CCC_V {row['val_CCC_V']:.3f}  CCC_A {row['val_CCC_A']:.3f}  P {row['val_P']:.3f}"
+            f"validation {_said({name.removeprefix('val_'): x for name, x in row.items() if name.startswith('val_')})}"
             f"{' *' if better else '  '}  {self._pace(int(row['step']))}"
         )
         if self.writer is not None:
@@ -70,6 +71,10 @@ class Progress:
                     group, _, rest = name.partition("_")
                     self.writer.add_scalar(f"{group}/{rest}" if rest else name, value, int(row["step"]))
             self.writer.flush()
+
+    def note(self, text: str) -> None:
+        """Something that the user should look at."""
+        self._line(text)
 
     def close(self) -> None:
         if self.live and self.width:
@@ -85,3 +90,9 @@ class Progress:
     def _line(self, text: str) -> None:
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
+
+
+def _said(scores: Mapping[str, float]) -> str:
+    """ "CCC_V 0.123  CCC_A 0.456  P 0.289"; of many targets the mean alone."""
+    shown = scores if len(scores) <= 4 else {"P": scores["P"]}
+    return "  ".join(f"{name} {value:.3f}" for name, value in shown.items())

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.rates import FPS, default_frames, whole_frames
+
+LENGTH = (8, 150)  # of a failure by default: frames at 30 a second
 KINDS = ("zero", "freeze", "noise", "swap", "drop")
 
 
@@ -32,7 +35,8 @@ class Rehearsal:
     probability   chance that a window is rehearsed at all
     whole         chance that a rehearsed window has one failure as long as the window (a clip-long failure is learnt
                   from these alone); otherwise it has one to `spans` failures, each of one modality drawn evenly
-    length        frames of a failure, (shortest, longest), drawn log-uniformly, cut at the window's ends
+    length        seconds of a failure, (shortest, longest), drawn log-uniformly, cut at the window's ends. Default: 8 to
+                  150 frames at 30 a second, see `data.rates` for slower data
     snr_db        signal-to-noise ratio of "noise", (lowest, highest) in dB, drawn evenly; the signal's power is its
                   variance over the window's present frames, averaged over the channels that vary
     kinds         relative frequency of each kind
@@ -43,7 +47,7 @@ class Rehearsal:
     probability: float = 0.5
     whole: float = 0.25
     spans: int = 3
-    length: tuple[int, int] = (8, 150)
+    length: tuple[float, float] | None = None
     snr_db: tuple[float, float] = (-10.0, 10.0)
     kinds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     overlap: bool = False
@@ -54,18 +58,28 @@ class Rehearsal:
                 raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)}")
         if self.spans < 1:
             raise ValueError(f"spans: expected at least 1, got {self.spans}")
-        if not 1 <= self.length[0] <= self.length[1]:
-            raise ValueError(f"length: expected 1 <= shortest <= longest, got {self.length}")
+        if self.length is not None and not 0 < self.length[0] <= self.length[1] < math.inf:
+            raise ValueError(f"length: expected seconds, 0 < shortest <= longest, got {self.length}")
         if not self.snr_db[0] <= self.snr_db[1]:
             raise ValueError(f"snr_db: expected lowest <= highest, got {self.snr_db}")
         unknown = set(self.kinds) - set(KINDS)
         if unknown or min(self.kinds.values(), default=0) < 0 or sum(self.kinds.values()) <= 0:
             raise ValueError(f"kinds: expected non-negative frequencies of {', '.join(KINDS)}, got {dict(self.kinds)}")
 
-    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    def frames(self, fps: float) -> tuple[int, int]:
+        """The shortest and the longest failure in frames, one at least, at `fps` frames a second."""
+        if self.length is None:
+            ends = [default_frames(thirtieths, fps) for thirtieths in LENGTH]
+        else:
+            ends = [seconds * fps for seconds in self.length]
+        shortest, longest = (max(whole_frames(frames, 1.0), 1) for frames in ends)
+        return shortest, longest
+
+    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator, fps: float = FPS) -> dict[str, Any]:
         """`batch` as `sage_ext.data.windows.collate` makes it: features {name: (B, W, D)}, present (B, W, M) bool,
         frame (B, W) bool, clip (B,); all on the CPU. Returns a new batch that shares nothing it changed with the old
-        one, with "rehearsed" (B, W, M) bool: where a modality failed. The draws depend on `generator` alone."""
+        one, with "rehearsed" (B, W, M) bool: where a modality failed. The draws depend on `generator` alone. `fps`:
+        frames a second."""
         features = {name: value.clone() for name, value in batch["features"].items()}
         present = batch["present"].clone()
         out = {**batch, "features": features, "present": present, "rehearsed": torch.zeros_like(present)}
@@ -73,17 +87,23 @@ class Rehearsal:
             if _uniform(generator) < self.probability:
                 whole = _uniform(generator) < self.whole
                 for _ in range(1 if whole else 1 + _index(self.spans, generator)):
-                    self._fail(batch, out, row, whole, generator)
+                    self._fail(batch, out, row, whole, generator, fps)
         return out
 
     def _fail(
-        self, batch: Mapping[str, Any], out: dict[str, Any], row: int, whole: bool, generator: torch.Generator
+        self,
+        batch: Mapping[str, Any],
+        out: dict[str, Any],
+        row: int,
+        whole: bool,
+        generator: torch.Generator,
+        fps: float,
     ) -> None:
         """One failure of one modality of window `row`."""
         names = list(batch["features"])
         modality = _index(len(names), generator)
         kind = self._draw_kind(generator)
-        start, stop = (0, batch["present"].shape[1]) if whole else self._draw_span(batch["frame"][row], generator)
+        start, stop = (0, batch["present"].shape[1]) if whole else self._draw_span(batch["frame"][row], generator, fps)
         span = slice(start, stop)
 
         present, failed = batch["present"][row, span], out["rehearsed"][row, span]  # (L, M) each
@@ -127,9 +147,9 @@ class Rehearsal:
                 return kind
         return [kind for kind, share in self.kinds.items() if share > 0][-1]
 
-    def _draw_span(self, frame: Tensor, generator: torch.Generator) -> tuple[int, int]:
+    def _draw_span(self, frame: Tensor, generator: torch.Generator, fps: float) -> tuple[int, int]:
         """[start, stop) of a failure that begins in an existing frame (padding is at the end)."""
-        shortest, longest = self.length
+        shortest, longest = self.frames(fps)
         frames = int(frame.sum())
         length = round(shortest * (longest / shortest) ** _uniform(generator))
         start = _index(max(frames, 1), generator) - length // 2  # as likely at the ends as in the middle

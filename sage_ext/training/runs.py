@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +27,9 @@ from ..calibration import (
     reliability_diagram,
 )
 from ..data.affwild2 import AffWild2, Clip, write_submission
+from ..data.targets import VALENCE_AROUSAL, Targets, described, make_targets, unscaled
 from ..data.windows import whole_clips
-from ..files import alone, write_atomic
+from ..files import alone, replacing, write_atomic
 from ..models.sage import SAGE
 from ..nn import ReliabilityFusion
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
@@ -42,7 +45,9 @@ class Run:
     path: Path
     model: SAGE  # in evaluation mode, on `device`, calibrated if the run is
     names: list[str]  # its modalities in order
-    data: str  # root of the data it was trained on
+    targets: Targets
+    fps: float  # frames a second of the data it was trained on
+    data: str  # root of those data
     window: int  # frames; for a model that is not causal
     hop: int
     epoch: int  # counted from 0
@@ -68,11 +73,18 @@ class Run:
             names = list(model.names or state["modalities"])
             if names != state["modalities"]:
                 raise ValueError(f"the modalities {state['modalities']!r} for a model of {names!r}")
+            targets = make_targets([(name, ends) for name, *ends in state["targets"]], "targets")
+            if len(targets) != model.num_targets:
+                raise ValueError(f"{len(targets)} targets for a model of {model.num_targets}")
+            fps = float(state["fps"])
+            spans = config.spans(fps)
             parts = (
                 names,
+                targets,
+                fps,
                 config.data,
-                config.window,
-                config.hop,
+                spans.window,
+                spans.hop,
                 int(state["epoch"]),
                 int(state["step"]),
                 state["calibration"],
@@ -89,14 +101,34 @@ class Run:
             raise ValueError(
                 f"root: expected features {want} for the model of {self.path}, got {dict(data.modalities)} in {data.root}"
             )
+        if data.targets != self.targets and data.sample_file is None:
+            raise ValueError(
+                f"root: expected the targets {described(self.targets)} of {self.path}, got {described(data.targets)} in "
+                f"{data.root}"
+            )
+        if not 0.95 <= data.frame_rate / self.fps <= 1.05:
+            data.mismatches.append(
+                f"{data.root}: frames come at {data.frame_rate:g} a second, and {self.path} learnt from {self.fps:g}: what "
+                "it knows of time does not fit"
+            )
         return data
 
-    def predict(self, clip: Clip, *, smooth: Sequence[int] = (1, 1), chunk: int = 3000) -> ClipPrediction:
-        """`predict_clip`, then a centred mean filter of `smooth` frames on valence and arousal."""
+    def widths(self, smooth: Sequence[int]) -> tuple[int, ...]:
+        """Frames of the mean filter a target: as many as given, or the one given for all. ValueError for others."""
+        if len(smooth) not in (1, len(self.targets)) or min(smooth) < 1:
+            raise ValueError(
+                f"smooth: expected frames >= 1, one number or {len(self.targets)} "
+                f"({', '.join(target.name for target in self.targets)}), got {', '.join(map(str, smooth))}"
+            )
+        return tuple(smooth) * len(self.targets) if len(smooth) == 1 else tuple(smooth)
+
+    def predict(self, clip: Clip, *, smooth: Sequence[int] = (1,), chunk: int = 3000) -> ClipPrediction:
+        """`predict_clip`, then a centred mean filter of `smooth` frames on each target. On [-1, 1], see `data.targets`."""
+        widths = self.widths(smooth)
         (said,) = self.predict_together([clip], chunk=chunk)
-        if tuple(smooth) == (1, 1):
+        if max(widths) == 1:
             return said
-        return dataclasses.replace(said, prediction=mean_filter(said.prediction, smooth))
+        return dataclasses.replace(said, prediction=mean_filter(said.prediction, widths))
 
     def predict_together(self, clips: Sequence[Clip], *, chunk: int = 3000) -> list[ClipPrediction]:
         """`predict_clips`: faster than one by one where they are short and of like length."""
@@ -175,13 +207,13 @@ def _held_out(halves: Sequence[Evidence], kappa: float, names: Sequence[str]) ->
 class Evaluation:
     """Scores of a run on a split, and what they were computed from."""
 
-    scores: dict[str, dict[str, float]]  # "fused" and each modality's own head -> CCC_V, CCC_A, P
+    scores: dict[str, dict[str, float]]  # "fused" and each modality's own head -> CCC_V, CCC_A, P or the like
     predictions: dict[str, ClipPrediction]
     before: list[ReliabilityDiagram]  # a modality; empty without learnt confidence
     after: list[ReliabilityDiagram]
 
 
-def evaluate_clips(run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (1, 1), chunk: int = 3000) -> Evaluation:
+def evaluate_clips(run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (1,), chunk: int = 3000) -> Evaluation:
     """Score annotated `clips` (iterated twice), and compare confidence with error before and after calibration."""
     scores, predictions = evaluate(functools.partial(run.predict, smooth=smooth, chunk=chunk), clips, run.names)
     before: list[ReliabilityDiagram] = []
@@ -201,7 +233,7 @@ def evaluate_run(
     root: str | os.PathLike[str] | None = None,
     split: str = "validation",
     *,
-    smooth: Sequence[int] = (1, 1),
+    smooth: Sequence[int] = (1,),
     device: str = "cpu",
     chunk: int = 3000,
     report: str | os.PathLike[str] | None = None,
@@ -220,7 +252,8 @@ def evaluate_run(
         "valid_frames": int(sum(clip.valid.sum() for clip in clips)),
         "epoch": run.epoch + 1,
         "step": run.step,
-        "post_processing": {"mean_filter_frames": {"valence": smooth[0], "arousal": smooth[1]}},
+        "targets": {target.name: [target.low, target.high] for target in run.targets},
+        "post_processing": {"mean_filter_frames": {t.name: width for t, width in zip(run.targets, run.widths(smooth))}},
         "scores": found.scores,
         "calibration_error": None,
         "mismatches": clips.mismatches,
@@ -240,16 +273,18 @@ def evaluate_run(
 
 
 def score_table(result: Mapping[str, Any]) -> Table:
-    valence, arousal = result["post_processing"]["mean_filter_frames"].values()
+    widths = result["post_processing"]["mean_filter_frames"]
     smooth = "no post-processing"
-    if (valence, arousal) != (1, 1):
-        smooth = f"centred mean filter: valence {valence}, arousal {arousal} frames (fused only)"
+    if max(widths.values()) > 1:
+        each = ", ".join(f"{name} {width}" for name, width in widths.items())
+        smooth = f"centred mean filter: {each} frames (fused only)"
+    columns = list(result["scores"]["fused"])
     return Table(
         f"Concordance on the {result['split']} split",
-        ("", "CCC_V", "CCC_A", "P"),
+        ("", *columns),
         [
-            ("fused" if name == "fused" else f"{name}, own head", *(s[key] for key in ("CCC_V", "CCC_A", "P")))
-            for name, s in result["scores"].items()
+            ("fused" if name == "fused" else f"{name}, own head", *(found[key] for key in columns))
+            for name, found in result["scores"].items()
         ],
         f"{result['valid_frames']} valid frames of {result['videos']} videos taken together; {smooth}; "
         f"epoch {result['epoch']}.",
@@ -297,6 +332,7 @@ def clip_pictures(
         figure = plot_clip(
             clip.name, said.prediction, clip.labels, clip.valid, said.weights, said.confidence, said.stage, run.names,
             present=present, best_weights=None if best_weights is None else best_weights[clip.name],
+            fps=clip.fps, targets=run.targets,
         )  # fmt: skip
         text = (
             f"{clip.name}: prediction and annotation, each modality's weight and confidence (bars: missing), "
@@ -312,22 +348,54 @@ def predict_run(
     root: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
+    split: str = "test",
     sample: str | os.PathLike[str] | None = None,
-    smooth: Sequence[int] = (1, 1),
+    smooth: Sequence[int] = (1,),
     device: str = "cpu",
     chunk: int = 3000,
 ) -> dict[str, np.ndarray]:
-    """Predict the test split and write `out` in the submission format, with the rows of the sample file.
+    """Predict a split and write `out`: in the submission format, with the rows of the sample file, where the test split
+    is that of a sample file; else a table of every frame, see `write_predictions`.
 
-    `sample` defaults to sample_submission.txt in the data set. Returns {clip name: (T, 2)}.
+    `sample` defaults to sample_submission.txt in the data set. Returns {clip name: (T, C)} in the targets' own units.
     """
     run = Run.load(path, device)
-    data = run.open(root, "test", sample)
-    if sample is None:
-        sample = Path(run.data if root is None else root) / "sample_submission.txt"
-    predictions = {clip.name: run.predict(clip, smooth=smooth, chunk=chunk).prediction for clip in data}
-    write_submission(out, sample, predictions)
+    data = run.open(root, split, sample)
+    said = {clip.name: run.predict(clip, smooth=smooth, chunk=chunk) for clip in data}
+    predictions = {name: unscaled(one.prediction, run.targets) for name, one in said.items()}
+    if data.sample_file is None:
+        write_predictions(out, said, {clip.name: clip.fps for clip in data}, run.targets, run.names)
+        return predictions
+    names = [target.name for target in run.targets]
+    if names != [target.name for target in VALENCE_AROUSAL]:
+        raise ValueError(
+            f"sample: expected none for a model of {', '.join(names)} (the submission format is that of valence and "
+            f"arousal; Test_Set holds annotations of other targets), got {data.sample_file}"
+        )
+    write_submission(out, data.sample_file, predictions)
     return predictions
 
 
-__all__ = ["Evaluation", "Run", "calibrate_run", "evaluate_clips", "evaluate_run", "predict_run"]
+def write_predictions(
+    path: str | os.PathLike[str],
+    said: Mapping[str, ClipPrediction],
+    fps: Mapping[str, float],
+    targets: Targets,
+    modalities: Sequence[str],
+) -> None:
+    """A CSV, a row a frame: video, frame (from 1), time (s, of the frame's beginning), each target in its own units, and
+    each modality's weight and confidence. The file is there whole or not at all."""
+    columns = [f"{what} {name}" for what in ("weight", "confidence") for name in modalities]
+    with replacing(Path(path)) as file:
+        rows = csv.writer(text := io.StringIO(), lineterminator="\n")
+        rows.writerow(["video", "frame", "time", *(target.name for target in targets), *columns])
+        for name, one in said.items():
+            values = np.concatenate([unscaled(one.prediction, targets), one.weights, one.confidence], 1)
+            for t, row in enumerate(values.tolist()):
+                rows.writerow([name, t + 1, f"{t / fps[name]:.6g}", *(f"{x:.6g}" for x in row)])
+            file.write(text.getvalue().encode())
+            text.seek(0)
+            text.truncate()
+
+
+__all__ = ["Evaluation", "Run", "calibrate_run", "evaluate_clips", "evaluate_run", "predict_run", "write_predictions"]

@@ -21,17 +21,19 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .._arguments import check_int, check_number
-from ..data.affwild2 import AffWild2, Clip
+from .._arguments import MAX_MODALITIES, check_int, check_number
+from ..data.affwild2 import AffWild2, Clip, modality_names
+from ..data.rates import FPS, default_frames, whole_frames
+from ..data.targets import VALENCE_AROUSAL, Targets, described, scores
 from ..data.windows import Windows, collate
-from ..files import alone, naming, write_atomic
+from ..files import alone, naming, one_line, write_atomic
 from ..functional import ccc_from_moments, ccc_moments
 from ..models.peers import fusion_class
 from ..models.sage import SAGE, SAGELoss
@@ -41,36 +43,67 @@ from .progress import Progress
 from .rehearsal import Rehearsal
 
 CONFIG, LOG, LAST, BEST = "config.json", "log.csv", "last.safetensors", "best.safetensors"
-COLUMNS = (
-    "epoch", "step", "lr", "loss", "loss_prediction", "loss_unimodal", "loss_reliability",
-    "train_CCC_V", "train_CCC_A", "train_P", "val_CCC_V", "val_CCC_A", "val_P", "best_P",
-)  # fmt: skip
 PARTS = ("prediction", "unimodal", "reliability")  # of SAGELoss, in the order of the loss_ columns
+FORMAT = 2  # of config.json; in the first one spans were in frames
+
+
+def log_columns(targets: Targets) -> tuple[str, ...]:
+    """Of log.csv: train_CCC_V, train_CCC_A, train_P ..., by the targets."""
+    names = [*(target.score for target in targets), "P"]
+    losses = ("loss", *(f"loss_{part}" for part in PARTS))
+    scored = (f"{split}_{name}" for split in ("train", "val") for name in names)
+    return ("epoch", "step", "lr", *losses, *scored, "best_P")
+
+
+COLUMNS = log_columns(VALENCE_AROUSAL)
 
 
 class RunError(ValueError):
     """A run directory cannot be used as asked; the message says why and what would."""
 
 
+class Spans(NamedTuple):
+    """What a `TrainConfig` says of time, in frames."""
+
+    window: int
+    hop: int
+    memory: tuple[float, ...]  # half-lives
+    stuck: int
+    shortest_failure: int  # rehearsed
+    longest_failure: int
+
+
+WINDOW = 300  # by default: frames at 30 a second
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All that decides the outcome of a run. Frames are 1/30 s unless the data say otherwise."""
+    """All that decides the outcome of a run.
+
+    Spans of time are in seconds; None: a default, which is so many frames at 30 a second, see `data.rates`. `spans` says
+    what they are in frames.
+    """
 
     data: str  # root of an Aff-Wild2-format data set
     modalities: tuple[str, ...] | None = None  # the model's inputs; None: all the data set has
     fusion: str = "reliability"  # or "uniform": equal weights; or a peer of models.peers.FUSIONS
     fusion_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the fusion's constructor
     use_present: bool = True  # False hides from the fusion which modalities are missing
-    memory: tuple[float, ...] | None = None  # half-lives in frames; None: SAGE's default for the fusion
-    stuck: int | None = None  # repeats after which a frame is missing; None: SAGE's default for the fusion
+    memory: tuple[float, ...] | None = (
+        None  # half-lives in seconds; None: 8/30, 32/30 and 128/30 s, () with a peer's fusion
+    )
+    stuck: float | None = (
+        None  # seconds of repeats after which a frame is missing, 0: never; None: 8/30 s, 0 with a peer's
+    )
+    peer_memory: bool = False  # a peer's fusion gets the defaults of SAGE's memory and stuck rule too
     dim: int = 128  # channels of each modality's encoder and of the fused representation
     stages: int = 4
     blocks: int = 4  # temporal convolution blocks, dilations 1, 2, 4, 8 ...
     kernel_size: int = 5
     dropout: float = 0.1
     causal: bool = True
-    window: int = 300  # frames
-    hop: int = 200  # frames
+    window: float | None = None  # seconds; None: 10 s
+    hop: float | None = None  # seconds between windows; None: two thirds of the window
     batch_size: int = 16  # windows
     lr: float = 3e-4  # peak
     weight_decay: float = 1e-2  # matrices and convolutions only
@@ -81,7 +114,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm
     unimodal_weight: float = 0.5  # of 1 - CCC of the unimodal predictions, their mean
     reliability_weight: float = 0.1  # of the score that trains confidence
-    kappa: float = 0.25  # error at which confidence is 1/2, in units of the labels
+    kappa: float = 0.25  # error at which confidence is 1/2, where a target's range is [-1, 1]
     rehearsal: Rehearsal = dataclasses.field(default_factory=Rehearsal)
     seed: int = 0
     device: str = "cpu"
@@ -93,17 +126,45 @@ class TrainConfig:
         fusion_class(self.fusion)
         if not isinstance(self.fusion_options, Mapping):
             raise ValueError(f"fusion_options: expected a mapping, got {self.fusion_options!r}")
-        for name, low in (("window", 2), ("batch_size", 1), ("epochs", 1), ("patience", 1), ("threads", 1),
+        for name, low in (("batch_size", 1), ("epochs", 1), ("patience", 1), ("threads", 1),
                           ("checkpoint_every", 1), ("num_workers", 0), ("warmup", 0), ("seed", 0)):  # fmt: skip
             check_int(name, getattr(self, name), low)
-        if not 1 <= self.hop <= self.window:
-            raise ValueError(f"hop: expected 1 <= hop <= window ({self.window}), got {self.hop}")
+        for name in ("window", "hop"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), "of seconds > 0", lambda x: 0 < x < math.inf)
+        if self.stuck is not None:
+            check_number("stuck", self.stuck, "of seconds >= 0", lambda x: 0 <= x < math.inf)
+        if self.window is not None and self.hop is not None and self.hop > self.window:
+            raise ValueError(f"hop: expected at most the window ({self.window:g} s), got {self.hop:g} s")
         if self.max_steps is not None:
             check_int("max_steps", self.max_steps, 1)
         for name in ("lr", "grad_clip", "kappa"):
             check_number(name, getattr(self, name), "> 0 and finite", lambda x: 0 < x < math.inf)
         for name in ("weight_decay", "unimodal_weight", "reliability_weight"):
             check_number(name, getattr(self, name), ">= 0 and finite", lambda x: 0 <= x < math.inf)
+
+    def spans(self, fps: float) -> Spans:
+        """The spans in frames, of data with `fps` frames a second. ValueError for what is too short there."""
+        window = max(whole_frames(default_frames(WINDOW, fps), 1.0), 2)
+        if self.window is not None:
+            window = whole_frames(self.window, fps)
+        if window < 2:
+            raise ValueError(
+                f"window: expected at least 2 frames ({2 / fps:g} s at {fps:g} frames a second), got {self.window:g} s"
+            )
+        hop = max(math.floor(2 * window / 3 + 0.5), 1) if self.hop is None else max(whole_frames(self.hop, fps), 1)
+        if hop > window:
+            raise ValueError(
+                f"hop: expected at most the window ({window / fps:g} s, or frames would be skipped), got {self.hop:g} s"
+            )
+        fusion = fusion_class("reliability" if self.peer_memory else self.fusion)
+        memory = tuple(default_frames(halflife, fps) for halflife in fusion.default_memory)
+        if self.memory is not None:
+            memory = tuple(halflife * fps for halflife in self.memory)
+        stuck = whole_frames(default_frames(fusion.default_stuck, fps), 1.0) if self.use_present else 0
+        if self.stuck is not None:
+            stuck = max(whole_frames(self.stuck, fps), int(self.stuck > 0))
+        return Spans(window, hop, memory, stuck, *self.rehearsal.frames(fps))
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -120,7 +181,7 @@ class TrainConfig:
         if isinstance(values.get("rehearsal"), Mapping):
             rehearsal = dict(values["rehearsal"])
             for name in ("length", "snr_db"):
-                if name in rehearsal:
+                if rehearsal.get(name) is not None:
                     rehearsal[name] = tuple(rehearsal[name])
             values["rehearsal"] = Rehearsal(**rehearsal)
         return cls(**values)
@@ -156,14 +217,16 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
-    """A fresh model for modalities `dims` {name: D}, initialised from the configuration's seed."""
+def build_model(config: TrainConfig, dims: Mapping[str, int], num_targets: int = 2, fps: float = FPS) -> SAGE:
+    """A fresh model for modalities `dims` {name: D} at `fps` frames a second, initialised from the configuration's seed."""
+    spans = config.spans(fps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "initial weights", 0))
         return SAGE(
             dict(dims),
             dim=config.dim,
             stages=config.stages,
+            num_targets=num_targets,
             blocks=config.blocks,
             kernel_size=config.kernel_size,
             dropout=config.dropout,
@@ -171,10 +234,10 @@ def build_model(config: TrainConfig, dims: Mapping[str, int]) -> SAGE:
             kappa=config.kappa,
             fusion=config.fusion,
             fusion_options=config.fusion_options,
-            length=config.window,
+            length=spans.window,
             use_present=config.use_present,
-            memory=config.memory,
-            stuck=config.stuck,
+            memory=spans.memory,
+            stuck=spans.stuck,
         )
 
 
@@ -214,13 +277,16 @@ class Training:
         self.train_data, self.validation = data["train"], _Opened(data["validation"])
         self.names = list(config.modalities or self.train_data.modalities)
         self.columns = [list(self.train_data.modalities).index(name) for name in self.names]
-        self.windows = Windows(_Opened(self.train_data), config.window, config.hop)
+        self.targets, self.fps = self.train_data.targets, self.train_data.frame_rate
+        self.spans = config.spans(self.fps)
+        self.windows = Windows(_Opened(self.train_data), self.spans.window, self.spans.hop)
         self.per_epoch = max(len(self.windows) // config.batch_size, 1)
         self.total = self.per_epoch * config.epochs
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
 
-        self.model = build_model(config, {name: self.train_data.modalities[name] for name in self.names})
+        dims = {name: self.train_data.modalities[name] for name in self.names}
+        self.model = build_model(config, dims, len(self.targets), self.fps)
         self.model.to(self.device)
         self.loss = SAGELoss(config.kappa, unimodal=config.unimodal_weight, reliability=config.reliability_weight)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
@@ -238,7 +304,7 @@ class Training:
 
     def _clear_running(self) -> None:
         self.loss_sum = torch.zeros(4, dtype=torch.float64, device=self.device)  # total and PARTS
-        self.moments: Tensor | None = None  # (2, 6) of this epoch's training predictions
+        self.moments: Tensor | None = None  # (C, 6) of this epoch's training predictions
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def save(self) -> None:
@@ -275,7 +341,7 @@ class Training:
         running, best = state["running"], state["best"]
         _same_shape("loss_sum", running["loss_sum"], self.loss_sum)
         if running["moments"] is not None:
-            _same_shape("moments", running["moments"], torch.empty(2, 6))
+            _same_shape("moments", running["moments"], torch.empty(len(self.targets), 6))
         if best["model"]:
             for name, value in self.model.state_dict().items():
                 _same_shape(f"best {name}", best["model"][name], value)
@@ -295,6 +361,8 @@ class Training:
             "model": self.best["model"],
             "model_config": self.model.config,
             "modalities": self.names,
+            "targets": [[*target] for target in self.targets],
+            "fps": self.fps,
             "calibration": None,  # calibrate_run fills it
             **{name: self.best[name] for name in ("epoch", "step", "scores")},
         }
@@ -305,7 +373,7 @@ class Training:
         """Bring log.csv to what it was at the checkpoint: rows of steps that are done again go."""
         path = self.run / LOG
         if self.log_bytes == 0:
-            write_atomic(path, ",".join(COLUMNS) + "\n")
+            write_atomic(path, ",".join(log_columns(self.targets)) + "\n")
             self.log_bytes = path.stat().st_size
             return
         size = path.stat().st_size if path.exists() else 0
@@ -317,7 +385,7 @@ class Training:
             file.truncate(self.log_bytes)
 
     def log(self, row: Mapping[str, float]) -> None:
-        text = ",".join(str(row[name]) if name in ("epoch", "step") else f"{row[name]:.8g}" for name in COLUMNS) + "\n"
+        text = ",".join(str(x) if name in ("epoch", "step") else f"{x:.8g}" for name, x in row.items()) + "\n"
         with naming(self.run / LOG), open(self.run / LOG, "ab") as file:
             file.write(text.encode())
             file.flush()
@@ -348,7 +416,7 @@ class Training:
 
     def _one_step(self, batch: Mapping[str, Any]) -> None:
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "rehearsal", self.step))
-        batch = self.config.rehearsal(batch, generator)
+        batch = self.config.rehearsal(batch, generator, self.fps)
         features, present, frame = self._inputs(batch)
         labels, valid = batch["labels"].to(self.device), batch["valid"].to(self.device)
 
@@ -369,20 +437,20 @@ class Training:
 
     def _end_of_epoch(self) -> None:
         predict = functools.partial(predict_clip, self.model, names=self.names, device=self.device,
-                                    window=self.config.window, hop=self.config.hop)  # fmt: skip
-        scores, _ = evaluate(predict, self.validation, self.names)
-        val = scores["fused"]
+                                    window=self.spans.window, hop=self.spans.hop)  # fmt: skip
+        found, _ = evaluate(predict, self.validation, self.names)
+        val = found["fused"]
         assert self.moments is not None
-        valence, arousal = ccc_from_moments(self.moments).tolist()
+        running = scores(ccc_from_moments(self.moments).tolist(), self.targets)
         loss = (self.loss_sum / max(self.position, 1)).tolist()
         better = val["P"] > self.best["P"]
         if better:
             model = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-            self.best = {"P": val["P"], "epoch": self.epoch, "step": self.step, "scores": scores, "model": model}
+            self.best = {"P": val["P"], "epoch": self.epoch, "step": self.step, "scores": found, "model": model}
             self._export_best()
-        row = dict(zip(COLUMNS, (
-            self.epoch, self.step, self.optimizer.param_groups[0]["lr"], *loss,
-            valence, arousal, (valence + arousal) / 2, val["CCC_V"], val["CCC_A"], val["P"], self.best["P"],
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = dict(zip(log_columns(self.targets), (
+            self.epoch, self.step, rate, *loss, *running.values(), *val.values(), self.best["P"]
         )))  # fmt: skip
         self.log(row)
         self.progress.epoch(row, better)
@@ -407,24 +475,46 @@ class Training:
             self._end_of_epoch()
 
 
+def inputs(config: TrainConfig) -> tuple[str, ...] | None:
+    """The modalities to read: all, or where there are more than a model takes those asked for."""
+    folder = Path(config.data) / "features"
+    return config.modalities if folder.is_dir() and len(modality_names(folder)) > MAX_MODALITIES else None
+
+
 def open_data(config: TrainConfig) -> dict[str, AffWild2]:
     """The training and validation splits, all modalities: rehearsed failures are drawn over all the data set has, so
     that a model of some of them trains on the same failures. ValueError for a modality the data set lacks."""
-    data = {split: AffWild2(config.data, split) for split in ("train", "validation")}
+    data = {split: AffWild2(config.data, split, modalities=inputs(config)) for split in ("train", "validation")}
     have = data["train"].modalities
     if dict(data["validation"].modalities) != dict(have):
         raise ValueError(
             f"{config.data}: expected the modalities {have} in both splits, got {data['validation'].modalities}"
         )
+    if data["validation"].targets != data["train"].targets:
+        said = " and ".join(described(data[split].targets) for split in data)
+        raise ValueError(f"{config.data}: expected the same targets in both splits, got {said}")
     missing = [name for name in config.modalities or () if name not in have]
     if missing:
         raise ValueError(f"modalities: expected some of {', '.join(have)} ({config.data}), got {', '.join(missing)}")
     return data
 
 
+def advice(mismatches: Iterable[str], most: int = 5) -> list[str]:
+    """What does not fit in the data, for a user to look at, a sentence each; of many the first few, and how many."""
+    found = list(dict.fromkeys(mismatches))
+    shown = [f"look at this: {text}" for text in found[:most]]
+    if len(found) > most:
+        shown.append(f"and {len(found) - most} more, which sage-ext check lists")
+    return shown
+
+
 def data_shape(data: Mapping[str, AffWild2]) -> dict[str, Any]:
     """What identifies a data set well enough to refuse to continue a run on another."""
-    shape: dict[str, Any] = {"modalities": dict(data["train"].modalities)}
+    shape: dict[str, Any] = {
+        "modalities": dict(data["train"].modalities),
+        "targets": [[*target] for target in data["train"].targets],
+        "fps": data["train"].frame_rate,
+    }
     for split, clips in data.items():
         digest = hashlib.sha256()
         frames = valid = 0
@@ -470,11 +560,15 @@ def _read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
     path = run / CONFIG
     try:
         stored = json.loads(path.read_text())
+        if stored.get("format") != FORMAT:
+            raise ValueError(
+                f"expected the format {FORMAT}, got that of another version of sage-ext: train the run anew"
+            )
         return TrainConfig.from_json(stored["train"]), stored["data"]
     except FileNotFoundError:
         raise RunError(f"{run}: expected a run directory, got one without {CONFIG}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{path}: damaged ({error})") from error
+        raise RunError(f"{path}: damaged ({one_line(error, 300)})") from error
 
 
 def _prepare(run: Path, config: TrainConfig, shape: Mapping[str, Any], overwrite: bool) -> None:
@@ -483,7 +577,9 @@ def _prepare(run: Path, config: TrainConfig, shape: Mapping[str, Any], overwrite
     old = [run / name for name in (LAST, BEST, LOG)] + sorted(run.glob("evaluation-*.json")) if overwrite else []
     for path in [*old, *run.glob(".*.tmp")]:
         path.unlink(missing_ok=True)
-    write_atomic(run / CONFIG, json.dumps({"train": config.to_json(), "data": shape}, indent=1) + "\n")
+    write_atomic(
+        run / CONFIG, json.dumps({"format": FORMAT, "train": config.to_json(), "data": shape}, indent=1) + "\n"
+    )
 
 
 def train(
@@ -515,6 +611,8 @@ def train(
     devices = [torch.device(config.device)] if config.device.startswith("cuda") else []
     torch.set_num_threads(config.threads)
     reporter = Progress(run, tensorboard=tensorboard, quiet=not progress, live=live)
+    for text in advice(text for clips in data.values() for text in clips.mismatches):
+        reporter.note(text)
     try:
         with torch.random.fork_rng(devices=devices):
             training = Training(config, run, data, reporter)  # what is wrong with the configuration shows here

@@ -657,7 +657,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("fusion", ["jca", "tagf", "mult", "late"])
 def test_trains_and_evaluates(data, tmp_path, fusion):
-    config = TrainConfig(str(data), fusion=fusion, dim=8, blocks=1, window=60, hop=40, batch_size=3, epochs=1, lr=3e-3,
+    config = TrainConfig(str(data), fusion=fusion, dim=8, blocks=1, window=2, hop=4 / 3, batch_size=3, epochs=1, lr=3e-3,
                          warmup=1, threads=1)  # fmt: skip
     best = train(config, tmp_path / "run", progress=False)
     result, _ = evaluate_run(tmp_path / "run")
@@ -690,7 +690,7 @@ def test_fixed_length_on_whole_videos(data):
 
 
 def test_one_block_is_enough(data, tmp_path):
-    config = TrainConfig(str(data), blocks=1, dim=8, window=60, hop=60, epochs=1, max_steps=1, threads=1)
+    config = TrainConfig(str(data), blocks=1, dim=8, window=2, hop=2, epochs=1, max_steps=1, threads=1)
     train(config, tmp_path / "run", progress=False)
     assert len(Run.load(tmp_path / "run").model.encoders[0].blocks) == 1
 

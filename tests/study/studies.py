@@ -6,7 +6,7 @@ import csv
 
 from sage_ext.study.plan import Study
 
-SIZES = {"dim": 8, "stages": 2, "blocks": 2, "window": 60, "hop": 40, "batch_size": 4, "max_steps": 6, "epochs": 9}
+SIZES = {"dim": 8, "stages": 2, "blocks": 2, "window": 2, "hop": 4 / 3, "batch_size": 4, "max_steps": 6, "epochs": 9}
 CORRUPTIONS = ("noise", "dead-zeroed", "foreign", "stage-zeroed", "missing")
 
 

@@ -499,7 +499,7 @@ def test_the_share_is_exact(name):
 
 @given(st.integers(1, 5000), st.floats(0, 1), st.integers(1, 200), st.integers(0, 50))
 def test_spans(n, share, length, seed):
-    track = Track(np.zeros((n, 1), np.float32), np.arange(n), 0, ("c", "m", seed), np.ones(n, bool), span=length)
+    track = Track(np.zeros((n, 1), np.float32), np.arange(n), 0, ("c", "m", seed), np.ones(n, bool), stretch=length / 60)
     span = track.spans(share)
     chosen = min(n, max(1, math.floor(share * n + 0.5)))
     assert (span >= 0).sum() == chosen
@@ -517,7 +517,7 @@ def test_spans(n, share, length, seed):
 def test_every_frame_is_equally_likely_to_be_hit():
     hits, trials = np.zeros(120), 1000
     for seed in range(trials):
-        track = Track(np.zeros((120, 1), np.float32), np.arange(120), 0, ("c", "m", seed), np.ones(120, bool), span=20)
+        track = Track(np.zeros((120, 1), np.float32), np.arange(120), 0, ("c", "m", seed), np.ones(120, bool), stretch=1 / 3)
         hits += track.spans(0.3) >= 0
     assert np.abs(hits / trials - 0.3).max() < 4.5 * math.sqrt(0.3 * 0.7 / trials)
 
@@ -630,13 +630,13 @@ def test_the_stage_chain():
     x = {m: np.ones((frames, 1), np.float32) for m in NAMES}
     got, _ = apply(Condition("stage-zeroed", 5, NAMES), x, clip="c", seed=0)
     np.testing.assert_array_equal(got["audio"] == 0, got["visual"] == 1)  # exactly one of them, everywhere
-    chain = corruptions._chain("c", 0, frames)
+    chain = corruptions._chain("c", 0, frames, 1.0)
     assert set(chain.tolist()) == {0, 1, 2, 3}
     changes = int((np.diff(chain) != 0).sum())
     assert abs(changes - frames / 90) < 4 * math.sqrt(frames / 90)
-    assert {int(corruptions._chain(f"c{k}", 0, 1)[0]) for k in range(40)} == {0, 1, 2, 3}  # it begins anywhere
-    assert (corruptions._chain("d", 0, frames) != chain).any()
-    assert (corruptions._chain("c", 1, frames) != chain).any()
+    assert {int(corruptions._chain(f"c{k}", 0, 1, 1.0)[0]) for k in range(40)} == {0, 1, 2, 3}  # it begins anywhere
+    assert (corruptions._chain("d", 0, frames, 1.0) != chain).any()
+    assert (corruptions._chain("c", 1, frames, 1.0) != chain).any()
 
 
 # ------------------------------------------------------------------------------------------------------ odd clips

@@ -15,7 +15,7 @@ def test_methods_are_configurations(name):
     method = methods()[name]
     assert method.name == name
     assert method.title
-    config = TrainConfig("somewhere", window=24, hop=16, dim=8, blocks=2, **method.overrides)
+    config = TrainConfig("somewhere", window=0.8, hop=16 / 30, dim=8, blocks=2, **method.overrides)
     assert TrainConfig.from_json(config.to_json()) == config
     net = build_model(config, SIZES).eval()
     features = {m: torch.randn(2, 24, dim) for m, dim in SIZES.items()}

@@ -19,6 +19,6 @@ def data(tmp_path_factory):
 def tiny(data):
     """A run of 3 epochs of 6 steps."""
     return TrainConfig(
-        str(data), dim=8, stages=2, blocks=2, window=60, hop=40, batch_size=4, epochs=3, lr=3e-3, warmup=3, threads=1,
+        str(data), dim=8, stages=2, blocks=2, window=2, hop=4 / 3, batch_size=4, epochs=3, lr=3e-3, warmup=3, threads=1,
         checkpoint_every=2,
     )  # fmt: skip

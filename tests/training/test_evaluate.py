@@ -139,7 +139,7 @@ def test_clips_side_by_side_get_what_each_gets_alone(data, fusion, causal, monke
     module = importlib.import_module("sage_ext.training.evaluate")  # its name in the package is the function's
     monkeypatch.setattr(module, "FRAMES", 500)
     config = TrainConfig(
-        str(data), fusion=fusion, dim=8, stages=2, blocks=2, causal=causal, window=220, hop=70, threads=1
+        str(data), fusion=fusion, dim=8, stages=2, blocks=2, causal=causal, window=22 / 3, hop=7 / 3, threads=1
     )
     model, names = build_model(config, {"audio": 12, "visual": 16}).eval(), ["audio", "visual"]
     clips = AffWild2(data, "validation")

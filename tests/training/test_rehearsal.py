@@ -164,7 +164,7 @@ def test_swap_with_nobody_becomes_noise():
 def test_rates_and_lengths():
     batch = make_batch(rows=2000, frames=60, dims=(2, 2), pad=False)
     batch["present"][:] = True
-    out = rehearse(batch, probability=0.4, whole=0.25, spans=1, length=(5, 20))
+    out = rehearse(batch, probability=0.4, whole=0.25, spans=1, length=(5 / 30, 20 / 30))
     rehearsed = out["rehearsed"]
     assert rehearsed.any(-1).any(-1).float().mean() == pytest.approx(0.4, abs=0.04)
     whole = rehearsed.all(1).any(-1)

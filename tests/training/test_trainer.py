@@ -69,7 +69,7 @@ def test_a_run_directory_in_which_another_process_works_is_left_alone(tiny, tmp_
 def whole(tmp_path_factory, data):
     """The uninterrupted run, and its configuration."""
     config = TrainConfig(
-        str(data), dim=8, stages=2, blocks=2, window=60, hop=40, batch_size=4, epochs=3, lr=3e-3, warmup=3, threads=1,
+        str(data), dim=8, stages=2, blocks=2, window=2, hop=4 / 3, batch_size=4, epochs=3, lr=3e-3, warmup=3, threads=1,
         checkpoint_every=2,
     )  # fmt: skip
     run = tmp_path_factory.mktemp("runs") / "whole"
@@ -225,7 +225,7 @@ def test_log_and_best(whole):
 
 def test_it_learns(data, tmp_path):
     config = TrainConfig(
-        str(data), dim=16, stages=2, blocks=2, window=60, hop=30, batch_size=4, epochs=8, lr=5e-3, warmup=5, threads=1
+        str(data), dim=16, stages=2, blocks=2, window=2, hop=1, batch_size=4, epochs=8, lr=5e-3, warmup=5, threads=1
     )
     quiet(config, tmp_path / "run")
     lines = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
@@ -246,7 +246,7 @@ def test_early_stopping_waits_for_patience(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "evaluate", scripted)
     config = TrainConfig(
-        str(data), dim=8, stages=2, blocks=1, window=60, hop=60, batch_size=4, epochs=50, patience=3, threads=1
+        str(data), dim=8, stages=2, blocks=1, window=2, hop=2, batch_size=4, epochs=50, patience=3, threads=1
     )
     best = quiet(config, tmp_path / "run")
     assert values == [0.1, 0.3, 0.2, 0.25, 0.29]
@@ -381,7 +381,8 @@ def test_learning_rate():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"window": 1}, "window"), ({"hop": 400}, "hop"), ({"batch_size": 0}, "batch_size"), ({"lr": 0.0}, "lr"),
+        ({"window": 0.0}, "window"), ({"window": 2.0, "hop": 2.1}, "hop"), ({"stuck": -1}, "stuck"),
+        ({"window": math.inf}, "window"), ({"batch_size": 0}, "batch_size"), ({"lr": 0.0}, "lr"),
         ({"lr": math.nan}, "lr"), ({"epochs": 0}, "epochs"), ({"max_steps": 0}, "max_steps"), ({"seed": -1}, "seed"),
         ({"unimodal_weight": -1.0}, "unimodal_weight"), ({"threads": 0}, "threads"),
         ({"grad_clip": math.inf}, "grad_clip"),
@@ -392,8 +393,40 @@ def test_bad_configuration(bad, message):
         TrainConfig("unused", **bad)
 
 
+def test_spans_are_seconds():
+    """The defaults at 30 frames a second are so many frames; others keep the seconds, down to a quarter of the rate."""
+    assert TrainConfig("unused").spans(30.0) == (300, 200, (8.0, 32.0, 128.0), 8, 8, 150)
+    assert TrainConfig("unused").spans(60.0) == (600, 400, (16.0, 64.0, 256.0), 16, 16, 300)
+    assert TrainConfig("unused").spans(15.0) == (150, 100, (4.0, 16.0, 64.0), 4, 4, 75)
+    for slow in (7.5, 1.0, 1 / 3600):
+        assert TrainConfig("unused").spans(slow) == (75, 50, (2.0, 8.0, 32.0), 2, 2, 38)
+    asked = TrainConfig("unused", window=40, hop=10, memory=(2.0, 50.0), stuck=3, rehearsal=Rehearsal(length=(0.1, 30)))
+    assert asked.spans(1.0) == (40, 10, (2.0, 50.0), 3, 1, 30)
+    assert asked.spans(25.0) == (1000, 250, (50.0, 1250.0), 75, 3, 750)
+    assert TrainConfig("unused", window=40).spans(1.0)[:2] == (40, 27)
+    assert TrainConfig("unused", memory=(), stuck=0).spans(30.0)[2:4] == ((), 0)
+    assert TrainConfig("unused", fusion="can").spans(30.0)[2:4] == ((), 0)
+    assert TrainConfig("unused", fusion="can", peer_memory=True).spans(1.0)[2:4] == ((2.0, 8.0, 32.0), 2)
+    assert TrainConfig("unused", use_present=False).spans(30.0).stuck == 0
+    with pytest.raises(ValueError, match=r"window: expected at least 2 frames \(7200 s at 0.000277778 .*\), got 60 s"):
+        TrainConfig("unused", window=60).spans(1 / 3600)
+    with pytest.raises(ValueError, match=r"hop: expected at most the window \(10 s, or .*\), got 20 s"):
+        TrainConfig("unused", hop=20).spans(30.0)
+
+
+def test_a_run_of_another_format_is_refused(tiny, tmp_path):
+    """Its spans would be read as seconds."""
+    train(dataclasses.replace(tiny, max_steps=1), tmp_path / "run", progress=False)
+    path = tmp_path / "run" / trainer.CONFIG
+    stored = json.loads(path.read_text())
+    del stored["format"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RunError, match=r"config.json: damaged \(expected the format 2, got that of another version"):
+        read_config(tmp_path / "run")
+
+
 def test_configuration_round_trip(tiny):
-    config = dataclasses.replace(tiny, modalities=("visual",), rehearsal=Rehearsal(probability=0.3, length=(4, 9)))
+    config = dataclasses.replace(tiny, modalities=("visual",), rehearsal=Rehearsal(probability=0.3, length=(4 / 30, 9 / 30)))
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(ValueError, match="configuration: expected fields of TrainConfig, got colour"):
         TrainConfig.from_json({**config.to_json(), "colour": "red"})

@@ -1,0 +1,1647 @@
+"""One table (CSV, TSV or Parquet), a row a frame, becomes a data set in the layout that `affwild2` reads.
+
+docs/data.md says what the columns mean. The table is read once, in chunks of rows; numbers are kept as arrays, features
+in float32, targets and times in float64, so a table takes about 4 bytes a cell that is used. The data set is written
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import csv
+import difflib
+import fnmatch
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import textwrap
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .. import __version__
+from .._arguments import MAX_MODALITIES, check_int, check_number
+from ..extras import require
+from ..files import one_line, replacing_folder
+from ..models.sage import DEAD
+from ..nn import ReliabilityFusion
+from .affwild2 import ANNOTATION_HEADER, INVALID, SPLITS, bare_name
+from .rates import FPS, default_frames, whole_frames
+from .targets import header_targets, make_targets
+
+MARK = "import.json"  # says that an import wrote the folder, from what, and which files
+MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-", "<na>"})  # in lower case
+NAMELESS = frozenset({"", "nan", "null", "<na>"})  # of a video, group or split: "none" may be a group's name
+SEPARATORS = "_.:"
+TIMES = ("time", "time_s", "t_s", "seconds", "datetime")  # the first of them that is a column
+USUAL = {"valence": (-1.0, 1.0), "arousal": (-1.0, 1.0)}
+SPLIT_WORDS = {
+    "train": "train", "training": "train", "validation": "validation", "val": "validation", "valid": "validation",
+    "dev": "validation", "test": "test",
+}  # fmt: skip
+HELD_OUT = 5  # one group in so many validates
+MOST_GAPS = 10_000_000  # frames without a row, in a table
+MOST_PIECES = 1000
+TOLERANCE = 0.25  # frames that a time may lie beside the grid
+LEAK = 0.999  # correlation of a feature with a target
+
+_CUT = "cut"  # a split of our own: the video's first four fifths train, the rest validates
+_MOST_FLOAT = float(np.finfo(np.float32).max)
+_CHUNK = 1 << 16  # cells that are text at once
+_BLOCK = 1 << 18  # numbers that are written at once
+_RATES = (1e-6, 1e6)  # frames a second, as the reader wants them
+_ISO = re.compile(
+    r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?\s*(Z|z|[+-]\d\d(?::?\d\d)?)?", re.ASCII
+)
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+(?:[eE][+-]?\d+)?\s*", re.ASCII)
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+@dataclass(frozen=True)
+class ImportedModality:
+    """What became of a modality's columns."""
+
+    columns: list[str]
+    missing: int  # frames in which a column or more is missing, those without a row among them
+    partial: int  # of these, frames in which only some of the columns are missing
+    worst: str | None  # the column that is missing in the most of `partial`
+    worst_missing: int  # in how many
+
+
+@dataclass(frozen=True)
+class ImportedTarget:
+    """A target: its range in its own units, who says so, and in how many frames it is annotated."""
+
+    low: float
+    high: float
+    source: str  # "asked for", "usual" (of valence and arousal), or "of the table"
+    annotated: int
+
+
+@dataclass(frozen=True)
+class ImportedSplit:
+    videos: int
+    frames: int
+    annotated: int  # frames, with all targets
+
+
+@dataclass
+class ImportReport:
+    """What `import_table` read and wrote; `text()` is what the command prints."""
+
+    out: Path
+    source: str
+    rows: int
+    frames: int
+    fps: float
+    splits: dict[str, ImportedSplit]
+    modalities: dict[str, ImportedModality]
+    targets: dict[str, ImportedTarget]
+    groupings: dict[str, int]  # name -> number of groups
+    ignored: dict[str, str]  # column -> why
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        videos = sum(split.videos for split in self.splits.values())
+        hours = self.frames / self.fps / 3600
+        lines = [
+            f"{self.out}: {_count(videos, 'video')}, {_count(self.frames, 'frame')}, {hours:,.3g} hours at "
+            f"{_rate(self.fps)}, from {_count(self.rows, 'row')} of {self.source}",
+            "",
+        ]
+        splits = [
+            (name, f"{split.videos:,}", f"{split.frames:,}", _share(split.annotated, split.frames))
+            for name, split in self.splits.items()
+        ]
+        modalities = [
+            (name, f"{len(m.columns):,}", _share(m.missing, self.frames), _some(m.columns, 3))
+            for name, m in self.modalities.items()
+        ]
+        ranges = {
+            "asked for": "as asked for",
+            "usual": "the usual one",
+            "of the table": "the table's least and greatest",
+        }
+        targets = [
+            (name, f"[{t.low:g}, {t.high:g}]", _share(t.annotated, self.frames), ranges[t.source])
+            for name, t in self.targets.items()
+        ]
+        lines += [*_grid(("split", "videos", "frames", "annotated"), splits, "lrrr"), ""]
+        lines += [*_grid(("modality", "columns", "missing", "which"), modalities, "lrrl"), ""]
+        lines += [*_grid(("target", "range", "annotated", "range is"), targets, "lrrl"), ""]
+        if self.groupings:
+            said = ", ".join(f"{name} ({_count(count, 'group')})" for name, count in self.groupings.items())
+            lines += _wrapped(f"groupings: {said}")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.ignored.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            lines += _wrapped(f"ignored, {reason}: {_some(names, 40)}")
+        for note in self.notes:
+            lines += _wrapped(f"note: {note}")
+        lines.append(f"next: sage-ext check {self.out}, then sage-ext train --data {self.out} --run RUN")
+        return "\n".join(lines)
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
+    return [
+        "  ".join(
+            cell.rjust(width) if side == "r" else cell.ljust(width) for cell, width, side in zip(row, widths, sides)
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _share(part: int, whole: int) -> str:
+    """A share that is not 0 does not look like 0, nor one that is not all like all."""
+    if 0 < part < whole:
+        return f"{min(max(100 * part / whole, 0.1), 99.9):.1f}%"
+    return f"{100 * part / max(whole, 1):.0f}%"
+
+
+def _rate(fps: float) -> str:
+    if fps >= 1 or fps < 1 / 1e7:
+        return f"{fps:.6g} {'frame' if fps == 1 else 'frames'} a second"
+    return f"one frame in {1 / fps:.6g} seconds"
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    first = ", ".join(map(_shown, names[:most]))
+    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"
+
+
+def _shown(name: str) -> str:
+    """The name of a column, for a sentence of one line."""
+    plain = name.isprintable() and name == name.strip() and name
+    return name if plain and len(name) <= 60 else repr(name[:57] + "..." if len(name) > 60 else name)
+
+
+# ------------------------------------------------------------------------------------------------------------ the call
+def import_table(
+    table: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    video: str | None = None,
+    time: str | None = None,
+    frame: str | None = None,
+    targets: Sequence[str] | None = None,
+    modalities: Mapping[str, str | Sequence[str]] | Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[str]] | None = None,
+    group: str | Sequence[str] | None = None,
+    split: str | None = None,
+    ranges: Mapping[str, Sequence[float]] | None = None,
+    fps: float | None = None,
+    pieces: int = 1,
+    overwrite: bool = False,
+) -> ImportReport:
+    """Writes a data set in the layout that `AffWild2` reads from one table, a row a frame.
+
+    table       CSV, TSV or Parquet
+    out         a folder that does not exist or is empty; with `overwrite`, one that an import wrote is replaced
+    video       the column that names each row's video; default "video"; without one the table is one video
+    time        the column of times: seconds, or ISO 8601 date-times; default the first of TIMES that is there
+    frame       the column of frame numbers, in place of times; default "frame"
+    targets     the columns to be estimated; default "valence" and "arousal", those that are there
+    modalities  name -> the beginning of its columns' names, or several; or names alone: the columns that begin with the
+                name and a separator (one of SEPARATORS). Default: all numeric columns whose names have a separator,
+                each a part of the modality that its name says before the first one
+    columns     name -> columns or shell patterns of them, in place of `modalities`
+    group       columns of groups that a split must not tear apart, the first one here; default "group"
+    split       the column that says train, validation or test; default "split"
+    ranges      target -> (low, high) in its own units; default [-1, 1] for valence and arousal if that holds them, else
+                the least and the greatest value of the table
+    fps         frames a second; default: from the times, else 30 with frame numbers
+    pieces      cut each video into so many pieces of consecutive time, each a video of its own
+
+    Raises ValueError for a table or arguments that cannot be right, naming file, line and column; FileExistsError where
+    `out` holds what an import did not write; ImportError for Parquet without pyarrow.
+    """
+    check_int("pieces", pieces, 1, MOST_PIECES)
+    if fps is not None:
+        check_number(
+            "fps", fps, f"of {_RATES[0]:g} to {_RATES[1]:g} frames a second", lambda v: _RATES[0] <= v <= _RATES[1]
+        )
+    groups = [group] if isinstance(group, str) else None if group is None else list(group)
+    if isinstance(targets, str):
+        raise TypeError(f"targets: expected a sequence of names, got the string {targets!r}")
+    if modalities is not None and columns is not None:
+        raise ValueError("modalities, columns: expected at most one of the two (--modalities, --map), got both")
+    options = {
+        "video": video, "time": time, "frame": frame, "targets": None if targets is None else list(targets),
+        "modalities": dict(modalities) if isinstance(modalities, Mapping) else modalities and list(modalities),
+        "columns": columns and {name: list(patterns) for name, patterns in columns.items()}, "group": groups,
+        "split": split, "ranges": ranges and {name: list(ends) for name, ends in ranges.items()}, "fps": fps,
+        "pieces": pieces,
+    }  # fmt: skip
+    path, root = Path(table), Path(os.path.realpath(out))
+    _check_out(root, overwrite)
+    source = _open(path)
+    roles = _roles(source, video=video, time=time, frame=frame, targets=targets, groups=groups, split=split, fps=fps)
+    wanted = _wanted(source, roles, modalities, columns)
+    work = _Import(source, roles, wanted, _read(source, roles, wanted))
+    work.make(ranges or {}, pieces)
+    report = work.report(Path(out))
+    with _taking_the_place_of(root, overwrite) as part:
+        files = work.write(part)
+        record = {
+            "what": "sage-ext import", "version": __version__, "source": path.name, "bytes": path.stat().st_size,
+            "columns": {name: m.columns for name, m in report.modalities.items()}, "ignored": report.ignored,
+            "targets": {name: [t.low, t.high] for name, t in report.targets.items()}, "options": options, "files": files,
+        }  # fmt: skip
+        (part / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+# -------------------------------------------------------------------------------------------------------- the table read
+class _Fault(ValueError):
+    """A cell that is not what its column is for: where in its chunk, what was expected, what came."""
+
+    def __init__(self, index: int, expected: str, cell: object) -> None:
+        text = str(cell).strip()
+        super().__init__(f"expected {expected}, got {text[:57] + '...' if len(text) > 60 else text!r}")
+        self.index = index
+
+
+class _Chunk(Protocol):
+    """Some rows of the table, by the numbers of its columns."""
+
+    @property
+    def lines(self) -> Sequence[int]: ...  # where each row stands
+    def __len__(self) -> int: ...
+    def text(self, column: int) -> Sequence[str]: ...
+    def numbers(self, column: int) -> np.ndarray | None: ...  # float64, NaN where missing; None: the column is text
+
+
+class _Source(Protocol):
+    path: Path
+    names: list[str]  # of its columns
+    decimal_comma: bool  # a number with a comma in it is likely one of these
+
+    def chunks(self) -> Iterator[_Chunk]: ...
+    def where(self, line: int) -> str: ...
+
+
+def _open(path: Path) -> _Source:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if not magic:
+        raise ValueError(f"{path}:1: expected a header and rows, got an empty file")
+    if magic == b"PAR1":
+        return _Parquet(path)
+    for begin, what in ((b"PK", "a ZIP archive, as spreadsheets are"), (b"\x1f\x8b", "a gzip archive")):
+        if magic.startswith(begin):
+            raise ValueError(f"{path}: expected a table as CSV, TSV or Parquet, got {what}: save or unpack it as one")
+    if magic.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path}:1: expected text in UTF-8, got UTF-16: save it as UTF-8")
+    return _Csv(path)
+
+
+class _Csv:
+    """Text with a header; the delimiter is the one of `,`, `;` and tab that splits the header into the most columns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, encoding="utf-8-sig", newline="") as file, _in_utf8(path):
+            first = next((text for text in file if text.strip()), "")
+        fields = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in ",;\t"}
+        self.delimiter = max(fields, key=fields.__getitem__)
+        self.decimal_comma = self.delimiter != ","
+        self.names = [name.strip() for name in next(self._records(), (1, []))[1]]
+        if not any(self.names):
+            raise ValueError(f"{path}:1: expected a header with the names of the columns, got a line without any")
+        if all(_is_number(name) for name in self.names):
+            raise ValueError(
+                f"{path}:1: expected a header with the names of the columns, got numbers: {first.strip()[:60]!r}"
+            )
+        _check_different(self.names, f"{path}:1")
+
+    def where(self, line: int) -> str:
+        return f"{self.path}:{line}"
+
+    def chunks(self) -> Iterator[_Chunk]:
+        width, most = len(self.names), min(max(_CHUNK // len(self.names), 1), 256)
+        rows, lines, records = list[list[str]](), list[int](), self._records()
+        next(records)
+        for line, row in records:
+            if len(row) != width:
+                hint = ": is a comma in a number, or in text without quotes?" if len(row) > width else ""
+                wanted = f"{_count(width, 'cell')}, as in the header"
+                raise ValueError(f"{self.path}:{line}: expected {wanted}, got {len(row)}{hint}")
+            rows.append(row)
+            lines.append(line)
+            if len(rows) == most:
+                yield _TextChunk(rows, lines)
+                rows, lines = [], []
+        if rows:
+            yield _TextChunk(rows, lines)
+
+    def _records(self) -> Iterator[tuple[int, list[str]]]:
+        """(line, cells) of each record but blank lines; the line is that of its end."""
+        line, mark = 0, self.delimiter
+
+        def count(file: Iterable[str]) -> Iterator[str]:
+            nonlocal line
+            for line, text in enumerate(file, start=1):  # noqa: B007  (the number is what is wanted)
+                yield text
+
+        with open(self.path, encoding="utf-8-sig", newline="") as file, _in_utf8(self.path):
+            texts = count(file)
+            try:
+                for text in texts:
+                    if '"' in text:
+                        row = next(csv.reader(itertools.chain((text,), texts), delimiter=mark, strict=True))
+                    else:  # four times as fast
+                        row = text.rstrip("\r\n").split(mark)
+                    if row and row != [""]:
+                        yield line, row
+            except csv.Error as error:
+                raise ValueError(f"{self.path}:{line}: expected CSV, got what is none: {error}") from None
+
+
+@contextlib.contextmanager
+def _in_utf8(path: Path) -> Iterator[None]:
+    """For a block that reads text: names the line of what is not UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    line.decode("utf-8-sig")
+                except UnicodeDecodeError as fault:
+                    byte = fault.object[fault.start]
+                    raise ValueError(f"{path}:{number}: expected text in UTF-8, got the byte {byte:#04x}") from None
+        raise
+
+
+class _TextChunk:
+    def __init__(self, rows: list[list[str]], lines: list[int]) -> None:
+        self.lines, self._columns = lines, list(zip(*rows))
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def text(self, column: int) -> Sequence[str]:
+        return self._columns[column]
+
+    def numbers(self, column: int) -> np.ndarray | None:
+        return None
+
+
+class _Parquet:
+    decimal_comma = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._arrow = require("pyarrow", "parquet")
+        parquet = require("pyarrow.parquet", "parquet")
+        with self._reading():
+            self._file = parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False)  # not whole groups
+            self.names = [str(name) for name in self._file.schema_arrow.names]
+        _check_different(self.names, str(path))
+
+    def where(self, line: int) -> str:
+        return f"{self.path}: row {line}"
+
+    def chunks(self) -> Iterator[_Chunk]:
+        first = 1
+        with self._reading():
+            for batch in self._file.iter_batches(batch_size=min(max(_CHUNK // max(len(self.names), 1), 1), 1 << 16)):
+                if len(batch):
+                    yield _ArrowChunk(self._arrow, batch, first)
+                first += len(batch)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Names the file in what pyarrow raises of a damaged one."""
+        try:
+            yield
+        except (self._arrow.lib.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the operating system; "Couldn't deserialize thrift" has no number
+            why = one_line(error, 200)
+            raise ValueError(f"{self.path}: expected a Parquet file, got one that cannot be read: {why}") from None
+
+
+class _ArrowChunk:
+    def __init__(self, arrow: Any, batch: Any, first: int) -> None:
+        self.lines, self._arrow, self._batch = range(first, first + len(batch)), arrow, batch
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def text(self, column: int) -> Sequence[str]:
+        types, values = self._arrow.types, self._batch.column(column)
+        if types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        if types.is_timestamp(values.type):  # nanoseconds would need pandas
+            values = values.cast(self._arrow.timestamp("us", values.type.tz), safe=False)
+        return [_text(value) for value in values.to_pylist()]
+
+    def numbers(self, column: int) -> np.ndarray | None:
+        types, values = self._arrow.types, self._batch.column(column)
+        if types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        kind = values.type
+        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)):
+            return None
+        if not types.is_floating(kind) or types.is_float16(kind):
+            if types.is_boolean(kind):
+                values = values.cast(self._arrow.uint8())
+            values = values.cast(self._arrow.float32() if types.is_float16(kind) else self._arrow.float64(), safe=False)
+        return values.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))  # 1.0, as whole numbers become where one is missing
+    return str(value)
+
+
+def _check_different(names: Sequence[str], where: str) -> None:
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if name and first.setdefault(name, number) != number:
+            raise ValueError(
+                f"{where}: expected columns of different names, got {_shown(name)} twice, columns {first[name]} and {number}"
+            )
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        _number(text)
+        return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------- cells to numbers
+def _number(cell: str) -> float:
+    """NaN where the cell says that there is none."""
+    try:
+        if "_" not in cell:
+            return float(cell)
+    except ValueError:
+        if cell.strip().lower() in MISSING:
+            return math.nan
+    raise ValueError(cell)
+
+
+def _numbers(cells: Sequence[str], decimal_comma: bool) -> np.ndarray:
+    """float64, NaN where missing. _Fault for a cell that is neither."""
+    try:
+        if "" in cells:
+            values = np.array([float(cell) if cell else math.nan for cell in cells])
+        else:
+            values = np.fromiter(map(float, cells), np.float64, len(cells))
+    except ValueError:
+        for index, cell in enumerate(cells):
+            if not _is_number(cell):
+                raise _Fault(index, _expected(cell, decimal_comma), cell) from None
+        values = np.fromiter(map(_number, cells), np.float64, len(cells))
+    if "_" in "".join(cells):  # Python reads 1_000
+        index = next(index for index, cell in enumerate(cells) if "_" in cell)
+        raise _Fault(index, "a number", cells[index])
+    return values
+
+
+def _expected(cell: str, decimal_comma: bool) -> str:
+    if decimal_comma and _DECIMAL_COMMA.fullmatch(cell):
+        return "a number with a decimal point (a decimal comma is not read: write the table with points)"
+    return "a number, or nothing (an empty cell, NaN, NA, null, None or -)"
+
+
+def _seconds(cell: str) -> tuple[float, bool]:
+    """Of an ISO 8601 date-time: seconds since 1970, and whether it names its offset from UTC."""
+    text = cell.strip()
+    match = _ISO.fullmatch(text)
+    if match is None:
+        raise ValueError(cell)
+    day, minute, second, fraction, zone = match.groups()
+    clock = f"{minute or '00:00'}:{second or '00'}.{(fraction or '0')[:6].ljust(6, '0')}"
+    if zone is not None:
+        zone = "+00:00" if zone in "Zz" else zone if len(zone) == 6 else f"{zone[:3]}:{zone[3:] or '00'}"
+    moment = datetime.fromisoformat(f"{day}T{clock}{zone or ''}")
+    begin = datetime(1970, 1, 1, tzinfo=None if zone is None else timezone.utc)
+    return (moment - begin) / timedelta(seconds=1), zone is not None
+
+
+# ------------------------------------------------------------------------------------------------------ columns that fill
+class _Numbers:
+    """A column of numbers that grows chunk by chunk. `strict`: a cell that is no number is an error; else the column is
+    text if its first cell that is not missing is none, and everything after that first cell an error."""
+
+    def __init__(self, source: _Source, column: int, code: str, strict: bool) -> None:
+        self.source, self.column, self.name, self.strict = source, column, source.names[column], strict
+        self.data, self.found, self.is_text = array(code), False, False
+
+    def add(self, chunk: _Chunk) -> None:
+        if self.is_text:
+            return
+        values = chunk.numbers(self.column)
+        try:
+            if values is None:
+                cells = chunk.text(self.column)
+                if not (self.found or self.strict):
+                    first = next((cell for cell in cells if cell.strip().lower() not in MISSING), None)
+                    comma = first is not None and self.source.decimal_comma and _DECIMAL_COMMA.fullmatch(first)
+                    if first is not None and not (_is_number(first) or comma):
+                        self.is_text, self.data = True, array(self.data.typecode)
+                        return
+                values = _numbers(cells, self.source.decimal_comma)
+            self._check(values)
+        except _Fault as fault:
+            raise ValueError(f"{self.source.where(chunk.lines[fault.index])}: {_shown(self.name)}: {fault}") from None
+        self.found = self.found or not bool(np.isnan(values).all())
+        self.data.frombytes(values.astype(self.data.typecode).tobytes())
+
+    def _check(self, values: np.ndarray) -> None:
+        most = _MOST_FLOAT if self.data.typecode == "f" else math.inf
+        with np.errstate(invalid="ignore"):
+            beyond = np.abs(values) > most if most < math.inf else np.isinf(values)
+        if beyond.any():
+            index = int(np.argmax(beyond))
+            expected = "a finite number" if np.isinf(values[index]) else "a number of at most 3.4e38, as float32 holds"
+            raise _Fault(index, expected, values[index])
+
+    @property
+    def values(self) -> np.ndarray:
+        return np.frombuffer(self.data, np.dtype(self.data.typecode))
+
+
+class _Times(_Numbers):
+    """Seconds as numbers, or date-times: what the first cell is, all are. Never missing."""
+
+    def __init__(self, source: _Source, column: int, whole: bool) -> None:
+        super().__init__(source, column, "d", strict=True)
+        self.whole = whole  # frame numbers
+        self.dates: bool | None = None  # None: no cell was read yet
+        self.aware: bool | None = None  # date-times that name their offset from UTC
+
+    def add(self, chunk: _Chunk) -> None:
+        if self.dates is None and not self.whole and chunk.numbers(self.column) is None:
+            self.dates = not _is_number(chunk.text(self.column)[0])
+        if not self.dates:
+            super().add(chunk)
+            return
+        cells, values = chunk.text(self.column), np.empty(len(chunk))
+        for index, cell in enumerate(cells):
+            where = f"{self.source.where(chunk.lines[index])}: {_shown(self.name)}"
+            try:
+                values[index], aware = _seconds(cell)
+            except ValueError:
+                fault = _Fault(index, "seconds, or an ISO 8601 date and time as in the other rows", cell)
+                raise ValueError(f"{where}: {fault}") from None
+            if self.aware is None:
+                self.aware = aware
+            elif aware != self.aware:
+                raise ValueError(
+                    f"{where}: expected an offset from UTC in all date-times or in none, got both: {cell.strip()[:60]!r}"
+                )
+        self.data.frombytes(values.tobytes())
+
+    def _check(self, values: np.ndarray) -> None:
+        super()._check(values)
+        what = "a whole number, the frame's" if self.whole else "the time of the row"
+        wrong = np.isnan(values)
+        if self.whole:
+            wrong |= (values != np.round(values)) | (np.abs(values) > 2**52)
+        if wrong.any():
+            index = int(np.argmax(wrong))
+            raise _Fault(index, what, "" if math.isnan(values[index]) else values[index])
+
+
+class _Videos:
+    """The video of each row, as a number; 0 without a column."""
+
+    def __init__(self, source: _Source, column: int | None) -> None:
+        self.source, self.column = source, column
+        self.codes, self.names = array("i"), dict[str, int]()
+        self._known = dict[str, int]()  # cells as they stand in the file
+        if column is None:
+            self.names[source.path.stem] = 0
+
+    def add(self, chunk: _Chunk) -> Sequence[int]:
+        if self.column is None:
+            codes = array("i", bytes(4 * len(chunk)))
+        else:
+            cells = chunk.text(self.column)
+            for cell in dict.fromkeys(cells):
+                if cell not in self._known:
+                    name = cell.strip()
+                    if name.lower() in NAMELESS:
+                        where = self.source.where(chunk.lines[cells.index(cell)])
+                        raise ValueError(
+                            f"{where}: {_shown(self.source.names[self.column])}: expected the name of a video, got {cell[:60]!r}"
+                        )
+                    self._known[cell] = self.names.setdefault(name, len(self.names))
+            codes = array("i", map(self._known.__getitem__, cells))
+        self.codes.extend(codes)
+        return codes
+
+
+class _PerVideo:
+    """A column that says one thing of each video. `what`: it must, for it is the column of groups or splits; without it the
+    column is dropped at the first video of which it says two things, or nothing."""
+
+    def __init__(self, source: _Source, column: int, what: str | None) -> None:
+        self.source, self.column, self.name, self.what = source, column, source.names[column], what
+        self.said: dict[int, str] = {}  # by the video's number
+        self.lines: dict[int, int] = {}
+        self.dropped = False
+
+    def add(self, chunk: _Chunk, codes: Sequence[int]) -> None:
+        if self.dropped:
+            return
+        cells = chunk.text(self.column)
+        if self.what is not None:
+            for code, line in zip(codes, chunk.lines):
+                self.lines.setdefault(code, line)
+        for code, cell in dict.fromkeys(zip(codes, cells)):
+            text = cell.strip()
+            if text.lower() in NAMELESS or self.said.setdefault(code, text) != text:
+                if self.what is None:
+                    self.dropped = True
+                    return
+                self._refuse(chunk, codes, cells, code, cell)
+
+    def _refuse(self, chunk: _Chunk, codes: Sequence[int], cells: Sequence[str], code: int, cell: str) -> None:
+        index = next(index for index, pair in enumerate(zip(codes, cells)) if pair == (code, cell))
+        where = f"{self.source.where(chunk.lines[index])}: {_shown(self.name)}"
+        if cell.strip().lower() in NAMELESS:
+            raise ValueError(f"{where}: expected a {self.what}, got {cell[:60]!r}")
+        before = self.source.where(self.lines[code])
+        raise ValueError(
+            f"{where}: expected one {self.what} in all rows of a video, {self.said[code][:60]!r} as in {before}, got "
+            f"{cell.strip()[:60]!r}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- what columns are
+@dataclass
+class _Roles:
+    """Numbers of the columns that are not features, and what each of these is, in words."""
+
+    video: int | None
+    time: int | None
+    frame: int | None
+    targets: list[int]
+    groups: list[int]
+    split: int | None
+    fps: float | None
+    of: dict[int, str]
+
+
+def _find(source: _Source, option: str, name: str) -> int:
+    if name and name in source.names:
+        return source.names.index(name)
+    near = difflib.get_close_matches(name, source.names, 3)
+    hint = f"did you mean {', '.join(map(_shown, near))}?" if near else f"it has {_some(source.names, 12)}"
+    raise ValueError(f"{option}: expected a column of {source.path}, got {name[:60]!r}; {hint}")
+
+
+def _roles(
+    source: _Source,
+    *,
+    video: str | None,
+    time: str | None,
+    frame: str | None,
+    targets: Sequence[str] | None,
+    groups: Sequence[str] | None,
+    split: str | None,
+    fps: float | None,
+) -> _Roles:
+    def one(option: str, name: str | None, *usual: str) -> int | None:
+        if name is not None:
+            return _find(source, option, name)
+        return next((source.names.index(default) for default in usual if default in source.names), None)
+
+    if time is not None and frame is not None:
+        raise ValueError(f"time, frame: expected at most one of the two, got {time!r} and {frame!r}")
+    times = one("time", time, *TIMES) if frame is None else None
+    frames = one("frame", frame, "frame") if times is None else None
+    if times is None and frames is None and fps is None:
+        raise ValueError(
+            f"{source.path}: expected a column of times ({', '.join(TIMES)}; --time NAME) or of frame numbers (frame; "
+            f"--frame NAME), or the rate of the rows (--fps), got none; its columns are {_some(source.names, 12)}"
+        )
+    if targets is None:
+        targets = [name for name in USUAL if name in source.names]
+        if not targets:
+            raise ValueError(
+                "targets: expected the columns to be estimated (--targets NAME,NAME), got none, nor columns valence and arousal; "
+                f"{source.path} has {_some(source.names, 12)}"
+            )
+    make_targets([(name, (-1.0, 1.0)) for name in targets], "targets")
+    header_targets(",".join(targets), "targets: expected names that are no")
+    if groups is None:
+        groups = ["group"] if "group" in source.names else []
+    roles = _Roles(
+        one("video", video, "video"), times, frames, [_find(source, "targets", name) for name in targets],
+        [_find(source, "group", name) for name in groups], one("split", split, "split"), fps, {},
+    )  # fmt: skip
+    singles = (("time", roles.time), ("frame", roles.frame), ("split", roles.split), ("video", roles.video))
+    several = [("target", k) for k in roles.targets] + [("group", k) for k in roles.groups if k != roles.video]
+    for what, number in (*singles, *several):
+        if number is not None and roles.of.setdefault(number, what) != what:
+            name = _shown(source.names[number])
+            raise ValueError(f"{what}: expected a column that is nothing else, got {name}, the {roles.of[number]} too")
+    if len(set(roles.groups)) != len(roles.groups):
+        raise ValueError(f"group: expected different columns, got {', '.join(map(_shown, groups))}")
+    return roles
+
+
+@dataclass
+class _Wanted:
+    """The columns that may be features."""
+
+    modalities: dict[str, list[int]]
+    exact: set[int]  # named one by one: they must be numbers
+    words: Mapping[
+        str, Sequence[str]
+    ]  # modality -> what the caller named its columns by; empty: the columns' own names say
+
+    @property
+    def chosen(self) -> bool:
+        return bool(self.words)
+
+
+def _wanted(
+    source: _Source,
+    roles: _Roles,
+    modalities: Mapping[str, str | Sequence[str]] | Sequence[str] | None,
+    columns: Mapping[str, Sequence[str]] | None,
+) -> _Wanted:
+    free = {k: name for k, name in enumerate(source.names) if name and k not in roles.of}
+    found: dict[str, list[int]] = {}
+    if modalities is None and columns is None:
+        for k, name in free.items():
+            part = _part(name)
+            if part is not None:
+                found.setdefault(part, []).append(k)
+        return _Wanted(found, set(), {})
+    if isinstance(modalities, str):
+        raise TypeError(f"modalities: expected a mapping or a sequence of names, got the string {modalities!r}")
+    what = "modalities" if columns is None else "columns"
+    given: Mapping[str, str | Sequence[str]] = columns or {}
+    if isinstance(modalities, Mapping):
+        given = modalities
+    elif modalities is not None:
+        given = {name: [name + mark for mark in SEPARATORS] for name in modalities}
+    if not 1 <= len(given) <= MAX_MODALITIES:
+        raise ValueError(f"{what}: expected 1 to {MAX_MODALITIES} modalities, got {len(given)}")
+    exact: set[int] = set()
+    home: dict[int, str] = {}
+    asked: dict[str, Sequence[str]] = {}
+    for modality, words in given.items():
+        _check_modality(modality)
+        words = (words,) if isinstance(words, str) and columns is None else words
+        if isinstance(words, str) or not words or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"{what}: {modality!r:.60}: expected a list of names, got {words!r:.60}")
+        numbers: list[int] = []
+        asked[modality] = words
+        for word in words:
+            if columns is not None and word in source.names:
+                number = source.names.index(word)
+                if number in roles.of:
+                    raise ValueError(
+                        f"columns: {modality!r:.60}: expected features, got {_shown(word)}, the {roles.of[number]}"
+                    )
+                exact.add(number)
+                numbers.append(number)
+                continue
+            pattern = word if columns is not None else glob.escape(word) + "*"
+            matching = [k for k, name in free.items() if fnmatch.fnmatchcase(name, pattern)]
+            if columns is not None and not matching:
+                _find(source, f"columns: {modality!r:.60}", word)
+            numbers += matching
+        if not numbers:
+            said, others = " or ".join(map(repr, words)), _some(list(free.values()), 12)
+            raise ValueError(
+                f"modalities: {modality!r:.60}: expected columns that begin with {said}, got none among {others}"
+            )
+        found[modality] = list(dict.fromkeys(numbers))
+        for number in found[modality]:
+            if home.setdefault(number, modality) != modality:
+                name = _shown(source.names[number])
+                raise ValueError(
+                    f"{what}: expected a column in one modality, got {name} in {home[number]} and {modality}"
+                )
+    return _Wanted(found, exact, asked)
+
+
+def _part(name: str) -> str | None:
+    """Of a column's name, what comes before the first separator."""
+    ends = [at for mark in SEPARATORS if (at := name.find(mark)) >= 0]
+    return name[: min(ends)] if ends and min(ends) > 0 else None
+
+
+def _check_file_name(what: str, name: str) -> None:
+    """What becomes the name of a file, and what the reader must not take for something else."""
+    safe = name.isprintable() and name == name.strip() and name and not set(name) & set('/\\,"') and name[0] != "."
+    if not safe or len(name.encode()) > 180:
+        raise ValueError(
+            f"{what}: expected a name that a file can have (printable, without slash, comma and double quote, not beginning "
+            f"with a point, at most 180 bytes), got {name[:60]!r}"
+        )
+
+
+def _check_video(name: str, source: _Source, column: int | None) -> None:
+    where = f"{source.path}: {'its name' if column is None else _shown(source.names[column])}"
+    _check_file_name(where, name)
+    if bare_name(name) != name or name.endswith(".mask"):
+        raise ValueError(
+            f"{where}: expected names of videos that end neither in _left or _right (persons of one video, to the reader) nor in "
+            f".mask, got {name!r:.60}: rename it"
+        )
+
+
+def _check_modality(name: str) -> None:
+    _check_file_name("modalities", name)
+    if name.startswith("__"):
+        raise ValueError(
+            f"modalities: expected names that do not begin with __ (the reader passes such folders by), got {name!r:.60}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- one pass
+@dataclass
+class _Read:
+    """The table in memory."""
+
+    lines: np.ndarray  # of the file, one a row
+    videos: _Videos
+    clock: _Times | None
+    targets: list[_Numbers]
+    features: dict[int, _Numbers]
+    groups: list[_PerVideo]
+    split: _PerVideo | None
+    others: list[_PerVideo]  # columns without another role that say one thing of each video
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def says(self, column: _PerVideo, video: str) -> str:
+        return column.said[self.videos.names[video]]
+
+
+def _read(source: _Source, roles: _Roles, wanted: _Wanted) -> _Read:
+    videos = _Videos(source, roles.video)
+    clock_column = roles.time if roles.time is not None else roles.frame
+    clock = None if clock_column is None else _Times(source, clock_column, whole=roles.frame is not None)
+    targets = [_Numbers(source, k, "d", strict=True) for k in roles.targets]
+    features = {
+        k: _Numbers(source, k, "f", strict=k in wanted.exact) for numbers in wanted.modalities.values() for k in numbers
+    }
+    groups = [_PerVideo(source, k, "group") for k in roles.groups]
+    split = None if roles.split is None else _PerVideo(source, roles.split, "split")
+    others = [
+        _PerVideo(source, k, None)
+        for k, name in enumerate(source.names)
+        if name and k not in roles.of and not (wanted.chosen and k in features)
+    ]
+    numbers = [*targets, *features.values(), *([] if clock is None else [clock])]
+    lines = array("q")
+    for chunk in source.chunks():
+        lines.extend(chunk.lines)
+        codes = videos.add(chunk)
+        for column in numbers:
+            column.add(chunk)
+        for constant in (*groups, *others, *([] if split is None else [split])):
+            constant.add(chunk, codes)
+        others = [column for column in others if not column.dropped]
+        numbers = [column for column in numbers if not column.is_text]
+    if not lines:
+        raise ValueError(f"{source.path}: expected rows below the header, got none")
+    return _Read(np.frombuffer(lines, np.int64), videos, clock, targets, features, groups, split, others)
+
+
+# ----------------------------------------------------------------------------------------------------------- what is made
+@dataclass
+class _Video:
+    """A video of the table on its grid of frames."""
+
+    name: str
+    rows: np.ndarray  # of the table, in order
+    frames: np.ndarray  # (0-based) of each of these rows
+
+    @property
+    def length(self) -> int:
+        return int(self.frames[-1]) + 1
+
+
+@dataclass
+class _Part:
+    """A video of the data set: frames `start` to `stop` - 1 of a video of the table."""
+
+    name: str
+    split: str
+    video: _Video
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        first, last = np.searchsorted(self.video.frames, (self.start, self.stop))
+        self.rows = self.video.rows[first:last]  # of the table, in order
+        self.frames = self.video.frames[first:last] - self.start
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass
+class _Target:
+    name: str
+    values: np.ndarray  # float64, a number a row of the table
+    low: float
+    high: float
+    source: str  # of the range, as in ImportedTarget
+
+
+class _Import:
+    """The table read, and step by step what the data set will hold."""
+
+    def __init__(self, source: _Source, roles: _Roles, wanted: _Wanted, read: _Read) -> None:
+        self.source, self.roles, self.wanted, self.read = source, roles, wanted, read
+        self.notes: list[str] = []
+        self.ignored: dict[str, str] = {}
+
+    def make(self, ranges: Mapping[str, Sequence[float]], pieces: int) -> None:
+        self.modalities = self._kept()
+        self.targets = self._ranged(ranges)
+        self.valid = np.all([~np.isnan(target.values) for target in self.targets], axis=0)
+        self.videos, self.fps = self._on_the_grid()
+        self.parts = self._split_up(pieces)
+        self.groupings = self._grouped(pieces)
+        for name in self.groupings:
+            self.ignored.pop(name, None)
+
+    def name(self, column: int) -> str:
+        return self.source.names[column]
+
+    def where(self, row: int, column: str) -> str:
+        return f"{self.source.where(int(self.read.lines[row]))}: {_shown(column)}"
+
+    # --------------------------------------------------------------------------------------------------- modalities
+    def _kept(self) -> dict[str, list[int]]:
+        """Modalities of the columns that are numbers; why each other column is ignored goes to `ignored`."""
+        chosen, found = self.wanted.chosen, dict[str, list[int]]()
+        identities = {c.column for c in self.read.others if c.column in self.read.features and self._tells_apart(c)}
+        if identities:
+            said = _some([self.name(k) for k in sorted(identities)], 12)
+            self.notes.append(f"one value in every video and not the same in all, so groupings and no inputs: {said}")
+        for modality, numbers in self.wanted.modalities.items():
+            for k in numbers:
+                column = self.read.features[k]
+                if column.found and not column.is_text:
+                    if k not in identities:
+                        found.setdefault(modality, []).append(k)
+                    continue
+                self.ignored[column.name] = why = "not numbers" if column.is_text else "without any number"
+                if k in self.wanted.exact:
+                    where = f"{self.source.path}: {_shown(column.name)}"
+                    raise ValueError(f"{where}: expected a column of numbers, got one {why}")
+            if chosen and modality not in found:
+                raise ValueError(f"modalities: {modality!r:.60}: expected columns of numbers, got none")
+        if not 1 <= len(found) <= MAX_MODALITIES:
+            counts = [f"{name} ({_count(len(numbers), 'column')})" for name, numbers in found.items()]
+            raise ValueError(
+                f"modalities: expected 1 to {MAX_MODALITIES} in {self.source.path}, got {len(found)}"
+                f"{': ' if counts else ''}{_some(counts, 12)}. A column's modality is what its name says before the first _, . "
+                "or :. Choose with --modalities NAME,NAME, join with --modalities NAME=PREFIX+PREFIX, or list with --map FILE"
+            )
+        taken = {k for numbers in found.values() for k in numbers} | identities
+        for k, name in enumerate(self.source.names):
+            if k not in taken and k not in self.roles.of and k != self.roles.video and name not in self.ignored:
+                plain = "without _, . or : in the name" if name else "without a name"
+                self.ignored[name] = "in no modality" if chosen else plain
+        if not chosen:
+            self.notes.append(
+                "modalities are what the names of the columns say before the first _, . or :; --modalities chooses"
+            )
+        for modality, numbers in found.items():
+            _check_modality(modality)
+            words = sorted({part for k in numbers if (part := _part(self.name(k))) is not None})
+            if chosen and not self.wanted.exact and len(words) > len(self.wanted.words[modality]):
+                self.notes.append(f"{modality}: its columns begin with {_some(words, 8)}: is that meant?")
+        return found
+
+    def _tells_apart(self, column: _PerVideo) -> bool:
+        """It says one thing of each video and not the same of all: it names something of them, and measures nothing."""
+        return len(set(column.said.values())) > 1
+
+    # ------------------------------------------------------------------------------------------------------ targets
+    def _ranged(self, asked: Mapping[str, Sequence[float]]) -> list[_Target]:
+        names = [column.name for column in self.read.targets]
+        for name in asked:
+            if name not in names:
+                raise ValueError(f"ranges: expected targets ({', '.join(names)}), got {name[:60]!r}")
+        return [self._with_range(column, asked.get(column.name)) for column in self.read.targets]
+
+    def _with_range(self, column: _Numbers, asked: Sequence[float] | None) -> _Target:
+        name, values, source = column.name, column.values, "of the table" if asked is None else "asked for"
+        where = f"{self.source.path}: {_shown(name)}"
+        ends = None if asked is None else make_targets([(name, list(asked))], "ranges")[0][1:]
+        usual = ends or USUAL.get(name)
+        if name in USUAL and usual is not None and not usual[0] <= INVALID <= usual[1]:
+            marked = values == INVALID
+            rest = values[~marked & ~np.isnan(values)]
+            if marked.any() and len(rest) and usual[0] <= rest.min() and rest.max() <= usual[1]:
+                rows = _count(int(marked.sum()), "row")
+                self.notes.append(f"{name}: {rows} of -5, Aff-Wild2's mark: taken as not annotated")
+                values = np.where(marked, np.nan, values)
+        known = values[~np.isnan(values)]
+        if not len(known):
+            raise ValueError(f"{where}: expected rows that are annotated, got none")
+        least, most = float(known.min()), float(known.max())
+        if ends is None and usual is not None and usual[0] <= least and most <= usual[1]:
+            ends, source = usual, "usual"
+        if ends is None and least == most:
+            raise ValueError(
+                f"{where}: expected a target that varies, or its range (--range {name}=LOW:HIGH), got {least:g} in all rows"
+            )
+        low, high = ends or (least, most)
+        if least < low or most > high:
+            row = int(np.argmax((values < low) | (values > high)))
+            raise ValueError(f"{self.where(row, name)}: expected a value in [{low:g}, {high:g}], got {values[row]:g}")
+        return _Target(name, values, low, high, source)
+
+    # ---------------------------------------------------------------------------------------------------- time grid
+    def _on_the_grid(self) -> tuple[list[_Video], float]:
+        codes, names = np.frombuffer(self.read.videos.codes, np.int32), self.read.videos.names
+        order = np.argsort(codes, kind="stable")
+        borders = np.searchsorted(codes[order], np.arange(len(names) + 1))
+        rows = {name: order[borders[code] : borders[code + 1]] for name, code in names.items()}
+        clock, fps = self.read.clock, self.roles.fps
+        if clock is None:
+            assert fps is not None
+            return [_Video(name, at, np.arange(len(at))) for name, at in rows.items()], fps
+        steps = np.concatenate([self._steps(clock, name, at) for name, at in rows.items()])
+        if clock.whole:
+            if fps is None:
+                fps = FPS
+                self.notes.append("frames are numbered, not timed: taken as 30 a second; --fps says another rate")
+            begun = {name: clock.values[at] - clock.values[at[0]] for name, at in rows.items()}
+            videos = [_Video(name, at, begun[name].astype(np.int64)) for name, at in rows.items()]
+        else:
+            rates = [fps] if fps is not None else _rates_of(steps)
+            if not rates:
+                raise ValueError(f"fps: expected the rate, as no video of {self.source.path} has two rows, got none")
+            fps, videos = self._fitted(clock, rates, rows)
+            if not _RATES[0] <= fps <= _RATES[1]:
+                where = f"{self.source.path}: {_shown(clock.name)}"
+                raise ValueError(f"{where}: expected {_RATES[0]:g} to {_RATES[1]:g} frames a second, got {fps:g}")
+        self._note_gaps(clock, videos, fps)
+        return videos, fps
+
+    def _steps(self, clock: _Times, name: str, at: np.ndarray) -> np.ndarray:
+        """From each row of a video to its next, all positive."""
+        step = np.diff(clock.values[at])
+        if (step <= 0).any():
+            index, noun = int(np.argmax(step <= 0)), "frame" if clock.whole else "time"
+            before = self.source.where(int(self.read.lines[at[index]]))
+            back = f"{_count(int(-step[index]), 'frame')}" if clock.whole else f"{-step[index]:.6g} s"
+            hint = "; does the table hold several videos (--video NAME)?" if self.roles.video is None else ""
+            raise ValueError(
+                f"{self.where(at[index + 1], clock.name)}: expected a later {noun} than that of the row before it in video "
+                f"{name[:60]!r} ({before}), got {'the same' if step[index] == 0 else f'one {back} earlier'}{hint}"
+            )
+        return step
+
+    def _fitted(
+        self, clock: _Times, rates: Sequence[float], rows: Mapping[str, np.ndarray]
+    ) -> tuple[float, list[_Video]]:
+        """The first rate on whose grid every time lies. ValueError for the first line beside that of the first rate."""
+        faults: list[str] = []
+        for fps in rates:
+            videos: list[_Video] = []
+            for name, at in rows.items():
+                with np.errstate(over="ignore", invalid="ignore"):
+                    place = (clock.values[at] - clock.values[at[0]]) * fps
+                    frames = np.rint(place)
+                    beside = ~((np.abs(place - frames) <= TOLERANCE) & (place < 2**52))
+                    twice = np.concatenate([[False], np.diff(frames) < 1])
+                if (beside | twice).any():
+                    index = int(np.argmax(beside | twice))
+                    where, grid = self.where(at[index], clock.name), f"a grid of {_rate(fps)}"
+                    got = f"{place[index]:.6g} frames after it"
+                    if not beside[index]:
+                        got += f", where {self.source.where(int(self.read.lines[at[index - 1]]))} is already"
+                    faults.append(
+                        f"{where}: expected a time within a quarter of a frame of {grid} from the first row of video "
+                        f"{name[:60]!r}, got {got}; say the rate with --fps, or resample the table to one"
+                    )
+                    break
+                videos.append(_Video(name, at, frames.astype(np.int64)))
+            else:
+                return fps, videos
+        raise ValueError(faults[0])
+
+    def _note_gaps(self, clock: _Times, videos: Sequence[_Video], fps: float) -> None:
+        frames = places = total = 0
+        for video in videos:
+            gaps = np.diff(video.frames) - 1
+            frames, places, total = frames + int(gaps.sum()), places + int((gaps > 0).sum()), total + video.length
+            if frames > MOST_GAPS:
+                index = int(np.argmax(gaps))
+                where = self.where(video.rows[index + 1], clock.name)
+                raise ValueError(
+                    f"{where}: expected gaps of together at most {MOST_GAPS:,} frames, got {gaps[index]:,} after the row "
+                    f"before it of video {video.name[:60]!r}, at {_rate(fps)}"
+                )
+        if frames:
+            doubt = "; that is more than there are rows: is the rate right?" if 2 * frames > total else ""
+            self.notes.append(
+                f"{_count(places, 'gap')} between rows, of {_count(frames, 'frame')} ({_share(frames, total)}), which are "
+                f"missing and not annotated{doubt}"
+            )
+
+    # ------------------------------------------------------------------------------------- splits, pieces, groupings
+    def _split_up(self, pieces: int) -> list[_Part]:
+        first = self.read.groups[0] if self.read.groups else None
+        group = {v.name: v.name if first is None else self.read.says(first, v.name) for v in self.videos}
+        if self.read.split is None:
+            split = self._divided(self.videos, group, "no column of splits")
+        else:
+            split = self._said_splits(self.read.split, group)
+            if "validation" not in split.values():
+                train = [video for video in self.videos if split[video.name] == "train"]
+                split |= self._divided(train, group, "no validation in the column of splits")
+        parts = [part for video in self.videos for part in self._parts(video, split[video.name], pieces)]
+        self.cut = _CUT in split.values()
+        if self.cut:
+            first_part = f"{_first_pieces(pieces)} of {pieces} pieces" if pieces > 1 else "four fifths"
+            self.notes.append(
+                f"one group only, so its videos are cut in time: of each the first {first_part} train, the rest validates. "
+                "Frames on the two sides of a cut resemble each other: the validation score flatters"
+            )
+        if pieces > 1:
+            self.notes.append(
+                "neighbouring pieces of a video resemble each other: to train on one and be scored on the next flatters"
+            )
+        names: set[str] = set()
+        for part in parts:
+            if part.name in names:
+                raise ValueError(
+                    f"{self.source.path}: expected videos and parts of different names, got {part.name[:60]!r} twice"
+                )
+            names.add(part.name)
+        for wanted in ("train", "validation"):
+            if not any(bool(self.valid[part.rows].any()) for part in parts if part.split == wanted):
+                raise ValueError(
+                    f"{self.source.path}: expected frames in the {wanted} split that are annotated with all targets, got none: "
+                    "--split or --group says how to divide the videos"
+                )
+        return parts
+
+    def _said_splits(self, column: _PerVideo, group: Mapping[str, str]) -> dict[str, str]:
+        split: dict[str, str] = {}
+        of_group: dict[str, tuple[str, int]] = {}
+        for video in self.videos:
+            code = self.read.videos.names[video.name]
+            word, line = column.said[code], column.lines[code]
+            where = f"{self.source.where(line)}: {_shown(column.name)}"
+            if word.lower() not in SPLIT_WORDS:
+                raise ValueError(f"{where}: expected train, validation (val, valid, dev) or test, got {word[:60]!r}")
+            split[video.name] = SPLIT_WORDS[word.lower()]
+            other, before = of_group.setdefault(group[video.name], (split[video.name], line))
+            if other != split[video.name]:
+                raise ValueError(
+                    f"{where}: expected the group {group[video.name][:60]!r} in one split, {other} as in "
+                    f"{self.source.where(before)}, got {split[video.name]}"
+                )
+        if "train" not in split.values():
+            raise ValueError(f"{self.source.path}: {_shown(column.name)}: expected rows of the train split, got none")
+        return split
+
+    def _divided(self, videos: Sequence[_Video], group: Mapping[str, str], why: str) -> dict[str, str]:
+        """About a fifth of the groups validates, chosen by a hash of their names; of one group, the end of each video."""
+        annotated = {group[video.name] for video in videos if self.valid[video.rows].any()}
+        ranked = sorted(annotated, key=lambda name: hashlib.sha256(name.encode()).digest())
+        if len(ranked) < 2:
+            return {video.name: _CUT if self.valid[video.rows].any() else "train" for video in videos}
+        held_out = set(ranked[: max(round(len(ranked) / HELD_OUT), 1)])
+        self.notes.append(f"{why}: {len(held_out)} of {len(ranked)} groups validate, chosen by a hash of their names")
+        return {video.name: "validation" if group[video.name] in held_out else "train" for video in videos}
+
+    def _parts(self, video: _Video, split: str, pieces: int) -> list[_Part]:
+        name, length = video.name, video.length
+        _check_video(name, self.source, self.roles.video)
+        if pieces > length:
+            raise ValueError(f"pieces: expected at most {length}, the frames of video {name[:60]!r}, got {pieces}")
+        if pieces > 1:
+            borders = [length * k // pieces for k in range(pieces + 1)]
+            names = [f"{name}-p{k + 1:0{max(2, len(str(pieces)))}}" for k in range(pieces)]
+            train = _first_pieces(pieces)
+        elif split != _CUT:
+            return [_Part(name, split, video, 0, length)]
+        elif length == 1:
+            return [_Part(name, "train", video, 0, length)]
+        else:
+            borders = [0, min(max(length * (HELD_OUT - 1) // HELD_OUT, 1), length - 1), length]
+            names, train = [f"{name}-train", f"{name}-validation"], 1
+        splits = (
+            ["train" if k < train else "validation" for k in range(len(names))] if split == _CUT else [split] * pieces
+        )
+        return [_Part(*part) for part in zip(names, splits, [video] * len(names), borders, borders[1:])]
+
+    def _grouped(self, pieces: int) -> dict[str, dict[str, str]]:
+        """{grouping: {video: group}} of all that groups the videos into two or more. "group", which is what commands take
+        where none is named, is the first one asked for; without one, the video of the table, if several were cut up."""
+        found: dict[str, dict[str, str]] = {}
+
+        def add(name: str, group: Callable[[_Part], str]) -> None:
+            groups = {part.name: group(part) for part in self.parts}
+            sides = {(group, part.split) for group, part in zip(groups.values(), self.parts)}
+            torn = self.cut and len(sides) > len(set(groups.values()))  # by us: no grouping to go by
+            if name not in found and len(set(groups.values())) > 1 and not torn:
+                found[name] = groups
+
+        def says(column: _PerVideo) -> Callable[[_Part], str]:
+            return lambda part: self.read.says(column, part.video.name)
+
+        if pieces > 1:
+            add("piece", lambda part: part.name)
+        for column in self.read.groups:
+            add(column.name, says(column))
+        if self.read.groups:
+            add("group", says(self.read.groups[0]))
+        for column in self.read.others:
+            add(column.name, says(column))
+        if self.roles.video is not None:
+            add(self.name(self.roles.video), lambda part: part.video.name)
+        if len(self.parts) > len(self.videos) > 1:
+            add("group", lambda part: part.video.name)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- report
+    def report(self, out: Path) -> ImportReport:
+        frames = sum(len(part) for part in self.parts)
+        modalities = {
+            modality: self._counted(modality, numbers, frames) for modality, numbers in self.modalities.items()
+        }
+        for modality, numbers in self.modalities.items():
+            self.notes += self._doubts(modality, numbers, frames)
+        splits = {}
+        for name in SPLITS:
+            parts = [part for part in self.parts if part.split == name]
+            if parts:
+                annotated = sum(int(self.valid[part.rows].sum()) for part in parts)
+                splits[name] = ImportedSplit(len(parts), sum(map(len, parts)), annotated)
+        targets = {
+            t.name: ImportedTarget(t.low, t.high, t.source, int((~np.isnan(t.values)).sum())) for t in self.targets
+        }
+        groups = {name: len(set(groups.values())) for name, groups in self.groupings.items()}
+        return ImportReport(
+            out, self.source.path.name, len(self.read), frames, self.fps, splits, modalities, targets, groups, self.ignored,
+            self.notes,
+        )  # fmt: skip
+
+    def column(self, number: int) -> np.ndarray:
+        return self.read.features[number].values
+
+    def _counted(self, modality: str, numbers: Sequence[int], frames: int) -> ImportedModality:
+        rows = len(self.read)
+        some, every = np.zeros(rows, bool), np.ones(rows, bool)
+        for k in numbers:
+            absent = np.isnan(self.column(k))
+            some |= absent
+            every &= absent
+        partial = some & ~every
+        lost = {k: int((np.isnan(self.column(k)) & partial).sum()) for k in numbers} if partial.any() else {}
+        worst = max(lost, key=lost.__getitem__) if lost else None
+        if worst is not None:
+            said = f"{_shown(self.name(worst))} is missing in {lost[worst]:,} of them"
+            if some.all():
+                raise ValueError(
+                    f"{self.source.path}: expected rows with all columns of {modality}, got none, for {said}: leave it out, or "
+                    "put it into a modality of its own (--map)"
+                )
+            self.notes.append(
+                f"{modality}: {_count(int(partial.sum()), 'frame')} count as missing because some of its columns are; {said}: in "
+                "a modality of its own it would cost fewer"
+            )
+        return ImportedModality(
+            [self.name(k) for k in numbers], int(some.sum()) + frames - rows, int(partial.sum()),
+            None if worst is None else self.name(worst), 0 if worst is None else lost[worst],
+        )  # fmt: skip
+
+    def _doubts(self, modality: str, numbers: Sequence[int], frames: int) -> Iterator[str]:
+        """What can be right and seldom is."""
+        spread = {}
+        for k in numbers:
+            values = self.column(k).astype(np.float64)
+            known = ~np.isnan(values)
+            spread[k] = float(values[known].std())
+            for target in self.targets:
+                alike = _correlation(values, target.values, known & ~np.isnan(target.values))
+                if abs(alike) > LEAK:
+                    yield (
+                        f"{modality}: {_shown(self.name(k))} is the target {target.name}, or nearly (correlation {alike:.4f}): "
+                        "leave it out if it is not known when the model runs"
+                    )
+        constant = [self.name(k) for k, value in spread.items() if value == 0]
+        if constant:
+            yield f"{modality}: constant, so nothing is learnt from: {_some(constant, 12)}"
+        average = sum(spread.values()) / len(spread)
+        dead = [self.name(k) for k, value in spread.items() if 0 < value <= DEAD * average]
+        if dead:
+            yield (
+                f"{modality}: a column whose spread is below {DEAD:g} of the modality's mean spread is dead to the model: "
+                f"{_some(dead, 12)}; give it another unit, or a modality of its own"
+            )
+        patience = max(whole_frames(default_frames(ReliabilityFusion.default_stuck, self.fps), 1.0), 1)
+        still = sum(self._still(video, numbers, patience) for video in self.videos)
+        if still > 0.01 * frames:
+            yield (
+                f"{modality}: in {_count(still, 'frame')} ({_share(still, frames)}) all columns have stood still for {patience} "
+                "frames or more: to the model that is a stuck modality, which is missing; if it may be so, train with --stuck 0"
+            )
+
+    def _still(self, video: _Video, numbers: Sequence[int], patience: int) -> int:
+        """Frames that repeat the one before exactly, as do the `patience - 1` before them."""
+        same = np.diff(video.frames) == 1
+        for k in numbers:
+            if not same.any():
+                return 0
+            values = self.column(k)[video.rows]
+            same &= values[1:] == values[:-1]  # False for NaN
+        change = np.diff(np.concatenate([[0], same.astype(np.int8), [0]]))
+        lengths = np.flatnonzero(change == -1) - np.flatnonzero(change == 1)
+        return int(np.maximum(lengths - (patience - 1), 0).sum())
+
+    # ------------------------------------------------------------------------------------------------------ writing
+    def write(self, root: Path) -> list[str]:
+        """Writes the data set below `root`; the files' names, in the order of writing."""
+        files: list[str] = []
+
+        def place(*names: str) -> Path:
+            path = root.joinpath(*names)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.append("/".join(names))
+            return path
+
+        def save(value: Any, *names: str) -> None:
+            place(*names).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+        ranges = {t.name: [_whole(t.low), _whole(t.high)] for t in self.targets}
+        save(ranges, "targets.json")
+        save(self.fps, "fps.json")
+        if self.groupings:
+            save(self.groupings, "groups.json")
+        header = ",".join(ranges)
+        if header == ANNOTATION_HEADER and any(t.low <= INVALID <= t.high for t in self.targets):
+            header = ",".join(f"{name}[{low}:{high}]" for name, (low, high) in ranges.items())  # -5 is a value here
+        for part in self.parts:
+            with open(place("annotations", SPLITS[part.split][0], f"{part.name}.txt"), "x", encoding="utf-8") as text:
+                text.write(header + "\n")
+                for frames, rows, length in _blocks(part, len(self.targets)):
+                    columns = []
+                    for target in self.targets:
+                        column = np.full(length, np.nan)
+                        column[frames] = target.values[rows]
+                        columns.append(map(repr, column.tolist()))
+                    text.write("".join(f"{row}\n" for row in map(",".join, zip(*columns))))
+        for modality, numbers in self.modalities.items():
+            about = {"columns": [self.name(k) for k in numbers], "source": self.source.path.name}
+            save({"about": about}, "features", modality, "meta.json")
+            for part in self.parts:
+                with open(place("features", modality, f"{part.name}.npy"), "xb") as file:
+                    shape = (len(part), len(numbers))
+                    header_ = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header_)
+                    for frames, rows, length in _blocks(part, len(numbers)):
+                        block = np.full((length, len(numbers)), np.nan, "<f4")
+                        for d, k in enumerate(numbers):
+                            block[frames, d] = self.column(k)[rows]
+                        file.write(block.data)
+        return files
+
+
+def _first_pieces(pieces: int) -> int:
+    """How many train, where the last about a fifth of them validates."""
+    return pieces - max(round(pieces / HELD_OUT), 1)
+
+
+def _rates_of(steps: np.ndarray) -> list[float]:
+    """What the rate may be, the likeliest first. The median step says which steps are of one frame; their mean is finer than
+    it where times are rounded (0.033, 0.067, 0.1). A rate, or a frame's length, that is nearly whole is whole, as is 1.001
+    times a rate of television."""
+    if not len(steps):
+        return []
+    median = float(np.median(steps))
+    fine = 1 / float(steps[(steps > median / 2) & (steps < 1.5 * median)].mean())
+    likely = (round(fine), 1 / max(round(1 / fine), 1), round(fine * 1.001) * 1000 / 1001 if fine < 200 else 0)
+    whole = [float(rate) for rate in likely if rate > 0 and abs(rate / fine - 1) < 1e-4]
+    return [*whole, fine, 1 / median]
+
+
+def _correlation(x: np.ndarray, y: np.ndarray, known: np.ndarray) -> float:
+    """Pearson's, 0 where it is not defined."""
+    if int(known.sum()) < 3:
+        return 0.0
+    x, y = x[known] - x[known].mean(), y[known] - y[known].mean()
+    x, y = x / (np.abs(x).max() or 1.0), y / (np.abs(y).max() or 1.0)
+    return float((x * y).sum() / (math.sqrt(float((x * x).sum()) * float((y * y).sum())) or 1.0))
+
+
+# ------------------------------------------------------------------------------------------------------------ the folder
+def _blocks(part: _Part, width: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Spans of a part that are written at once: the frames of the rows within (from the span's first one), these rows of
+    the table, and the span's length."""
+    most = max(_BLOCK // width, 1)
+    for start in range(0, len(part), most):
+        length = min(most, len(part) - start)
+        first, last = np.searchsorted(part.frames, (start, start + length))
+        yield part.frames[first:last] - start, part.rows[first:last], length
+
+
+def _whole(value: float) -> float | int:
+    """-1, not -1.0, for people to read."""
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _check_out(root: Path, overwrite: bool) -> None:
+    """FileExistsError where `root` holds what must not be lost."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return
+    if not root.is_dir() or not overwrite:
+        hint = "; --overwrite replaces a data set that an import wrote" if (root / MARK).is_file() else ""
+        raise FileExistsError(f"out: expected a folder that is empty or new, got {root}, which holds something{hint}")
+    try:
+        record = json.loads((root / MARK).read_text(encoding="utf-8"))
+        ours = {MARK, *record["files"]} if record["what"] == "sage-ext import" else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    if not ours:
+        raise FileExistsError(
+            f"out: expected a folder that an import wrote (--overwrite), got {root}, which has no {MARK} of one"
+        )
+    folders = {parent.as_posix() for name in ours for parent in Path(name).parents}
+    for path in _entries(root):
+        name = path.relative_to(root).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if name not in (folders if is_folder else ours) or path.is_symlink():
+            raise FileExistsError(
+                f"out: expected a folder that holds what an import wrote (--overwrite), got {path} besides"
+            )
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    """All below a folder; links are not followed."""
+    for path in sorted(folder.iterdir()):
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from _entries(path)
+
+
+@contextlib.contextmanager
+def _taking_the_place_of(root: Path, overwrite: bool) -> Iterator[Path]:
+    """`replacing_folder` that can replace what an import wrote; whatever goes wrong, the old one stands again."""
+    old = root.with_name(f".{root.name}.{os.getpid()}.old")
+    try:
+        with replacing_folder(root) as part:
+            yield part
+            if overwrite and root.exists():
+                _check_out(root, overwrite)  # once more: reading took a while
+                os.rename(root, old)
+    except BaseException:
+        if old.exists() and not root.exists():
+            os.rename(old, root)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+def _words(text: str) -> list[str]:
+    """Names separated by commas; one that holds a comma stands in double quotes."""
+    names = [name.strip() for name in next(csv.reader([text], skipinitialspace=True), []) if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
+    return names
+
+
+def _modality_words(text: str) -> dict[str, list[str]] | list[str]:
+    words = _words(text)
+    pairs = [word.partition("=") for word in words]
+    if not any(mark for _, mark, _ in pairs):
+        return words
+    found: dict[str, list[str]] = {}
+    for name, mark, begin in pairs:
+        prefixes = begin.split("+") if mark else [name + separator for separator in SEPARATORS]
+        if not name or not all(prefixes) or name in found:
+            raise argparse.ArgumentTypeError(
+                f"expected NAME=PREFIX or NAME=PREFIX+PREFIX, each once, separated by commas, got {text!r}"
+            )
+        found[name] = prefixes
+    return found
+
+
+def _range_words(text: str) -> tuple[str, tuple[float, float]]:
+    name, mark, ends = text.rpartition("=")
+    low, _, high = ends.partition(":")
+    try:
+        if mark and name:
+            return name.strip(), (float(low), float(high))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected NAME=LOW:HIGH, got {text!r}")
+
+
+def _fps_word(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"expected a number of frames a second, as 25, 29.97 or 1/3600, got {text!r}"
+        ) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `sage-ext import`. One that is not given is absent; `run` takes `import_table`'s default."""
+    absent = argparse.SUPPRESS
+    parser.add_argument("table", metavar="TABLE", help="CSV, TSV or Parquet; a row a frame")
+    parser.add_argument("--out", required=True, metavar="DATA", help="a directory that does not exist or is empty")
+    parser.add_argument("--targets", type=_words, metavar="A,B", default=absent,
+                        help="columns to be estimated (default: valence and arousal, where they are)")  # fmt: skip
+    parser.add_argument("--range", type=_range_words, action="append", dest="ranges", metavar="NAME=LOW:HIGH", default=absent,
+                        help="range of a target in its own units; once a target (default: -1:1 for valence and arousal, else "
+                        "the least and the greatest value)")  # fmt: skip
+    parser.add_argument("--modalities", type=_modality_words, metavar="NAME=PREFIX,...", default=absent,
+                        help="each modality's columns by the beginning of their names, several joined by +; a NAME alone: those "
+                        "that begin with NAME_, NAME. or NAME: (default: every name before the first _ . or :)")  # fmt: skip
+    parser.add_argument("--map", metavar="FILE", default=absent,
+                        help='JSON {"modality": ["column", ...]}, names or patterns (* ? []), not with --modalities')  # fmt: skip
+    parser.add_argument(
+        "--video", metavar="NAME", default=absent, help="column that names each row's video (default: video)"
+    )
+    parser.add_argument("--time", metavar="NAME", default=absent,
+                        help=f"column of times, in seconds or ISO 8601 (default: {', '.join(TIMES)})")  # fmt: skip
+    parser.add_argument("--frame", metavar="NAME", default=absent,
+                        help="column of frame numbers, where there are no times (default: frame)")  # fmt: skip
+    parser.add_argument("--fps", type=_fps_word, metavar="RATE", default=absent,
+                        help="frames a second, as 25 or 1/3600 (default: from the times)")  # fmt: skip
+    parser.add_argument("--group", type=_words, metavar="A,B", default=absent,
+                        help="columns of groups (persons, places); the first one is never split (default: group)")  # fmt: skip
+    parser.add_argument("--split", metavar="NAME", default=absent,
+                        help="column of train, validation, test (default: split; without, a hash chooses)")  # fmt: skip
+    parser.add_argument("--pieces", type=int, metavar="K", default=absent,
+                        help="cut each video into K pieces of consecutive time, each a video of its own")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set in DATA, if an import wrote it")
+
+
+def run(args: argparse.Namespace) -> str:
+    """The command `sage-ext import`: what it prints."""
+    given = {
+        name: getattr(args, name)
+        for name in ("targets", "modalities", "video", "time", "frame", "fps", "group", "split", "pieces", "overwrite")
+        if hasattr(args, name)
+    }
+    if hasattr(args, "ranges"):
+        given["ranges"] = dict(args.ranges)
+        if len(given["ranges"]) != len(args.ranges):
+            raise ValueError(f"--range: expected one a target, got {', '.join(name for name, _ in args.ranges)}")
+    if hasattr(args, "map"):
+        given["columns"] = read_map(args.map)
+    return import_table(args.table, args.out, **given).text()
+
+
+def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """The modalities of a file of --map. ValueError that names it where it is not {"modality": ["column", ...]}."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: expected JSON, got something else: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON in UTF-8, got what cannot be read: {one_line(error)}") from None
+    lists = isinstance(found, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()
+    )
+    if not lists:
+        raise ValueError(f'{path}: expected {{"modality": ["column", ...]}}, got {one_line(json.dumps(found), 60)}')
+    return found
