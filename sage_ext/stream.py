@@ -114,13 +114,14 @@ class StreamingSession:
         self.batch_size, self.weights_dtype = batch_size, weights_dtype
         self.names, self.in_dims, self.num_targets = model.names, tuple(model.in_dims), model.num_targets
         shape = _shape(model, weights_dtype)
-        self.stages, self._stuck = shape["stages"], shape["stuck"]
+        self.stages = shape["stages"]
         manifest, parts = _C.describe_stream(shape)
         self._parts: dict[str, tuple[int, ...]] = dict(parts)  # of a row's state, in native order
         self._on_cpu = self.device.type == "cpu"
         # Where the kernels run: threads, or the GPU's index.
         where = torch.get_num_threads() if self._on_cpu else self.device.index
         tensors = _tensors(model, manifest)  # held until they are packed
+        self._stuck_limit = tensors.get("stuck_limit")  # None: repeats are not counted
         addresses = [(name, tuple(x.shape), x.data_ptr()) for name, x in tensors.items()]
         self._native = _door.kernels[self.device.type].open_session(shape, addresses, batch_size, where)
         modalities = len(self.in_dims)
@@ -260,7 +261,9 @@ class StreamingSession:
         elif name == "energy":  # that of a step between huge frames may be +inf
             good, expected = x >= 2 * math.log(CONSTANTS["energy_floor"]), "logarithms of energies"
         elif name == "repeats":
-            good, expected = (x >= 0) & (x <= self._stuck) & (x == x.round()), f"whole numbers from 0 to {self._stuck}"
+            assert self._stuck_limit is not None
+            good = (x >= 0) & (x <= self._stuck_limit) & (x == x.round())
+            expected = f"whole numbers, of each modality at most {[int(n) for n in self._stuck_limit]}"
         else:
             good, expected = x.abs() < MAX_STATE, f"numbers within {MAX_STATE:g}"
             if name == "memory":  # sums of values, then the sum of their weights
@@ -380,7 +383,7 @@ def _shape(model: Streamable, weights_dtype: torch.dtype) -> dict[str, Any]:
         "hide_missing": not config["use_present"],
         "bf16": weights_dtype == torch.bfloat16,
         "memory": len(config["memory"]),
-        "stuck": model.stuck,
+        "stuck": model.stuck > 0,
     }
 
 

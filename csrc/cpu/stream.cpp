@@ -250,8 +250,8 @@ void standardise(Group& g, int m) {
         sums.add(v, load(last + d));
       });
     float* repeats = s.stuck ? g.state(i) + g.model.repeats.at + m : nullptr;
-    const FrameVerdict verdict =
-        judge_frame(given, sum(sums.squares), sum(sums.moved), repeats ? *repeats : 0.0f, s.stuck);
+    const FrameVerdict verdict = judge_frame(given, sum(sums.squares), sum(sums.moved),
+                                             repeats ? *repeats : 0.0f, g.model.stuck_limit[m]);
     if (repeats) *repeats = verdict.repeats;
     if (!verdict.here) {
       sums = {V(0.0f), V(0.0f), V(0.0f)};

@@ -161,7 +161,7 @@ struct Group {
       sums = {lanes_sum<1, kWarp>(sums.squares), lanes_sum<1, kWarp>(sums.steps),
               lanes_sum<1, kWarp>(sums.moved)};
       blank = lanes_sum<1, kWarp>(blank);
-      const FrameVerdict verdict = judge_frame(told, sums.squares, sums.moved, repeats, s.stuck);
+      const FrameVerdict verdict = judge_frame(told, sums.squares, sums.moved, repeats, model.stuck_limit[m]);
       if (!verdict.here)
         for (int d = lane; d < n; d += kWarp) x[d] = 0;
       if (live(r) && !verdict.stuck)

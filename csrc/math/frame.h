@@ -35,12 +35,12 @@ struct FrameVerdict {
   bool stuck;     // it does not, for it repeats the last one for the `limit`-th time or more
   float repeats;  // how often the last frame has been repeated, at most `limit`
 };
-// A frame counts if it was given, is finite with its squares (NaN, Inf and overflow are not) and is not stuck; limit 0: it
-// may repeat for ever.
-SAGE_FN FrameVerdict judge_frame(bool given, float squares, float moved, float repeats, int limit) {
+// A frame counts if it was given, is finite with its squares (NaN, Inf and overflow are not) and is not stuck; limit, of the
+// frame's modality, 0: it may repeat for ever.
+SAGE_FN FrameVerdict judge_frame(bool given, float squares, float moved, float repeats, float limit) {
   const bool finite = given && squares <= float(kLargestSum);  // false for NaN
-  repeats = limit && finite && moved == 0 ? min(repeats + 1.0f, float(limit)) : 0.0f;
-  const bool stuck = limit && repeats >= float(limit);
+  repeats = limit > 0 && finite && moved == 0 ? min(repeats + 1.0f, limit) : 0.0f;
+  const bool stuck = limit > 0 && repeats >= limit;
   return {finite && !stuck, stuck, repeats};
 }
 

@@ -89,7 +89,10 @@ class Description {
     for (int m = 0; m < M; ++m)
       model_.last[m] = {model_.last[m].at, 1, 1, s_.in_dim[m]}, inputs += s_.in_dim[m];
     visit_.state("last", {inputs}, model_.last, M);
-    if (s_.stuck) state("repeats", {M}, {0, 1, 1, M}, model_.repeats);
+    if (s_.stuck) {
+      visit_.numbers("stuck_limit", {M}, model_.stuck_limit);
+      state("repeats", {M}, {0, 1, 1, M}, model_.repeats);
+    }
     if (s_.memory) {
       visit_.numbers("memory.decay", {s_.memory}, model_.decay);
       visit_.numbers("memory.prior", {s_.memory}, model_.prior);

@@ -39,7 +39,7 @@ struct Shape {
       hide_missing;  // the fusion is not told what is missing: a missing modality is a frame of zeros like any other
   bool bf16;         // matrices are kept as bfloat16
   int memory;  // averages of the precision-weighted memory; 0: none
-  int stuck;  // a modality that repeats its frame for the stuck-th time is missing; 0: it may repeat for ever
+  bool stuck;  // a modality that repeats its frame too often is missing; false: each may repeat for ever
 };
 
 // y = W x + b. How the matrix is packed is the engine's affair.
@@ -86,6 +86,8 @@ struct alignas(16) Model {
   Linear emission[2];
   float log_a[kMaxStages * kMaxStages], a[kMaxStages * kMaxStages];  // log_softmax(transition), softmax
   float sharpness;                                                   // 1 without reliability
+  // (M): the number of repeats from which on a modality is missing; 0: it may repeat for ever
+  float stuck_limit[kMaxModalities];
   Block fused[kMaxBlocks];
   float decay[kMaxMemory], prior[kMaxMemory];
   Linear recall;  // of the averages side by side
@@ -93,7 +95,7 @@ struct alignas(16) Model {
   Linear head[2];
   // A row's state: the blocks' normed frames, of each modality before the fusion and of each track after it; the log-belief
   // over stages; the log energies in typicality's window but for the current frame, and which of them count; each
-  // modality's last standardised input, and how often it has repeated (at most `stuck`); of each track and average the
+  // modality's last standardised input, and how often it has repeated (at most its limit); of each track and average the
   // weighted sum of its frames with the sum of the weights behind it.
   Part history[kMaxBlocks], fused_history[kMaxBlocks];
   Part belief, energy, counted, last[kMaxModalities], repeats, memory;

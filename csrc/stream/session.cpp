@@ -100,7 +100,7 @@ void check_shape(const Shape& s) {
   check(s.stages >= 1 && s.stages <= kMaxStages, "1..16 stages");
   check(s.dim >= 1 && s.targets >= 1 && s.kernel >= 1 && s.window >= 1 && s.evidence >= 0, "sizes");
   check(s.own_blocks >= 0 && s.fused_blocks >= 0 && s.own_blocks + s.fused_blocks <= kMaxBlocks, "blocks");
-  check(s.memory >= 0 && s.memory <= kMaxMemory && s.stuck >= 0, "memory");
+  check(s.memory >= 0 && s.memory <= kMaxMemory, "memory");
 }
 
 void measure(Model& model, const Matrices& matrices) {

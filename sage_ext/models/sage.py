@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ..stream import StreamingSession
 
 DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean spread is dead: it is not used
+RARE = 1000  # one frame in so many may repeat for longer than is natural to its modality
+MAX_STUCK = 2**24  # the largest number of repeats up to which the streaming engines, in float32, count
 
 
 class SAGEState(NamedTuple):
@@ -44,8 +46,8 @@ class SAGEState(NamedTuple):
     fused: tuple[Tensor, ...]
     fusion: tuple[Tensor, ...] | None  # a FusionState, a peer's own, or None: nothing to remember
     memory: Tensor | None  # (B, K, R, dim + 1) float32: `PrecisionMemory`'s sums; None without one
-    # (repeats (B, M), last (B, sum of in_dims)): how often each modality's last frame has repeated, at most `stuck`, and that
-    # frame, standardised, 0 where missing; None where a frame may repeat for ever
+    # (repeats (B, M), last (B, sum of in_dims)): how often each modality's last frame has repeated, at most its `stuck_limit`,
+    # and that frame, standardised, 0 where missing; None with `stuck` 0
     still: tuple[Tensor, Tensor] | None
 
 
@@ -76,8 +78,9 @@ class SAGE(nn.Module):
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
     frame of the training data; whatever the tensor holds there, NaN included, reaches nothing. A modality whose features
-    stand perfectly still is missing too: a muted microphone and a frozen picture repeat themselves to the last digit, a
-    live one does not.
+    stand perfectly still for longer than is natural to it is missing too: a muted microphone and a frozen picture repeat
+    themselves to the last digit, a live one does not. How long words and flags rest while all is well, `fit_statistics`
+    learns.
 
     Args:
         in_dims: feature size a modality, 1 to 8: a mapping name -> size, or a sequence.
@@ -103,8 +106,12 @@ class SAGE(nn.Module):
             present (an ablation).
         memory: half-lives, in frames, of the averages that `PrecisionMemory` keeps; () for none. Default: 8, 32 and 128;
             none with a peer's fusion, whose frames all have the precision of their number of modalities.
-        stuck: a frame of a modality that repeats the one before it exactly, as do the `stuck - 1` before it, is missing; 0:
-            a frame may repeat for ever. Default: 8; 0 with a peer's fusion, and where `use_present` hides what is missing.
+        stuck: the fewest repeats in a row after which a modality is missing: a frame that repeats the one before it exactly, as
+            do the `stuck - 1` before it; 0: a frame may repeat for ever. Default: 8; 0 with a peer's fusion, and where
+            `use_present` hides what is missing.
+
+    The buffer `stuck_limit` (M,) int64 holds the number that each modality goes by, 0 where it may repeat for ever. It is
+    `stuck` until `fit_statistics` raises it for a modality that naturally rests.
 
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
@@ -151,7 +158,7 @@ class SAGE(nn.Module):
         _check_memory(memory)
         if stuck is None:
             stuck = fusion_type.default_stuck if use_present else 0
-        check_int("stuck", stuck, 0)
+        check_int("stuck", stuck, 0, MAX_STUCK)
         if stuck and not use_present:
             raise ValueError(f"stuck: expected 0 (use_present=False hides what is missing), got {stuck}")
         options: dict[str, Any] = dict(fusion_options or {})
@@ -181,6 +188,8 @@ class SAGE(nn.Module):
         for m, d in enumerate(self.in_dims):
             self.register_buffer(f"input_mean_{m}", torch.zeros(d))
             self.register_buffer(f"input_scale_{m}", torch.ones(d))
+        self.stuck_limit: Tensor  # int64: exact whatever dtype the model is cast to
+        self.register_buffer("stuck_limit", torch.full((len(self.in_dims),), stuck))
         own = blocks - fused_blocks
         self.encoders = nn.ModuleList(Encoder(d, dim, own, kernel_size, dropout, causal) for d in self.in_dims)
         if fusion_type.has_reliability:
@@ -207,14 +216,24 @@ class SAGE(nn.Module):
     def extra_repr(self) -> str:
         return f"causal={self.causal}, kappa={self.kappa}"
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As of any module; weights from before limits were learnt go by `stuck`."""
+        state_dict.setdefault(f"{prefix}stuck_limit", torch.full((len(self.in_dims),), self.stuck))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # ------------------------------------------------------------------------------------------------- statistics
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Fit the input standardisation and the typicality statistics on clean training data, before training.
+        """Fit the input standardisation, how long each modality may stand still, and the typicality statistics on clean
+        training data, before training.
+
+        A modality's natural rest is the smallest number of repeats in a row that at most one in a thousand of its frames
+        exceeds. Twice that, and no less than `stuck`, becomes its limit. Where that reaches the length of the windows, they
+        cannot show how long it rests, and it is never stuck (`stuck_limit` 0).
 
         `batches`: dicts with "features", and optionally "present" (B, T, M) and "frame" (B, T): what the windows'
         `collate` gives. Iterated twice, so a one-shot iterator is a TypeError. Without this call inputs are used as
-        they are, and typicality follows the training batches by momentum.
+        they are, typicality follows the training batches by momentum, and every limit is `stuck`.
         """
         if iter(batches) is batches:
             raise TypeError(
@@ -243,14 +262,25 @@ class SAGE(nn.Module):
             alive = std > DEAD * std.mean()
             self.get_buffer(f"input_mean_{m}").copy_(mean[m])
             self.get_buffer(f"input_scale_{m}").copy_(torch.where(alive, 1 / torch.where(alive, std, 1.0), 0.0))
-        self.fusion.fit_inputs(self._standardised(batches, device))
+        rests = [_Rests() for _ in self.in_dims]
+        standardised = self._standardised(batches, device, rests)
+        self.fusion.fit_inputs(standardised)
+        if self.stuck:
+            for _ in standardised:  # a fusion need not ask for them
+                pass
+            self.stuck_limit.copy_(torch.tensor([rest.limit(self.stuck) for rest in rests]))
 
     def _standardised(
-        self, batches: Iterable[Mapping[str, Any]], device: torch.device
-    ) -> Iterable[tuple[list[Tensor], Tensor | None]]:
+        self, batches: Iterable[Mapping[str, Any]], device: torch.device, rests: Sequence[_Rests]
+    ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
         for batch in batches:
             x, known, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
-            yield self._standardise(x, known), known
+            x = self._standardise(x, known)
+            if self.stuck:
+                repeats = self._repeats(x, known, None)
+                for m, rest in enumerate(rests):
+                    rest.add(repeats[..., m], None if known is None else known[..., m])
+            yield x, known
 
     def _inputs(
         self, features: Features, present: Tensor | None, mask: Tensor | None, device: torch.device | None = None
@@ -374,10 +404,17 @@ class SAGE(nn.Module):
     def _moving(
         self, x: list[Tensor], known: Tensor | None, still: tuple[Tensor, Tensor] | None
     ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Standardised inputs and `known` without the frames that repeat for the `stuck`th time or more, and `SAGEState.still`
-        for the next chunk."""
+        """Standardised inputs and `known` without the frames that repeat for the `stuck_limit`th time or more, and
+        `SAGEState.still` for the next chunk."""
         if not self.stuck:
             return x, known, None
+        repeats = torch.minimum(self._repeats(x, known, still), self.stuck_limit)
+        moving = (repeats < self.stuck_limit) | (self.stuck_limit == 0)
+        known = moving if known is None else known & moving
+        return blank_missing(x, known), known, (repeats[:, -1], torch.cat([v[:, -1] for v in x], -1))
+
+    def _repeats(self, x: list[Tensor], known: Tensor | None, still: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, T, M) how often each modality's frame has repeated by then, `SAGEState.still` before the first one."""
         batch, frames = x[0].shape[:2]
         if still is None:
             still = (x[0].new_zeros(batch, len(x), dtype=torch.int64), x[0].new_zeros(batch, sum(self.in_dims)))
@@ -389,10 +426,7 @@ class SAGE(nn.Module):
         frame = torch.arange(frames, device=same.device)[None, :, None]
         # The last frame that was not a repeat; -1: in an earlier chunk.
         fresh = torch.where(same, -1, frame).cummax(1).values
-        repeats = torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1)).clamp(max=self.stuck)
-        moving = repeats < self.stuck
-        known = moving if known is None else known & moving
-        return blank_missing(x, known), known, (repeats[:, -1], torch.cat([v[:, -1] for v in x], -1))
+        return torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1))
 
     def _precision(self, confidence: Tensor, told: Tensor | None) -> Tensor | None:
         """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing. None
@@ -430,6 +464,28 @@ class SAGE(nn.Module):
     def _heads(self, encoded: Sequence[Tensor]) -> Tensor:
         assert self.unimodal is not None
         return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))
+
+
+class _Rests:
+    """How often the frames of one modality repeat, over windows of training data."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(1, dtype=torch.int64)  # frames by their repeats
+        self.longest = 0  # frames of it in a window, at most
+
+    def add(self, repeats: Tensor, known: Tensor | None) -> None:
+        """(B, T) repeats, in the frames that are `known`."""
+        known = torch.ones_like(repeats, dtype=torch.bool) if known is None else known
+        counts = torch.bincount(repeats[known], minlength=len(self.counts)).cpu()
+        counts[: len(self.counts)] += self.counts
+        self.counts, self.longest = counts, max([self.longest, *known.sum(1).tolist()])
+
+    def limit(self, stuck: int) -> int:
+        """The repeats from which on the modality is stuck, `stuck` at least; 0: it never is (`SAGE.fit_statistics`)."""
+        total = self.counts.sum()
+        exceed = total - self.counts.cumsum(0)  # frames with more than 0, 1, ... repeats
+        natural = int((RARE * exceed > total).sum())
+        return 0 if 2 * natural >= self.longest else max(stuck, 2 * natural)
 
 
 def _check_memory(halflives: Any) -> None:

@@ -66,7 +66,9 @@ class Run:
         with reading(path / BEST, "the weights of a model"):
             with torch.device("meta"):  # a damaged configuration may ask for more memory than there is
                 wanted = {name: x.shape for name, x in SAGE.from_config(state["model_config"]).state_dict().items()}
-            if {name: x.shape for name, x in state["model"].items()} != wanted:
+            shapes = {name: x.shape for name, x in state["model"].items()}
+            shapes.setdefault("stuck_limit", wanted["stuck_limit"])  # not in runs from before it was learnt
+            if shapes != wanted:
                 raise ValueError("weights of other names or shapes than its configuration says")
             model = SAGE.from_config(state["model_config"])
             model.load_state_dict(state["model"])

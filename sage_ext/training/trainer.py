@@ -344,7 +344,8 @@ class Training:
             _same_shape("moments", running["moments"], torch.empty(len(self.targets), 6))
         if best["model"]:
             for name, value in self.model.state_dict().items():
-                _same_shape(f"best {name}", best["model"][name], value)
+                if name != "stuck_limit" or name in best["model"]:  # not in runs from before it was learnt
+                    _same_shape(f"best {name}", best["model"][name], value)
         self.loss_sum = running["loss_sum"].to(self.device)
         self.moments = running["moments"]
         if self.moments is not None:

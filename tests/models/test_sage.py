@@ -31,7 +31,7 @@ def draw(seed=0, batch=BATCH, frames=FRAMES, dtype=torch.float32):
     return features, present
 
 
-def build(seed=0, statistics=True, **options):
+def build(seed=0, statistics=True, limits=None, **options):
     torch.manual_seed(seed)
     model = SAGE(DIMS, **{"dim": 12, "evidence_dim": 8, "stages": 3, **options})
     with torch.no_grad():
@@ -40,6 +40,8 @@ def build(seed=0, statistics=True, **options):
     if statistics:
         features, present = draw(9)
         model.fit_statistics([{"features": features, "present": present}])
+    if limits is not None:
+        model.stuck_limit.copy_(torch.tensor(limits))
     return model.eval()
 
 
@@ -51,7 +53,9 @@ def close(a, b, tol=1e-5, fields=FIELDS):
 
 
 # -------------------------------------------------------------------------------------------------------------- chunks
-@pytest.mark.parametrize("options", [{}, {"fusion": "uniform"}, {"fused_blocks": 0}, {"fused_blocks": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"fusion": "uniform"}, {"fused_blocks": 0}, {"fused_blocks": 4}, {"limits": (13, 0)}]
+)
 @settings(max_examples=8, deadline=None)
 @given(points=st.lists(st.integers(1, FRAMES - 1), max_size=6), seed=st.integers(0, 1000))
 def test_chunks_equal_the_whole(options, points, seed):
@@ -60,6 +64,8 @@ def test_chunks_equal_the_whole(options, points, seed):
     mask = torch.ones(BATCH, FRAMES, dtype=torch.bool)
     mask[0, 50:] = False
     features["audio"][0, 12:34] = features["audio"][0, 12:13]  # stuck
+    features["visual"][1, 30:] = features["visual"][1, 30:31]
+    present[0, 12:34, 0] = present[1, 30:, 1] = True
     whole = model(features, present, mask)
     parts, state = [], None
     for a, b in pairwise(sorted({0, FRAMES, *points})):
@@ -208,6 +214,127 @@ def test_stuck_frames_reach_nothing_and_peers_take_the_rule_too():
             SAGE(DIMS, **bad)
 
 
+@pytest.mark.parametrize("limits", [(5, 20), (20, 0), (0, 1)])
+def test_each_modality_has_a_limit_of_its_own(limits):
+    model, frames = build(limits=limits), torch.arange(FRAMES)
+    features, present = draw()
+    present[:] = True
+    for v in features.values():
+        v[:, 10:60] = v[:, 10:11]
+    told = present.clone()
+    for m, limit in enumerate(limits):
+        told[:, (frames >= 10 + limit) & (frames < 60) & (limit > 0), m] = False
+    out = model(features, present)
+    close(out, build(stuck=0)(features, told), 1e-6)
+    assert (told == (out.confidence > 0)).all()
+
+
+def rest(repeats, windows=slice(None)):
+    """Frame 10 of these windows is repeated so often."""
+
+    def change(v):
+        v[windows, 10 : 11 + repeats] = v[windows, 10:11].clone()
+
+    return change
+
+
+def rest_but_for_a_dead_feature(v):
+    rest(12)(v)
+    v[..., 0] = 1e-9 * torch.randn(v.shape[:2])
+
+
+def rest_at_both_ends(v):
+    v[:, :5] = v[:, -5:] = 0.5
+
+
+# What a modality does in 50 windows of 60 frames; the limits that it gets with `stuck` 8 and 20.
+RESTS = {
+    "never": (rest(0), 8, 20),
+    "4 repeats": (rest(4), 8, 20),
+    "5 repeats": (rest(5), 10, 20),
+    "12 repeats": (rest(12), 24, 24),
+    "29 repeats": (rest(29), 58, 58),
+    "half a window": (rest(30), 0, 0),
+    "3 in 3,000 frames for longer than 4 repeats": (rest(7, slice(1)), 8, 20),
+    "4 of them": (rest(8, slice(1)), 10, 20),
+    "one dead window": (rest(49, slice(1)), 0, 0),
+    "a dead feature moves": (rest_but_for_a_dead_feature, 24, 24),
+    "windows do not meet": (rest_at_both_ends, 8, 20),
+    "all the time": (lambda v: v.fill_(1.0), 0, 0),
+}
+
+
+@pytest.mark.parametrize("fusion", ["reliability", "can"])  # the second has no use for the frames
+@pytest.mark.parametrize("case", RESTS)
+def test_limits_are_learnt(case, fusion):
+    change, *expected = RESTS[case]
+    features, _ = draw(batch=50, frames=60)
+    change(features["audio"])
+    batches = [{"features": {k: v[i : i + 10] for k, v in features.items()}} for i in range(0, 50, 10)]
+    for stuck, limit in zip((8, 20, 0), (*expected, 0)):
+        model = build(statistics=False, fusion=fusion, stuck=stuck)
+        assert model.stuck_limit.tolist() == [stuck, stuck]
+        model.fit_statistics(batches)
+        assert model.stuck_limit.tolist() == [limit, stuck]
+
+
+def test_limits_are_learnt_from_the_frames_that_are_present():
+    features, _ = draw(batch=50, frames=60)
+    rest(15)(features["audio"])
+    gap, whole = torch.ones(50, 60, 2, dtype=torch.bool), torch.ones(50, 60, dtype=torch.bool)
+    gap[:, 20, 0] = False  # 9 repeats; 21 is new
+    short = whole & (torch.arange(60) < 30)  # in windows of 30 frames a rest of 15 is half of them
+    for flags, limit in (({"frame": whole}, 30), ({"present": gap}, 18), ({"frame": short}, 0)):
+        model = build(statistics=False)
+        model.fit_statistics([{"features": features, **flags}])
+        assert model.stuck_limit.tolist() == [limit, 8]
+
+
+def test_silence_is_no_missing_modality():
+    """One second in ten without a word, all zeros: a held-out modality is present throughout, and another still stuck after 8
+    frames."""
+    g = torch.Generator().manual_seed(0)
+    features, _ = draw(batch=40, frames=75)
+    held, _ = draw(seed=1, batch=10, frames=300)
+    for v in (features["audio"], held["audio"]):
+        for row, start in (torch.rand(v.shape[:2], generator=g) < 0.01).nonzero().tolist():
+            v[row, start : start + int(torch.randint(5, 16, (), generator=g))] = 0.0
+    held["visual"][:, 200:] = held["visual"][:, 200:201].clone()
+    model = build(statistics=False)
+    model.fit_statistics([{"features": features}])
+    known = model.assess(held)[3]
+    assert known[..., 0].all()
+    assert known[:, :208, 1].all()
+    assert not known[:, 208:, 1].any()
+    model.stuck_limit.fill_(8)
+    assert 0.01 < (~model.assess(held)[3][..., 0]).float().mean() < 0.1
+
+
+def test_limits_are_saved_and_older_weights_go_by_stuck():
+    model = build(limits=(13, 0))
+    state = model.state_dict()
+    other = build(seed=1)
+    other.load_state_dict(state)
+    assert other.stuck_limit.tolist() == [13, 0]
+    del state["stuck_limit"]
+    whole = torch.nn.ModuleDict({"sage": build(seed=2, stuck=5, limits=(13, 0))})
+    for module, sage, prefix, stuck in ((other, other, "", 8), (whole, whole["sage"], "sage.", 5)):
+        given = {prefix + name: value for name, value in state.items()}
+        module.load_state_dict(given)
+        assert sage.stuck_limit.tolist() == [stuck, stuck]
+        assert prefix + "stuck_limit" not in given
+    del state["norm.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*: "norm.bias"\.'):
+        other.load_state_dict(state)
+
+
+def test_limits_keep_their_digits_in_every_dtype():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert build(limits=(70_001, 257)).to(dtype).stuck_limit.tolist() == [70_001, 257]
+    with pytest.raises(ValueError, match=r"stuck: expected an int in \[0, 16777216\], got 16777217"):
+        SAGE(DIMS, stuck=2**24 + 1)
+
+
 # ----------------------------------------------------------------------------------------------------- missing, padding
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("training", [True, False])
@@ -352,7 +479,7 @@ def test_config_names_every_constructor_argument():
 
 
 STATE = """
-input_mean_{0,1} input_scale_{0,1}
+input_mean_{0,1} input_scale_{0,1} stuck_limit
 encoders.{0,1}.project.{weight,bias} encoders.{0,1}.norm.{weight,bias}
 encoders.{0,1}.blocks.0.{weight,bias} encoders.{0,1}.blocks.0.{norm,pointwise}.{weight,bias}
 fusion.{norm_weight,norm_bias,transition,sharpening,log_temperature,bias} fusion.value.{0,1}.{weight,bias}
@@ -385,8 +512,10 @@ def test_the_names_in_a_checkpoint_are_these():
 # ------------------------------------------------------------------------------------------------- compile and friends
 def test_compiles_in_one_graph():
     """With state; training compiled, below, is without."""
-    model = build(blocks=2)
+    model = build(blocks=2, limits=(13, 0))
     features, present = draw()
+    features["audio"][0, 20:50] = features["visual"][0, 20:] = 0.5
+    present[0, 20:] = True
     state = model(features, present).state
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(compiled(features, present, None, state), model(features, present, None, state))
@@ -414,7 +543,7 @@ def test_trains_compiled():
 
 
 def test_exports_with_dynamic_batch_and_time():
-    model = build(blocks=2)
+    model = build(blocks=2, limits=(13, 0))
     features, present = draw()
     # AUTO: the exporter finds the bounds itself, here two of the memory's chunks or more (65 frames).
     shape = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -424,6 +553,8 @@ def test_exports_with_dynamic_batch_and_time():
     close(program.module()(features, present), model(features, present))
     for frames in (65, 101, 128, 129, 700):
         other, flags = draw(3, batch=3, frames=frames)
+        other["audio"][0, 20:50] = other["visual"][0, 20:] = 0.5
+        flags[0, 20:] = True
         close(program.module()(other, flags), model(other, flags))
 
 

@@ -147,6 +147,7 @@ SHARED = [
     ("test_a_frame_that_is_not_finite_counts_as_absent", {"bad": 1e30}),
     ("test_absent_modalities_and_inactive_rows_are_not_read", {}),
     ("test_present_tells_which_frames_counted", {}),
+    ("test_each_modality_has_a_limit_of_its_own", {}),
     ("test_present_tells_what_the_fusion_is_not_told", {}),
     ("test_numpy_strided_and_torch_inputs_agree", {}),
     ("test_mode_dtype_and_inference_mode_do_not_matter", {}),

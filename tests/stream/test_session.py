@@ -26,8 +26,8 @@ FIELDS = StreamOutput._fields[:-1]  # those that the offline model has too
 VARIANTS = [name for name, built, supported in _C.isa_variants() if built and supported]
 
 
-def build(dims=DIMS, seed=0, **options):
-    """A model of random weights (no zeros left), with statistics fitted to `draw`."""
+def build(dims=DIMS, seed=0, limits=None, **options):
+    """A model of random weights (no zeros left), with statistics fitted to `draw`; `limits`: a `stuck_limit` a modality."""
     torch.manual_seed(seed)
     options = {"dim": 20, "evidence_dim": 9, "stages": 3, **options}
     model = SAGE(dims, **options)
@@ -37,19 +37,21 @@ def build(dims=DIMS, seed=0, **options):
         if hasattr(model.fusion, "bias"):
             model.fusion.bias.normal_(0, 0.3)
             model.fusion.log_temperature.normal_(0, 0.3)
-    features, present = draw(4, 150, dims, seed=99)
+    features, present = draw(4, 150, dims, seed=99, still=False)
     model.fit_statistics([{"features": features, "present": present}])
+    if limits is not None:
+        model.stuck_limit.copy_(torch.tensor(limits))
     return model.eval()
 
 
-def draw(batch, frames, dims=DIMS, seed=0):
+def draw(batch, frames, dims=DIMS, seed=0, still=True):
     """Features whose loudness drifts and that now and then stand still, and presence with gaps of every length."""
     g = torch.Generator().manual_seed(seed)
     loud = torch.randn(batch, frames, 1, generator=g).cumsum(1).mul(0.1).sin().exp()
     features = {k: 2.0 + loud * torch.randn(batch, frames, d, generator=g) for k, d in dims.items()}
     for k, v in features.items():
-        still = torch.randn(batch, frames, generator=g).cumsum(1).mul(0.1).sin() > 0.95
-        source = torch.where(still, 0, torch.arange(frames)).cummax(1).values
+        stands = torch.randn(batch, frames, generator=g).cumsum(1).mul(0.1).sin() > (0.95 if still else 2)
+        source = torch.where(stands, 0, torch.arange(frames)).cummax(1).values
         features[k] = v.gather(1, source.unsqueeze(-1).expand_as(v))
     gaps = torch.randn(batch, frames, len(dims), generator=g).cumsum(1).mul(0.3).sin()
     return features, (gaps > -0.6) & (torch.rand(batch, frames, len(dims), generator=g) > 0.1)
@@ -99,6 +101,7 @@ CASES = {
     "no memory": (DIMS, {"memory": ()}),
     "eight averages, stuck at once": (DIMS, {"memory": [0.5, 1, 2, 3, 5, 8, 13, 1000], "stuck": 1}),
     "never stuck": (DIMS, {"stuck": 0, "dim": 16}),
+    "limits of their own": ({"a": 3, "b": 17, "c": 5}, {"limits": (2, 0, 5), "dim": 16}),
     "ablations": (DIMS, {"use_present": False, "fusion_options": {"filter_stages": False, "norm": False}}),
     "sequence of dims": ([4, 6], {}),
 }
@@ -230,6 +233,34 @@ def test_present_tells_which_frames_counted():
     assert session._output.present[0].any()
 
 
+def test_each_modality_has_a_limit_of_its_own():
+    """What the offline model computes while each modality stands still beyond the others' limits, and a state in which no
+    modality exceeds its own."""
+    dims, limits = {"a": 3, "b": 17, "c": 5, "d": 2}, (1, 0, 4, 9)
+    model = build(dims, limits=limits)
+    features, _ = draw(2, 40, dims, seed=3, still=False)
+    for v in features.values():
+        v[:, 5:30] = v[:, 5:6].clone()
+    session, outs, repeats = model.stream(2), [], []
+    for t in range(40):
+        outs.append(keep(session.step(frame(features, t))))
+        repeats.append(session.state_dict(1)["repeats"][0])
+    out, times = stack(outs), torch.arange(40)
+    assert_close(out, offline(model, features))
+    for m, limit in enumerate(limits):
+        stuck = (times >= 5 + limit) & (times < 30) & (limit > 0)
+        assert torch.equal(out.present[1, :, m], ~stuck)
+        assert torch.stack(repeats)[:, m].tolist() == [min(t - 5, limit) if 5 <= t < 30 else 0 for t in range(40)]
+    state = session.state_dict()
+    state["repeats"] = torch.tensor(limits).float().expand(2, -1).clone()
+    session.load_state_dict(state)
+    for m in range(4):
+        wrong = {**state, "repeats": state["repeats"].clone()}
+        wrong["repeats"][1, m] += 1
+        with pytest.raises(ValueError, match=r"'repeats'\]: expected whole numbers, .* at most \[1, 0, 4, 9\], got"):
+            session.load_state_dict(wrong)
+
+
 def test_present_tells_what_the_fusion_is_not_told():
     """With use_present=False a missing modality has a weight, and is missing all the same."""
     session = build(use_present=False).stream(1)
@@ -349,7 +380,7 @@ TAMPERED = {
     "history.0": ("numbers within 1e+30", [3e38]),
     "last": ("numbers within 1e+30", [-1e38]),
     "memory": ("weights not negative", [1e38]),
-    "repeats": ("whole numbers from 0 to 8", [9.0, 0.5, -1.0]),
+    "repeats": ("whole numbers, of each modality at most [8, 8]", [9.0, 0.5, -1.0]),
 }
 
 
@@ -477,8 +508,7 @@ def test_later_changes_of_the_model_are_not_seen():
     whole, session = offline(model, features, present), model.stream()
     with torch.no_grad():
         for x in (*model.parameters(), *model.buffers()):
-            if x.is_floating_point():
-                x.fill_(math.nan)
+            x.fill_(math.nan if x.is_floating_point() else 1)
     del model
     gc.collect()
     assert_close(stack([keep(session.step(frame(features, t), present[:, t])) for t in range(10)]), whole)
@@ -782,6 +812,8 @@ NAMES = [
     (lambda t: swapped(t, "fusion.typicality.mean", "fusion.typicality.std"), r"expected 'fusion.typicality.mean' \(2, 2\)"),
     (lambda t: [(n, x.T if n == "fusion.log_a" else x[:-1] if n == "memory.decay" else x) for n, x in t],
      r"expected 'memory.decay' \(3\), got 'memory.decay' \(2\)"),
+    (lambda t: swapped(t, "stuck_limit", "memory.decay"), r"expected 'stuck_limit' \(2\), got 'memory.decay' \(3\)"),
+    (lambda t: [x for x in t if x[0] != "stuck_limit"], r"expected 'stuck_limit' \(2\), got 'memory.decay' \(3\)"),
     (lambda t: t[:-1], r"expected 'head.3.bias' \(2\), got no more tensors"),
     (lambda t: [*t, ("unimodal.0.weight", torch.zeros(2))], "'unimodal.0.weight' is none of this model's tensors"),
     (lambda t: t[1:], r"expected 'input_mean_0' \(7\), got 'input_scale_0' \(7\)"),

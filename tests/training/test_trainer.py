@@ -269,6 +269,23 @@ def test_a_finished_run_resumes_to_itself(whole, tmp_path):
     assert best["step"] == load_checkpoint(run / "best.safetensors")["step"]
 
 
+def test_a_run_from_before_limits_were_learnt_is_read_and_resumed(tiny, tmp_path):
+    run, limits = tmp_path / "run", "stuck_limit"
+    quiet(dataclasses.replace(tiny, epochs=1), run)
+    for name in (BEST, LAST):
+        state = load_checkpoint(run / name)
+        for model in (state["model"], state.get("best", {"model": {}})["model"]):
+            model.pop(limits, None)
+        save_checkpoint(run / name, state)
+    assert Run.load(run).model.stuck_limit.tolist() == [8, 8]
+    last = load_checkpoint(run / LAST)
+    last["at"]["done"] = False
+    save_checkpoint(run / LAST, last)
+    quiet(dataclasses.replace(tiny, epochs=1), run, resume=True)
+    assert load_checkpoint(run / LAST)["model"][limits].tolist() == [8, 8]
+    assert Run.load(run).model.stuck_limit.tolist() == [8, 8]
+
+
 def test_existing_run_is_not_overwritten(tiny, tmp_path):
     run = tmp_path / "run"
     quiet(dataclasses.replace(tiny, epochs=1), run)
