@@ -233,6 +233,23 @@ def ordered_features(
     return tensors
 
 
+def ordered_values(values: Features, present: Present | None) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The modalities of an op in order, that of the mapping if they are one, and `present` as a tensor (*, M). Of the two
+    only what becomes of a mapping is checked here."""
+    if not isinstance(values, Mapping):
+        if isinstance(present, Mapping):
+            raise TypeError("present: expected a tensor (values is a sequence, without names), got a mapping")
+        return values, present
+    names, tensors = tuple(values), list(values.values())
+    if not isinstance(present, Mapping):
+        return tensors, present
+    if not names:
+        return tensors, None
+    check_tensor(f"values[{names[0]}]", tensors[0])
+    lead = tuple(tensors[0].shape[:-1])
+    return tensors, ordered_present(present, names, lead, "(*,)", tensors[0], f"values[{names[0]}]")
+
+
 def _autocast_joins(x: Tensor, weights: torch.dtype) -> bool:
     """Autocast is on, and casts both to its own dtype: it leaves float64 as it is."""
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)
