@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from .._arguments import (
     check_bool,
     check_device,
     check_int,
+    check_number,
     check_optional,
     check_tensor,
     finite_frames,
@@ -31,7 +33,8 @@ class ReliabilityHead(nn.Module):
     """What gives a `ReliabilityFusion` in any model a confidence that means something: add `head(...)` to the loss.
 
     A Linear a modality predicts the targets from that modality's features alone. With its squared error `e2` (the mean over
-    the targets) and the fusion's confidence `r`, the loss is the mean over the counted frames of all modalities of
+    the targets) and the fusion's confidence `r`, the loss is `weight` times the mean over the counted frames of all modalities
+    of
 
         e2 / (2 kappa^2)  +  (odds(r) e2 / kappa^2 - log(odds(r) / kappa^2)) / 2
 
@@ -39,8 +42,7 @@ class ReliabilityHead(nn.Module):
     docs/math.md, "The proper score"). The first is it at confidence 1/2, up to a constant, and teaches the prediction; the
     second is it with the error held fixed, and teaches the confidence. Were the prediction to learn from the second too, hard
     frames would hardly count in it, and would stay hard (Seitzer et al. 2022, "On the pitfalls of heteroscedastic uncertainty
-    estimation": its beta-NLL with beta = 1 has the gradients of this sum). Both are of the order of 1, as 1 - CCC is; give
-    the sum a factor where your loss is of another.
+    estimation": its beta-NLL with beta = 1 has the gradients of this sum). Both are of the order of 1, and so is 1 - CCC.
 
     The Linears begin at zero: their first error is the labels' own size, whatever the scale of the features, and confidence
     begins to learn from there.
@@ -53,6 +55,9 @@ class ReliabilityHead(nn.Module):
             module), or the feature size a modality, a mapping name -> size or a sequence.
         num_targets: number C of targets, 2 for valence and arousal.
         kappa: error scale, in units of the labels, at which confidence is 1/2.
+        weight: of the loss. The default is that of the score in `models.SAGELoss`: confidence also decides the fusion, and a
+            score as strong as the model's own loss leaves that one little say in it. Raise it in proportion where the model's
+            own loss is not of the order of 1.
         detach_features: the Linears' gradient stops at the features, so that unimodal prediction never bends your encoders;
             False: it goes on into them, as an auxiliary loss of each modality.
 
@@ -65,6 +70,7 @@ class ReliabilityHead(nn.Module):
         num_targets: int = 2,
         kappa: float = 0.25,
         *,
+        weight: float = 0.1,
         detach_features: bool = True,
     ) -> None:
         super().__init__()
@@ -77,8 +83,9 @@ class ReliabilityHead(nn.Module):
                 f"fusion: expected a Fusion, or in_dims as a mapping or a sequence, got {type(fusion).__name__}"
             )
         check_int("num_targets", num_targets, 1)
+        check_number("weight", weight, ">= 0 and finite", lambda number: 0 <= number < math.inf)
         check_bool("detach_features", detach_features)
-        self.num_targets, self.detach_features = num_targets, detach_features
+        self.num_targets, self.weight, self.detach_features = num_targets, float(weight), detach_features
         self.score = ReliabilityNLL(kappa)
         self.heads = nn.ModuleList(nn.Linear(d, num_targets) for d in self.in_dims)
         with torch.no_grad():
@@ -92,7 +99,8 @@ class ReliabilityHead(nn.Module):
 
     def extra_repr(self) -> str:
         dims = dict(zip(self.names, self.in_dims)) if self.names else self.in_dims
-        return f"in_dims={dims}, num_targets={self.num_targets}, detach_features={self.detach_features}"
+        options = f"weight={self.weight}, detach_features={self.detach_features}"
+        return f"in_dims={dims}, num_targets={self.num_targets}, {options}"
 
     def predict(self, features: Features) -> Tensor:
         """Each modality's own prediction, (B, T, M, C), or (N, M, C) for features (N, d); float32 (float64 for float64
@@ -136,7 +144,7 @@ class ReliabilityHead(nn.Module):
         target = torch.where(annotated.unsqueeze(-1), labels, 0.0).to(predicted.dtype)
         error = (predicted - target.unsqueeze(-2)).square()
         own = torch.where(counted, error.mean(-1), 0.0).sum() / counted.sum().clamp(min=1)
-        return own / (2 * self.kappa**2) + self.score(out.confidence, error, counted)
+        return self.weight * (own / (2 * self.kappa**2) + self.score(out.confidence, error, counted))
 
     def _ordered(self, features: Features) -> list[Tensor]:
         weights = getattr(

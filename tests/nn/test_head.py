@@ -31,7 +31,7 @@ def draw(seed=0, lead=(BATCH, FRAMES)):
 
 @pytest.mark.parametrize("lead", [(BATCH, FRAMES), (40,)])
 def test_loss_is_its_definition(lead):
-    fusion, head = build()
+    fusion, head = build(weight=0.7)
     features, labels, valid, present = draw(lead=lead)
     out = fusion(features, present)
     got = head(features, out, labels, valid, present)
@@ -40,13 +40,13 @@ def test_loss_is_its_definition(lead):
     odds = (out.confidence / (1 - out.confidence))[counted]
     own = error.mean(-1)[counted]
     expected = (own / (2 * KAPPA**2) + 0.5 * (odds * own.detach() / KAPPA**2 - (odds / KAPPA**2).log())).mean()
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, 0.7 * expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
         head.predict(features), torch.stack([f(features[k]) for f, k in zip(head.heads, DIMS)], -2)
     )
     assert head.predict(features).shape == (*lead, 2, 2)
     score = ReliabilityNLL(KAPPA)(out.confidence, error, counted)
-    torch.testing.assert_close(got - score, own.mean() / (2 * KAPPA**2), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got / 0.7 - score, own.mean() / (2 * KAPPA**2), atol=1e-5, rtol=1e-4)
 
 
 def test_names_set_the_order_and_sequences_agree():
@@ -190,6 +190,11 @@ def test_compiles_in_one_graph():
         (lambda f, h, d: ReliabilityHead({}), ValueError, "in_dims: expected 1 to 8 modalities, got 0"),
         (lambda f, h, d: ReliabilityHead(f, 0), ValueError, "num_targets: expected an int >= 1, got 0"),
         (lambda f, h, d: ReliabilityHead(f, kappa=0.0), ValueError, "kappa: expected a number > 0"),
+        (
+            lambda f, h, d: ReliabilityHead(f, weight=-1),
+            ValueError,
+            "weight: expected a number >= 0 and finite, got -1",
+        ),
         (lambda f, h, d: ReliabilityHead(f, detach_features=1), TypeError, "detach_features: expected a bool, got int"),
         (lambda f, h, d: h(d[0], f(d[0]).fused, d[1]), TypeError, "out: expected the FusionOutput .*, got Tensor"),
         (
