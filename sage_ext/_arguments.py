@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import _C
 
-Features = Mapping[str, Tensor] | Sequence[Tensor]
+Features = Mapping[str, Tensor] | Sequence[Tensor]  # a tensor a modality, by name or in order
+Present = Tensor | Mapping[str, Tensor]  # which modalities are there: (*, M), or (*) by name
 
 MAX_MODALITIES: int = _C.max_modalities
 MAX_STAGES: int = _C.max_stages
@@ -24,6 +25,12 @@ CONSTANTS = _C.constants  # of the formulas in csrc/math and csrc/stream, by nam
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DOUBLE = (torch.float64,)
 BOOL = (torch.bool,)
+HALVES = (torch.float16, torch.bfloat16)
+
+# What casts a module to a dtype, for messages.
+CASTS = {torch.float32: ".float()", torch.float64: ".double()", torch.float16: ".half()", torch.bfloat16: ".bfloat16()"}
+# Of a frame: with a larger one the sum of its squares has overflowed float32 (kLargestSum of csrc/math/frame.h).
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 # -------------------------------------------------------------------------------------------------------- numbers
@@ -113,12 +120,40 @@ def check_optional(
     check_device(name, x, like, like_name)
 
 
-def check_flags(features: Sequence[Tensor], present: Tensor | None, mask: Tensor | None) -> None:
-    """`present` (B, T, M) and `mask` (B, T), or (N, M) and (N,), of checked features; None for all True."""
+def read_flags(
+    features: Sequence[Tensor], names: tuple[str, ...] | None, present: Present | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`present` (B, T, M) and `mask` (B, T), or (N, M) and (N,), of checked features, both checked; None: all True."""
     first, lead = features[0], tuple(features[0].shape[:-1])
     sizes = "B, T" if len(lead) == 2 else "N"
-    check_optional("present", present, (*lead, len(features)), f"({sizes}, M)", first, "the features", BOOL)
-    check_optional("mask", mask, lead, "(B, T)" if len(lead) == 2 else "(N,)", first, "the features", BOOL)
+    each = "(B, T)" if len(lead) == 2 else "(N,)"
+    flags = ordered_present(present, names, lead, each, first, "the features")
+    check_optional("present", flags, (*lead, len(features)), f"({sizes}, M)", first, "the features", BOOL)
+    check_optional("mask", mask, lead, each, first, "the features", BOOL)
+    return flags, mask
+
+
+def ordered_present(
+    present: Present | None,
+    names: tuple[str, ...] | None,
+    lead: tuple[int, ...],
+    letters: str,
+    like: Tensor,
+    like_name: str,
+) -> Tensor | None:
+    """A mapping name -> (*) bool as the tensor (*, M) in the order of `names`, checked; whatever else is given back as it
+    is. Every modality has to be named: one that is left out could be meant as missing, or as present."""
+    if not isinstance(present, Mapping):
+        return present
+    if names is None:
+        raise TypeError("present: expected a tensor (the modalities have no names), got a mapping")
+    if set(present) != set(names):
+        raise ValueError(f"present: expected the modalities {list(names)}, got {list(present)}")
+    flags = [present[name] for name in names]
+    for name, x in zip(names, flags):
+        check_tensor(f"present[{name}]", x, BOOL)
+        check_optional(f"present[{name}]", x, lead, letters, like, like_name, BOOL)
+    return torch.stack(flags, -1)
 
 
 def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
@@ -152,11 +187,16 @@ def named_dims(in_dims: Mapping[str, int] | Sequence[int]) -> tuple[tuple[str, .
 
 
 def ordered_features(
-    features: Features, names: tuple[str, ...] | None, dims: Sequence[int | None], what: str = "features"
+    features: Features,
+    names: tuple[str, ...] | None,
+    dims: Sequence[int | None],
+    what: str = "features",
+    weights: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The caller's features in modality order, checked: floating, one dtype and device, (B, T, d) or (N, d).
 
-    dims: the size of each modality's features; None: any.
+    dims: the size of each modality's features; None: any. weights: the dtype of the weights that they meet, which is theirs
+    too unless autocast casts both; None: any.
     """
     if isinstance(features, Mapping):
         if names is None:
@@ -180,12 +220,43 @@ def ordered_features(
         if x.shape[:-1] != first.shape[:-1]:
             lead = tuple(first.shape[:-1])
             raise ValueError(f"{label}: expected leading shape {lead} (that of {labels[0]}), got {tuple(x.shape[:-1])}")
+        if weights is not None and x.dtype != weights and not _autocast_joins(x, weights):
+            raise TypeError(
+                f"{label}: expected dtype {dtype_name(weights)} (that of the module's weights; cast the features, or the "
+                f"module with {CASTS[x.dtype]}), got {dtype_name(x.dtype)}"
+            )
         if x.dtype != first.dtype:
             raise TypeError(f"{label}: expected dtype {first.dtype} (that of {labels[0]}), got {x.dtype}")
         check_device(label, x, first, labels[0])
     if first.dim() == 3 and first.shape[1] == 0:
         raise ValueError(f"{labels[0]}: expected at least one frame, got {tuple(first.shape)}")
     return tensors
+
+
+def ordered_values(values: Features, present: Present | None) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The modalities of an op in order, that of the mapping if they are one, and `present` as a tensor (*, M). Of the two
+    only what becomes of a mapping is checked here."""
+    if not isinstance(values, Mapping):
+        if isinstance(present, Mapping):
+            raise TypeError("present: expected a tensor (values is a sequence, without names), got a mapping")
+        return values, present
+    names, tensors = tuple(values), list(values.values())
+    if not isinstance(present, Mapping):
+        return tensors, present
+    if not names:
+        return tensors, None
+    check_tensor(f"values[{names[0]}]", tensors[0])
+    lead = tuple(tensors[0].shape[:-1])
+    return tensors, ordered_present(present, names, lead, "(*,)", tensors[0], f"values[{names[0]}]")
+
+
+def _autocast_joins(x: Tensor, weights: torch.dtype) -> bool:
+    """Autocast is on, and casts both to its own dtype: it leaves float64 as it is."""
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def join_flags(present: Tensor | None, mask: Tensor | None, modalities: int) -> Tensor | None:
@@ -197,6 +268,50 @@ def join_flags(present: Tensor | None, mask: Tensor | None, modalities: int) -> 
         return present
     rows = mask.unsqueeze(-1)
     return rows.expand(*rows.shape[:-1], modalities) if present is None else present & rows
+
+
+def finite_frames(tensors: Sequence[Tensor]) -> Tensor:
+    """M tensors (*, d) -> (*, M) bool: the frame is finite, and so is the sum of its squares in float32. The rule of
+    docs/math.md ("Missing frames"), and of `judge_frame` in csrc/math/frame.h."""
+    norms = [torch.linalg.vector_norm(x.detach(), dim=-1, dtype=arithmetic_dtype(x)) for x in tensors]
+    return torch.stack(norms, -1) <= LARGEST_NORM  # False for NaN
+
+
+def take_finite(
+    tensors: Sequence[Tensor],
+    known: Tensor | None,
+    names: tuple[str, ...] | None = None,
+    *,
+    finite: Tensor | None = None,
+    strict: bool = False,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Frames that are not finite are missing: M tensors (B, T, d) zeroed where missing, `known` (B, T, M) without those
+    frames, and (M,) int64, how many of them `known` held (None: all True).
+
+    `finite` (B, T, M): the frames that are, where the caller knows. `strict`: ValueError for the first that is not, by
+    modality, then sequence, then frame; the host waits for the device.
+    """
+    if finite is None:
+        finite = finite_frames(tensors)
+    refused = ~finite if known is None else known & ~finite
+    if strict and bool(refused.any()):
+        m = int(refused.flatten(0, -2).any(0).int().argmax())
+        place = refused[..., m].nonzero()[0].tolist()
+        where = f"sequence {place[0]}, frame {place[1]}" if len(place) == 2 else f"row {place[0]}"
+        raise nonfinite_error(names[m] if names else m, tensors[m][tuple(place)], where)
+    known = finite if known is None else known & finite
+    return blank_missing(tensors, known), known, refused.flatten(0, -2).sum(0)
+
+
+def nonfinite_error(label: str | int, frame: Tensor, where: str) -> ValueError:
+    """What is wrong with a frame of features that is not finite."""
+    if bool(frame.isnan().any()):
+        got = "NaN"
+    elif bool(frame.isinf().any()):
+        got = "Inf"
+    else:
+        got = "numbers whose squares overflow float32"
+    return ValueError(f"features[{label}]: expected finite numbers where it is present (strict), got {got} in {where}")
 
 
 def blank_missing(tensors: Sequence[Tensor], known: Tensor | None) -> list[Tensor]:

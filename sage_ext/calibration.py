@@ -15,15 +15,27 @@ reads like the usual ECE; bins hold equal numbers of frames (equal mass), so non
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._arguments import BOOL, check_int, check_kappa, check_number, check_shape, check_tensor
-from .models.sage import SAGE
-from .nn import ReliabilityFusion, ReliabilityNLL, calibrated_confidence
+from ._arguments import (
+    BOOL,
+    Features,
+    Present,
+    arithmetic_dtype,
+    check_int,
+    check_kappa,
+    check_number,
+    check_shape,
+    check_tensor,
+)
+from .models.sage import SAGE, moved
+from .nn import ReliabilityFusion, ReliabilityHead, ReliabilityNLL, calibrated_confidence
+from .nn.head import annotated_frames, check_labels
 
 __all__ = [
     "CalibrationReport",
@@ -197,46 +209,129 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(model: SAGE, batches: Iterable[Mapping[str, Any]]) -> Evidence:
-    """Run the model in evaluation mode over batches of `sage_ext.data.windows.collate`; gather what calibration needs.
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Iterable[Any] | None = None,
+    *,
+    head: ReliabilityHead | None = None,
+) -> Evidence:
+    """Run a model in evaluation mode over batches, and gather what calibration needs of its `ReliabilityFusion`.
 
-    A batch holds "features" by name, "labels" (B, T, C), "valid" (B, T) bool, optionally "present" and "frame"; each
-    row is a sequence of its own. Whole clips (B = 1) show the confidence that a running stream has; windows start cold.
+    Without `targets` the model is a `SAGE`, and a batch what `sage_ext.data.windows.collate` makes: "features" by name,
+    "labels" (B, T, C), "valid" (B, T) bool, optionally "present" and "frame". With them it is any module that holds one
+    `ReliabilityFusion` (or is one, or holds a `SAGE`) and calls it once a batch; that one's inputs are read as they pass.
+
+    Each row is a sequence of its own. Whole clips (B = 1) show the confidence that a running stream has; windows start cold.
+
+    Args:
+        model: see above. Its modules' modes are restored, and nothing is left on it.
+        batches: what the model takes, on its device. A mapping is passed as keyword arguments where the forward takes its keys
+            as such, else as the one positional argument; a tuple or list as positional arguments; anything else as the one
+            positional argument. (A mapping within a tuple of one is positional, whatever its keys.)
+        targets: in step with the batches, labels (B, T, C), or (N, C) where the fusion is given (N, d); or pairs (labels,
+            valid) with (B, T) or (N,) bool. Frames whose labels are not finite are not annotated.
+        head: whose predictions are each modality's own. Default: a SAGE's unimodal predictions; the one `ReliabilityHead` that
+            the model holds; where it holds none, ridge regressions on what the fusion is given, cross-fitted on these batches:
+            each half of the batches is predicted by the fit on the other half (of a single batch, each half of its sequences;
+            of a single sequence, of its frames). All inputs of the fusion are then held in memory.
+
+    Raises TypeError or ValueError naming the argument for anything malformed, a model with no `ReliabilityFusion` or with two
+    included.
     """
-    device = _fusion(model).log_temperature.device
-    training = model.training
-    model.eval()
-    parts = []
+    _check_batches("batches", batches)
+    if head is not None and not isinstance(head, ReliabilityHead):
+        raise TypeError(f"head: expected a ReliabilityHead or None, got {type(head).__name__}")
+    if targets is None:
+        return _collect_clips(model, batches, head)
+    _check_batches("targets", targets)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    place, fusion = _find(model)
+    _no_head_for(place, head)
+    head = None if isinstance(place, SAGE) else _own_head(model, fusion, head)
+    seen: list[_Seen] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(
+            _look_at_sage(place, *args, **kwargs) if isinstance(place, SAGE) else _look_at(fusion, *args, **kwargs)
+        )
+
+    found: list[_Seen] = []
+    labels: list[tuple[Tensor, Tensor]] = []
+    modes = [(module, module.training) for module in model.modules()]
+    handle = place.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        for batch in batches:
-            features = {name: x.to(device) for name, x in batch["features"].items()}
-            present, frame = (batch[key].to(device) if key in batch else None for key in ("present", "frame"))
-            reliability, stage, unimodal, known = model.assess(features, present, frame)
-            error = (unimodal - batch["labels"].to(device).unsqueeze(2)).square()
-            mask = batch["valid"].to(device).unsqueeze(-1) & known
-            parts.append([x.flatten(0, 1).cpu() for x in (reliability, stage, error, mask)])
+        model.eval()
+        for index, (batch, target) in enumerate(_in_step(batches, targets)):
+            seen.clear()
+            _run(model, batch, f"batches[{index}]")
+            if len(seen) != 1:
+                raise ValueError(
+                    f"model: expected one call of its {type(place).__name__} a batch, got {len(seen)} for batches[{index}]"
+                )
+            labels.append(_labels(target, seen[0], f"targets[{index}]"))
+            if head is not None:
+                _check_targets(labels[-1][0], head.num_targets, "head")
+                seen[0] = seen[0]._replace(features=[], own=head.predict(seen[0].features))
+            found.append(_Seen([x.cpu() for x in seen[0].features], *(x.cpu() for x in seen[0][1:])))
     finally:
-        model.train(training)
-    if not parts:
+        handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    if not found:
         raise ValueError("batches: expected one or more, got none")
+    counts = {y.shape[-1] for y, _ in labels}
+    if len(counts) > 1:
+        raise ValueError(f"targets: expected one number of targets in all batches, got {sorted(counts)}")
+    masks = [s.known & annotated.unsqueeze(-1) for s, (_, annotated) in zip(found, labels)]
+    own = [s.own for s in found]
+    if isinstance(place, SAGE):
+        _check_targets(labels[0][0], place.num_targets, "model")
+    elif head is None:
+        own = _cross_fitted([s.features for s in found], [y for y, _ in labels], masks, fusion.names)
+    parts = []
+    for s, mine, (y, _), mask in zip(found, own, labels, masks):
+        error = (mine - y.unsqueeze(-2)).square()
+        parts.append([x.flatten(0, mask.dim() - 2) for x in (s.reliability, s.stage, error, mask)])
     return Evidence(*(torch.cat(column) for column in zip(*parts)))
 
 
 def calibrate(
-    model: SAGE, batches: Iterable[Mapping[str, Any]], *, prior: float = 100.0, bins: int = 15
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Iterable[Any] | None = None,
+    *,
+    head: ReliabilityHead | None = None,
+    kappa: float | None = None,
+    prior: float = 100.0,
+    bins: int = 15,
 ) -> CalibrationReport:
-    """Fit the model's calibration in place on validation batches (see `collect`), whatever it held before.
+    """Fit the calibration of a model's `ReliabilityFusion` in place on validation batches, whatever it held before.
+
+    `calibrate(sage, batches)` for a `SAGE` and batches of clips; `calibrate(model, batches, targets)` for any module that holds
+    one `ReliabilityFusion`: see `collect` for `model`, `batches`, `targets` and `head`, and for the errors.
+
+    Args:
+        kappa: error scale at which confidence is 1/2. Default: that of the `SAGE` or of the head; 0.25, that of
+            `ReliabilityNLL`, where there is neither.
+        prior: see `fit_calibration`. bins: of the report's diagrams.
 
     The report measures on the frames that were fitted; measure on others with `collect` and `diagrams`.
     """
-    fusion = _fusion(model)
-    evidence = collect(model, batches)
-    before = diagrams(evidence, fusion.log_temperature, fusion.bias, kappa=model.kappa, bins=bins)
-    log_temperature, bias = fit_calibration(*evidence, kappa=model.kappa, prior=prior)
+    if kappa is not None:
+        check_kappa(kappa)
+    evidence = collect(model, batches, targets, head=head)
+    model = getattr(model, "_orig_mod", model)
+    place, fusion = _find(model)
+    if kappa is None:
+        told = place if isinstance(place, SAGE) else _own_head(model, fusion, head)
+        kappa = ReliabilityNLL().kappa if told is None else told.kappa
+    before = diagrams(evidence, fusion.log_temperature, fusion.bias, kappa=kappa, bins=bins)
+    log_temperature, bias = fit_calibration(*evidence, kappa=kappa, prior=prior)
     with torch.no_grad():
         fusion.log_temperature.copy_(log_temperature)
         fusion.bias.copy_(bias)
-    after = diagrams(evidence, log_temperature, bias, kappa=model.kappa, bins=bins)
+    after = diagrams(evidence, log_temperature, bias, kappa=kappa, bins=bins)
     return CalibrationReport(
         log_temperature,
         bias,
@@ -260,11 +355,224 @@ def diagrams(
     ]
 
 
-def _fusion(model: SAGE) -> ReliabilityFusion:
-    if not isinstance(model, SAGE):
-        raise TypeError(f"model: expected a SAGE, got {type(model).__name__}")
-    if not isinstance(model.fusion, ReliabilityFusion):
+# ------------------------------------------------------------------------------------------------- in anybody's model
+class _Seen(NamedTuple):
+    """What passed the fusion in one batch; `(*)` is `(B, T)`, or `(N,)`."""
+
+    features: list[Tensor]  # M tensors (*, d), zero where not `known`
+    known: Tensor  # (*, M) bool
+    reliability: Tensor  # (*, M, S)
+    stage: Tensor  # (*, S)
+    own: Tensor  # (*, M, C) of a SAGE; else empty
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, ReliabilityFusion]:
+    """The module whose inputs tell all, and the one fusion: the `SAGE` around it, or the fusion itself."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    sages = [module for module in model.modules() if isinstance(module, SAGE)]
+    if isinstance(model, SAGE) and not isinstance(model.fusion, ReliabilityFusion):
         raise ValueError(
             f"model: expected fusion='reliability', with a confidence to calibrate, got {model.config['fusion']!r}"
         )
-    return model.fusion
+    fusions = [module for module in model.modules() if isinstance(module, ReliabilityFusion)]
+    if len(fusions) != 1:
+        raise ValueError(
+            f"model: expected a module that holds one ReliabilityFusion, got {type(model).__name__} with {len(fusions)}"
+        )
+    return next((sage for sage in sages if sage.fusion is fusions[0]), fusions[0]), fusions[0]
+
+
+def _own_head(model: nn.Module, fusion: ReliabilityFusion, head: ReliabilityHead | None) -> ReliabilityHead | None:
+    """The head that is given, or the one in the model; None where there is none."""
+    if head is None:
+        heads = [module for module in model.modules() if isinstance(module, ReliabilityHead)]
+        if len(heads) > 1:
+            raise ValueError(f"model: expected at most one ReliabilityHead in it (head= chooses), got {len(heads)}")
+        head = heads[0] if heads else None
+    if head is not None and (head.in_dims, head.names) != (fusion.in_dims, fusion.names):
+        raise ValueError(
+            f"head: expected one for the fusion's in_dims {fusion.in_dims} and names {fusion.names}, got {head.in_dims} and "
+            f"{head.names}"
+        )
+    return head
+
+
+def _no_head_for(place: nn.Module, head: ReliabilityHead | None) -> None:
+    if head is not None and isinstance(place, SAGE):
+        raise ValueError("head: expected None (a SAGE predicts from each modality by itself), got a ReliabilityHead")
+
+
+def _look_at(
+    fusion: ReliabilityFusion,
+    features: Features,
+    present: Present | None = None,
+    mask: Tensor | None = None,
+    state: Any = None,
+    *,
+    typicality_inputs: Features | None = None,
+    strict: bool = False,
+) -> _Seen:
+    """The arguments of the fusion's forward, and its raw reliability for them."""
+    given = fusion.admit(features, present, mask, state, typicality_inputs, strict)
+    reliability, stage, _ = fusion.assess_checked(given.features, given.known, state, given.typicality_inputs)
+    seen = [given.known, reliability, stage, reliability.new_empty(0)]
+    x = given.features
+    if given.single:
+        x, seen[:3] = [v.squeeze(1) for v in x], [v.squeeze(1) for v in seen[:3]]
+    return _Seen([v.detach() for v in x], *seen)
+
+
+def _look_at_sage(
+    sage: SAGE,
+    features: Features,
+    present: Present | None = None,
+    mask: Tensor | None = None,
+    state: Any = None,
+    *,
+    strict: bool = False,
+) -> _Seen:
+    """The same of a SAGE, with its unimodal predictions."""
+    if state is not None:
+        raise ValueError(f"state: expected None (a SAGE is calibrated on whole sequences), got {type(state).__name__}")
+    reliability, stage, own, known = sage.assess(features, present, mask)
+    return _Seen([], known, reliability, stage, own)
+
+
+def _check_batches(name: str, batches: object) -> None:
+    """Something to iterate over, and not one batch alone."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{name}: expected an iterable with an item a batch, got {type(batches).__name__}")
+
+
+def _in_step(batches: Iterable[Any], targets: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    nothing, rest, count = object(), iter(targets), 0
+    for count, batch in enumerate(batches, 1):
+        target = next(rest, nothing)
+        if target is nothing:
+            raise ValueError(f"targets: expected one for each of the batches, got {count - 1} for {count} or more")
+        yield batch, target
+    if next(rest, nothing) is not nothing:
+        raise ValueError(f"targets: expected one for each of the {count} batches, got more")
+
+
+def _run(model: nn.Module, batch: Any, name: str) -> None:
+    """The model on a batch, passed as `collect` says."""
+    signature = inspect.signature(model.forward)
+
+    def fits(*args: Any, **kwargs: Any) -> bool:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    if isinstance(batch, Mapping):
+        if all(isinstance(key, str) for key in batch) and fits(**batch):
+            model(**batch)
+            return
+        args: tuple[Any, ...] = (batch,)
+        got = f"keys {list(batch)}"
+    else:
+        args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        got = f"{len(args)} positional arguments"
+    if not fits(*args):
+        raise TypeError(f"{name}: expected what {type(model).__name__}.forward{signature} takes, got {got}")
+    model(*args)
+
+
+def _labels(target: Any, seen: _Seen, name: str) -> tuple[Tensor, Tensor]:
+    """Labels (*, C) in float32 or float64, 0 where not annotated, and (*) bool, where they are; on the CPU."""
+    valid = None
+    if isinstance(target, (tuple, list)):
+        if len(target) != 2:
+            raise ValueError(f"{name}: expected labels or a pair (labels, valid), got {len(target)} items")
+        target, valid = target
+    lead = tuple(seen.known.shape[:-1])
+    check_tensor(name, target)
+    labels = target.detach().cpu()
+    check_labels(name, labels, lead, None, labels)
+    if isinstance(valid, Tensor):
+        valid = valid.cpu()
+    annotated = annotated_frames(labels, valid, f"{name}[1]")
+    return torch.where(annotated.unsqueeze(-1), labels, 0.0).to(arithmetic_dtype(labels)), annotated
+
+
+def _check_targets(labels: Tensor, expected: int, whose: str) -> None:
+    if labels.shape[-1] != expected:
+        raise ValueError(f"targets: expected the {expected} targets of the {whose}, got {labels.shape[-1]}")
+
+
+def _cross_fitted(
+    features: list[list[Tensor]], labels: list[Tensor], masks: list[Tensor], names: tuple[str, ...] | None
+) -> list[Tensor]:
+    """Each modality's predictions (*, M, C) of batches of M tensors (*, d), labels (*, C) and flags (*, M), all on the CPU:
+    ridge regressions, each half of the data predicted by the fit on the other half."""
+    modalities, shapes = len(features[0]), [mask.shape for mask in masks]
+    sizes = [mask[..., 0].numel() for mask in masks]
+    # Which half each frame belongs to: of the batches, of the sequences, or of the frames.
+    if len(sizes) > 1:
+        parts = [torch.full((n,), 2 * i >= len(sizes)) for i, n in enumerate(sizes)]
+    else:
+        *lead, _ = shapes[0]
+        rows = lead[0] if len(lead) == 2 and lead[0] > 1 else sizes[0]
+        parts = [(2 * torch.arange(rows) >= rows).repeat_interleave(sizes[0] // rows)]
+    second = torch.cat(parts)
+    y = torch.cat([label.flatten(0, -2).double() for label in labels])
+    result = torch.zeros(len(y), modalities, y.shape[-1], dtype=torch.float64)
+    for m in range(modalities):
+        x = torch.cat([batch[m].cpu().flatten(0, -2).double() for batch in features])
+        counted = torch.cat([mask[..., m].flatten() for mask in masks])
+        halves = [counted & ~second, counted & second]
+        if not all(bool(half.any()) for half in halves):
+            raise ValueError(
+                f"batches: expected annotated frames with modality {names[m] if names else m} in both halves (to fit its own "
+                "predictions on one for the other), got a half without"
+            )
+        # The penalty, the only thing that both halves decide, is that of the least error.
+        tried = [_ridge(x[fit], y[fit], x[~half]) for fit, half in ((halves[0], ~second), (halves[1], second))]
+        predicted = x.new_zeros(len(PENALTIES), len(x), y.shape[-1])
+        predicted[:, second], predicted[:, ~second] = tried
+        error = (predicted - y).square().mean(-1)[:, counted].mean(-1)
+        result[:, m] = predicted[int(error.argmin())]
+    return [part.unflatten(0, shape[:-1]) for part, shape in zip(result.split(sizes), shapes)]
+
+
+# Of the ridge regressions, as shares of the number of frames; features are standardised.
+PENALTIES = tuple(10.0**e for e in range(-5, 3))
+
+
+def _ridge(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
+    """(n, d), (n, C) -> predictions of `new` (k, d) under each of `PENALTIES`, (P, k, C)."""
+    mean, std, offset = x.mean(0), x.std(0, correction=0), y.mean(0)
+    scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.0)
+    x, new = (x - mean) * scale, (new - mean) * scale
+    values, vectors = torch.linalg.eigh(x.t() @ x / len(x))
+    along = vectors.t() @ (x.t() @ (y - offset) / len(x))
+    return (
+        torch.stack([new @ (vectors @ (along / (values.clamp(min=0) + p).unsqueeze(-1))) for p in PENALTIES]) + offset
+    )
+
+
+# --------------------------------------------------------------------------------------------------- SAGE and its clips
+def _collect_clips(model: nn.Module, batches: Iterable[Any], head: ReliabilityHead | None) -> Evidence:
+    place, fusion = _find(model)
+    if place is not model or not isinstance(model, SAGE):
+        raise TypeError("targets: expected the labels of each batch (only a SAGE finds them in it), got None")
+    _no_head_for(place, head)
+    device = fusion.log_temperature.device
+    training = model.training
+    model.eval()
+    parts = []
+    try:
+        for batch in batches:
+            features, present = moved(batch["features"], device), moved(batch.get("present"), device)
+            reliability, stage, unimodal, known = model.assess(features, present, moved(batch.get("frame"), device))
+            error = (unimodal - batch["labels"].to(device).unsqueeze(2)).square()
+            mask = batch["valid"].to(device).unsqueeze(-1) & known
+            parts.append([x.flatten(0, 1).cpu() for x in (reliability, stage, error, mask)])
+    finally:
+        model.train(training)
+    if not parts:
+        raise ValueError("batches: expected one or more, got none")
+    return Evidence(*(torch.cat(column) for column in zip(*parts)))

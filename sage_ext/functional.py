@@ -7,7 +7,7 @@ zero-size inputs, and gives the same bits whatever the thread count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from ._arguments import (
     DOUBLE,
     MAX_MODALITIES,
     MAX_STAGES,
+    Features,
+    Present,
     arithmetic_dtype,
     check_bool,
     check_device,
@@ -27,6 +29,7 @@ from ._arguments import (
     check_shape,
     check_tensor,
     check_window,
+    ordered_values,
     to_dtype,
 )
 from ._ops import _door
@@ -99,14 +102,14 @@ def stage_filter(
 
 # --------------------------------------------------------------------------------------------- reliability_fusion
 def reliability_fusion(
-    values: Sequence[Tensor],
+    values: Features,
     reliability: Tensor,
     stage: Tensor | None = None,
     *,
     log_temperature: Tensor | None = None,
     bias: Tensor | None = None,
     sharpness: Tensor | None = None,
-    present: Tensor | None = None,
+    present: Present | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -121,13 +124,15 @@ def reliability_fusion(
 
     Args:
         values: M tensors (*, D) of one shape, dtype (float16, bfloat16, float32, float64) and device, 1 <= M <= 8. Read
-            where they lie: rows may have any common stride, nothing is stacked.
+            where they lie: rows may have any common stride, nothing is stacked. A sequence, or a mapping by name, whose order
+            is then that of the modalities in all that has a dimension M, given and returned.
         reliability: (*, M, S) raw reliability logit of each modality in each stage, S <= 16.
         stage: (*, S) stage posterior, rows summing to 1; default uniform.
         log_temperature, bias: (M, S) calibration of the logits; default 0.
         sharpness: () or (M,), how strongly confidence turns into weight; default 1.
         present: (*, M) bool; False: the modality is missing in that frame. It is not read (NaN there reaches nothing);
-            its confidence, weight and gradients are exactly 0. A frame with no modality gives zeros.
+            its confidence, weight and gradients are exactly 0. A frame with no modality gives zeros. With ``values`` by name
+            it may be a mapping too, name -> (*) bool, in any order, none left out.
         norm_weight, norm_bias: (M, D) affine of a LayerNorm over D, one a modality; both or neither (no normalisation).
         eps: of the LayerNorm.
 
@@ -144,23 +149,27 @@ def reliability_fusion(
             ``eps`` not a number.
         ValueError: shapes, devices, M, S or eps out of range, or one of norm_weight and norm_bias alone.
     """
-    if isinstance(values, Tensor) or not isinstance(values, Sequence):
-        raise TypeError(f"values: expected a sequence of tensors, one a modality, got {type(values).__name__}")
+    if isinstance(values, Tensor) or not isinstance(values, (Sequence, Mapping)):
+        raise TypeError(
+            f"values: expected a sequence or a mapping of tensors, one a modality, got {type(values).__name__}"
+        )
+    labels = [f"values[{label}]" for label in (values if isinstance(values, Mapping) else range(len(values)))]
+    values, present = ordered_values(values, present)
     modalities = len(values)
     if not 1 <= modalities <= MAX_MODALITIES:
         raise ValueError(f"values: expected 1 to {MAX_MODALITIES} modalities, got {modalities}")
     first = values[0]
-    for m, x in enumerate(values):
-        check_tensor(f"values[{m}]", x)
+    for label, x in zip(labels, values):
+        check_tensor(label, x)
         if x.dtype != first.dtype:
-            raise TypeError(f"values[{m}]: expected dtype {first.dtype} (that of values[0]), got {x.dtype}")
+            raise TypeError(f"{label}: expected dtype {first.dtype} (that of {labels[0]}), got {x.dtype}")
         if x.shape != first.shape:
             raise ValueError(
-                f"values[{m}]: expected shape {tuple(first.shape)} (that of values[0]), got {tuple(x.shape)}"
+                f"{label}: expected shape {tuple(first.shape)} (that of {labels[0]}), got {tuple(x.shape)}"
             )
-        check_device(f"values[{m}]", x, first, "values[0]")
+        check_device(label, x, first, labels[0])
     if first.dim() < 1:
-        raise ValueError("values[0]: expected shape (*, D), got a scalar")
+        raise ValueError(f"{labels[0]}: expected shape (*, D), got a scalar")
     lead, dim = first.shape[:-1], first.shape[-1]
     check_tensor("reliability", reliability)
     if reliability.dim() != first.dim() + 1 or reliability.shape[:-1] != (*lead, modalities):

@@ -7,13 +7,11 @@ docs/math.md derives each formula; names are the same there, here and in csrc/ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import CONSTANTS
+from ._arguments import CONSTANTS, Features, Present, ordered_values
 
 # Bounds d log-odds / d stage[s] by exp(60) where a stage of (next to) no probability would explain the frame better than
 # all likely ones; no value depends on it.
@@ -52,19 +50,20 @@ def _log_mixture(stage: Tensor, log_p: Tensor) -> Tensor:
 
 
 def reliability_fusion(
-    values: Sequence[Tensor],
+    values: Features,
     reliability: Tensor,
     stage: Tensor | None = None,
     *,
     log_temperature: Tensor | None = None,
     bias: Tensor | None = None,
     sharpness: Tensor | None = None,
-    present: Tensor | None = None,
+    present: Present | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage-adaptive, calibrated, reliability-weighted sum. See `sage_ext.functional.reliability_fusion`."""
+    values, present = ordered_values(values, present)
     dtype = values[0].dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     reliability = reliability.to(compute)
@@ -104,13 +103,15 @@ def reliability_fusion(
 
 # --------------------------------------------------------------------------------- what a frame says about itself
 def typicality(
-    inputs: Sequence[Tensor], mean: Tensor, var: Tensor, present: Tensor | None = None, *, window: int = 16
+    inputs: Features, mean: Tensor, var: Tensor, present: Present | None = None, *, window: int = 16
 ) -> Tensor:
     """How usual a modality's energy and motion of the last `window` frames are: see `sage_ext.nn.Typicality`.
 
-    inputs: M whole sequences (B, T, d); mean, var: (M, 2) of the averaged log energy of a frame and of its step from the
-    frame before; present: (B, T, M). Returns (B, T, M, 4): asinh of the two z-scores, and their sizes.
+    inputs: M whole sequences (B, T, d), also by name; mean, var: (M, 2) of the averaged log energy of a frame and of its
+    step from the frame before; present: (B, T, M), or (B, T) by name. Returns (B, T, M, 4): asinh of the two z-scores, and
+    their sizes.
     """
+    inputs, present = ordered_values(inputs, present)
     result = []
     for m, x in enumerate(inputs):
         here = torch.ones_like(x[..., 0], dtype=torch.bool) if present is None else present[..., m]

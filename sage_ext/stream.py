@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from ._arguments import CONSTANTS, check_int
+from ._arguments import CONSTANTS, check_bool, check_int, finite_frames, nonfinite_error
 from ._ops import _door
 
 __all__ = ["StreamOutput", "StreamStats", "StreamingSession"]
@@ -126,6 +126,9 @@ class StreamingSession:
         self._native = _door.kernels[self.device.type].open_session(shape, addresses, batch_size, where)
         modalities = len(self.in_dims)
         self._labels = self.names or tuple(str(m) for m in range(modalities))
+        self._standard = [
+            (tensors[f"input_mean_{m}"].clone(), tensors[f"input_scale_{m}"].clone()) for m in range(modalities)
+        ]
         self._shapes = tuple((batch_size, d) for d in self.in_dims)
         with torch.inference_mode(False):  # else autograd could not take them outside that mode
             self._output = StreamOutput(
@@ -146,17 +149,22 @@ class StreamingSession:
     def step(
         self,
         features: Mapping[str, Array] | Sequence[Array],
-        present: Array | None = None,
+        present: Array | Mapping[str, Array] | None = None,
         active: Array | None = None,
+        *,
+        strict: bool = False,
     ) -> StreamOutput:
         """Take one frame of every active stream.
 
         Args:
             features: M tensors (on the CPU or the session's GPU) or NumPy arrays (batch_size, D_m), float32: a mapping by
                 name, or a sequence.
-            present: (batch_size, M) bool; False: the modality is missing in this frame (not read). None: all present.
+            present: (batch_size, M) bool; False: the modality is missing in this frame (not read). Or a mapping that gives
+                each modality's (batch_size,) by name, none left out. None: all present.
             active: (batch_size,) bool; False: this stream has no frame now; nothing of it is read, its state stays as it
                 is. None: all active.
+            strict: raise ValueError, naming modality and row, for a frame of an active stream that is not finite where it is
+                said to be present, rather than take it as missing; before anything has moved.
 
         NaN, Inf, or values so large (from about 1e18) that their squares overflow, in a present modality: it counts as
         absent in this frame, and in `stats`. The returned tensors are overwritten by the next step.
@@ -184,17 +192,47 @@ class StreamingSession:
             ]
         )
         seen = moving = 0
+        if isinstance(present, Mapping):
+            present = self._ordered(present)
         if present is not None:
             shape = self.batch_size, len(self._shapes)
             seen = _address("present", "", present, torch.bool, shape, self.device, held)
         if active is not None:
             moving = _address("active", "", active, torch.bool, (self.batch_size,), self.device, held)
+        check_bool("strict", strict)
+        if strict:
+            self._refuse_nonfinite(features, present, active)
         if self._on_cpu:
             self._native.step(addresses, seen, moving, self._targets, torch.get_num_threads(), 0)
         else:  # what wrote an input on the GPU may still be under way, on the current stream
             ahead = torch.cuda.current_stream(self.device).cuda_stream if torch.cuda.is_initialized() else 0
             self._native.step(addresses, seen, moving, self._targets, self.device.index, ahead)
         return self._output
+
+    def _ordered(self, present: Mapping[str, Array]) -> Tensor:
+        """A mapping name -> (batch_size,) bool as (batch_size, M) on the CPU, checked."""
+        if self.names is None:
+            raise TypeError(
+                "present: expected a tensor or array (this model's modalities have no names), got a mapping"
+            )
+        if set(present) != set(self.names):
+            raise ValueError(f"present: expected the modalities {list(self.names)}, got {list(present)}")
+        for name in self.names:
+            _address("present", name, present[name], torch.bool, (self.batch_size,), self.device, [])
+        return torch.stack([_tensor(present[name]) for name in self.names], 1)
+
+    def _refuse_nonfinite(self, features: Sequence[Array], present: Array | None, active: Array | None) -> None:
+        """ValueError for a frame that the kernel would count as not finite. (The sum of squares runs in another order here:
+        one within rounding of the largest float32 may be judged differently.)"""
+        frames = [(_tensor(x) - mean) * scale for x, (mean, scale) in zip(features, self._standard)]
+        refused = ~finite_frames(frames)  # (batch_size, M)
+        if present is not None:
+            refused &= _tensor(present)
+        if active is not None:
+            refused &= _tensor(active).unsqueeze(1)
+        if bool(refused.any()):
+            m, row = refused.t().nonzero()[0].tolist()
+            raise nonfinite_error(self._labels[m], frames[m][row], f"row {row}")
 
     def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
         """Begin a new stream in these rows (None: in all): their state is that before a first frame, their outputs are zeros.
@@ -328,6 +366,11 @@ def _device(device: torch.device | str | None) -> torch.device:
     if found.index is None:
         return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     return found
+
+
+def _tensor(x: Array) -> Tensor:
+    """On the CPU."""
+    return (torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x).detach().cpu()
 
 
 def _address(

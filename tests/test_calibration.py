@@ -314,7 +314,11 @@ def test_calibration_keeps_the_ranking_within_a_stage():
             "mask: expected a frame or more to .*, got none",
         ),
         (lambda l, s, e: spearman(s, s), ValueError, "two 1-d tensors"),
-        (lambda l, s, e: calibrate(torch.nn.Linear(1, 1), []), TypeError, "model: expected a SAGE"),
+        (
+            lambda l, s, e: calibrate(torch.nn.Linear(1, 1), []),
+            ValueError,
+            "model: expected a module that holds one ReliabilityFusion, got Linear with 0",
+        ),
         (
             lambda l, s, e: calibrate(model(fusion="uniform"), batches()),
             ValueError,

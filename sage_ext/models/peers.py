@@ -5,7 +5,8 @@ same, so that only the fusion differs. Each module follows the published definit
 leaves a choice (its output's width, what becomes of a missing modality) the docstring states ours. `parameter_table`
 counts the parameters each one adds.
 
-Common to all (see `PeerFusion`): a missing modality is zeros, whatever the tensor holds there; in a frame without any
+Common to all (see `PeerFusion`): a missing modality is zeros, whatever the tensor holds there, and one whose frame is not
+finite is missing; in a frame without any
 modality the result is zero; weights are uniform over the present modalities and confidence is 1/2, unless the module
 has weights of its own. Input sizes are written `d_m`, `d = sum of d_m`; features are (B, T, d_m), `T` frames.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .._arguments import arithmetic_dtype, blank_missing, check_dropout, check_int
 from ..nn import Fusion, FusionOutput
-from ..nn.fusion import SHARPENING_RATE
+from ..nn.fusion import SHARPENING_RATE, nothing_refused
 from .fusions import FUSIONS, fusion_class, fusion_names
 
 __all__ = ["FUSIONS", "PeerFusion", "fusion_class", "fusion_names", "parameter_table", "register"]
@@ -94,7 +95,8 @@ class PeerFusion(Fusion):
         fused = torch.where(known.any(-1, keepdim=True), fused, 0.0)
         dtype = arithmetic_dtype(x[0])
         weights, confidence = self.weigh(known, dtype), 0.5 * known.to(dtype)
-        return FusionOutput(fused, weights, confidence, fused.new_ones(batch, frames, 1, dtype=dtype), state)
+        stage = fused.new_ones(batch, frames, 1, dtype=dtype)
+        return FusionOutput(fused, weights, confidence, stage, state, nothing_refused(x))
 
 
 # ------------------------------------------------------------------------------------------------------------ registry

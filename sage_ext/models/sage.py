@@ -14,15 +14,18 @@ from .._arguments import (
     CONSTANTS,
     MAX_MEMORY,
     Features,
+    Present,
     blank_missing,
     check_bool,
     check_dropout,
-    check_flags,
     check_int,
     check_number,
     join_flags,
     named_dims,
     ordered_features,
+    ordered_present,
+    read_flags,
+    take_finite,
 )
 from ..nn import Fusion, ReliabilityNLL, calibrated_confidence
 from .fusions import fusion_class
@@ -60,6 +63,9 @@ class SAGEOutput(NamedTuple):
     confidence: Tensor  # (B, T, M)
     stage: Tensor  # (B, T, S)
     state: SAGEState | None  # of a causal model, for the next chunk
+    # (M,) int64: the frames of each modality that were said to be present, and no padding, but, once standardised, held NaN,
+    # Inf or numbers whose squares overflow float32. They count as missing.
+    nonfinite: Tensor
 
 
 class SAGE(nn.Module):
@@ -77,10 +83,10 @@ class SAGE(nn.Module):
     its encoder.
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
-    frame of the training data; whatever the tensor holds there, NaN included, reaches nothing. A modality whose features
-    stand perfectly still for longer than is natural to it is missing too: a muted microphone and a frozen picture repeat
-    themselves to the last digit, a live one does not. How long words and flags rest while all is well, `fit_statistics`
-    learns.
+    frame of the training data; whatever the tensor holds there, NaN included, reaches nothing. A modality whose frame is
+    not finite is missing, whatever `present` says. One whose features stand perfectly still for longer than is natural to it
+    is missing too: a muted microphone and a frozen picture repeat themselves to the last digit, a live one does not. How
+    long words and flags rest while all is well, `fit_statistics` learns.
 
     Args:
         in_dims: feature size a modality, 1 to 8: a mapping name -> size, or a sequence.
@@ -233,7 +239,8 @@ class SAGE(nn.Module):
 
         `batches`: dicts with "features", and optionally "present" (B, T, M) and "frame" (B, T): what the windows'
         `collate` gives. Iterated twice, so a one-shot iterator is a TypeError. Without this call inputs are used as
-        they are, typicality follows the training batches by momentum, and every limit is `stuck`.
+        they are, typicality follows the training batches by momentum, and every limit is `stuck`. A frame that is not
+        finite is missing; for the standardisation it is judged by its features as they are.
         """
         if iter(batches) is batches:
             raise TypeError(
@@ -245,8 +252,9 @@ class SAGE(nn.Module):
         m2 = [torch.zeros(d, dtype=torch.float64, device=device) for d in self.in_dims]
         for batch in batches:
             x, known, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
+            x, known, _ = take_finite(x, known)
             for m, v in enumerate(x):
-                rows = (v.flatten(0, 1) if known is None else v[known[..., m]]).double()
+                rows = v[known[..., m]].double()
                 if not len(rows):
                     continue
                 gap = rows.mean(0) - mean[m]
@@ -275,7 +283,7 @@ class SAGE(nn.Module):
     ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
         for batch in batches:
             x, known, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
-            x = self._standardise(x, known)
+            x, known, _ = self._standardise(x, known)
             if self.stuck:
                 repeats = self._repeats(x, known, None)
                 for m, rest in enumerate(rests):
@@ -283,30 +291,32 @@ class SAGE(nn.Module):
             yield x, known
 
     def _inputs(
-        self, features: Features, present: Tensor | None, mask: Tensor | None, device: torch.device | None = None
+        self, features: Features, present: Present | None, mask: Tensor | None, device: torch.device | None = None
     ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """The caller's arguments, checked: M tensors (B, T, D_m), `known` (B, T, M), mask. `known` says that a modality is
         present in a frame that is no padding; None: all are."""
         if device is not None:
-            features = (
-                {k: v.to(device) for k, v in features.items()}
-                if isinstance(features, Mapping)
-                else [v.to(device) for v in features]
-            )
-            present = None if present is None else present.to(device)
+            features, present = moved(features, device), moved(present, device)
             mask = None if mask is None else mask.to(device)
-        x = ordered_features(features, self.names, self.in_dims)
+        first = self.encoders[0]
+        assert isinstance(first, Encoder)
+        # Of a dynamically quantised Linear the weight is a method.
+        weights = getattr(first.project.weight, "dtype", None)
+        x = ordered_features(features, self.names, self.in_dims, "features", weights)
         if x[0].dim() != 3:
             raise ValueError(f"features: expected shape (B, T, D) a modality, got {tuple(x[0].shape)}")
-        check_flags(x, present, mask)
+        present, mask = read_flags(x, self.names, present, mask)
         return x, join_flags(present, mask, len(x)), mask
 
-    def _standardise(self, x: Sequence[Tensor], known: Tensor | None) -> list[Tensor]:
+    def _standardise(
+        self, x: Sequence[Tensor], known: Tensor | None, strict: bool = False
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Standardised inputs, zero where missing; `known` without the frames that are not finite; how many those are."""
         scaled = [
             (v - self.get_buffer(f"input_mean_{m}").to(v.dtype)) * self.get_buffer(f"input_scale_{m}").to(v.dtype)
             for m, v in enumerate(x)
         ]
-        return blank_missing(scaled, known)
+        return take_finite(scaled, known, self.names, strict=strict)
 
     # ----------------------------------------------------------------------------------------------------- forward
     def encode(
@@ -323,18 +333,25 @@ class SAGE(nn.Module):
     def forward(
         self,
         features: Features,
-        present: Tensor | None = None,
+        present: Present | None = None,
         mask: Tensor | None = None,
         state: SAGEState | None = None,
+        *,
+        strict: bool = False,
     ) -> SAGEOutput:
         """Estimate a chunk; consecutive chunks with `state` give what one whole call gives.
 
         Args:
-            features: M tensors (B, T, D_m), one floating dtype: a mapping by name, or a sequence.
-            present: (B, T, M) bool; False: the modality is missing in that frame (not read).
+            features: M tensors (B, T, D_m), of the dtype of the model's weights unless autocast is on: a mapping by name, or
+                a sequence.
+            present: (B, T, M) bool; False: the modality is missing in that frame (not read). Or a mapping that gives each
+                modality's (B, T) by name, none left out.
             mask: (B, T) bool; False: padding, in which everything is missing.
             state: `SAGEOutput.state` of the chunk before; None starts a sequence. Causal models only.
+            strict: raise ValueError, naming modality and place, for a frame that is not finite where it is said to be
+                present, rather than take it as missing. Waits for the device, and cannot be compiled in one graph.
         """
+        check_bool("strict", strict)
         if state is not None and not self.causal:
             why = "causal=False" if not self.config["causal"] else f"fusion={self.config['fusion']!r}"
             raise ValueError(
@@ -342,7 +359,8 @@ class SAGE(nn.Module):
                 f"{type(state).__name__}"
             )
         x, known, mask = self._inputs(features, present, mask)
-        x, known, still = self._moving(self._standardise(x, known), known, None if state is None else state.still)
+        x, known, nonfinite = self._standardise(x, known, strict)
+        x, known, still = self._moving(x, known, None if state is None else state.still)
         encoded, history = self.encode(x, mask, None if state is None else state.history)
         told = self._told(known, mask)
         result = self.fusion.fuse_checked(
@@ -358,6 +376,7 @@ class SAGE(nn.Module):
             result.confidence,
             result.stage,
             SAGEState(history, fused, result.state, memory, still) if self.causal else None,
+            nonfinite,
         )
 
     def stream(
@@ -377,24 +396,24 @@ class SAGE(nn.Module):
         return StreamingSession(self, batch_size, weights_dtype, device)
 
     def assess(
-        self, features: Features, present: Tensor | None = None, mask: Tensor | None = None
+        self, features: Features, present: Present | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What calibration reads: uncalibrated reliability logits (B, T, M, S), stage posterior (B, T, S), unimodal
-        predictions (B, T, M, C) of whole sequences, and (B, T, M) bool: present, and not stuck. The memory goes by
+        predictions (B, T, M, C) of whole sequences, and (B, T, M) bool: present, finite, and not stuck. The memory goes by
         uncalibrated confidence: what is fitted must not depend on what was fitted before. Arguments as `forward`;
         ValueError with uniform weights."""
         if not self.fusion.has_reliability:
             raise ValueError(f"fusion: expected one that has a reliability to assess, got {self.config['fusion']!r}")
         x, known, mask = self._inputs(features, present, mask)
-        x, known, _ = self._moving(self._standardise(x, known), known, None)
+        x, known, _ = self._standardise(x, known)
+        x, known, _ = self._moving(x, known, None)
         encoded, _ = self.encode(x, mask)
         told = self._told(known, mask)
         encoded = blank_missing(encoded, told)
-        reliability, stage, _ = self.fusion.assess(encoded, told, None, x)
+        reliability, stage, _ = self.fusion.assess_checked(encoded, told, None, x)
         precision = self._precision(calibrated_confidence(reliability, stage), told)
         unimodal = self._estimate(self.fusion.alone(encoded, told), precision, mask, None)[0]
-        if known is None:
-            known = torch.ones(reliability.shape[:3], dtype=torch.bool, device=reliability.device)
+        assert known is not None  # `_standardise` gave it
         return reliability, stage, unimodal, known
 
     def _told(self, known: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -466,6 +485,15 @@ class SAGE(nn.Module):
         return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))
 
 
+def moved(features: Any, device: torch.device) -> Any:
+    """Tensors on `device`: one, a mapping or a sequence of them, or None."""
+    if isinstance(features, Mapping):
+        return {name: x.to(device) for name, x in features.items()}
+    if isinstance(features, Sequence):
+        return [x.to(device) for x in features]
+    return None if features is None else features.to(device)
+
+
 class _Rests:
     """How often the frames of one modality repeat, over windows of training data."""
 
@@ -511,10 +539,19 @@ class SAGELoss(nn.Module):
     Args:
         kappa: error scale of confidence, `model.kappa`.
         unimodal, reliability: weights of the second and third part.
+        names: of the modalities in order, `model.names`: only for a `present` that is a mapping.
     """
 
-    def __init__(self, kappa: float = 0.25, *, unimodal: float = 0.5, reliability: float = 0.1) -> None:
+    def __init__(
+        self,
+        kappa: float = 0.25,
+        *,
+        unimodal: float = 0.5,
+        reliability: float = 0.1,
+        names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
+        self.names = None if names is None else tuple(names)
         for name, value in (("unimodal", unimodal), ("reliability", reliability)):
             check_number(name, value, ">= 0 and finite", lambda weight: 0 <= weight < math.inf)
         self.unimodal, self.reliability = float(unimodal), float(reliability)
@@ -524,15 +561,20 @@ class SAGELoss(nn.Module):
         return f"unimodal={self.unimodal}, reliability={self.reliability}"
 
     def forward(
-        self, output: SAGEOutput, labels: Tensor, valid: Tensor | None = None, present: Tensor | None = None
+        self, output: SAGEOutput, labels: Tensor, valid: Tensor | None = None, present: Present | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """labels (B, T, C); valid (B, T) bool: annotated frames; present (B, T, M) bool, as given to the model.
+        """labels (B, T, C); valid (B, T) bool: annotated frames; present (B, T, M) bool, or a mapping name -> (B, T), as
+        given to the model.
 
         Returns the total and its unweighted parts, detached: "prediction", "unimodal", "reliability".
         """
         modalities = output.unimodal.shape[2]
+        if isinstance(present, Mapping) and self.names is None:
+            raise TypeError("present: expected a tensor (SAGELoss was built without names=model.names), got a mapping")
+        lead = tuple(output.unimodal.shape[:2])
+        flags = ordered_present(present, self.names, lead, "(B, T)", output.unimodal, "the output")
         labels = labels.to(output.prediction.dtype)
-        counted = join_flags(present, valid, modalities)  # (B, T, M)
+        counted = join_flags(flags, valid, modalities)  # (B, T, M)
         prediction = 1 - functional.ccc(output.prediction, labels, valid).mean()
 
         targets = labels.unsqueeze(2).expand_as(output.unimodal)

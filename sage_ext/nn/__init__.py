@@ -1,4 +1,4 @@
-"""Modules: the drop-in `ReliabilityFusion`, and the losses that train through concordance and calibrated confidence."""
+"""Modules: the drop-in `ReliabilityFusion`, the head that teaches its confidence, and losses that train through concordance."""
 
 from .._arguments import Features as Features
 from .._arguments import check_int as check_int
@@ -10,6 +10,7 @@ from .fusion import (
     UniformFusion,
     calibrated_confidence,
 )
+from .head import ReliabilityHead
 from .losses import CCCLoss, ReliabilityNLL, TemporalCCCLoss
 from .typicality import Typicality
 
@@ -19,6 +20,7 @@ __all__ = [
     "FusionOutput",
     "FusionState",
     "ReliabilityFusion",
+    "ReliabilityHead",
     "ReliabilityNLL",
     "TemporalCCCLoss",
     "Typicality",

@@ -15,13 +15,17 @@ from .._arguments import (
     CONSTANTS,
     MAX_STAGES,
     Features,
+    Present,
     arithmetic_dtype,
     blank_missing,
-    check_flags,
+    check_bool,
     check_int,
+    finite_frames,
     join_flags,
     named_dims,
     ordered_features,
+    read_flags,
+    take_finite,
 )
 from .typicality import TYPICALITY_FEATURES, Typicality
 
@@ -50,6 +54,25 @@ class FusionOutput(NamedTuple):
     confidence: Tensor  # (*, M) calibrated reliability in [0, 1]; 0 where absent
     stage: Tensor  # (*, S) posterior of the interaction stage
     state: tuple[Tensor, ...] | None  # for the next chunk; a FusionState of ReliabilityFusion
+    # (M,) int64: the frames of each modality that were said to be present, and no padding, but held NaN, Inf or numbers whose
+    # squares overflow float32. They count as missing.
+    nonfinite: Tensor
+
+
+class Admitted(NamedTuple):
+    """What `Fusion.forward` hands on once it has checked a caller's arguments: sequences (single frames are sequences of
+    one), zero where `known` is False."""
+
+    features: list[Tensor]  # M tensors (B, T, d)
+    known: Tensor  # (B, T, M) bool: present, no padding, and finite
+    typicality_inputs: list[Tensor] | None  # M tensors (B, T, anything)
+    nonfinite: Tensor  # (M,) int64, of `FusionOutput`
+    single: bool  # the caller's features were (N, d)
+
+
+def nothing_refused(x: Sequence[Tensor]) -> Tensor:
+    """`FusionOutput.nonfinite` of M tensors that are finite wherever they are known: (M,) zeros."""
+    return x[0].new_zeros(len(x), dtype=torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------ what SAGE asks for
@@ -59,7 +82,11 @@ class Fusion(nn.Module):
     A subclass defines `fuse_checked`, and overrides what it answers differently. `forward` checks what a caller gives and
     blanks what is missing, then calls `fuse_checked`; a model that has done both calls that one itself.
 
-    Everywhere `known` (B, T, M) bool says that a modality is present in a frame that is no padding; None: everywhere.
+    A frame that holds NaN, Inf or numbers whose squares overflow float32 is missing, whatever `present` says of it: it
+    reaches neither values nor gradients, and `FusionOutput.nonfinite` counts it.
+
+    Everywhere `known` (B, T, M) bool says that a modality is present, and finite, in a frame that is no padding; None:
+    everywhere.
 
     Args:
         in_dims: feature size a modality, 1 to 8 of them: a sequence, or a mapping name -> size.
@@ -90,6 +117,14 @@ class Fusion(nn.Module):
         dims = dict(zip(self.names, self.in_dims)) if self.names else self.in_dims
         return f"in_dims={dims}, dim={self.dim}"
 
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """What the features' dtype has to be unless autocast is on: that of the first Linear or convolution; None: any."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                return module.weight.dtype
+        return None
+
     def fuse_checked(
         self,
         x: list[Tensor],
@@ -97,65 +132,103 @@ class Fusion(nn.Module):
         state: Any = None,
         typicality_inputs: Sequence[Tensor] | None = None,
     ) -> FusionOutput:
-        """`forward` behind its checks: M tensors (B, T, d), and as many of any size for typicality, all of them zero where
-        `known` is False."""
+        """`forward` behind its checks: M finite tensors (B, T, d), and as many of any size for typicality, all of them zero
+        where `known` is False. Its `nonfinite` is zeros: the caller has counted."""
         raise NotImplementedError
 
     def forward(
         self,
         features: Features,
-        present: Tensor | None = None,
+        present: Present | None = None,
         mask: Tensor | None = None,
         state: Any = None,
         *,
-        typicality_inputs: Sequence[Tensor] | None = None,
+        typicality_inputs: Features | None = None,
+        strict: bool = False,
     ) -> FusionOutput:
         """Fuse a chunk.
 
         Args:
-            features: M tensors (B, T, d), or (N, d) for N single frames: a sequence, or a mapping by name.
-            present: (B, T, M) or (N, M) bool; False: the modality is missing there (not read: NaN is harmless).
+            features: M tensors (B, T, d), or (N, d) for N single frames: a sequence, or a mapping by name. Of the dtype of
+                the module's weights, unless autocast is on.
+            present: (B, T, M) or (N, M) bool; False: the modality is missing there (not read: NaN is harmless). Or a mapping
+                that gives each modality's (B, T) or (N,) by name, none left out.
             mask: (B, T) or (N,) bool; False: padding. Counts as a frame in which everything is missing.
             state: `FusionOutput.state` of the chunk before; None starts a sequence. Causal fusions only.
             typicality_inputs: M tensors (B, T, anything) that typicality reads in place of `features`: a model passes
                 its inputs, whose statistics do not move while its encoders learn. Not used by fusions without typicality.
+            strict: raise ValueError, naming modality and place, for a frame that is not finite where it is said to be
+                present, rather than take it as missing. Waits for the device, and cannot be compiled in one graph.
+
+        Raises TypeError or ValueError naming the argument for anything malformed.
         """
-        x = ordered_features(features, self.names, self.in_dims)
-        check_flags(x, present, mask)
+        given = self.admit(features, present, mask, state, typicality_inputs, strict)
+        out = self.fuse_checked(given.features, given.known, state, given.typicality_inputs)
+        fused, weights, confidence, stage = (v.squeeze(1) for v in out[:4]) if given.single else out[:4]
+        return FusionOutput(fused, weights, confidence, stage, out.state, given.nonfinite)
+
+    def admit(
+        self,
+        features: Features,
+        present: Present | None = None,
+        mask: Tensor | None = None,
+        state: Any = None,
+        typicality_inputs: Features | None = None,
+        strict: bool = False,
+    ) -> Admitted:
+        """The arguments of `forward`, checked, in the modalities' order, and blanked where they are missing."""
+        check_bool("strict", strict)
+        x = ordered_features(features, self.names, self.in_dims, "features", self.weights_dtype)
+        present, mask = read_flags(x, self.names, present, mask)
         if state is not None and not self.causal:
             raise ValueError(
                 f"state: expected None ({type(self).__name__} is not causal and cannot run in chunks), got "
                 f"{type(state).__name__}"
             )
+        inputs = None
         if typicality_inputs is not None:
-            typicality_inputs = ordered_features(typicality_inputs, None, [None] * len(x), "typicality_inputs")
-            lead, got = tuple(x[0].shape[:-1]), tuple(typicality_inputs[0].shape[:-1])
+            names = self.names if isinstance(typicality_inputs, Mapping) else None
+            inputs = ordered_features(typicality_inputs, names, [None] * len(x), "typicality_inputs")
+            lead, got = tuple(x[0].shape[:-1]), tuple(inputs[0].shape[:-1])
             if got != lead:
                 raise ValueError(f"typicality_inputs: expected leading shape {lead} (that of the features), got {got}")
         known = join_flags(present, mask, len(x))
+        finite = finite_frames(x) if inputs is None else finite_frames(x) & finite_frames(inputs)
+        x, known, nonfinite = take_finite(x, known, self.names, finite=finite, strict=strict)
+        inputs = None if inputs is None else blank_missing(inputs, known)
         single = x[0].dim() == 2
         if single:
-            x = [v.unsqueeze(1) for v in x]
-            known = None if known is None else known.unsqueeze(1)
-            typicality_inputs = None if typicality_inputs is None else [v.unsqueeze(1) for v in typicality_inputs]
-        inputs = None if typicality_inputs is None else blank_missing(typicality_inputs, known)
-        out = self.fuse_checked(blank_missing(x, known), known, state, inputs)
-        if not single:
-            return out
-        fused, weights, confidence, stage = (v.squeeze(1) for v in out[:4])
-        return FusionOutput(fused, weights, confidence, stage, out.state)
+            x, known = [v.unsqueeze(1) for v in x], known.unsqueeze(1)
+            inputs = None if inputs is None else [v.unsqueeze(1) for v in inputs]
+        return Admitted(x, known, inputs, nonfinite, single)
 
     def fit_inputs(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
         """Learn what it needs to know of clean training data: (what typicality reads, `known`) of each batch."""
 
     def assess(
         self,
-        features: Sequence[Tensor],
+        features: Features,
+        present: Present | None = None,
+        mask: Tensor | None = None,
+        state: Any = None,
+        *,
+        typicality_inputs: Features | None = None,
+        strict: bool = False,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Raw reliability logits (*, M, S), stage posterior (*, S), next state; only where `has_reliability`. Arguments as
+        `forward`."""
+        given = self.admit(features, present, mask, state, typicality_inputs, strict)
+        reliability, stage, state = self.assess_checked(given.features, given.known, state, given.typicality_inputs)
+        return (reliability.squeeze(1), stage.squeeze(1), state) if given.single else (reliability, stage, state)
+
+    def assess_checked(
+        self,
+        x: Sequence[Tensor],
         known: Tensor | None = None,
         state: Any = None,
         typicality_inputs: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
-        """Raw reliability logits (B, T, M, S), stage posterior (B, T, S), next state; only where `has_reliability`."""
+        """`assess` behind its checks; arguments as `fuse_checked`."""
         raise NotImplementedError(f"{type(self).__name__} has no reliability to assess")
 
     def log_precision(self, confidence: Tensor) -> Tensor:
@@ -205,6 +278,10 @@ class _WeightedFusion(Fusion):
         self.value = nn.ModuleList(nn.Linear(d, dim) for d in self.in_dims)
         self.norm_weight = nn.Parameter(torch.ones(modalities, dim)) if norm else None
         self.norm_bias = nn.Parameter(torch.zeros(modalities, dim)) if norm else None
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        return getattr(self.value[0].weight, "dtype", None)  # of a dynamically quantised Linear the weight is a method
 
     def values(self, x: Sequence[Tensor]) -> list[Tensor]:
         """Each modality's values before their LayerNorm, (B, T, dim)."""
@@ -298,27 +375,27 @@ class ReliabilityFusion(_WeightedFusion):
     def log_precision(self, confidence: Tensor) -> Tensor:
         return self.sharpness * super().log_precision(confidence)
 
-    def assess(
+    def assess_checked(
         self,
-        features: Sequence[Tensor],
+        x: Sequence[Tensor],
         known: Tensor | None = None,
         state: FusionState | None = None,
         typicality_inputs: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, FusionState]:
         """The reliability path alone: raw logits (B, T, M, S), stage posterior (B, T, S), next state.
 
-        `features`: M tensors (B, T, d), zero where `known` (B, T, M) is False. `typicality_inputs`: what typicality
-        reads in their place; shapes (B, T, anything).
+        `x`: M tensors (B, T, d), zero where `known` (B, T, M) is False. `typicality_inputs`: what typicality reads in their
+        place; shapes (B, T, anything).
         """
         if self.detach_evidence:
-            features = [x.detach() for x in features]
-        inputs = features if typicality_inputs is None else [x.detach() for x in typicality_inputs]
+            x = [v.detach() for v in x]
+        inputs = x if typicality_inputs is None else [v.detach() for v in typicality_inputs]
         typical, (energy, counted, last) = self.typicality(
             inputs, known, None if state is None else (state.energy, state.counted, state.last)
         )
         logits, joint = [], []
-        for m, x in enumerate(features):
-            evidence = torch.cat([self.evidence[m](x), typical[:, :, m].to(x.dtype)], -1)  # (B, T, E + 4)
+        for m, v in enumerate(x):
+            evidence = torch.cat([self.evidence[m](v), typical[:, :, m].to(v.dtype)], -1)  # (B, T, E + 4)
             if known is not None:
                 evidence = torch.where(known[..., m, None], evidence, 0.0)
             logits.append(self.reliability[m](evidence))
@@ -347,7 +424,7 @@ class ReliabilityFusion(_WeightedFusion):
         state: FusionState | None = None,
         typicality_inputs: Sequence[Tensor] | None = None,
     ) -> FusionOutput:
-        reliability, stage, state = self.assess(x, known, state, typicality_inputs)
+        reliability, stage, state = self.assess_checked(x, known, state, typicality_inputs)
         fused, weights, confidence = functional.reliability_fusion(
             self.values(x),
             reliability,
@@ -359,24 +436,22 @@ class ReliabilityFusion(_WeightedFusion):
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
         )
-        return FusionOutput(fused, weights, confidence, stage, state)
+        return FusionOutput(fused, weights, confidence, stage, state, nothing_refused(x))
 
     def fit_inputs(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
         self.typicality.fit(batches)
 
     @torch.no_grad()
-    def fit_typicality(self, batches: Iterable[tuple[Features, Tensor | None, Tensor | None]]) -> None:
-        """Set the typicality statistics from (features, present, mask) batches of clean training data.
-
-        Without it they follow the training batches by momentum, corrupted ones included.
+    def fit_typicality(self, batches: Iterable[tuple[Features, Present | None, Tensor | None]]) -> None:
+        """Set the typicality statistics from (features, present, mask) batches of clean training data, as `forward` takes
+        them; frames that are not finite are missing. Without it they follow the training batches by momentum, corrupted
+        ones included.
         """
 
         def prepared() -> Iterable[tuple[Sequence[Tensor], Tensor | None]]:
             for features, present, mask in batches:
-                x = ordered_features(features, self.names, self.in_dims)
-                check_flags(x, present, mask)
-                known = join_flags(present, mask, len(x))
-                yield blank_missing(x, known), known
+                given = self.admit(features, present, mask)
+                yield given.features, given.known
 
         self.typicality.fit(prepared())
 
@@ -417,4 +492,5 @@ class UniformFusion(_WeightedFusion):
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
         )
-        return FusionOutput(fused, weights, confidence, x[0].new_ones(batch, frames, 1, dtype=dtype), None)
+        stage = x[0].new_ones(batch, frames, 1, dtype=dtype)
+        return FusionOutput(fused, weights, confidence, stage, None, nothing_refused(x))

@@ -319,7 +319,7 @@ def test_repr_names_what_matters():
         (
             lambda m, f, p, k: m({**f, "visual": f["visual"].double()}),
             TypeError,
-            r"features\[visual\]: expected dtype torch.float32 .*, got torch.float64",
+            r"features\[visual\]: expected dtype float32 .*, got float64",
         ),
         (
             lambda m, f, p, k: m({**f, "visual": f["visual"].to("meta")}),
