@@ -251,6 +251,8 @@ def test_each_modality_has_a_limit_of_its_own():
         stuck = (times >= 5 + limit) & (times < 30) & (limit > 0)
         assert torch.equal(out.present[1, :, m], ~stuck)
         assert torch.stack(repeats)[:, m].tolist() == [min(t - 5, limit) if 5 <= t < 30 else 0 for t in range(40)]
+    still = offline(model, {k: v[:, :25] for k, v in features.items()}).state.still
+    assert torch.equal(still[0][1].float(), repeats[24])
     state = session.state_dict()
     state["repeats"] = torch.tensor(limits).float().expand(2, -1).clone()
     session.load_state_dict(state)
