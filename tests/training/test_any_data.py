@@ -1,0 +1,218 @@
+"""Data of other kinds than Aff-Wild2's: one target by the hour, five at once a second; trained, scored, predicted, streamed."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from sage_ext import cli
+from sage_ext.data.affwild2 import AffWild2
+from sage_ext.data.targets import unscaled
+from sage_ext.training.runs import Run
+from sage_ext.training.trainer import read_config
+
+HOURLY = ({"glucose": [70.0, 180.0]}, 1 / 3600, {"watch": 6, "diary": 2})
+SECONDS = ({"valence": [1, 9], "arousal": [1, 9], "stress": [0, 100], "pain": [0, 1], "a b": [-40, -4]}, 1.0,
+           {"sound": 4, "speech": 3, "picture": 5})  # fmt: skip
+
+
+def write(root, targets, fps, modalities, videos=6, frames=260, seed=0):
+    """A data set whose targets are slow curves that each modality shows with noise; a third of the frames not annotated."""
+    rng = np.random.default_rng(seed)
+    names = list(targets)
+    low, high = np.array(list(targets.values()), float).T
+    mixes = {name: rng.standard_normal((len(names), dim)) for name, dim in modalities.items()}
+    root.mkdir()
+    (root / "targets.json").write_text(json.dumps(targets))
+    (root / "fps.json").write_text(json.dumps(fps))
+    for v in range(videos):
+        split = "Validation_Set" if v % 3 == 2 else "Train_Set"
+        walk = np.cumsum(rng.standard_normal((frames, len(names))), 0)
+        kernel = np.ones(15) / 15
+        slow = np.stack([np.convolve(column, kernel, "same") for column in walk.T], 1)
+        latent = np.tanh((slow - slow.mean(0)) / slow.std(0))
+        folder = root / "annotations" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for row in (low + high) / 2 + latent * 0.9 * (high - low) / 2:
+            cells = [f"{x:.6g}" for x in row]
+            if rng.random() < 0.2:
+                cells[rng.integers(len(cells))] = (
+                    "nan" if len(cells) == 1 else ("", "nan")[rng.integers(2)]
+                )  # an empty line is an error
+            rows.append(",".join(cells))
+        (folder / f"rec{v}.txt").write_text("\n".join([",".join(names), *rows]) + "\n")
+        for name, dim in modalities.items():
+            x = latent @ mixes[name] + 0.3 * rng.standard_normal((frames, dim))
+            x[rng.random(frames) < 0.05] = np.nan
+            (root / "features" / name).mkdir(parents=True, exist_ok=True)
+            np.save(root / "features" / name / f"rec{v}.npy", x.astype(np.float32))
+    return root
+
+
+@pytest.fixture(scope="module", params=[HOURLY, SECONDS], ids=["one-hourly", "five-1Hz"])
+def trained(request, tmp_path_factory):
+    """(root, run, targets, fps): trained by the command with the defaults of the rate."""
+    targets, fps, modalities = request.param
+    path = tmp_path_factory.mktemp("any")
+    root = write(path / "data", targets, fps, modalities)
+    options = ["--dim", "16", "--blocks", "2", "--batch-size", "4", "--lr", "5e-3", "--epochs", "25", "--warmup", "5"]
+    assert (
+        cli.main(["train", "--data", str(root), "--run", str(path / "run"), *options, "--threads", "1", "--quiet"]) == 0
+    )
+    return root, path / "run", targets, fps
+
+
+def test_it_learns(trained, capsys, tmp_path):
+    root, path, targets, fps = trained
+    run = Run.load(path)
+    assert [(t.name, [t.low, t.high]) for t in run.targets] == [
+        (name, list(map(float, r))) for name, r in targets.items()
+    ]
+    assert run.fps == fps
+    assert (run.window, run.hop) == (75, 50)
+    assert run.model.config["memory"] == [2.0, 8.0, 32.0]
+    assert read_config(path).window is None
+    assert cli.main(["evaluate", "--run", str(path), "--report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((path / "evaluation-validation.json").read_text())
+    fused = result["scores"]["fused"]
+    scored = ["CCC_V", "CCC_A"] if "valence" in targets else []
+    assert list(fused) == [*scored, *(f"CCC_{name}" for name in list(targets)[len(scored) :]), "P"]
+    assert fused["P"] == pytest.approx(np.mean(list(fused.values())[:-1]))
+    assert fused["P"] > 0.6
+    assert result["targets"] == {name: list(map(float, r)) for name, r in targets.items()}
+    assert all(name in out for name in fused)
+    header = (path / "log.csv").read_text().splitlines()[0].split(",")
+    assert [name for name in header if name.startswith("val_")] == [f"val_{name}" for name in fused]
+    assert (tmp_path / "training.png").exists()
+    assert len(list(tmp_path.glob("video-*.png"))) == 2
+
+
+def test_predictions_are_a_table_in_the_targets_own_units(trained, tmp_path, capsys):
+    root, path, targets, fps = trained
+    out = tmp_path / "said.csv"
+    assert cli.main(["predict", "--run", str(path), "--split", "validation", "--out", str(out)]) == 0
+    with open(out) as file:
+        rows = list(csv.DictReader(file))
+    run, clips = Run.load(path), AffWild2(root, "validation")
+    weights = [f"{what} {name}" for what in ("weight", "confidence") for name in run.names]
+    assert list(rows[0]) == ["video", "frame", "time", *targets, *weights]
+    assert len(rows) == sum(clip.num_frames for clip in clips)
+    got = np.array([[float(row[name]) for name in targets] for row in rows])
+    want = np.concatenate([unscaled(run.predict(clip).prediction, run.targets) for clip in clips])
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    low, high = np.array(list(targets.values()), float).T
+    assert (got >= low).all()
+    assert (got <= high).all()
+    assert float(rows[1]["time"]) == pytest.approx(1 / fps, rel=1e-5)
+    assert [row["frame"] for row in rows[:2]] == ["1", "2"]
+    assert cli.main(["predict", "--run", str(path), "--out", str(tmp_path / "test.csv")]) == 2
+    assert "expected a sample file, or annotations in Test_Set, got none" in capsys.readouterr().err
+
+
+def test_streams(trained, tmp_path, capfd):
+    """Frame by frame as the offline model, in the targets' own units; truth and concordance with --labels."""
+    root, path, targets, _ = trained
+    run, clip = Run.load(path), AffWild2(root, "validation")[0]
+    want = unscaled(run.predict(clip).prediction, run.targets)
+    lines = []
+    for t in range(clip.num_frames):
+        rows = {name: clip.features[name][t] for name in run.names}
+        lines.append(json.dumps({name: None if np.isnan(row).any() else row.tolist() for name, row in rows.items()}))
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    labels = root / "annotations" / "Validation_Set" / f"{clip.name}.txt"
+    report = ["--labels", str(labels), "--report", str(tmp_path / "report")]
+    assert cli.main(["stream", "--run", str(path), "--input", str(tmp_path / "in.jsonl"), *report]) == 0
+    out, err = capfd.readouterr()
+    answers = [json.loads(line) for line in out.splitlines()]
+    got = np.array([[answer["prediction"][name] for name in targets] for answer in answers])
+    span = np.array([high - low for low, high in targets.values()])
+    assert (np.abs(got - want) / span).max() < 1e-5
+    known = unscaled(clip.labels, run.targets)
+    for t, answer in enumerate(answers):
+        assert (answer["truth"] is not None) == clip.valid[t]
+        if clip.valid[t]:
+            assert np.abs((np.array(list(answer["truth"].values())) - known[t]) / span).max() < 1e-5
+    assert set(answers[-1]["ccc"]) == set(targets)
+    assert "CCC, last 75" in err
+    assert (tmp_path / "report" / "session.png").exists()
+
+
+def test_compare_with_folds_of_groups(tmp_path, capsys):
+    """Every group whole on one side, every clip scored once; the table of folds is what the rows of each fold give."""
+    targets, fps, modalities = SECONDS
+    root = write(tmp_path / "data", {"stress": targets["stress"]}, fps, modalities, videos=7, frames=120)
+    groups = {f"rec{v}": f"p{v // 2}" for v in range(7)}
+    (root / "groups.json").write_text(json.dumps({"person": groups}))
+    out = tmp_path / "study"
+    options = [
+        "--methods", "sage,concat,sound-only", "--folds", "3", "--group", "person", "--seeds", "1", "--lr", "3e-3",
+        "--corruptions", "noise,missing-spans", "--severities", "3", "--dim", "8", "--blocks", "2", "--stages", "2",
+        "--kappa", "0.3", "--max-steps", "6", "--window", "40", "--batch-size", "2", "--draws", "50", "--quiet",
+    ]  # fmt: skip
+    assert cli.main(["compare", "--data", str(root), "--out", str(out), *options]) == 0
+    text = capsys.readouterr().out
+    assert "By fold" in text
+    assert "CCC_stress" in (out / "results.csv").read_text().splitlines()[0]
+    scored = []
+    for k in (1, 2, 3):
+        sides = [AffWild2(out / f"fold-{k}", split) for split in ("train", "validation", "test")]
+        people = [{groups[name] for name in side.names} for side in sides]
+        assert all(people)
+        assert sum(map(len, people)) == len(set().union(*people))
+        assert sum(len(side) for side in sides) == 7
+        scored += sides[2].names
+        config = read_config(out / "runs" / "sage" / f"fold-{k}-seed-0-lr-0.003")
+        assert (config.kappa, config.stages, config.window) == (0.3, 2, 40.0)
+        assert config.data == str(out / f"fold-{k}")
+    assert sorted(scored) == sorted(groups)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")}
+    assert cli.main(["compare", "--data", str(root), "--out", str(out), *options]) == 0  # read, not done again
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "b"), *options, "--folds", "5"]) == 2
+    assert "folds: expected at most as many as there are groups of videos" in capsys.readouterr().err
+    assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "c"), *options, "--methods", "jca"]) == 2
+    assert "got jca: defined for two modalities, of which there are 3 here" in capsys.readouterr().err
+    two = ["--modalities", "sound,picture", "--methods", "jca"]
+    assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "d"), *options, *two]) == 0
+
+
+def test_what_does_not_fit_is_said(tmp_path, capsys):
+    """By train, by evaluate and by compare; of many the first few."""
+    targets, fps, modalities = HOURLY
+    root = write(tmp_path / "data", targets, fps, modalities, videos=9, frames=90)
+    for path in (root / "features" / "watch").glob("*.npy"):
+        np.save(path, np.load(path)[:70])
+    (root / "annotations" / "Train_Set" / "notes.csv").write_text("x\n")
+    options = ["--dim", "8", "--blocks", "1", "--max-steps", "2", "--batch-size", "2"]
+    run = str(tmp_path / "run")
+    assert cli.main(["train", "--data", str(root), "--run", run, *options]) == 0
+    err = capsys.readouterr().err
+    assert "look at this: " in err
+    assert "not read, for they do not end in .txt: notes.csv" in err
+    assert "more, which sage-ext check lists" in err
+    assert cli.main(["evaluate", "--run", run]) == 0
+    assert "is their rate" in capsys.readouterr().err
+    (root / "fps.json").write_text(json.dumps(fps * 2))
+    assert cli.main(["evaluate", "--run", run, "--data", str(root)]) == 0
+    said = " ".join(json.loads((tmp_path / "run" / "evaluation-validation.json").read_text())["mismatches"])
+    assert f"frames come at {2 * fps:g} a second" in said
+    study = [
+        "--methods",
+        "sage",
+        "--seeds",
+        "1",
+        "--lr",
+        "1e-3",
+        "--corruptions",
+        "noise",
+        "--severities",
+        "1",
+        *options,
+    ]
+    assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "study"), *study]) == 0
+    assert "look at this: " in capsys.readouterr().err
