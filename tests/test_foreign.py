@@ -311,6 +311,8 @@ def test_compiled_models_are_calibrated_as_they_are(trained):
     model = copy.deepcopy(trained)
     want = calibrate(model, *validation(2))
     torch.testing.assert_close(calibrate(torch.compile(model, backend="eager"), *validation(2)).bias, want.bias)
+    model.fuse = torch.compile(model.fuse, backend="eager")
+    torch.testing.assert_close(calibrate(model, *validation(2)).bias, want.bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------- SAGE
