@@ -63,6 +63,7 @@ ANNOTATION_HEADER = "valence,arousal"
 SUBMISSION_HEADER = "image_location,valence,arousal"
 INVALID = -5.0
 SAMPLE = "sample_submission.txt"
+HINT = " (docs/data.md shows the folders; sage-ext import makes them of a table)"
 
 _TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
 _META_KEYS = ("rate", "shared", "images", "about")
@@ -677,7 +678,7 @@ def annotation_folder(root: Path, annotations: str | os.PathLike | None, split_n
     where = (
         str(annotations) if annotations is not None else f"{root}/annotations or {root}/*/{{{','.join(_TASK_FOLDERS)}}}"
     )
-    raise FileNotFoundError(f"annotations: expected a folder {where}/{' or '.join(split_names)}, got none")
+    raise FileNotFoundError(f"annotations: expected a folder {where}/{' or '.join(split_names)}, got none{HINT}")
 
 
 def modality_names(folder: Path) -> list[str]:
@@ -689,7 +690,7 @@ def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[st
     if isinstance(modalities, str):
         raise TypeError(f"modalities: expected a sequence of names, got the string {modalities!r}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"features: expected a folder, got {folder}")
+        raise FileNotFoundError(f"features: expected a folder, got {folder}{HINT}")
     there = modality_names(folder)
     names = there if modalities is None else list(modalities)
     if not names:

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import textwrap
 from array import array
@@ -37,9 +38,8 @@ from .._arguments import MAX_MODALITIES, check_int, check_number
 from ..extras import require
 from ..files import one_line, replacing_folder
 from ..models.sage import DEAD
-from ..nn import ReliabilityFusion
 from .affwild2 import ANNOTATION_HEADER, INVALID, SPLITS, bare_name
-from .rates import FPS, default_frames, whole_frames
+from .rates import FPS
 from .targets import header_targets, make_targets
 
 MARK = "import.json"  # says that an import wrote the folder, from what, and which files
@@ -116,10 +116,11 @@ class ImportReport:
 
     def text(self) -> str:
         videos = sum(split.videos for split in self.splits.values())
-        hours = self.frames / self.fps / 3600
+        hours, out = self.frames / self.fps / 3600, shlex.quote(str(self.out))
         lines = [
-            f"{self.out}: {_count(videos, 'video')}, {_count(self.frames, 'frame')}, {hours:,.3g} hours at "
-            f"{_rate(self.fps)}, from {_count(self.rows, 'row')} of {self.source}",
+            f"{self.out}: {_count(videos, 'video')}, {_count(self.frames, 'frame')}, "
+            f"{hours:{',.2f' if hours > 0.1 else '.3g'}} hours at {_rate(self.fps)}, from {_count(self.rows, 'row')} of "
+            f"{self.source}",
             "",
         ]
         splits = [
@@ -152,7 +153,7 @@ class ImportReport:
             lines += _wrapped(f"ignored, {reason}: {_some(names, 40)}")
         for note in self.notes:
             lines += _wrapped(f"note: {note}")
-        lines.append(f"next: sage-ext check {self.out}, then sage-ext train --data {self.out} --run RUN")
+        lines.append(f"next: sage-ext check {out}, then sage-ext train --data {out} --run RUN")
         return "\n".join(lines)
 
 
@@ -359,7 +360,7 @@ class _Csv:
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
         """(line, cells) of each record but blank lines; the line is that of its end."""
-        line, mark = 0, self.delimiter
+        line, begun, mark = 0, 0, self.delimiter
 
         def count(file: Iterable[str]) -> Iterator[str]:
             nonlocal line
@@ -370,6 +371,7 @@ class _Csv:
             texts = count(file)
             try:
                 for text in texts:
+                    begun = line
                     if '"' in text:
                         row = next(csv.reader(itertools.chain((text,), texts), delimiter=mark, strict=True))
                     else:  # four times as fast
@@ -377,7 +379,7 @@ class _Csv:
                     if row and row != [""]:
                         yield line, row
             except csv.Error as error:
-                raise ValueError(f"{self.path}:{line}: expected CSV, got what is none: {error}") from None
+                raise ValueError(f"{self.path}:{begun}: expected CSV, got what is none from here on: {error}") from None
 
 
 @contextlib.contextmanager
@@ -610,19 +612,17 @@ class _Times(_Numbers):
             super().add(chunk)
             return
         cells, values = chunk.text(self.column), np.empty(len(chunk))
-        for index, cell in enumerate(cells):
-            where = f"{self.source.where(chunk.lines[index])}: {_shown(self.name)}"
-            try:
+        index, expected = 0, "seconds, or an ISO 8601 date and time as in the other rows"
+        try:
+            for index, cell in enumerate(cells):
                 values[index], aware = _seconds(cell)
-            except ValueError:
-                fault = _Fault(index, "seconds, or an ISO 8601 date and time as in the other rows", cell)
-                raise ValueError(f"{where}: {fault}") from None
-            if self.aware is None:
+                if self.aware not in (None, aware):
+                    expected = "an offset from UTC in all date-times or in none"
+                    raise ValueError(cell)
                 self.aware = aware
-            elif aware != self.aware:
-                raise ValueError(
-                    f"{where}: expected an offset from UTC in all date-times or in none, got both: {cell.strip()[:60]!r}"
-                )
+        except ValueError:
+            where = f"{self.source.where(chunk.lines[index])}: {_shown(self.name)}"
+            raise ValueError(f"{where}: {_Fault(index, expected, cells[index])}") from None
         self.data.frombytes(values.tobytes())
 
     def _check(self, values: np.ndarray) -> None:
@@ -763,7 +763,8 @@ def _roles(
         groups = ["group"] if "group" in source.names else []
     roles = _Roles(
         one("video", video, "video"), times, frames, [_find(source, "targets", name) for name in targets],
-        [_find(source, "group", name) for name in groups], one("split", split, "split"), fps, {},
+        [_find(source, "group", name) for name in groups], one("split", split, "split"),
+        None if fps is None else float(fps), {},
     )  # fmt: skip
     singles = (("time", roles.time), ("frame", roles.frame), ("split", roles.split), ("video", roles.video))
     several = [("target", k) for k in roles.targets] + [("group", k) for k in roles.groups if k != roles.video]
@@ -1109,19 +1110,16 @@ class _Import:
             begun = {name: clock.values[at] - clock.values[at[0]] for name, at in rows.items()}
             videos = [_Video(name, at, begun[name].astype(np.int64)) for name, at in rows.items()]
         else:
-            rates = [fps] if fps is not None else _rates_of(steps)
-            if not rates:
+            if fps is None and not len(steps):
                 raise ValueError(f"fps: expected the rate, as no video of {self.source.path} has two rows, got none")
-            fps, videos = self._fitted(clock, rates, rows)
-            if not _RATES[0] <= fps <= _RATES[1]:
-                where = f"{self.source.path}: {_shown(clock.name)}"
-                raise ValueError(f"{where}: expected {_RATES[0]:g} to {_RATES[1]:g} frames a second, got {fps:g}")
+            fps, videos = self._fitted(clock, self._rates(clock, steps) if fps is None else [fps], rows)
         self._note_gaps(clock, videos, fps)
         return videos, fps
 
     def _steps(self, clock: _Times, name: str, at: np.ndarray) -> np.ndarray:
         """From each row of a video to its next, all positive."""
-        step = np.diff(clock.values[at])
+        with np.errstate(over="ignore"):
+            step = np.diff(clock.values[at])
         if (step <= 0).any():
             index, noun = int(np.argmax(step <= 0)), "frame" if clock.whole else "time"
             before = self.source.where(int(self.read.lines[at[index]]))
@@ -1132,6 +1130,19 @@ class _Import:
                 f"{name[:60]!r} ({before}), got {'the same' if step[index] == 0 else f'one {back} earlier'}{hint}"
             )
         return step
+
+    def _rates(self, clock: _Times, steps: np.ndarray) -> list[float]:
+        """What the rate may be, the likeliest first. The median step says which steps are of one frame; their mean is finer
+        than it where times are rounded (0.033, 0.067, 0.1). A rate, or a frame's length, that is nearly whole is whole, as
+        is 1.001 times a rate of television."""
+        median = float(np.median(steps))
+        if not _RATES[0] <= 1 / median <= _RATES[1]:
+            where = f"{self.source.path}: {_shown(clock.name)}"
+            raise ValueError(f"{where}: expected {_RATES[0]:g} to {_RATES[1]:g} frames a second, got {1 / median:g}")
+        fine = 1 / float(steps[(steps > median / 2) & (steps < 1.5 * median)].mean())
+        likely = (round(fine), 1 / max(round(1 / fine), 1), round(fine * 1.001) * 1000 / 1001 if fine < 200 else 0)
+        whole = [float(rate) for rate in likely if rate > 0 and abs(rate / fine - 1) < 1e-4]
+        return [*whole, fine, 1 / median]
 
     def _fitted(
         self, clock: _Times, rates: Sequence[float], rows: Mapping[str, np.ndarray]
@@ -1246,7 +1257,7 @@ class _Import:
         if len(ranked) < 2:
             return {video.name: _CUT if self.valid[video.rows].any() else "train" for video in videos}
         held_out = set(ranked[: max(round(len(ranked) / HELD_OUT), 1)])
-        self.notes.append(f"{why}: {len(held_out)} of {len(ranked)} groups validate, chosen by a hash of their names")
+        self.notes.append(f"{why}: for validation {len(held_out)} of {len(ranked)} groups, by a hash of their names")
         return {video.name: "validation" if group[video.name] in held_out else "train" for video in videos}
 
     def _parts(self, video: _Video, split: str, pieces: int) -> list[_Part]:
@@ -1306,7 +1317,7 @@ class _Import:
             modality: self._counted(modality, numbers, frames) for modality, numbers in self.modalities.items()
         }
         for modality, numbers in self.modalities.items():
-            self.notes += self._doubts(modality, numbers, frames)
+            self.notes += self._doubts(modality, numbers)
         splits = {}
         for name in SPLITS:
             parts = [part for part in self.parts if part.split == name]
@@ -1343,15 +1354,15 @@ class _Import:
                     "put it into a modality of its own (--map)"
                 )
             self.notes.append(
-                f"{modality}: {_count(int(partial.sum()), 'frame')} count as missing because some of its columns are; {said}: in "
-                "a modality of its own it would cost fewer"
+                f"{modality}: {_count(int(partial.sum()), 'frame')} without it for want of some of its columns only; {said}: in "
+                "a modality of its own it would cost less"
             )
         return ImportedModality(
             [self.name(k) for k in numbers], int(some.sum()) + frames - rows, int(partial.sum()),
             None if worst is None else self.name(worst), 0 if worst is None else lost[worst],
         )  # fmt: skip
 
-    def _doubts(self, modality: str, numbers: Sequence[int], frames: int) -> Iterator[str]:
+    def _doubts(self, modality: str, numbers: Sequence[int]) -> Iterator[str]:
         """What can be right and seldom is."""
         spread = {}
         for k in numbers:
@@ -1362,8 +1373,8 @@ class _Import:
                 alike = _correlation(values, target.values, known & ~np.isnan(target.values))
                 if abs(alike) > LEAK:
                     yield (
-                        f"{modality}: {_shown(self.name(k))} is the target {target.name}, or nearly (correlation {alike:.4f}): "
-                        "leave it out if it is not known when the model runs"
+                        f"{modality}: {_shown(self.name(k))} is the target {target.name}, or nearly (correlation "
+                        f"{alike:.4f}): leave it out if it is not known when the model runs"
                     )
         constant = [self.name(k) for k, value in spread.items() if value == 0]
         if constant:
@@ -1375,25 +1386,6 @@ class _Import:
                 f"{modality}: a column whose spread is below {DEAD:g} of the modality's mean spread is dead to the model: "
                 f"{_some(dead, 12)}; give it another unit, or a modality of its own"
             )
-        patience = max(whole_frames(default_frames(ReliabilityFusion.default_stuck, self.fps), 1.0), 1)
-        still = sum(self._still(video, numbers, patience) for video in self.videos)
-        if still > 0.01 * frames:
-            yield (
-                f"{modality}: in {_count(still, 'frame')} ({_share(still, frames)}) all columns have stood still for {patience} "
-                "frames or more: to the model that is a stuck modality, which is missing; if it may be so, train with --stuck 0"
-            )
-
-    def _still(self, video: _Video, numbers: Sequence[int], patience: int) -> int:
-        """Frames that repeat the one before exactly, as do the `patience - 1` before them."""
-        same = np.diff(video.frames) == 1
-        for k in numbers:
-            if not same.any():
-                return 0
-            values = self.column(k)[video.rows]
-            same &= values[1:] == values[:-1]  # False for NaN
-        change = np.diff(np.concatenate([[0], same.astype(np.int8), [0]]))
-        lengths = np.flatnonzero(change == -1) - np.flatnonzero(change == 1)
-        return int(np.maximum(lengths - (patience - 1), 0).sum())
 
     # ------------------------------------------------------------------------------------------------------ writing
     def write(self, root: Path) -> list[str]:
@@ -1448,22 +1440,9 @@ def _first_pieces(pieces: int) -> int:
     return pieces - max(round(pieces / HELD_OUT), 1)
 
 
-def _rates_of(steps: np.ndarray) -> list[float]:
-    """What the rate may be, the likeliest first. The median step says which steps are of one frame; their mean is finer than
-    it where times are rounded (0.033, 0.067, 0.1). A rate, or a frame's length, that is nearly whole is whole, as is 1.001
-    times a rate of television."""
-    if not len(steps):
-        return []
-    median = float(np.median(steps))
-    fine = 1 / float(steps[(steps > median / 2) & (steps < 1.5 * median)].mean())
-    likely = (round(fine), 1 / max(round(1 / fine), 1), round(fine * 1.001) * 1000 / 1001 if fine < 200 else 0)
-    whole = [float(rate) for rate in likely if rate > 0 and abs(rate / fine - 1) < 1e-4]
-    return [*whole, fine, 1 / median]
-
-
 def _correlation(x: np.ndarray, y: np.ndarray, known: np.ndarray) -> float:
     """Pearson's, 0 where it is not defined."""
-    if int(known.sum()) < 3:
+    if int(known.sum()) < 20:  # fewer may well be on a line
         return 0.0
     x, y = x[known] - x[known].mean(), y[known] - y[known].mean()
     x, y = x / (np.abs(x).max() or 1.0), y / (np.abs(y).max() or 1.0)
