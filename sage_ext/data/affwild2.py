@@ -146,7 +146,7 @@ class Resampled:
         weight: np.ndarray = np.maximum(np.minimum(row + 1, high) - np.maximum(row, low), 0)
         row = np.minimum(row, len(self.rows) - 1)  # beyond the end the weight is 0
         first, last = int(row[0, 0]), int(row.max()) + 1
-        with np.errstate(over="ignore"):  # float64 beyond float32: infinite
+        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32: infinite; a NaN that signals
             block = np.asarray(self.rows[first:last], dtype=np.float32)  # the only read of the file
         counts = finite_rows(block)
         if self.mask is not None:
@@ -167,7 +167,7 @@ class Resampled:
 def finite_rows(rows: np.ndarray) -> np.ndarray:
     """(N,) bool of (N, D) floating point: all numbers of the row are finite, as float32."""
     if rows.dtype.itemsize > 4:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite; a NaN that signals
             rows = rows.astype(np.float32)
     return np.isfinite(rows).all(axis=1)
 

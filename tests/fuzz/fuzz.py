@@ -22,11 +22,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import safetensors.torch
 import torch
 
+from sage_ext.data import table
 from sage_ext.data.affwild2 import AffWild2, read_annotation, read_sample
 from sage_ext.data.windows import clip_tensors
 from sage_ext.live.frames import JsonLines, MalformedFrame
@@ -199,6 +201,10 @@ TREES = [
     b' ["at", {"tuple": [1, null, true]}], ["list", {"list": ["a", 2.5]}]]}',
     b'{"dict": []}',
 ]
+TABLES = [
+    b'video,time,a_x,a_y,b_x,group,valence,arousal\n"one",0,1,2,,g,0.5,\none,0.5,1.5,nan,3,g,-0.5,1\ntwo,7,0,0,1,h,0,0\n',
+    b"split;frame;a_x;valence\ntrain;1;0.5;0\ntrain;2;0.25;1\nval;9;1;-1\n",
+]
 LINES = [
     b'{"audio": [1, -2.5e-3], "visual": [0, 1, NaN], "frame": 3, "t": 0.1}\n',
     b'{"visual": null, "t": "00:01"}\n\n{"audio": [1e39, 2]}\noops\n',
@@ -228,6 +234,17 @@ def of_data_set(name: str, *seeds: bytes) -> Callable[[Path], Target]:
     return make
 
 
+def of_table(folder: Path) -> Target:
+    path = folder / "file.csv"
+
+    def read(path: Path) -> None:
+        with mock.patch.object(table, "MOST_GAPS", 100_000):  # a gap of millions is allowed, and takes seconds
+            table.import_table(path, folder / "out", fps=2.0, overwrite=True)
+
+    option = "^(targets|modalities|video|split|time|frame|fps): "
+    return Target(reading_file(path, read), TABLES, named=f"{re.escape(str(path))}|{option}")
+
+
 def of_tree(folder: Path) -> Target:
     path = folder / "file"
     load = reading_file(path, checkpoint.load_checkpoint)
@@ -236,12 +253,16 @@ def of_tree(folder: Path) -> Target:
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "annotation": of_file(read_annotation, ANNOTATION),
+    "annotation_targets": of_file(read_annotation, b"stress[0:100],b\n1,0.5\n,nan\n99.5,-1\n"),
     "sample": of_file(read_sample, SAMPLE),
     "array": of_data_set("features/visual/clip.npy", *ARRAYS),
     "array_resampled": of_data_set("features/audio/clip.npy", *ARRAYS),
     "mask": of_data_set("features/visual/clip.mask.npy", npy("(10,)", "'|b1'", size=10)),
     "meta": of_data_set("features/visual/meta.json", META),
-    "fps": of_data_set("fps.json", b'{"clip": 25, "other": 29.97}'),
+    "fps": of_data_set("fps.json", b'{"clip": 25, "other": 29.97}', b"0.5"),
+    "targets": of_data_set("targets.json", b'{"valence": [-5, 1.5], "arousal": [-1, 1]}'),
+    "groups": of_data_set("groups.json", b'{"run": {"clip": 3}, "group": {"clip": "a"}}', b'{"clip": "a"}'),
+    "table": of_table,
     "checkpoint": of_file(checkpoint.load_checkpoint, *map(signed, TREES), UNSIGNED),
     "checkpoint_tree": of_tree,
     "frames": lambda folder: Target(reading_frames(), LINES),
@@ -265,7 +286,8 @@ def outcome(target: Target, data: bytes) -> tuple[str, str | None]:
     began = time.process_time()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a warning is a line that nobody asked for
+            warnings.simplefilter("error")  # a warning is a line that nobody asked for, but for this one
+            warnings.filterwarnings("ignore", "clip: .*: expected finite float32 values, got infinity in some rows")
             way, wrong = f"taken: {target.take(data)}", None
     except target.refusals as error:
         text = str(error)
