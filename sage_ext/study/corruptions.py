@@ -393,6 +393,7 @@ def corrupted(
     *,
     stages: Mapping[str, np.ndarray] | None = None,
     span: float | None = None,
+    donors: Sequence[Clip] = (),
 ) -> Sequence[Clip]:
     """`clips` under `condition`: a sequence of the same length whose clips have their features and `present` replaced,
     computed whenever a clip is asked for; labels and the modalities that do not fail are passed on.
@@ -402,11 +403,11 @@ def corrupted(
     does not depend on the order of clips.
 
     stages: clip name -> (T,) integers, the true stages where they are known (synthetic data: truth/<name>.npz). `span`: as
-    in `apply`; the rate is the clip's own.
+    in `apply`; the rate is the clip's own. `donors`: clips beside `clips` that may be donors too.
 
     Raises ValueError where a donor is needed and all clips are of one video; on access what `apply` raises.
     """
-    return _Corrupted(clips, condition, operator.index(seed), stages, span)
+    return _Corrupted(clips, condition, operator.index(seed), stages, span, donors)
 
 
 class _Corrupted(Sequence[Clip]):
@@ -417,10 +418,12 @@ class _Corrupted(Sequence[Clip]):
         seed: int,
         stages: Mapping[str, np.ndarray] | None,
         span: float | None,
+        donors: Sequence[Clip],
     ):
         self._clips, self._condition, self._seed, self._stages, self._span = clips, condition, seed, stages, span
         self._needs_donor = _spec(condition, "feature").donors
-        self._names = [clips[i].name for i in range(len(clips))] if self._needs_donor else []
+        self._others = [(clips, i) for i in range(len(clips))] + [(donors, i) for i in range(len(donors))]
+        self._names = [source[i].name for source, i in self._others] if self._needs_donor else []
         if self._needs_donor and len({bare_name(name) for name in self._names}) == 1:
             raise ValueError(
                 f"clips: expected clips of two videos or more, for {condition.name} needs a donor, got {self._names}"
@@ -457,7 +460,8 @@ class _Corrupted(Sequence[Clip]):
         """(n, D) the rows that another video's clip has."""
         others = [k for k, name in enumerate(self._names) if bare_name(name) != bare_name(clip)]
         for k in sorted(others, key=lambda k: donor_rank(clip, self._names[k], modality, self._seed)):
-            other = self._clips[k]
+            source, place = self._others[k]
+            other = source[place]
             rows = np.asarray(other.features[modality][: other.num_frames])
             rows = rows[np.asarray(other.present[modality])[: len(rows)]]
             if len(rows):

@@ -138,6 +138,15 @@ def scored_data(part: Part, modalities: tuple[str, ...] | None = None) -> TruthC
     return AffWild2(part.scored, part.split, modalities=modalities)
 
 
+@functools.lru_cache(maxsize=1)
+def donor_clips(part: Part, modalities: tuple[str, ...] | None = None) -> list[Clip]:
+    """Where a corruption puts another video in place of one, the videos that it may take beside those scored: of a fold, which
+    may be one video, all others."""
+    if not part.name:
+        return []
+    return [clip for split in ("train", "validation") for clip in AffWild2(part.data, split, modalities=modalities)]
+
+
 def synthesise(out: str | os.PathLike[str]) -> str:
     """The study's own data set in OUT/data, made where it is not there yet; returns its root."""
     root = Path(out) / "data"

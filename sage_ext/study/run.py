@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.affwild2 import AffWild2
+from ..data.affwild2 import AffWild2, bare_name
 from ..files import LOCK, alone, parsing, write_atomic
 from ..nn import ReliabilityFusion
 from ..report import Table, printable
@@ -40,10 +40,21 @@ from ..training.trainer import (
     read_config,
     train,
 )
-from .corruptions import Condition, conditions
+from .corruptions import CORRUPTIONS, Condition, conditions
 from .jobs import Job, Workers
 from .methods import ORACLE, default_methods, unfit
-from .plan import HELD_OUT, TRUTH, Part, Study, condition_name, configuration, evaluation_path, parts, run_path
+from .plan import (
+    HELD_OUT,
+    TRUTH,
+    Part,
+    Study,
+    condition_name,
+    configuration,
+    evaluation_path,
+    parts,
+    run_path,
+    scored_clips,
+)
 from .report import write_study
 from .results import Trained, gather, read_evaluation, write_results
 from .score import Scored, Sweep, evaluate_sweep, missing
@@ -268,7 +279,23 @@ def _evaluate_all(work: _Work, found: Sequence[Part], wanted: Sequence[Condition
             reporter.say(f"{failed[method]} FAILED")
         phase.say(f"evaluated {outcome.job.name}", every=2.0)
     if broken:
-        raise RunError("; ".join(broken))
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise RunError("; ".join(broken[:3]) + more)
+
+
+def _with_donors(
+    study: Study, found: Sequence[Part], asked: Sequence[Condition], reporter: _Reporter
+) -> list[Condition]:
+    """Those that can be: another video in place of one takes two. ValueError where the user named one that cannot."""
+    videos = {bare_name(clip.name) for part in found for clip in scored_clips(part, study.modalities)}
+    lost = list(dict.fromkeys(c.corruption for c in asked if CORRUPTIONS[c.corruption].donors))
+    if len(videos) > 1 or not lost:
+        return list(asked)
+    why = f"each takes another video for donor, and there is one: {next(iter(videos))}"
+    if study.corruptions is not None:
+        raise ValueError(f"corruptions: expected none of {', '.join(lost)}: {why}")
+    reporter.say(f"not applied: {', '.join(lost)}: {why}")
+    return [condition for condition in asked if condition.corruption not in lost]
 
 
 def compare(
@@ -287,7 +314,8 @@ def compare(
         failed = work.failed
         found = _prepare(study, out, reporter)
         modalities = study.modalities or AffWild2(study.data, "train").modalities
-        wanted = [None, *conditions(list(modalities), study.corruptions, study.severities)]
+        asked = conditions(list(modalities), study.corruptions, study.severities)
+        wanted = [None, *_with_donors(study, found, asked, reporter)]
         trained = _train_all(work, found)
         if not trained.rates:
             raise RunError("every method failed: " + "; ".join(failed.values()))

@@ -24,7 +24,7 @@ from ..training.evaluate import alike, clip_moments
 from ..training.runs import Run, join
 from .corruptions import Condition, corrupted
 from .methods import ORACLE, REFERENCE
-from .plan import TRUTH, Part, scored_clips
+from .plan import TRUTH, Part, donor_clips, scored_clips
 from .results import read_evaluation, write_evaluation
 
 BINS = 15  # of a reliability diagram
@@ -78,7 +78,8 @@ def evaluate_sweep(sweep: Sweep) -> dict[str, str]:
     seen: Sequence[Clip] = clean
     if sweep.condition is not None:
         stages = {name: truth["stage"] for name, truth in _truth(sweep.data).items()} if sweep.truth else None
-        seen = corrupted(clean, sweep.condition, sweep.seed, stages=stages, span=sweep.span)
+        donors = donor_clips(sweep.part, sweep.modalities)
+        seen = corrupted(clean, sweep.condition, sweep.seed, stages=stages, span=sweep.span, donors=donors)
     errors: dict[str, str] = {}
     found.update(_score(sweep, clean, seen, missing(sweep, found), errors))
     write_evaluation(path, found)

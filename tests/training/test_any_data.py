@@ -151,7 +151,7 @@ def test_compare_with_folds_of_groups(tmp_path, capsys):
     out = tmp_path / "study"
     options = [
         "--methods", "sage,concat,sound-only", "--folds", "3", "--group", "person", "--seeds", "1", "--lr", "3e-3",
-        "--corruptions", "noise,missing-spans", "--severities", "3", "--dim", "8", "--blocks", "2", "--stages", "2",
+        "--corruptions", "noise,foreign", "--severities", "3", "--dim", "8", "--blocks", "2", "--stages", "2",
         "--kappa", "0.3", "--max-steps", "6", "--window", "40", "--batch-size", "2", "--draws", "50", "--quiet",
     ]  # fmt: skip
     assert cli.main(["compare", "--data", str(root), "--out", str(out), *options]) == 0
