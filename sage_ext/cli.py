@@ -237,8 +237,8 @@ def _stream_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--follow", action="store_true", help="wait for more at the end of FILE, as tail -f does")
     sub.add_argument("--pace", type=float, metavar="FPS",
-                     help="frames a second at most, to replay a recording (default: no limit; with --serve and a file that is not "
-                     "followed those of the run's data, 30 below 7.5)")  # fmt: skip
+                     help="frames a second at most, to replay a recording (default: no limit; with --serve and a file that is "
+                     "not followed those of the run's data, 30 below 7.5)")  # fmt: skip
     sub.add_argument("--labels", metavar="FILE", help="annotation (docs/data.md), row i for frame i of the input: "
                      "adds the truth and the running CCC")  # fmt: skip
     sub.add_argument("--report", metavar="DIR", help="at the end write pictures and report.html there")

@@ -38,8 +38,10 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "make"): "minutes each; the targets are looked up",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
 }
-SMALL_TRAINING = "--max-steps 2 --dim 8 --blocks 2 --window 60 --hop 40 --threads 1 --quiet"
+SMALL_TRAINING = "--max-steps 2 --dim 8 --blocks 2 --window 2 --hop 1.3333 --threads 1 --quiet"
+EXIT_CODES = {("docs/data.md", "sage-ext check broken"): 1}  # of commands that say that something is wrong
 SMALLER = {
+    ("README.md", "sage-ext train"): SMALL_TRAINING,
     ("README.md", "sage-ext stream"): "--serve 0",  # the page's port may be taken
     ("CONTRIBUTING.md", "SAGE_EXT_PEERS"): SMALL_TRAINING,
     ("docs/affwild2.md", "sage-ext train"): SMALL_TRAINING,
@@ -244,6 +246,25 @@ def demo_run(space: dict) -> None:
     trained("demo-run/sage", "demo-run/data")
 
 
+def a_table(space: dict) -> None:
+    """table.csv as the README wants it: two people, three conversations each, a row a second."""
+    rng = np.random.default_rng(0)
+    lines = ["video,time,person,voice_loudness,face_smile,stress"]
+    for video in range(6):
+        lines += [f"v{video},{t},p{video // 3},{rng.normal():.3f},{rng.normal():.3f},{rng.uniform(0, 9):.2f}" for t in range(50)]
+    Path("table.csv").write_text("\n".join(lines) + "\n")
+
+
+def what_is_wrong_is_what_the_page_says(space: dict, printed: str) -> None:
+    text = (ROOT / "docs/data.md").read_text()
+    [block] = re.findall(r"^    Wrong: \d+$(.*?)^\(lines wrapped", text, re.DOTALL | re.MULTILINE)
+    said = re.sub(r"\n {10}", " ", block)  # where a line was wrapped
+    sentences = [line.strip() for line in said.split("\n") if line.strip()]
+    assert len(sentences) == 15
+    for sentence in sentences:
+        assert sentence in printed, sentence
+
+
 def folder_of_crops(space: dict) -> None:
     """Crops with gaps, 50 Hz audio shared by two persons, a 25 fps video, through the page's functions."""
     root = Path("affwild2")
@@ -271,12 +292,11 @@ def folder_of_crops(space: dict) -> None:
 
 
 def crops_are_read_in_time(space: dict, printed: str) -> None:
-    """The page's check says what is wrong; rows stand at their images' frames, and audio at its times."""
+    """The page's check says what to look at; rows stand at their images' frames, and audio at its times."""
     from sage_ext.data import AffWild2, clip_tensors
 
-    lines = printed.split("\n")
-    assert lines[0] == "train 2 clips {'audio': 2, 'visual': 3}", printed
-    assert lines[1].startswith("duo_right: visual has 6 rows for 5 frames"), printed
+    assert re.search(r"^train +2 ", printed, re.MULTILINE), printed
+    assert "  duo_right: visual has 6 rows for 5 frames: the last 1 are ignored" in printed
     left, right = AffWild2("affwild2", "train")
     item = clip_tensors(left, ["audio", "visual"])
     assert item["present"][:, 1].tolist() == [True, True, False, False, True]
@@ -304,9 +324,10 @@ def one_answer_a_frame(space: dict, printed: str) -> None:
 
 
 BEFORE: dict[tuple[str, str], Callable[[dict], None]] = {
+    ("README.md", "sage-ext import"): a_table,
     ("README.md", "sage-ext stream"): recording,
     ("CONTRIBUTING.md", "SAGE_EXT_PEERS"): lambda space: data_set("DIR"),
-    ("docs/affwild2.md", "from sage_ext.data import AffWild2"): folder_of_crops,
+    ("docs/affwild2.md", "sage-ext check"): folder_of_crops,
     ("docs/affwild2.md", "sage-ext train"): a_data_set_to_train_on,
     ("docs/robustness.md", "from sage_ext.data import AffWild2"): lambda space: data_set("DATA"),
     ("docs/streaming.md", "session = model.stream"): streaming_names,
@@ -315,8 +336,9 @@ BEFORE: dict[tuple[str, str], Callable[[dict], None]] = {
 }
 AFTER: dict[tuple[str, str], Callable[[dict, str], None]] = {
     ("README.md", "sage-ext stream"): one_answer_a_frame,
-    ("docs/affwild2.md", "from sage_ext.data import AffWild2"): crops_are_read_in_time,
+    ("docs/affwild2.md", "sage-ext check"): crops_are_read_in_time,
     ("docs/affwild2.md", "sage-ext predict"): rows_are_the_samples,
+    ("docs/data.md", "sage-ext check broken"): what_is_wrong_is_what_the_page_says,
     ("docs/streaming.md", "sage-ext stream --run RUN"): one_answer_a_frame,
 }
 
@@ -338,7 +360,7 @@ def redirected(stdin: str | None, stdout: str):
             os.close(copy)
 
 
-def run_command(item: Item, more: list[str]) -> None:
+def run_command(item: Item, more: list[str], code: int) -> None:
     """sage-ext in this process unless it is given an environment, python in its own, whatever else through PATH."""
     program, *arguments = item.arguments
     arguments += more
@@ -347,7 +369,7 @@ def run_command(item: Item, more: list[str]) -> None:
     if program == "sage-ext" and not item.environment:
         from sage_ext import cli
 
-        assert cli.main(arguments) == 0, item.text
+        assert cli.main(arguments) == code, item.text
         return
     start = {"sage-ext": [sys.executable, "-m", "sage_ext"], "python": [sys.executable]}.get(program, [program])
     subprocess.run([*start, *arguments], env={**os.environ, **item.environment}, check=True)
@@ -371,7 +393,7 @@ def run_page(page: str) -> None:
             if item.python:
                 exec(compile("\n" * (item.line - 1) + item.text, str(ROOT / page), "exec"), space)
             else:
-                run_command(item, (item.entry(page, SMALLER) or "").split())
+                run_command(item, (item.entry(page, SMALLER) or "").split(), item.entry(page, EXIT_CODES) or 0)
         (item.entry(page, AFTER) or (lambda space, printed: None))(space, Path(printed).read_text("utf-8", "replace"))
 
 
@@ -390,7 +412,7 @@ def test_commands_within_sentences(page):
 
 
 def test_every_entry_of_the_tables_is_used():
-    for table in (NOT_RUN, SMALLER, BEFORE, AFTER):
+    for table in (NOT_RUN, EXIT_CODES, SMALLER, BEFORE, AFTER):
         for page, beginning in table:
             assert any(item.text.startswith(beginning) for item in items(page)), (page, beginning)
 

@@ -326,7 +326,12 @@ class _Csv:
         self.path = path
         with open(path, encoding="utf-8-sig", newline="") as file, _in_utf8(path):
             first = next((text for text in file if text.strip()), "")
-        fields = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in ",;\t"}
+        try:
+            fields = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in ",;\t"}
+        except csv.Error as error:  # a name of more than 131,072 characters
+            raise ValueError(
+                f"{path}:1: expected a header with the names of the columns, got text that is none: {error}"
+            ) from None
         self.delimiter = max(fields, key=fields.__getitem__)
         self.decimal_comma = self.delimiter != ","
         self.names = [name.strip() for name in next(self._records(), (1, []))[1]]
@@ -1038,7 +1043,7 @@ class _Import:
             )
         taken = {k for numbers in found.values() for k in numbers} | identities
         for k, name in enumerate(self.source.names):
-            if k not in taken and k not in self.roles.of and k != self.roles.video and name not in self.ignored:
+            if k not in taken and k not in self.roles.of and name not in self.ignored:
                 plain = "without _, . or : in the name" if name else "without a name"
                 self.ignored[name] = "in no modality" if chosen else plain
         if not chosen:
@@ -1502,16 +1507,22 @@ def _entries(folder: Path) -> Iterable[Path]:
 @contextlib.contextmanager
 def _taking_the_place_of(root: Path, overwrite: bool) -> Iterator[Path]:
     """`replacing_folder` that can replace what an import wrote; whatever goes wrong, the old one stands again."""
-    old = root.with_name(f".{root.name}.{os.getpid()}.old")
+    old, refused = root.with_name(f".{root.name}.{os.getpid()}.old"), None
     try:
         with replacing_folder(root) as part:
             yield part
             if overwrite and root.exists():
-                _check_out(root, overwrite)  # once more: reading took a while
+                try:
+                    _check_out(root, overwrite)  # once more: reading took a while
+                except FileExistsError as error:
+                    refused = error
+                    raise
                 os.rename(root, old)
     except BaseException:
         if old.exists() and not root.exists():
             os.rename(old, root)
+        if refused is not None:
+            raise refused from None  # `replacing_folder` takes an error without a number for the disk's
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -1624,3 +1635,6 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     if not lists:
         raise ValueError(f'{path}: expected {{"modality": ["column", ...]}}, got {one_line(json.dumps(found), 60)}')
     return found
+
+
+__all__ = ["ImportReport", "ImportedModality", "ImportedSplit", "ImportedTarget", "import_table"]

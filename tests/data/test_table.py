@@ -559,6 +559,7 @@ def test_wrong_date_times(tmp_path, line, cell, words):
     ("times", "words"),
     [
         ([0, 1, 2, 3.5, 4, 5], ":5: time: expected a time within .*got 3.5 frames after it; say the rate with --fps"),
+        ([0, 1, 2, 3.3, 4, 5, 6, 7], ":5: time: .*got 3.3 frames after it"),
         ([0, 1, 2, 2, 3, 4], ":5: time: expected a later time .*table.csv:4\\), got the same"),
         ([0, 1, 2, 1.5, 3, 4], ":5: time: .*got one 0.5 s earlier"),
         ([0, 1, 2, "", 3, 4], ":5: time: expected the time of the row, got ''"),
@@ -816,6 +817,7 @@ def test_lines_are_those_of_the_file(tmp_path):
     [
         ("", "table.csv:1: expected a header and rows, got an empty file"),
         ("\n\n", ":1: expected a header with the names of the columns"),
+        (f"time,{'A' * 140_000}\n1,2\n", ":1: expected a header with the names of the columns, got text that is none"),
         ("1,2,3\n4,5,6\n", ":1: expected a header with the names of the columns, got numbers"),
         ("time,x_a,valence\n", "expected rows below the header, got none"),
         ("time,x_a,x_a,valence\n0,1,1,1\n", "table.csv:1: expected columns of different names, got x_a twice, columns 2 and 3"),
@@ -1002,6 +1004,22 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch, when):
     with pytest.raises(wrong):
         import_table(table, out, overwrite=True)
     assert contents(out) == before
+    assert sorted(os.listdir(tmp_path)) == ["data", "t.csv"]
+
+
+def test_what_came_into_the_folder_meanwhile_is_not_lost(tmp_path, monkeypatch):
+    table, out = write(tmp_path / "t.csv", SIMPLE), tmp_path / "data"
+    import_table(table, out)
+    usual = table_module._Import.write
+
+    def slow(self, root):
+        (out / "notes.txt").write_text("mine")
+        return usual(self, root)
+
+    monkeypatch.setattr(table_module._Import, "write", slow)
+    with pytest.raises(FileExistsError, match=r"got .*notes.txt besides"):
+        import_table(table, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == ["data", "t.csv"]
 
 

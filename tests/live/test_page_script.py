@@ -23,7 +23,8 @@ function node(tag) {
     clientHeight: 200, width: 0, height: 0, style: { setProperty() {} }, classes: new Set(),
     append(...more) { self.children.push(...more); }, prepend(...more) { self.children.unshift(...more); },
     replaceChildren(...more) { self.children = more; }, setAttribute(key, value) { self.attributes[key] = String(value); },
-    addEventListener() {}, getContext: () => new Proxy({}, { get: (o, key) => o[key] ?? (() => {}), set: (o, k, v) => (o[k] = v, true) }),
+    addEventListener() {},
+    getContext: () => new Proxy({}, { get: (o, key) => o[key] ?? (() => {}), set: (o, k, v) => (o[k] = v, true) }),
   };
   self.classList = { toggle: (name, on) => on ? self.classes.add(name) : self.classes.delete(name) };
   return self;
