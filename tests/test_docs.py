@@ -251,7 +251,10 @@ def a_table(space: dict) -> None:
     rng = np.random.default_rng(0)
     lines = ["video,time,person,voice_loudness,face_smile,stress"]
     for video in range(6):
-        lines += [f"v{video},{t},p{video // 3},{rng.normal():.3f},{rng.normal():.3f},{rng.uniform(0, 9):.2f}" for t in range(50)]
+        lines += [
+            f"v{video},{t},p{video // 3},{rng.normal():.3f},{rng.normal():.3f},{rng.uniform(0, 9):.2f}"
+            for t in range(50)
+        ]
     Path("table.csv").write_text("\n".join(lines) + "\n")
 
 

@@ -24,7 +24,12 @@ OFFICIAL = "6th ABAW Annotations/VA_Estimation_Challenge"
 
 
 def annotate(
-    root: Path, name: str, rows: str | int, split: str = "Train_Set", task: str = OFFICIAL, header: str = "valence,arousal"
+    root: Path,
+    name: str,
+    rows: str | int,
+    split: str = "Train_Set",
+    task: str = OFFICIAL,
+    header: str = "valence,arousal",
 ) -> Path:
     """rows: the text below the header, or a number of frames."""
     path = root / task / split / f"{name}.txt"
@@ -489,7 +494,9 @@ def test_a_transposed_file_is_blamed_itself(root):
         AffWild2(root, "train")
     for frames, name in ((10, "clip"), (11, "other"), (12, "third")):
         featurize(root, "visual", name, np.ones((3, frames), np.float32))
-    with pytest.raises(ValueError, match=r"visual: expected arrays \(rows, D\) of one D, got 3 rows in .*: transposed\?"):
+    with pytest.raises(
+        ValueError, match=r"visual: expected arrays \(rows, D\) of one D, got 3 rows in .*: transposed\?"
+    ):
         AffWild2(root, "train")
 
 
@@ -497,7 +504,9 @@ def test_nine_modalities_are_refused_by_the_reader(root):
     names = [f"sensor{i}" for i in range(9)]
     for name in names:
         featurize(root, name, "clip", 10, dim=1)
-    with pytest.raises(ValueError, match=r"modalities: expected 1 to 8 folders in .*features, got 9 .* choose among them"):
+    with pytest.raises(
+        ValueError, match=r"modalities: expected 1 to 8 folders in .*features, got 9 .* choose among them"
+    ):
         AffWild2(root, "train", modalities=names)
     assert list(AffWild2(root, "train", modalities=names[:8]).modalities) == names[:8]
 

@@ -17,7 +17,16 @@ def trained(tmp_path_factory):
         root / "data", seed=3, train=3, validation=2, test=2, frames=(60, 90), modalities=dict(zip(NAMES, DIMS))
     )
     config = TrainConfig(
-        str(root / "data"), dim=8, stages=3, blocks=2, window=2, hop=4 / 3, batch_size=2, max_steps=12, lr=1e-2, threads=1
+        str(root / "data"),
+        dim=8,
+        stages=3,
+        blocks=2,
+        window=2,
+        hop=4 / 3,
+        batch_size=2,
+        max_steps=12,
+        lr=1e-2,
+        threads=1,
     )
     train(config, root / "run", progress=False)
     return root / "run"

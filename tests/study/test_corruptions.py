@@ -499,7 +499,9 @@ def test_the_share_is_exact(name):
 
 @given(st.integers(1, 5000), st.floats(0, 1), st.integers(1, 200), st.integers(0, 50))
 def test_spans(n, share, length, seed):
-    track = Track(np.zeros((n, 1), np.float32), np.arange(n), 0, ("c", "m", seed), np.ones(n, bool), stretch=length / 60)
+    track = Track(
+        np.zeros((n, 1), np.float32), np.arange(n), 0, ("c", "m", seed), np.ones(n, bool), stretch=length / 60
+    )
     span = track.spans(share)
     chosen = min(n, max(1, math.floor(share * n + 0.5)))
     assert (span >= 0).sum() == chosen
@@ -517,7 +519,9 @@ def test_spans(n, share, length, seed):
 def test_every_frame_is_equally_likely_to_be_hit():
     hits, trials = np.zeros(120), 1000
     for seed in range(trials):
-        track = Track(np.zeros((120, 1), np.float32), np.arange(120), 0, ("c", "m", seed), np.ones(120, bool), stretch=1 / 3)
+        track = Track(
+            np.zeros((120, 1), np.float32), np.arange(120), 0, ("c", "m", seed), np.ones(120, bool), stretch=1 / 3
+        )
         hits += track.spans(0.3) >= 0
     assert np.abs(hits / trials - 0.3).max() < 4.5 * math.sqrt(0.3 * 0.7 / trials)
 

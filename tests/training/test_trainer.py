@@ -443,7 +443,9 @@ def test_a_run_of_another_format_is_refused(tiny, tmp_path):
 
 
 def test_configuration_round_trip(tiny):
-    config = dataclasses.replace(tiny, modalities=("visual",), rehearsal=Rehearsal(probability=0.3, length=(4 / 30, 9 / 30)))
+    config = dataclasses.replace(
+        tiny, modalities=("visual",), rehearsal=Rehearsal(probability=0.3, length=(4 / 30, 9 / 30))
+    )
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(ValueError, match="configuration: expected fields of TrainConfig, got colour"):
         TrainConfig.from_json({**config.to_json(), "colour": "red"})
