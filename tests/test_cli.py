@@ -163,7 +163,9 @@ def test_a_data_set_of_other_dimensions_is_refused(capsys, trained, tmp_path):
     fails(capsys, "evaluate", "--run", trained, "--data", other, message="'audio': 9")
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["evaluate", "--run", "x", "--smooth", "3"], ["synth"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train"], ["evaluate", "--run", "x", "--smooth", "few"], ["synth"]]
+)
 def test_usage_errors(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -194,6 +196,7 @@ def test_module_without_a_subcommand_is_info(capsys):
     assert "stage_filter" in done.stdout
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_a_resumable_run(data, tmp_path):
     """Ctrl-C: no traceback, a hint, exit code 130, and the run goes on from there."""
     path = tmp_path / "run"
@@ -286,6 +289,7 @@ def test_a_full_disk_leaves_nothing_half_written(data, tmp_path):
     assert not [*trained.glob("*.tmp"), *trained.glob("*.pt")]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(trained):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")

@@ -207,7 +207,7 @@ def trained(run: str, data: str) -> None:
     from sage_ext.training.trainer import TrainConfig, train
 
     config = TrainConfig(data, dim=8, blocks=2, window=2, hop=4 / 3, max_steps=2, threads=1)
-    train(config, run, progress=False)
+    train(config, run, overwrite=Path(run).exists(), progress=False)
 
 
 def recording(space: dict) -> None:
@@ -290,8 +290,8 @@ def folder_of_crops(space: dict) -> None:
         folder = root / "6th ABAW Annotations/VA_Estimation_Challenge" / split
         folder.mkdir(parents=True)
         for name in names:
-            (folder / f"{name}.txt").write_text("valence,arousal\n" + "0.1,0.2\n" * 5)
-    np.save(root / "features/visual/nobody.npy", np.ones((5, 3), np.float16))
+            (folder / f"{name}.txt").write_text("valence,arousal\n" + "".join(f"0.{i},-0.{i}\n" for i in range(5)))
+    np.save(root / "features/visual/nobody.npy", np.arange(15).reshape(5, 3).astype(np.float16))
 
 
 def crops_are_read_in_time(space: dict, printed: str) -> None:
@@ -401,7 +401,12 @@ def run_page(page: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
-@pytest.mark.parametrize("page", PAGES)
+QUICK = ("README.md", "docs/data.md")  # what a stranger tries first
+
+
+@pytest.mark.parametrize(
+    "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
+)
 def test_page(page, tmp_path):
     command = [sys.executable, str(Path(__file__).resolve()), page]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)

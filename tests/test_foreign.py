@@ -308,6 +308,7 @@ def test_kappa_is_the_heads_unless_given(trained):
     torch.testing.assert_close(calibrate(trained, *data).bias, given.bias)
 
 
+@pytest.mark.slow
 def test_compiled_models_are_calibrated_as_they_are(trained):
     model = copy.deepcopy(trained)
     want = calibrate(model, *validation(2))

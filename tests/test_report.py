@@ -176,6 +176,7 @@ def test_table_text_is_aligned():
     assert re.split(r"\s{2,}", two) == ["a longer name", "-0.125", "1.000"]
 
 
+@pytest.mark.slow
 def test_callers_matplotlib_is_left_alone(clip):
     import matplotlib
 

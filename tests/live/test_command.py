@@ -260,6 +260,7 @@ def test_a_file_that_grows_is_cut_short_and_sigint(trained, files, offline, tmp_
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_read_and_one_that_is_closed(trained, files):
     """What nobody takes does not keep the process from stopping; nor does it wait for input that nobody wants."""
     with Process("--run", trained, stdin=subprocess.PIPE) as closed, contextlib.ExitStack() as stack:

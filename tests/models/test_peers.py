@@ -696,6 +696,7 @@ def test_one_block_is_enough(data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- a peer of yours
+@pytest.mark.slow
 def test_the_peer_of_the_contributing_page(tmp_path):
     """The page's file, given to a fresh interpreter as the page says."""
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()

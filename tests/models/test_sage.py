@@ -542,6 +542,7 @@ def test_trains_compiled():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_exports_with_dynamic_batch_and_time():
     model = build(blocks=2, limits=(13, 0))
     features, present = draw()

@@ -171,6 +171,7 @@ def test_autocast_half_and_double():
     torch.testing.assert_close(got.float(), full, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph():
     fusion, head = build()
 

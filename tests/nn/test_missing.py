@@ -203,6 +203,7 @@ def test_streaming_and_offline_agree(bad):
     assert list(session.stats.nonfinite.values()) == whole.nonfinite.tolist()
 
 
+@pytest.mark.slow
 def test_compiles_and_exports_with_the_count():
     features, present, _ = draw()
     spoilt, hit = spoil(features, math.nan)

@@ -436,6 +436,7 @@ for condition in reversed(order) if sys.argv[1] == "reversed" else order:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree():
     outputs = []
     for hash_seed, order in (("1", "forward"), ("2", "reversed")):

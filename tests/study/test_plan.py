@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from studies import tiny
 
-from sage_ext.data.affwild2 import AffWild2
+from sage_ext.data.affwild2 import AffWild2, bare_name
 from sage_ext.data.synthetic import write_dataset
-from sage_ext.study.plan import tuning_view
+from sage_ext.study.plan import donor_clips, fold_views, scored_clips, tuning_view
 from sage_ext.training.trainer import TrainConfig
 
 
@@ -57,3 +58,37 @@ def test_tuning_needs_two_videos(data, tmp_path):
     write_dataset(root, train=1, validation=1, test=0, frames=(90, 100))
     with pytest.raises(ValueError, match="two training videos"):
         tuning_view(root, tmp_path / "view")
+
+
+def test_folds_of_groups(data, tmp_path):
+    """Every annotated clip is scored once; no group is on two sides of a fold; folds have about as many frames."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    names = [name for split in ("train", "validation") for name in AffWild2(root, split).names]
+    videos = sorted({bare_name(name) for name in names})
+    groups = {video: f"g{i // 2}" for i, video in enumerate(videos)}
+    (root / "groups.json").write_text(json.dumps({"person": groups}))
+    study = tiny(root, folds=3, group="person")
+    found = fold_views(study, tmp_path / "study")
+    assert [part.name for part in found] == ["fold-1", "fold-2", "fold-3"]
+    scored, frames = [], []
+    for part in found:
+        sides = [AffWild2(part.data, split) for split in ("train", "validation", "test")]
+        people = [{groups[bare_name(name)] for name in side.names} for side in sides]
+        assert sum(map(len, people)) == len(set().union(*people)) == len(set(groups.values()))
+        clips = scored_clips(part)
+        scored += [clip.name for clip in clips]
+        frames.append(sum(clip.num_frames for clip in clips))
+        assert all(clip.labels is not None for clip in clips)
+        assert {clip.name for clip in clips}.isdisjoint(clip.name for clip in donor_clips(part))
+        assert len(clips) + len(donor_clips(part)) == len(names)
+    assert sorted(scored) == sorted(names)
+    most = max(sum(clip.num_frames for split in ("train", "validation") for clip in AffWild2(root, split)
+                   if groups[bare_name(clip.name)] == group) for group in set(groups.values()))  # fmt: skip
+    assert max(frames) - min(frames) <= most
+    for folds in (len(videos), 99):
+        with pytest.raises(ValueError, match=r"folds: expected at most as many as there are groups of videos"):
+            fold_views(dataclasses.replace(study, folds=folds), tmp_path / "study")
+    with pytest.raises(ValueError, match=r"group: expected a grouping of .*groups.json \(person\), got 'run'"):
+        fold_views(dataclasses.replace(study, group="run"), tmp_path / "study")
+    assert len(fold_views(dataclasses.replace(study, folds=len(videos), group=None), tmp_path / "study")) == len(videos)

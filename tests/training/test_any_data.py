@@ -142,6 +142,7 @@ def test_streams(trained, tmp_path, capfd):
     assert (tmp_path / "report" / "session.png").exists()
 
 
+@pytest.mark.slow
 def test_compare_with_folds_of_groups(tmp_path, capsys):
     """Every group whole on one side, every clip scored once; the table of folds is what the rows of each fold give."""
     targets, fps, modalities = SECONDS
@@ -201,18 +202,21 @@ def test_what_does_not_fit_is_said(tmp_path, capsys):
     assert cli.main(["evaluate", "--run", run, "--data", str(root)]) == 0
     said = " ".join(json.loads((tmp_path / "run" / "evaluation-validation.json").read_text())["mismatches"])
     assert f"frames come at {2 * fps:g} a second" in said
-    study = [
-        "--methods",
-        "sage",
-        "--seeds",
-        "1",
-        "--lr",
-        "1e-3",
-        "--corruptions",
-        "noise",
-        "--severities",
-        "1",
-        *options,
-    ]
-    assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "study"), *study]) == 0
-    assert "look at this: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_by_compare(tmp_path, capsys):
+    """Also what it leaves out: one video gives no donors."""
+    targets, fps, modalities = HOURLY
+    root = write(tmp_path / "data", targets, fps, modalities, videos=5, frames=90)
+    (root / "annotations" / "Train_Set" / "notes.csv").write_text("x\n")
+    options = ["--dim", "8", "--blocks", "1", "--max-steps", "2", "--batch-size", "2"]
+    study = ["--methods", "sage", "--seeds", "1", "--lr", "1e-3", "--severities", "1", *options]
+    kinds = ["--corruptions", "noise"]
+    assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "study"), *study, *kinds]) == 0
+    err = capsys.readouterr().err
+    assert "look at this: " in err
+    assert "not read, for they do not end in .txt: notes.csv" in err
+    kinds = ["--corruptions", "foreign"]
+    assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "b"), *study, *kinds]) == 2
+    assert "corruptions: expected none of foreign: each takes another video for donor" in capsys.readouterr().err
