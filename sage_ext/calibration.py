@@ -189,7 +189,7 @@ def reliability_diagram(
 
 
 def expected_calibration_error(diagram: ReliabilityDiagram) -> float:
-    """Mean over bins, by frames, of |mean confidence - observed reliability|: 0 is perfect, 1 the worst."""
+    """Mean over bins, by frames, of |mean confidence - observed reliability|: 0 is perfect, 1 the worst; NaN without frames."""
     gap = (diagram.predicted - diagram.observed).abs()
     return float((gap * diagram.frames).sum() / diagram.frames.sum())
 
@@ -345,12 +345,17 @@ def calibrate(
 def diagrams(
     evidence: Evidence, log_temperature: Tensor, bias: Tensor, *, kappa: float, bins: int = 15
 ) -> list[ReliabilityDiagram]:
-    """One reliability diagram a modality, of collected evidence under a calibration."""
+    """One reliability diagram a modality, of collected evidence under a calibration; without a bin, and with the error NaN,
+    where no frame of the modality is counted."""
     confidence = calibrated_confidence(
         evidence.reliability.double(), evidence.stage.double(), log_temperature.cpu().double(), bias.cpu().double()
     )
+    none = confidence.new_zeros(0)
+    empty = ReliabilityDiagram(none, none, none.long(), none, none)
     return [
-        reliability_diagram(confidence[:, m], evidence.squared_error[:, m], evidence.mask[:, m], kappa=kappa, bins=bins)
+        reliability_diagram(confidence[:, m], evidence.squared_error[:, m], mask, kappa=kappa, bins=bins)
+        if bool((mask := evidence.mask[:, m]).any())
+        else empty
         for m in range(confidence.shape[1])
     ]
 

@@ -344,7 +344,8 @@ def _train(args: argparse.Namespace) -> int:
     found = calibrate_run(args.run, device=config.device)
     if found is not None:
         before, after = found["error_before"], found["error_after"]
-        _say("calibration error: " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before))
+        known = [name for name in before if before[name] is not None]  # None: no validation frame has the modality
+        _say("calibration error: " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in known))
     return 0
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .data.affwild2 import SPLITS, AffWild2, Clip, bare_name, finite_rows
+from .data.affwild2 import SPLITS, AffWild2, Clip, bare_name, disagreements, finite_rows
 from .data.targets import Targets, unscaled
+from .models.sage import DEAD
 from .report import BLUE, GREEN, VERMILLION, Picture, Table, new_figure, printable, styled, write_report
 
 BLOCK = 4096  # rows that are looked at together
@@ -40,6 +41,14 @@ class _Columns:
     def constant(self) -> int:
         """How many columns never change."""
         return 0 if self.low is None else int((self.low == self.high).sum())
+
+    @property
+    def faint(self) -> int:
+        """How many change so little beside the others that the model takes them for dead."""
+        if self.low is None or self.high is None:
+            return 0
+        reach = self.high - self.low
+        return int(((reach > 0) & (reach <= DEAD * reach.mean())).sum())
 
 
 @dataclass
@@ -83,13 +92,15 @@ def inspect(root: str | os.PathLike[str], modalities: Sequence[str] | None = Non
                 found.wrong.append(f"{split}: {error}")
     columns: dict[tuple[str, str], _Columns] = {}  # (split, modality)
     rows = []
+    if splits:
+        found.targets = next(iter(splits.values())).targets
+        found.modalities = list(dict.fromkeys(name for data in splits.values() for name in data.modalities))
+        found.wrong += disagreements(splits)
     for split, data in splits.items():
         rows.append(_walk(found, split, data, columns))
         found.wrong += [text for text in data.mismatches if text not in data.slight]
         found.notes += data.slight
     if splits:
-        first = next(iter(splits.values()))
-        found.targets, found.modalities = first.targets, list(first.modalities)
         header = (
             "",
             "videos",
@@ -109,19 +120,22 @@ def inspect(root: str | os.PathLike[str], modalities: Sequence[str] | None = Non
 
 def _walk(found: Inspection, split: str, data: AffWild2, columns: dict[tuple[str, str], _Columns]) -> list[Any]:
     """Every clip of a split; the split's row of the table."""
-    names = list(data.modalities)
+    names = found.modalities
+    comparable = data.targets == found.targets or data.sample_file is not None
     frames = annotated = 0
     seconds, missing, labels = 0.0, np.zeros(len(names)), []
     for clip in data:
         frames, seconds = frames + clip.num_frames, seconds + clip.num_frames / clip.fps
         annotated += int(clip.valid.sum())
-        if clip.labels is not None:
+        if clip.labels is not None and comparable:
             labels.append(unscaled(clip.labels[clip.valid].astype(np.float64), data.targets))
-            if not clip.valid.any():
-                found.notes.append(f"{clip.name}: no frame is annotated")
+        if clip.labels is not None and not clip.valid.any():
+            found.notes.append(f"{clip.name}: no frame is annotated")
         cover = np.zeros((len(names), BINS))
         for m, name in enumerate(names):
-            present = _modality(found, clip, name, columns.setdefault((split, name), _Columns()))
+            present = np.zeros(clip.num_frames, bool)
+            if name in clip.features:
+                present = _modality(found, clip, name, columns.setdefault((split, name), _Columns()))
             missing[m] += (~present).sum()
             edges = np.linspace(0, clip.num_frames, BINS + 1).astype(int)
             low, high = edges[:-1], np.maximum(edges[1:], edges[:-1] + 1)  # a frame at least
@@ -130,13 +144,15 @@ def _walk(found: Inspection, split: str, data: AffWild2, columns: dict[tuple[str
         found.coverage.append((split, clip.name, cover))
     if labels:
         found.labels[split] = np.concatenate(labels)
+    if len(data) and data.sample_file is None and not annotated:
+        found.wrong.append(f"{split}: no frame is annotated with all targets")
     rates = sorted({data.fps(name) for name in data.names})
     if rates and rates[-1] > 1.2 * rates[0]:
         found.notes.append(
             f"{split}: frames a second from {rates[0]:g} to {rates[-1]:g}: spans of time are those of {data.frame_rate:g}"
         )
     rate = "-" if not rates else f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
-    share = "-" if split not in found.labels else f"{annotated / max(frames, 1):.1%}"
+    share = "-" if data.sample_file is not None else f"{annotated / max(frames, 1):.1%}"
     gone = [f"{count / max(frames, 1):.1%}" for count in missing]
     return [split, len(data), f"{frames:,}", f"{seconds / 3600:.2f}", rate, share, *gone]
 
@@ -189,6 +205,11 @@ def _features(found: Inspection, columns: dict[tuple[str, str], _Columns]) -> Ta
             found.notes.append(
                 f"{name}: {train.constant} of {size} features never change in the training split: they are not used"
             )
+        if train.faint:
+            found.notes.append(
+                f"{name}: {train.faint} of {size} features move less than {DEAD:g} of what the others do on average: the model "
+                "takes them for dead; write them in units in which they move as much"
+            )
     header = ("", "features", "constant", "frames with it", "values from to")
     return Table("Features of the training split", header, rows)
 
@@ -199,7 +220,6 @@ def _targets(found: Inspection) -> list[Table]:
         for split, values in found.labels.items():
             column = values[:, c]
             if not len(column):
-                found.wrong.append(f"{split}: no frame is annotated")
                 continue
             low, high = float(column.min()), float(column.max())
             rows.append([

@@ -141,3 +141,34 @@ def test_nothing_there(tmp_path, capsys):
     assert "expected a folder" in capsys.readouterr().err
     assert cli.main(["check", str(tmp_path)]) == 1
     assert "something is wrong" in capsys.readouterr().out
+
+
+def test_splits_that_differ_are_said_and_not_tripped_over(root):
+    """A modality of one split alone; other sizes; other targets; nothing annotated."""
+    validation = names(root, "Validation_Set")
+    for name in validation:
+        rows(root, "visual", name, lambda x: x[:, :4])
+    found = inspect(root)
+    assert any(
+        "expected the same modalities in both splits, got {'audio': 8, 'visual': 9} in train" in x for x in found.wrong
+    )
+    for name in validation:
+        (root / "features" / "visual" / f"{name}.npy").unlink()
+    found = inspect(root)
+    assert found.modalities == ["audio", "visual"]
+    assert found.tables[0].rows[1][-1] == "100.0%"
+    for path in (root / TASK / "Validation_Set").glob("*.txt"):
+        path.write_text("stress\n" + "nan\n" * 50)
+    found = inspect(root)
+    assert any("expected the same targets in both splits" in text for text in found.wrong)
+    assert "validation: no frame is annotated with all targets" in found.wrong
+    assert all(row[0] != "valence, validation" for row in found.tables[2].rows)
+    assert "something is wrong" in found.text()
+
+
+def test_a_column_of_another_unit(root):
+    for name in names(root):
+        rows(root, "visual", name, lambda x: x * np.where(np.arange(x.shape[1]) == 5, np.float32(1e-9), np.float32(1)))
+    assert any(
+        "visual: 1 of 9 features move less than 1e-05 of what the others do" in text for text in inspect(root).notes
+    )

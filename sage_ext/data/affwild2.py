@@ -17,7 +17,8 @@
 
 An annotation has a header and a row a frame. `valence,arousal` without a targets.json is Aff-Wild2's: both in [-1, 1], -5
 in a frame that is not annotated. Any other names any columns, each with its range behind it where that is not
-[-1, 1], as in `stress[0:100],valence`; an empty cell or NaN says that the frame is not annotated.
+[-1, 1], as in `stress[0:100],valence`; an empty cell or NaN says that the frame is not annotated. With a targets.json the
+columns that it does not name are left, whatever they hold.
 
 `meta.json` of a modality, every key optional:
 
@@ -28,6 +29,7 @@ in a frame that is not annotated. Any other names any columns, each with its ran
             `<video>.npy` is read. Without it the suffix is never stripped: `<video>.npy` may be another person.
     images  a folder below root (`"cropped_aligned"`): frames without `<folder>/<video>/<frame:05d>.jpg` have no such
             modality.
+    columns names of the D features, in order. A run remembers them, and refuses features in another order.
     about   anything; not read.
 
 Row i of an annotation is frame i is row i of the features, whatever the lengths: nothing is ever shifted or cut out.
@@ -56,7 +58,16 @@ import numpy as np
 from .._arguments import MAX_MODALITIES
 from ..files import one_line, replacing
 from .rates import FPS
-from .targets import VALENCE_AROUSAL, Targets, described, header_targets, make_targets, scaled
+from .targets import (
+    VALENCE_AROUSAL,
+    Targets,
+    described,
+    header_columns,
+    header_range,
+    header_targets,
+    make_targets,
+    scaled,
+)
 
 SPLITS = {"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",), "test": ("Test_Set",)}
 ANNOTATION_HEADER = "valence,arousal"
@@ -66,7 +77,7 @@ SAMPLE = "sample_submission.txt"
 HINT = " (docs/data.md shows the folders; sage-ext import makes them of a table)"
 
 _TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
-_META_KEYS = ("rate", "shared", "images", "about")
+_META_KEYS = ("rate", "shared", "images", "columns", "about")
 _LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>[0-9]+)\.(?:jpg|png)")
 _MOST_FRAMES = 10_000_000  # of a video that a sample file may name: 92 hours at 30 a second
 _RATES = (1e-6, 1e6)  # rows, or frames, a second
@@ -214,74 +225,76 @@ def read_annotation(path: str | os.PathLike, targets: Targets | None = None) -> 
 def _read_annotation(path: Path, targets: Targets | None) -> tuple[np.ndarray, np.ndarray, Targets]:
     lines = _read_text(path).split("\n")
     header = lines[0].strip()
-    columns = header_targets(header, f"{path}:1: expected a header of targets, as in {ANNOTATION_HEADER!r}, got")
+    names = [name for name, _ in header_columns(header)]
     affwild2 = header == ANNOTATION_HEADER
     strict = affwild2 and targets is None
-    names = [column.name for column in columns]
     if targets is None:
-        targets = columns
-    missing = [target.name for target in targets if target.name not in names]
-    if missing:
-        raise ValueError(f"{path}:1: expected the columns {', '.join(missing)}, got the header {_short(header)}")
+        targets = header_targets(header, f"{path}:1: expected a header of targets, as in {ANNOTATION_HEADER!r}, got")
+    else:
+        _check_header(path, header, targets)
+    places = [names.index(target.name) for target in targets]
     while lines and not lines[-1].strip():
         lines.pop()
     rows = lines[1:]
     if not rows:
         raise ValueError(f"{path}:2: expected rows of {header!r:.60}, got the end of the file")
-    values = _numbers(rows, len(columns))
-    if values is None:
-        raise ValueError(_annotation_fault(path, rows, columns, targets, strict))
-    values = values[:, [names.index(target.name) for target in targets]]
+    values = _numbers(path, rows, names, places, strict)
     low, high = np.array([(target.low, target.high) for target in targets]).T
-    unknown = np.isnan(values) if not strict else np.zeros(values.shape, bool)
+    inside = (values >= low) & (values <= high)
+    unknown = np.zeros(values.shape, bool) if strict else np.isnan(values)
     if affwild2:
-        unknown |= values == INVALID
-    if not (unknown | (values >= low) & (values <= high)).all():
-        raise ValueError(_annotation_fault(path, rows, columns, targets, strict))
+        unknown |= (values == INVALID) & ~inside
+    outside = ~(unknown | inside)
+    if outside.any():
+        row, c = np.argwhere(outside)[0].tolist()
+        cell = rows[row].split(",")[places[c]].strip()
+        nothing = "-5 (invalid)" if affwild2 else "nothing (not annotated)"
+        raise ValueError(
+            f"{path}:{row + 2}: {targets[c].name}: expected a value in [{low[c]:g}, {high[c]:g}] or {nothing}, got {cell[:60]}"
+        )
     valid = np.asarray(~unknown.any(axis=1))
     labels = scaled(values, targets).astype(np.float32)
     labels[~valid] = np.nan
     return labels, valid, targets
 
 
-def _numbers(rows: list[str], columns: int) -> np.ndarray | None:
-    """(T, columns) float64, NaN where a cell is empty; None where a row is not that many numbers."""
-    try:
-        values = np.loadtxt(rows, delimiter=",", comments=None, ndmin=2)
-    except ValueError:
-        cells = [row.split(",") for row in rows]
-        try:
-            values = np.array([[float(cell) if cell.strip() else math.nan for cell in row] for row in cells])
-        except ValueError:
-            return None
-        if any("_" in row for row in rows) or not all(row.strip() for row in rows):
-            return None
-    return values if values.shape == (len(rows), columns) else None
+def _check_header(path: Path, header: str, targets: Targets) -> None:
+    """That it has these columns, and says no other range of them."""
+    said = header_columns(header)
+    ranges = dict(said)
+    missing = [target.name for target in targets if target.name not in ranges]
+    if missing:
+        raise ValueError(f"{path}:1: expected the columns {', '.join(missing)}, got the header {_short(header)}")
+    for target in targets:
+        if [name for name, _ in said].count(target.name) > 1:
+            raise ValueError(f"{path}:1: expected one column {target.name}, got the header {_short(header)}")
+        if ranges[target.name] is not None and header_range(ranges[target.name]) != (target.low, target.high):
+            wanted = f"the range [{target.low:g}, {target.high:g}] that is stated elsewhere (targets.json)"
+            raise ValueError(f"{path}:1: {target.name}: expected {wanted}, got the header {_short(header)}")
 
 
-def _annotation_fault(path: Path, rows: list[str], columns: Targets, targets: Targets, strict: bool) -> str:
-    header = ",".join(column.name for column in columns)
-    wanted = {target.name: target for target in targets}
+def _numbers(path: Path, rows: list[str], names: list[str], places: list[int], strict: bool) -> np.ndarray:
+    """(T, len(places)) float64 of these columns, NaN where a cell is empty. `strict`: an empty cell is an error."""
     for number, row in enumerate(rows, start=2):
-        cells = row.split(",")
         if not row.strip():
-            return f"{path}:{number}: expected a row, got a blank line, which would shift every later frame"
-        if len(cells) != len(columns):
-            many = f"{len(columns)} columns" if len(columns) > 1 else "1 column"
-            return f"{path}:{number}: expected {many} ({header:.60}), got {len(cells)}: {_short(row.strip())}"
-        for cell, column in zip(cells, columns):
-            where = f"{path}:{number}: {column.name}"
+            raise ValueError(f"{path}:{number}: expected a row, got a blank line, which would shift every later frame")
+        if row.count(",") != len(names) - 1:
+            many = f"{len(names)} columns" if len(names) > 1 else "1 column"
+            got = f"{row.count(',') + 1}: {_short(row.strip())}"
+            raise ValueError(f"{path}:{number}: expected {many} ({','.join(names):.60}), got {got}")
+    with contextlib.suppress(ValueError):
+        return np.loadtxt(rows, delimiter=",", comments=None, ndmin=2, usecols=places)
+    values = np.empty((len(rows), len(places)))
+    for r, row in enumerate(rows):
+        cells = row.split(",")
+        for c, place in enumerate(places):
+            cell = cells[place].strip()
             try:
-                value = float(cell.strip() or ("" if strict else "nan")) if "_" not in cell else float("_")
+                values[r, c] = math.nan if not (cell or strict) else float(cell if "_" not in cell else "_")
             except ValueError:
-                return f"{where}: expected a number{'' if strict else ' or nothing'}, got {_short(cell.strip())}"
-            if column.name not in wanted or (math.isnan(value) and not strict):
-                continue
-            _, low, high = wanted[column.name]
-            if not (low <= value <= high or (header == ANNOTATION_HEADER and value == INVALID)):
-                nothing = "-5 (invalid)" if header == ANNOTATION_HEADER else "nothing (not annotated)"
-                return f"{where}: expected a value in [{low:g}, {high:g}] or {nothing}, got {cell.strip()[:60]}"
-    return f"{path}: expected columns of numbers, got rows that cannot be read as such"
+                wanted = "a number" if strict else "a number or nothing"
+                raise ValueError(f"{path}:{r + 2}: {names[place]}: expected {wanted}, got {_short(cell)}") from None
+    return values
 
 
 def _read_text(path: Path) -> str:
@@ -304,6 +317,7 @@ class _Meta:
     rate: float | None = None
     shared: bool = False
     images: str | None = None
+    columns: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -365,7 +379,8 @@ class AffWild2(Sequence[Clip]):
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         self.root, self.split, self._faults = Path(root), split, faults
         if not self.root.is_dir():
-            raise FileNotFoundError(f"root: expected a folder, got {self.root}")
+            hint = " (sage-ext import makes a data set of a table)" if self.root.is_file() else ""
+            raise FileNotFoundError(f"root: expected a folder, got {self.root}{hint}")
         folder = self.root / "features" if features is None else Path(features)
         self._folders = _modality_folders(folder, modalities)
         self._meta = {name: _read_meta(path / "meta.json", self.root) for name, path in self._folders.items()}
@@ -430,8 +445,19 @@ class AffWild2(Sequence[Clip]):
         if grouping is not None and grouping not in self.groupings:
             have = ", ".join(self.groupings) or "none"
             raise ValueError(f"group: expected a grouping of {self.root / 'groups.json'} ({have}), got {grouping!r}")
-        known = self.groupings.get("group" if grouping is None else grouping, {})
-        return known.get(name, known.get(bare_name(name), bare_name(name)))
+        known, video = self.groupings.get("group" if grouping is None else grouping, {}), bare_name(name)
+        persons = (name, video, f"{video}_left", f"{video}_right")  # of one video, who are never torn apart
+        return next((known[key] for key in persons if key in known), video)
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """The names of a modality's features, for those whose meta.json says them."""
+        return {m: names for m in self.modalities if (names := self._meta[m].columns) is not None}
+
+    @property
+    def annotated(self) -> int:
+        """How many frames are, with all targets."""
+        return int(sum(video.valid.sum() for video in self._videos))
 
     def __len__(self) -> int:
         return len(self._videos)
@@ -484,7 +510,8 @@ class AffWild2(Sequence[Clip]):
         except FileNotFoundError as error:
             if self.split == "test":
                 raise FileNotFoundError(
-                    f"{sample}: expected a sample file, or annotations in Test_Set, got none"
+                    f"{sample}: expected a sample file, or annotations in Test_Set, got none: there is no test split, and "
+                    "--split names another"
                 ) from error
             raise
         paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
@@ -493,15 +520,20 @@ class AffWild2(Sequence[Clip]):
         others = sorted(path.name for path in folder.iterdir() if path.suffix != ".txt" and path.name[0] != ".")
         if others:
             self.mismatches.append(f"{folder}: not read, for they do not end in .txt: {_some(others)}")
-        first: Path | None = None
+        read: dict[Path, tuple[np.ndarray, np.ndarray, Targets]] = {}
         for path in paths:
             with self._lenient():
-                labels, valid, targets = _read_annotation(path, self._declared)
-                if first is None:
-                    first, self.targets = path, targets
-                elif targets != self.targets:
+                read[path] = _read_annotation(path, self._declared)
+        if not read:
+            return
+        count = Counter(targets for _, _, targets in read.values())
+        self.targets = max(count, key=count.__getitem__)  # those of most files; others are wrong, each by its own name
+        like = next(path for path, (_, _, targets) in read.items() if targets == self.targets)
+        for path, (labels, valid, targets) in read.items():
+            with self._lenient():
+                if targets != self.targets:
                     raise ValueError(
-                        f"{path}:1: expected the targets {described(self.targets)}, as in {first}, got {described(targets)}"
+                        f"{path}:1: expected the targets {described(self.targets)}, as in {like}, got {described(targets)}"
                     )
                 yield path.stem, labels, valid
 
@@ -557,6 +589,10 @@ class AffWild2(Sequence[Clip]):
                     raise ValueError(f"{source.path}: expected D = {dim}, as in {like}, got {got}")
                 next(video for video in self._videos if video.name == name).sources[m] = None
         self.modalities[m] = dim
+        columns = self._meta[m].columns
+        if columns is not None and len(columns) != dim:
+            where = self._folders[m] / "meta.json"
+            raise ValueError(f"{where}: columns: expected {dim} names, as many as features, got {len(columns)}")
 
     def _report(self, video: _Video) -> None:
         """What does not fit between a video's annotation and its features."""
@@ -651,6 +687,24 @@ class AffWild2(Sequence[Clip]):
         return self._images[images, name]
 
 
+def disagreements(splits: Mapping[str, AffWild2]) -> list[str]:
+    """What keeps the splits of one data set from being used together, a sentence each."""
+    found = []
+    (first, data), *others = splits.items()
+    for split, other in others:
+        if dict(other.modalities) != dict(data.modalities):
+            found.append(
+                f"{data.root}: expected the same modalities in both splits, got {dict(data.modalities)} in {first} and "
+                f"{dict(other.modalities)} in {split}"
+            )
+        if other.targets != data.targets and other.sample_file is None:
+            found.append(
+                f"{data.root}: expected the same targets in both splits, got {described(data.targets)} in {first} and "
+                f"{described(other.targets)} in {split}"
+            )
+    return found
+
+
 def bare_name(name: str) -> str:
     """The video's name: `name` without the `_left` or `_right` of one of two annotated persons."""
     return re.sub(r"_(left|right)$", "", name)
@@ -695,6 +749,10 @@ def _modality_folders(folder: Path, modalities: Sequence[str] | None) -> dict[st
     names = there if modalities is None else list(modalities)
     if not names:
         raise FileNotFoundError(f"features: expected folders of modalities in {folder}, got none")
+    if "fused" in names:
+        raise ValueError(
+            f"modalities: expected names other than 'fused', which is what all together are, got {folder / 'fused'}"
+        )
     if len(names) > MAX_MODALITIES:
         raise ValueError(
             f"modalities: expected 1 to {MAX_MODALITIES} folders in {folder}, got {len(names)} ({', '.join(names)}); choose "
@@ -743,7 +801,11 @@ def _read_meta(path: Path, root: Path) -> _Meta:
         raise ValueError(f"{path}: shared: expected true or false, got {_short(shared)}")
     if images is not None and not (isinstance(images, str) and _stays_below(images) and (root / images).is_dir()):
         raise ValueError(f"{path}: images: expected a folder below {root}, got {_short(images)}")
-    return _Meta(None if rate is None else float(rate), shared, images)
+    columns = meta.get("columns")
+    if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
+        raise ValueError(f"{path}: columns: expected a list of names, got {_short(columns)}")
+    names = None if columns is None else tuple(columns)
+    return _Meta(None if rate is None else float(rate), shared, images, names)
 
 
 def _read_fps(path: Path) -> float | dict[str, float]:
@@ -778,6 +840,9 @@ def _read_groups(path: Path) -> dict[str, dict[str, str]]:
             if isinstance(group, bool) or not isinstance(group, (str, int)):
                 where = f"{path}: {_printed(grouping)}: {_printed(video)}"
                 raise ValueError(f"{where}: expected a name or a whole number, got {_short(group)}")
+            if not str(group).isprintable():
+                where = f"{path}: {_printed(grouping)}: {_printed(video)}"
+                raise ValueError(f"{where}: expected a name of characters that print, got {_short(group)}")
     return {grouping: {video: str(group) for video, group in groups.items()} for grouping, groups in found.items()}
 
 

@@ -1425,8 +1425,12 @@ class _Import:
                         columns.append(map(repr, column.tolist()))
                     text.write("".join(f"{row}\n" for row in map(",".join, zip(*columns))))
         for modality, numbers in self.modalities.items():
-            about = {"columns": [self.name(k) for k in numbers], "source": self.source.path.name}
-            save({"about": about}, "features", modality, "meta.json")
+            save(
+                {"columns": [self.name(k) for k in numbers], "about": {"source": self.source.path.name}},
+                "features",
+                modality,
+                "meta.json",
+            )
             for part in self.parts:
                 with open(place("features", modality, f"{part.name}.npy"), "xb") as file:
                     shape = (len(part), len(numbers))

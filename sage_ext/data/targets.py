@@ -66,6 +66,10 @@ def make_targets(pairs: Iterable[tuple[str, Any]], where: str) -> Targets:
             raise ValueError(f"{shown}: expected low < high, got [{low:g}, {high:g}]")
         found.append(Target(name.strip(), low, high))
     names = [target.name for target in found]
+    if len({target.score for target in found}) < len(set(names)):
+        raise ValueError(
+            f"{where}: expected names whose scores differ (V and A are short for valence and arousal), got {names}"
+        )
     if not 1 <= len(found) <= MAX_TARGETS or len(set(names)) != len(names):
         raise ValueError(
             f"{where}: expected 1 to {MAX_TARGETS} targets of different names, got {', '.join(names)!r:.100}"
@@ -87,22 +91,31 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def header_targets(header: str, where: str) -> Targets:
-    """Of an annotation's header: names joined by commas, each with `[low:high]` behind it where that is not [-1:1]."""
-    pairs: list[tuple[str, Any]] = []
+def header_columns(header: str) -> list[tuple[str, tuple[str, str] | None]]:
+    """Of an annotation's header: each column's name, and the two ends where it says `[low:high]` behind it."""
+    found: list[tuple[str, tuple[str, str] | None]] = []
     for column in header.split(","):
         match = _COLUMN.fullmatch(column.strip())
-        if match is None:
-            pairs.append((column.strip(), (-1.0, 1.0)))
-            continue
-        try:
-            ends: Any = (float(match["low"]), float(match["high"]))
-        except ValueError:
-            ends = f"[{match['low']}:{match['high']}]"
-        pairs.append((match["name"], ends))
-    if all(_is_number(name) for name, _ in pairs):
+        found.append((column.strip(), None) if match is None else (match["name"], (match["low"], match["high"])))
+    return found
+
+
+def header_range(ends: tuple[str, str] | None) -> Any:
+    """(low, high) of what `header_columns` gives, (-1, 1) for None; what is no number stays text."""
+    if ends is None:
+        return (-1.0, 1.0)
+    try:
+        return (float(ends[0]), float(ends[1]))
+    except ValueError:
+        return f"[{ends[0]}:{ends[1]}]"
+
+
+def header_targets(header: str, where: str) -> Targets:
+    """All columns of a header as targets."""
+    columns = header_columns(header)
+    if all(_is_number(name) for name, _ in columns):
         raise ValueError(f"{where} numbers: {header!r:.60}")
-    return make_targets(pairs, f"{where} {header!r:.60}")
+    return make_targets(((name, header_range(ends)) for name, ends in columns), f"{where} {header!r:.60}")
 
 
 def scaled(values: np.ndarray, targets: Targets) -> np.ndarray:

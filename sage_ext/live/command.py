@@ -20,7 +20,6 @@ from typing import Any
 
 from ..data.affwild2 import read_annotation
 from ..data.rates import FPS, SLOW, default_frames
-from ..data.targets import VALENCE_AROUSAL
 from ..extras import require
 from ..report import Picture, Table, plot_clip, plot_latency, printable, write_report
 from ..training.runs import Run
@@ -219,8 +218,7 @@ def stream(args: argparse.Namespace) -> int:
     recent = max(round(default_frames(RECENT, run.fps)), 2)
     quality = None
     if args.labels is not None:
-        strict = None if run.targets == VALENCE_AROUSAL else run.targets
-        quality = Quality(*read_annotation(args.labels, strict), run.targets, recent)
+        quality = Quality(*read_annotation(args.labels, run.targets), run.targets, recent)
     keep = KEEP if args.report is not None else 0
     estimator = Estimator(
         run.model, run.names, targets=run.targets, device=args.device, quality=quality, keep=keep, recent=recent
@@ -243,6 +241,8 @@ def stream(args: argparse.Namespace) -> int:
             note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
         sizes = ", ".join(f"{dim} {name}" for name, dim in zip(run.names, estimator.session.in_dims))
         note(f"ready; a frame has {sizes} numbers")
+        for name, columns in run.columns.items():
+            note(f"{name}: {', '.join(columns[:8])}{' ...' if len(columns) > 8 else ''}")
         stop = stack.enter_context(Stop())
         lines = Output(output, stop)
         complaints, began = Complaints(form.unit), time.monotonic()

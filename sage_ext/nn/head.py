@@ -165,7 +165,8 @@ def check_labels(name: str, labels: Tensor, lead: tuple[int, ...], targets: int 
     letters = "(B, T, C)" if len(lead) == 2 else "(N, C)"
     if labels.dim() != len(lead) + 1 or tuple(labels.shape[:-1]) != lead or targets not in (None, labels.shape[-1]):
         expected = f"{letters} = {(*lead, targets)}" if targets is not None else f"{letters} = {(*lead, 'C')}"
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(labels.shape)}")
+        hint = "" if targets is None else " (C: num_targets of the head)"
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(labels.shape)}{hint}")
     check_device(name, labels, like, "the features")
 
 

@@ -19,20 +19,21 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .._arguments import check_int
-from ..data.affwild2 import SAMPLE, SPLITS, AffWild2, Clip, annotation_folder
+from ..data.affwild2 import SAMPLE, SPLITS, AffWild2, Clip, annotation_folder, disagreements
 from ..data.synthetic import TruthClips, has_truth, write_dataset
 from ..files import replacing_folder
-from ..training.trainer import TrainConfig
+from ..training.trainer import RunError, TrainConfig, data_shape
 from .corruptions import Condition
 from .methods import find
 
 CLEAN = "clean"  # the condition in which nothing fails
 TRUTH = "truth"  # for the split of a `Part`
+VIEW = "view.txt"  # marks a data set of links that a study made
 TRAIN, VALIDATION, TEST = (SPLITS[split][0] for split in ("train", "validation", "test"))
 DATA = {"seed": 1, "train": 160, "validation": 32, "test": 48, "frames": (250, 900)}  # synthesised where none are given
 HELD_OUT = 5  # of data without truth, one training video in so many is the validation split
@@ -155,13 +156,13 @@ def synthesise(out: str | os.PathLike[str]) -> str:
     return str(root)
 
 
-def parts(study: Study, out: Path) -> list[Part]:
+def parts(study: Study, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Part]:
     """What is trained and scored, its views of the data made anew."""
     if study.folds is not None:
         return fold_views(study, out)
     if has_truth(study.data):
         return [Part("", study.data, study.data, TRUTH)]
-    view = tuning_view(study.data, out / "data", study.group, study.modalities)
+    view = tuning_view(study.data, out / "data", study.group, study.modalities, say)
     return [Part("", str(view), study.data, "validation")]
 
 
@@ -170,11 +171,22 @@ def tuning_view(
     out: str | os.PathLike[str],
     group: str | None = None,
     modalities: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """A data set at `out`, made of links to the one at `root`, whose validation split is a fifth of the groups of root's
-    training videos (all persons of a video together) and whose training split is the rest."""
+    training videos (all persons of a video together) and whose training split is the rest. What is of a group that root's
+    own validation split has is in neither; `say` is told."""
     root, data = Path(root).resolve(), AffWild2(root, "train", modalities=modalities)
+    scored = AffWild2(root, "validation", modalities=modalities)
+    elsewhere = {scored.group(name, group) for name in scored.names}
     groups = {name: data.group(name, group) for name in data.names}
+    torn = [name for name, of in groups.items() if of in elsewhere]
+    groups = {name: of for name, of in groups.items() if of not in elsewhere}
+    if torn:
+        say(
+            f"not trained on, for their groups are scored: {', '.join(torn[:3])}"
+            + ("" if len(torn) <= 3 else " and others")
+        )
     held_out = _held_out(set(groups.values()), "training ")
     source = annotation_folder(root, None, SPLITS["train"])
     folders = {name: VALIDATION if groups[name] in held_out else TRAIN for name in groups}
@@ -191,29 +203,42 @@ def _held_out(groups: set[str], what: str = "") -> set[str]:
     return set(order[: max(round(len(order) / HELD_OUT), 1)])
 
 
+def annotated_splits(study: Study) -> dict[str, AffWild2]:
+    """The splits that have labels: what is dealt into folds."""
+    found = {}
+    for split, folders in SPLITS.items():
+        if split == "test" and (Path(study.data) / SAMPLE).exists():
+            continue
+        if split != "train":
+            try:
+                annotation_folder(Path(study.data), None, folders)
+            except FileNotFoundError:
+                continue
+        found[split] = AffWild2(study.data, split, modalities=study.modalities)
+    return found
+
+
 def fold_views(study: Study, out: Path) -> list[Part]:
     """A view of the data a fold: its own videos are the test split, a fifth of the other groups the validation split."""
     assert study.folds is not None
     root = Path(study.data).resolve()
+    splits = annotated_splits(study)
+    for text in disagreements(splits):
+        raise ValueError(text)
     groups, frames, sources = dict[str, str](), Counter[str](), dict[str, Path]()
-    for split in SPLITS:
-        try:
-            folder = annotation_folder(root, None, SPLITS[split])
-        except FileNotFoundError:
-            if split == "train":
-                raise
-            continue
-        if split == "test" and (root / SAMPLE).exists():
-            continue  # the test split has no labels
-        data = AffWild2(root, split, modalities=study.modalities)
+    for split, data in splits.items():
+        folder = annotation_folder(root, None, SPLITS[split])
         for clip in data:
+            if clip.name in sources:
+                raise ValueError(f"data: expected one annotation of {clip.name}, got another in {folder}")
             groups[clip.name] = data.group(clip.name, study.group)
-            frames[groups[clip.name]] += int(clip.valid.sum())
             sources[clip.name] = folder / f"{clip.name}.txt"
+            if clip.valid.any():  # a group without an annotated frame is trained on only
+                frames[groups[clip.name]] += int(clip.valid.sum())
     if not study.folds <= len(frames) or len(frames) < 3:
         raise ValueError(
             f"folds: expected at most as many as there are groups of videos, three groups at least, got {study.folds} folds "
-            f"of {len(frames)} groups in {root}"
+            f"of {len(frames)} annotated groups in {root}"
         )
     dealt: list[set[str]] = [set() for _ in range(study.folds)]
     for name, _ in sorted(frames.items(), key=lambda item: (-item[1], item[0])):
@@ -230,9 +255,38 @@ def fold_views(study: Study, out: Path) -> list[Part]:
     return found
 
 
+def check_place(root: Path, out: Path) -> None:
+    """RunError for a study that would read its own files as data, or write over them."""
+    data, study = root.resolve(), out.resolve()
+    if data == study or study.is_relative_to(data / "features"):
+        raise RunError(f"{out}: expected a directory that is neither the data set nor among its features ({root})")
+
+
+def check_view(out: Path) -> None:
+    """RunError where there is something at `out` that is no view."""
+    if out.is_symlink() or (out.exists() and not (out / VIEW).exists()):
+        raise RunError(
+            f"{out}: expected nothing there, or a view of the data that an earlier study made, got something else"
+        )
+
+
+def dealing(found: Sequence[Part]) -> str:
+    """A digest of which annotations each part trains on, tunes on and is scored on."""
+    digest = hashlib.sha256()
+    for part in found:
+        splits = {split: AffWild2(part.data, split) for split in ("train", "validation")}
+        scored = scored_data(part)
+        names = (scored.data if isinstance(scored, TruthClips) else scored).names
+        digest.update(json.dumps([part.name, data_shape(splits), names]).encode())
+    return digest.hexdigest()[:16]
+
+
 def _view(root: Path, out: Path, sources: Mapping[str, Path], folders: Mapping[str, str]) -> Path:
-    """A data set at `out`, made of links to the one at `root`, with the annotations `sources` in the split folders given."""
+    """A data set at `out`, made of links to the one at `root`, with the annotations `sources` in the split folders given. An
+    earlier view there is replaced; RunError for anything else."""
+    check_view(out)
     with replacing_folder(out) as part:
+        (part / VIEW).write_text("made by sage-ext compare, of links; it is made anew\n")
         task = part / "annotations"
         for folder in set(folders.values()):
             (task / folder).mkdir(parents=True)

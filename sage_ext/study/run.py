@@ -40,7 +40,7 @@ from ..training.trainer import (
     read_config,
     train,
 )
-from .corruptions import CORRUPTIONS, Condition, conditions
+from .corruptions import CORRUPTIONS, PROTOCOL, Condition, conditions
 from .jobs import Job, Workers
 from .methods import ORACLE, default_methods, unfit
 from .plan import (
@@ -48,8 +48,11 @@ from .plan import (
     TRUTH,
     Part,
     Study,
+    annotated_splits,
+    check_place,
     condition_name,
     configuration,
+    dealing,
     evaluation_path,
     parts,
     run_path,
@@ -140,19 +143,19 @@ class _Phase:
 
 def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
     """Check that `out` is this study's or new; what to train on and to score."""
-    data = open_data(study.base())
+    data = open_data(study.base()) if study.folds is None else annotated_splits(study)
     shape = data_shape(data)
     asked = {**study.to_json(), "shape": shape}
     asked["train"] = {key: value for key, value in asked["train"].items() if key not in ("data", "seed", "lr")}
     asked.pop("data")  # it may move; its shape may not
     asked = {**{key: asked.pop(key) for key in GROWS}, **asked.pop("train"), **asked}
-    path = out / STUDY
+    path, stored = out / STUDY, dict[str, Any]()
     if path.exists():
         try:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise RunError(f"{path}: damaged ({error})") from error
-        differ = differences(stored, asked, (*GROWS, *FREE))
+        differ = differences(stored, asked, (*GROWS, *FREE, "dealt"))
         if differ:
             raise RunError(f"{out}: expected the configuration of the study that it holds, got another ({differ})")
     elif any(entry.name not in (LOCK, "data") for entry in out.iterdir()):
@@ -172,7 +175,13 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
         reporter.say(text)
     if left:
         reporter.say(f"not compared: {', '.join(left)}: {why}")
-    found = parts(study, out)
+    found = parts(study, out, reporter.say)
+    asked["dealt"] = dealing(found)
+    if stored.get("dealt", asked["dealt"]) != asked["dealt"]:
+        raise RunError(
+            f"{out}: expected the videos dealt as when the study began, got another dealing (groups.json or a split has "
+            "changed): its runs have seen what is scored now; begin another study"
+        )
     write_atomic(path, json.dumps(asked, indent=1) + "\n")
     if study.folds is not None:
         reporter.say(f"{study.folds} folds: each scored by models of the others, tuned on a fifth of their groups")
@@ -309,12 +318,18 @@ def compare(
     """
     out = Path(out)
     reporter = _Reporter(quiet)
+    check_place(Path(study.data), out)
     with alone(out, "comparing"), Workers(processes or os.cpu_count() or 1) as workers:
         work = _Work(study, out, workers, reporter)
         failed = work.failed
-        found = _prepare(study, out, reporter)
         modalities = study.modalities or AffWild2(study.data, "train").modalities
-        asked = conditions(list(modalities), study.corruptions, study.severities)
+        asked = conditions(list(modalities), study.corruptions, study.severities)  # before anything is written
+        other = [c.corruption for c in asked if CORRUPTIONS[c.corruption].domain != "feature"]
+        if other:
+            raise ValueError(
+                f"corruptions: expected names among {', '.join(PROTOCOL)}, got {other[0]}, which is not of features"
+            )
+        found = _prepare(study, out, reporter)
         wanted = [None, *_with_donors(study, found, asked, reporter)]
         trained = _train_all(work, found)
         if not trained.rates:

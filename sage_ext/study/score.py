@@ -239,12 +239,7 @@ def _confidence(
 def _diagrams(evidence: Evidence, log_temperature: Tensor, bias: Tensor, kappa: float) -> np.ndarray:
     """(M, 3, K) reliability diagrams under a calibration; NaN for a modality without a frame that counts."""
     out = np.full((evidence.mask.shape[1], 3, BINS), np.nan)
-    counted = evidence.mask.any(0)
-    some = Evidence(
-        evidence.reliability[:, counted], evidence.stage, evidence.squared_error[:, counted], evidence.mask[:, counted]
-    )
-    found = diagrams(some, log_temperature[counted], bias[counted], kappa=kappa, bins=BINS)
-    for m, diagram in zip(counted.nonzero().flatten().tolist(), found):
+    for m, diagram in enumerate(diagrams(evidence, log_temperature, bias, kappa=kappa, bins=BINS)):
         bins = torch.stack([diagram.predicted, diagram.observed, diagram.frames.double()])
         out[m, :, : bins.shape[1]] = bins.numpy()
     return out

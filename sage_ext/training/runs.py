@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Run:
     names: list[str]  # its modalities in order
     targets: Targets
     fps: float  # frames a second of the data it was trained on
+    columns: dict[str, list[str]]  # names of the features of the modalities whose meta.json said them
     data: str  # root of those data
     window: int  # frames; for a model that is not causal
     hop: int
@@ -84,6 +86,7 @@ class Run:
                 names,
                 targets,
                 fps,
+                {name: [str(x) for x in columns] for name, columns in state["columns"].items()},
                 config.data,
                 spans.window,
                 spans.hop,
@@ -103,6 +106,17 @@ class Run:
             raise ValueError(
                 f"root: expected features {want} for the model of {self.path}, got {dict(data.modalities)} in {data.root}"
             )
+        for name, columns in data.columns.items():
+            learnt = self.columns.get(name, list(columns))
+            if list(columns) != learnt:
+                place = next(
+                    (i for i, (a, b) in enumerate(zip(columns, learnt)) if a != b), min(len(columns), len(learnt))
+                )
+                theirs, ours = ([*names, "nothing"][min(place, len(names))] for names in (columns, learnt))
+                raise ValueError(
+                    f"root: expected the columns of {name} that {self.path} was trained on, in their order, got {theirs!r} in "
+                    f"place of {ours!r} (column {place + 1}) in {data.root}"
+                )
         if data.targets != self.targets and data.sample_file is None:
             raise ValueError(
                 f"root: expected the targets {described(self.targets)} of {self.path}, got {described(data.targets)} in "
@@ -181,11 +195,13 @@ def join(parts: Sequence[Evidence]) -> Evidence:
     return Evidence(*(torch.cat(column) for column in zip(*parts)))
 
 
-def _errors(found: Sequence[ReliabilityDiagram], names: Sequence[str]) -> dict[str, float]:
-    return {name: expected_calibration_error(diagram) for name, diagram in zip(names, found)}
+def _errors(found: Sequence[ReliabilityDiagram], names: Sequence[str]) -> dict[str, float | None]:
+    """None for a modality that no frame has."""
+    errors = [expected_calibration_error(diagram) for diagram in found]
+    return {name: None if math.isnan(error) else error for name, error in zip(names, errors)}
 
 
-def _held_out(halves: Sequence[Evidence], kappa: float, names: Sequence[str]) -> dict[str, float] | None:
+def _held_out(halves: Sequence[Evidence], kappa: float, names: Sequence[str]) -> dict[str, float | None] | None:
     if len(halves) < 2 or not all(bool(half.mask.any(0).all()) for half in halves):
         return None
     confidence = []
@@ -247,6 +263,8 @@ def evaluate_run(
     """
     run = Run.load(path, device)
     clips = run.open(root, split)
+    if not clips.annotated:
+        raise ValueError(f"split: expected one with annotated frames, got {split} of {clips.root}, which has none")
     found = evaluate_clips(run, clips, smooth=smooth, chunk=chunk)
     result: dict[str, Any] = {
         "split": split,
@@ -302,7 +320,8 @@ def calibration_table(result: Mapping[str, Any]) -> list[Table]:
     if error.get("held_out"):
         header.append("held out")
         note += "\nAfter: on the frames that were fitted. Held out: each half of the videos, fitted on the other half."
-    rows = [[name, *(error[key.replace(" ", "_")][name] for key in header[1:])] for name in error["before"]]
+    cells = {name: [error[key.replace(" ", "_")][name] for key in header[1:]] for name in error["before"]}
+    rows = [[name, *("-" if value is None else value for value in values)] for name, values in cells.items()]
     return [Table("Expected calibration error of the confidence", header, rows, note)]
 
 
@@ -364,7 +383,7 @@ def predict_run(
     run = Run.load(path, device)
     data = run.open(root, split, sample)
     said = {clip.name: run.predict(clip, smooth=smooth, chunk=chunk) for clip in data}
-    predictions = {name: unscaled(one.prediction, run.targets) for name, one in said.items()}
+    predictions = {name: unscaled(one.prediction.astype(np.float64), run.targets) for name, one in said.items()}
     if data.sample_file is None:
         write_predictions(out, said, {clip.name: clip.fps for clip in data}, run.targets, run.names)
         return predictions
@@ -374,7 +393,7 @@ def predict_run(
             f"sample: expected none for a model of {', '.join(names)} (the submission format is that of valence and "
             f"arousal; Test_Set holds annotations of other targets), got {data.sample_file}"
         )
-    write_submission(out, data.sample_file, predictions)
+    write_submission(out, data.sample_file, {name: one.prediction for name, one in said.items()})  # on [-1, 1]
     return predictions
 
 
@@ -392,9 +411,12 @@ def write_predictions(
         rows = csv.writer(text := io.StringIO(), lineterminator="\n")
         rows.writerow(["video", "frame", "time", *(target.name for target in targets), *columns])
         for name, one in said.items():
-            values = np.concatenate([unscaled(one.prediction, targets), one.weights, one.confidence], 1)
-            for t, row in enumerate(values.tolist()):
-                rows.writerow([name, t + 1, f"{t / fps[name]:.6g}", *(f"{x:.6g}" for x in row)])
+            values = unscaled(one.prediction.astype(np.float64), targets).tolist()
+            shares = np.concatenate([one.weights, one.confidence], 1).tolist()
+            decimals = max(math.ceil(math.log10(fps[name])) + 3, 0)  # that tell frames apart
+            for t, (row, more) in enumerate(zip(values, shares)):
+                said_ = [f"{x:.{target.digits}f}" for x, target in zip(row, targets)]
+                rows.writerow([name, t + 1, f"{t / fps[name]:.{decimals}f}", *said_, *(f"{x:.6f}" for x in more)])
             file.write(text.getvalue().encode())
             text.seek(0)
             text.truncate()

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._arguments import MAX_MODALITIES, check_int, check_number
-from ..data.affwild2 import AffWild2, Clip, modality_names
+from ..data.affwild2 import AffWild2, Clip, disagreements, modality_names
 from ..data.rates import FPS, default_frames, whole_frames
-from ..data.targets import VALENCE_AROUSAL, Targets, described, scores
+from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import Windows, collate
 from ..files import alone, naming, one_line, write_atomic
 from ..functional import ccc_from_moments, ccc_moments
@@ -279,14 +279,17 @@ class Training:
         self.columns = [list(self.train_data.modalities).index(name) for name in self.names]
         self.targets, self.fps = self.train_data.targets, self.train_data.frame_rate
         self.spans = config.spans(self.fps)
-        self.windows = Windows(_Opened(self.train_data), self.spans.window, self.spans.hop)
+        dims = {name: self.train_data.modalities[name] for name in self.names}
+        self.model = build_model(config, dims, len(self.targets), self.fps)
+        clips, window = _Opened(self.train_data), self.spans.window
+        if self.model.length is None:  # padding beyond the longest video is work for nothing
+            window = min(window, max(*(clip.num_frames for clip in clips), 2))
+        self.windows = Windows(clips, window, min(self.spans.hop, window))
         self.per_epoch = max(len(self.windows) // config.batch_size, 1)
         self.total = self.per_epoch * config.epochs
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
 
-        dims = {name: self.train_data.modalities[name] for name in self.names}
-        self.model = build_model(config, dims, len(self.targets), self.fps)
         self.model.to(self.device)
         self.loss = SAGELoss(config.kappa, unimodal=config.unimodal_weight, reliability=config.reliability_weight)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
@@ -364,6 +367,7 @@ class Training:
             "modalities": self.names,
             "targets": [[*target] for target in self.targets],
             "fps": self.fps,
+            "columns": {m: list(names) for m, names in self.train_data.columns.items() if m in self.names},
             "calibration": None,  # calibrate_run fills it
             **{name: self.best[name] for name in ("epoch", "step", "scores")},
         }
@@ -487,13 +491,13 @@ def open_data(config: TrainConfig) -> dict[str, AffWild2]:
     that a model of some of them trains on the same failures. ValueError for a modality the data set lacks."""
     data = {split: AffWild2(config.data, split, modalities=inputs(config)) for split in ("train", "validation")}
     have = data["train"].modalities
-    if dict(data["validation"].modalities) != dict(have):
-        raise ValueError(
-            f"{config.data}: expected the modalities {have} in both splits, got {data['validation'].modalities}"
-        )
-    if data["validation"].targets != data["train"].targets:
-        said = " and ".join(described(data[split].targets) for split in data)
-        raise ValueError(f"{config.data}: expected the same targets in both splits, got {said}")
+    for text in disagreements(data):
+        raise ValueError(text)
+    for split, clips in data.items():
+        if not clips.annotated:
+            raise ValueError(
+                f"{config.data}: expected annotated frames in the {split} split, got none (a frame is if all its targets are)"
+            )
     missing = [name for name in config.modalities or () if name not in have]
     if missing:
         raise ValueError(f"modalities: expected some of {', '.join(have)} ({config.data}), got {', '.join(missing)}")

@@ -221,7 +221,7 @@ def test_annotation_that_is_not_text(root):
 
 
 def test_good_annotations_take_the_quick_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(affwild2, "_annotation_fault", lambda *_: pytest.fail("read line by line"))
+    monkeypatch.setattr(affwild2.np, "empty", lambda *_: pytest.fail("read cell by cell"))
     rows = "".join(f"{i % 1000 / 1000},-5\n" for i in range(4700))
     assert len(read_annotation(annotate(tmp_path, "clip", rows))[0]) == 4700
 
@@ -566,12 +566,51 @@ def test_any_targets(root, declared):
 
 
 def test_targets_json_chooses_columns_and_their_order(root):
-    annotate(root, "clip", "0.5,1,3\n-0.5,0,oops\n", header="a,b,note")
+    """The others are left, whatever they are called and hold; a header that says another range is an error."""
+    annotate(root, "clip", "0,0.5,1,bob\n1,-0.5,0,\n", header="frame,a,b[0:1],rater")
     (root / "targets.json").write_text('{"b": [0, 1], "a": [-1, 1]}')
-    with pytest.raises(ValueError, match=r"clip.txt:3: note: expected a number or nothing, got 'oops'"):
-        AffWild2(root, "train")
-    annotate(root, "clip", "0.5,1,3\n-0.5,0,99\n", header="a,b,note")
     np.testing.assert_array_equal(AffWild2(root, "train")[0].labels, [[1, 0.5], [-1, -0.5]])
+    path = annotate(root, "clip", "0,0.5,1\n", header="frame,a,b[0:10]")
+    words = f"{path}:1: b: expected the range [0, 1] that is stated elsewhere (targets.json), got the header 'frame,a,b[0:10]'"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        AffWild2(root, "train")
+
+
+def test_minus_five_is_a_value_where_the_range_holds_it(root):
+    annotate(root, "clip", "-5,3\n-5,-5\n")
+    (root / "targets.json").write_text('{"valence": [-10, 10], "arousal": [-1, 4]}')
+    clip = AffWild2(root, "train")[0]
+    assert clip.valid.tolist() == [True, False]
+    np.testing.assert_allclose(unscaled(clip.labels[:1], clip.targets), [[-5, 3]], rtol=1e-6)
+
+
+def test_scores_of_targets_differ(root):
+    annotate(root, "clip", "0,0\n", header="valence,V")
+    with pytest.raises(ValueError, match=r"clip.txt:1: .*: expected names whose scores differ"):
+        AffWild2(root, "train")
+
+
+def test_no_modality_is_called_fused(root):
+    featurize(root, "fused", "clip", 10)
+    with pytest.raises(ValueError, match="modalities: expected names other than 'fused'"):
+        AffWild2(root, "train")
+
+
+def test_the_file_whose_targets_differ_is_blamed(root):
+    """Also where it is the first."""
+    path = annotate(root, "a", "1\n", header="s[0:110]")
+    for name in ("b", "clip"):
+        annotate(root, name, "1\n", header="s[0:100]")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:1: expected the targets s [0, 100], as in")):
+        AffWild2(root, "train")
+
+
+def test_persons_of_a_video_are_of_one_group(root):
+    (root / "groups.json").write_text('{"duo_left": "p"}')
+    assert AffWild2(root, "train").group("duo_right") == "p"
+    (root / "groups.json").write_text('{"clip": "a\\ud800"}')
+    with pytest.raises(ValueError, match=r"groups.json: group: clip: expected a name of characters that print"):
+        AffWild2(root, "train")
 
 
 @pytest.mark.parametrize(
@@ -684,7 +723,10 @@ def test_infinity_counts_as_missing_with_a_warning_once(root):
         ("", ":1: expected text, got an empty file"),
         ('{"rate": 30,\n}', ":2: expected JSON, got something else: "),
         ("[30]", ": expected a JSON object, got list"),
-        ('{"Rate": 30}', ": expected the keys rate, shared, images, about (notes go below 'about'), got 'Rate'"),
+        (
+            '{"Rate": 30}',
+            ": expected the keys rate, shared, images, columns, about (notes go below 'about'), got 'Rate'",
+        ),
         ('{"rate": 0}', ": rate: expected a positive number of Hz, got 0"),
         ('{"rate": "30"}', ": rate: expected a positive number of Hz, got '30'"),
         ('{"rate": true}', ": rate: expected a positive number of Hz, got True"),

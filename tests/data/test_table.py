@@ -114,7 +114,8 @@ def test_the_files(tmp_path):
     assert json.loads(found["fps.json"]) == 1.0
     assert json.loads(found["groups.json"]) == {"video": {"anna": "anna", "ben": "ben"}}
     assert json.loads(found["features/a/meta.json"]) == {
-        "about": {"columns": ["a_loud", "a_pitch"], "source": "table.csv"}
+        "columns": ["a_loud", "a_pitch"],
+        "about": {"source": "table.csv"},
     }
     split = "Train_Set" if train == "anna" else "Validation_Set"
     assert labels(root, "anna", split) == ["valence,arousal", "0.2,-0.1", "0.3,0.0", "nan,0.1"]
@@ -788,7 +789,7 @@ def test_names_of_columns_may_be_anything(tmp_path):
     words = ["x_é\x1b[31m", 'x_"quoted", with, commas', "x_", "x_line\nbreak", ""]
     strange = {name: [k % (j + 2) for k in range(12)] for j, name in enumerate(words)}
     report, root = imported(tmp_path, plain(**strange))
-    assert json.loads((root / "features/x/meta.json").read_text())["about"]["columns"] == report.modalities["x"].columns
+    assert json.loads((root / "features/x/meta.json").read_text())["columns"] == report.modalities["x"].columns
     assert len(report.modalities["x"].columns) == 5
     assert "\x1b" not in report.text()
     assert report.ignored[""] == "without a name"

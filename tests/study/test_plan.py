@@ -92,3 +92,30 @@ def test_folds_of_groups(data, tmp_path):
     with pytest.raises(ValueError, match=r"group: expected a grouping of .*groups.json \(person\), got 'run'"):
         fold_views(dataclasses.replace(study, group="run"), tmp_path / "study")
     assert len(fold_views(dataclasses.replace(study, folds=len(videos), group=None), tmp_path / "study")) == len(videos)
+
+
+def test_groups_that_are_scored_are_not_trained_on(data, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    train, scored = AffWild2(root, "train").names, AffWild2(root, "validation").names
+    (root / "groups.json").write_text(json.dumps({scored[0]: "p", train[0]: "p"}))
+    said = []
+    view = tuning_view(root, tmp_path / "view", say=said.append)
+    seen = [name for split in ("train", "validation") for name in AffWild2(view, split).names]
+    lost = [name for name in train if bare_name(name) == bare_name(train[0])]
+    assert sorted(seen) == sorted(set(train) - set(lost))
+    assert said == [f"not trained on, for their groups are scored: {', '.join(lost)}"]
+
+
+def test_groups_without_annotations_are_trained_on_only(data, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    folder = next(root.glob("*/VA_Estimation_Challenge/Train_Set"))
+    blank = [path.stem for path in sorted(folder.glob("*.txt"))[:3]]
+    for name in blank:
+        path = folder / f"{name}.txt"
+        path.write_text("valence,arousal\n" + "-5,-5\n" * (len(path.read_text().splitlines()) - 1))
+    for part in fold_views(tiny(root, folds=3), tmp_path / "study"):
+        assert AffWild2(part.data, "validation").annotated
+        assert all(clip.valid.any() for clip in AffWild2(part.data, "test") if clip.name not in blank)
+        assert AffWild2(part.data, "test").annotated

@@ -217,3 +217,46 @@ def test_command_line_errors(capsys, data, tmp_path):
     assert err.startswith("sage-ext compare: error: ") or "\nsage-ext compare: error: " in err
     with pytest.raises(SystemExit):
         cli.main(["compare", "--out", str(tmp_path / "s"), "--severities", "all"])
+
+
+def test_nothing_of_a_users_is_taken_for_a_view(data, tmp_path, capsys, monkeypatch):
+    """OUT/data that is the data set itself, or anything else; a study among the features."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    shutil.rmtree(root / "truth")
+    before = sorted(path for path in root.rglob("*") if path.is_file())
+    study = ["--methods", "sage", "--seeds", "1", "--lr", "1e-3", "--corruptions", "missing", "--severities", "1",
+             "--max-steps", "1", "--dim", "8", "--blocks", "1", "--quiet"]  # fmt: skip
+    assert cli.main(["compare", "--data", "data", "--out", ".", *study]) == 2
+    assert "expected " in capsys.readouterr().err
+    assert sorted(path for path in root.rglob("*") if path.is_file()) == before
+    mine = tmp_path / "study" / "data" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    assert cli.main(["compare", "--data", "data", "--out", "study", *study]) == 2
+    assert "expected nothing there, or a view of the data that an earlier study made" in capsys.readouterr().err
+    assert mine.read_text() == "precious"
+    assert cli.main(["compare", "--data", "data", "--out", "data/features/study", *study]) == 2
+    assert "neither the data set nor among its features" in capsys.readouterr().err
+
+
+def test_what_is_refused_leaves_nothing(data, tmp_path, capsys):
+    out = tmp_path / "study"
+    for name, words in (("foo", "got 'foo'"), ("waveform-noise", "got waveform-noise, which is not of features")):
+        assert cli.main(["compare", "--data", str(data), "--out", str(out), "--corruptions", name, "--quiet"]) == 2
+        assert words in capsys.readouterr().err
+        assert not (out / "study.json").exists()
+
+
+def test_another_dealing_is_refused(data, tmp_path, undrawn):
+    """Runs that have seen what is scored now are not used."""
+    root, out = tmp_path / "data", tmp_path / "study"
+    shutil.copytree(data, root)
+    study = tiny(root, methods=("sage",), seeds=1, rates=(2e-3,), corruptions=("missing",), folds=2)
+    compare(study, out, processes=1, draws=20, quiet=True)
+    names = [name for split in ("train", "validation") for name in AffWild2(root, split).names]
+    groups = {name: f"g{i % 4}" for i, name in enumerate(names)}
+    (root / "groups.json").write_text(json.dumps(groups))
+    with pytest.raises(RunError, match="expected the videos dealt as when the study began, got another dealing"):
+        compare(study, out, processes=1, draws=20, quiet=True)

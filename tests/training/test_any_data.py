@@ -11,7 +11,7 @@ import pytest
 from sage_ext import cli
 from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.targets import unscaled
-from sage_ext.training.runs import Run
+from sage_ext.training.runs import Run, write_predictions
 from sage_ext.training.trainer import read_config
 
 HOURLY = ({"glucose": [70.0, 180.0]}, 1 / 3600, {"watch": 6, "diary": 2})
@@ -220,3 +220,84 @@ def test_what_does_not_fit_is_said_by_compare(tmp_path, capsys):
     kinds = ["--corruptions", "foreign"]
     assert cli.main(["compare", "--data", str(root), "--out", str(tmp_path / "b"), *study, *kinds]) == 2
     assert "corruptions: expected none of foreign: each takes another video for donor" in capsys.readouterr().err
+
+
+def small(root, run, *options):
+    """A training of two steps."""
+    return cli.main(["train", "--data", str(root), "--run", str(run), "--dim", "8", "--blocks", "1", "--max-steps", "2",
+                     "--batch-size", "2", "--threads", "1", "--quiet", *options])  # fmt: skip
+
+
+def test_features_in_another_order_are_refused(tmp_path, capsys):
+    targets, fps, modalities = HOURLY
+    root = write(tmp_path / "data", targets, fps, modalities, videos=4, frames=90)
+    meta = root / "features" / "watch" / "meta.json"
+    meta.write_text(json.dumps({"columns": list("abcdef")}))
+    assert small(root, tmp_path / "run") == 0
+    assert Run.load(tmp_path / "run").columns == {"watch": list("abcdef")}
+    assert cli.main(["evaluate", "--run", str(tmp_path / "run")]) == 0
+    meta.write_text(json.dumps({"columns": list("abdcef")}))
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--run", str(tmp_path / "run")]) == 2
+    assert "in their order, got 'd' in place of 'c' (column 3)" in capsys.readouterr().err
+    meta.write_text(json.dumps({"columns": ["a"]}))
+    assert cli.main(["evaluate", "--run", str(tmp_path / "run")]) == 2
+    assert "meta.json: columns: expected 6 names, as many as features, got 1" in capsys.readouterr().err
+
+
+def test_a_modality_that_no_validation_video_has(tmp_path, capsys):
+    """Training, calibration and scores go on; its own row says nothing."""
+    targets, fps, modalities = HOURLY
+    root = write(tmp_path / "data", targets, fps, modalities, videos=4, frames=90)
+    for path in (root / "annotations" / "Validation_Set").glob("*.txt"):
+        features = root / "features" / "diary" / f"{path.stem}.npy"
+        np.save(features, np.full_like(np.load(features), np.nan))
+    assert small(root, tmp_path / "run") == 0
+    assert cli.main(["evaluate", "--run", str(tmp_path / "run"), "--report", str(tmp_path / "report")]) == 0
+    result = json.loads((tmp_path / "run" / "evaluation-validation.json").read_text())
+    assert result["calibration_error"]["after"]["diary"] is None
+    assert result["calibration_error"]["after"]["watch"] >= 0
+    assert (tmp_path / "report" / "reliability.png").exists()
+
+
+def test_a_split_without_annotations_is_said_before_training(tmp_path, capsys):
+    targets, fps, modalities = SECONDS
+    root = write(tmp_path / "data", targets, fps, modalities, videos=4, frames=60)
+    for path in (root / "annotations" / "Train_Set").glob("*.txt"):  # never all at once
+        path.write_text(",".join(targets) + "\n" + "5,,,,\n,5,,,\n" * 30)
+    assert small(root, tmp_path / "run") == 2
+    assert "expected annotated frames in the train split, got none" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_a_stream_are_read_by_name(trained, tmp_path, capfd):
+    """Columns in another order, and others beside them."""
+    root, path, targets, _ = trained
+    clip = AffWild2(root, "validation")[0]
+    (tmp_path / "in.jsonl").write_text("{}\n" * 3)
+    order = ["note", *reversed(targets)]
+    values = {name: round(low + 0.25 * (high - low), 3) for name, (low, high) in targets.items()}
+    row = ",".join("x" if name == "note" else str(values[name]) for name in order)
+    (tmp_path / "labels.txt").write_text("\n".join([",".join(order), row, row, row]) + "\n")
+    options = ["--input", str(tmp_path / "in.jsonl"), "--labels", str(tmp_path / "labels.txt")]
+    assert cli.main(["stream", "--run", str(path), *options]) == 0
+    answer = json.loads(capfd.readouterr().out.splitlines()[0])
+    assert answer["truth"] == pytest.approx(values, rel=1e-5)
+    assert list(answer["truth"]) == list(targets)
+    assert clip.targets == Run.load(path).targets
+
+
+def test_predictions_keep_their_digits(tmp_path):
+    """Of a narrow range far from zero; and frames of a long recording have times of their own."""
+    root = write(tmp_path / "data", {"kelvin": [100_000, 100_010]}, 30.0, {"a": 3}, videos=4, frames=60)
+    assert small(root, tmp_path / "run") == 0
+    out = tmp_path / "out.csv"
+    assert cli.main(["predict", "--run", str(tmp_path / "run"), "--split", "validation", "--out", str(out)]) == 0
+    with open(out) as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["kelvin"] for row in rows}) > 50
+    said = {"v": Run.load(tmp_path / "run").predict(AffWild2(root, "validation")[0])}
+    long = {"v": type(said["v"])(*(np.repeat(x[:1], 400_000, 0) for x in vars(said["v"]).values()))}
+    write_predictions(out, long, {"v": 30.0}, Run.load(tmp_path / "run").targets, ["a"])
+    times = [line.split(",")[2] for line in out.read_text().splitlines()[1:]]
+    assert len(set(times)) == len(times)
