@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "import", "make a data set of a table (CSV or Parquet): a row a frame, columns of features and targets", _import
     )
     table_arguments(sub)
+    sub.add_argument("--for", dest="model", metavar="RUN", help="new data for the model of this run to predict from: its columns "
+                     "and targets, labels where there are any, all of it the test split")  # fmt: skip
 
     sub = command("check", "say what is in a data set and what is wrong with it; exit code 1 if something is", _check)
     sub.add_argument("data", metavar="DATA", help="root of the data set")
@@ -302,7 +304,19 @@ def _synth(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from .data.table import run
 
-    _say(run(args))
+    more: dict[str, Any] = {}
+    if args.model is not None:
+        from .training.runs import Run
+
+        model = Run.load(args.model)
+        nameless = [name for name in model.names if name not in model.columns]
+        if nameless:
+            raise ValueError(
+                f"--for: expected a run whose data named their columns (sage-ext import does; docs/data.md, meta.json), got "
+                f"{model.path} without those of {', '.join(nameless)}"
+            )
+        more = {"columns": {name: model.columns[name] for name in model.names}, "unlabelled": model.targets}
+    _say(run(args, **more))
     return 0
 
 

@@ -84,12 +84,19 @@ def inspect(root: str | os.PathLike[str], modalities: Sequence[str] | None = Non
     if not found.root.is_dir():
         raise FileNotFoundError(f"data: expected a folder, got {root}")
     splits: dict[str, AffWild2] = {}
+    absent = []
     for split in SPLITS:
         try:
             splits[split] = AffWild2(root, split, modalities=modalities, faults=found.wrong)
+        except FileNotFoundError as error:
+            if split != "test":
+                absent.append(f"{split}: {error}")
         except (ValueError, OSError) as error:
-            if split != "test" or not isinstance(error, FileNotFoundError):
-                found.wrong.append(f"{split}: {error}")
+            found.wrong.append(f"{split}: {error}")
+    if list(splits) == ["test"]:
+        found.notes.append("there is a test split alone: data to predict from, not to train on")
+    else:
+        found.wrong += absent
     columns: dict[tuple[str, str], _Columns] = {}  # (split, modality)
     rows = []
     if splits:
@@ -144,7 +151,7 @@ def _walk(found: Inspection, split: str, data: AffWild2, columns: dict[tuple[str
         found.coverage.append((split, clip.name, cover))
     if labels:
         found.labels[split] = np.concatenate(labels)
-    if len(data) and data.sample_file is None and not annotated:
+    if len(data) and split != "test" and not annotated:
         found.wrong.append(f"{split}: no frame is annotated with all targets")
     rates = sorted({data.fps(name) for name in data.names})
     if rates and rates[-1] > 1.2 * rates[0]:
@@ -152,7 +159,7 @@ def _walk(found: Inspection, split: str, data: AffWild2, columns: dict[tuple[str
             f"{split}: frames a second from {rates[0]:g} to {rates[-1]:g}: spans of time are those of {data.frame_rate:g}"
         )
     rate = "-" if not rates else f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
-    share = "-" if data.sample_file is not None else f"{annotated / max(frames, 1):.1%}"
+    share = "-" if split == "test" and not annotated else f"{annotated / max(frames, 1):.1%}"
     gone = [f"{count / max(frames, 1):.1%}" for count in missing]
     return [split, len(data), f"{frames:,}", f"{seconds / 3600:.2f}", rate, share, *gone]
 

@@ -40,7 +40,7 @@ from ..files import one_line, replacing_folder
 from ..models.sage import DEAD
 from .affwild2 import ANNOTATION_HEADER, INVALID, SPLITS, bare_name
 from .rates import FPS
-from .targets import header_targets, make_targets
+from .targets import Target, Targets, header_targets, make_targets
 
 MARK = "import.json"  # says that an import wrote the folder, from what, and which files
 MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-", "<na>"})  # in lower case
@@ -87,7 +87,7 @@ class ImportedTarget:
 
     low: float
     high: float
-    source: str  # "asked for", "usual" (of valence and arousal), or "of the table"
+    source: str  # "asked for", "usual" (of valence and arousal), "of the table", or "the model's"
     annotated: int
 
 
@@ -135,6 +135,7 @@ class ImportReport:
             "asked for": "as asked for",
             "usual": "the usual one",
             "of the table": "the table's least and greatest",
+            "the model's": "the model's",
         }
         targets = [
             (name, f"[{t.low:g}, {t.high:g}]", _share(t.annotated, self.frames), ranges[t.source])
@@ -153,7 +154,10 @@ class ImportReport:
             lines += _wrapped(f"ignored, {reason}: {_some(names, 40)}")
         for note in self.notes:
             lines += _wrapped(f"note: {note}")
-        lines.append(f"next: sage-ext check {out}, then sage-ext train --data {out} --run RUN")
+        after = f"train --data {out} --run RUN"
+        if list(self.splits) == ["test"]:
+            after = f"predict --run RUN --data {out} --out predictions.csv"
+        lines.append(f"next: sage-ext check {out}, then sage-ext {after}")
         return "\n".join(lines)
 
 
@@ -215,6 +219,7 @@ def import_table(
     ranges: Mapping[str, Sequence[float]] | None = None,
     fps: float | None = None,
     pieces: int = 1,
+    unlabelled: Targets | None = None,
     overwrite: bool = False,
 ) -> ImportReport:
     """Writes a data set in the layout that `AffWild2` reads from one table, a row a frame.
@@ -235,6 +240,8 @@ def import_table(
                 the least and the greatest value of the table
     fps         frames a second; default: from the times, else 30 with frame numbers
     pieces      cut each video into so many pieces of consecutive time, each a video of its own
+    unlabelled  the targets of a model that is to predict from this table, in place of `targets` and `ranges`: columns of
+                these names are read where they are there, and all videos are the test split
 
     Raises ValueError for a table or arguments that cannot be right, naming file, line and column; FileExistsError where
     `out` holds what an import did not write; ImportError for Parquet without pyarrow.
@@ -249,6 +256,10 @@ def import_table(
         raise TypeError(f"targets: expected a sequence of names, got the string {targets!r}")
     if modalities is not None and columns is not None:
         raise ValueError("modalities, columns: expected at most one of the two (--modalities, --map), got both")
+    if unlabelled is not None and (targets is not None or ranges is not None):
+        raise ValueError("unlabelled: expected neither targets nor ranges with it (they are the model's), got them too")
+    if targets is not None:
+        make_targets([(name, (-1.0, 1.0)) for name in targets], "targets")
     options = {
         "video": video, "time": time, "frame": frame, "targets": None if targets is None else list(targets),
         "modalities": dict(modalities) if isinstance(modalities, Mapping) else modalities and list(modalities),
@@ -259,10 +270,12 @@ def import_table(
     path, root = Path(table), Path(os.path.realpath(out))
     _check_out(root, overwrite)
     source = _open(path)
+    if unlabelled is not None:
+        targets = [target.name for target in unlabelled if target.name in source.names]
     roles = _roles(source, video=video, time=time, frame=frame, targets=targets, groups=groups, split=split, fps=fps)
     wanted = _wanted(source, roles, modalities, columns)
     work = _Import(source, roles, wanted, _read(source, roles, wanted))
-    work.make(ranges or {}, pieces)
+    work.make(ranges or {}, pieces, unlabelled)
     report = work.report(Path(out))
     with _taking_the_place_of(root, overwrite) as part:
         files = work.write(part)
@@ -762,8 +775,9 @@ def _roles(
                 "targets: expected the columns to be estimated (--targets NAME,NAME), got none, nor columns valence and arousal; "
                 f"{source.path} has {_some(source.names, 12)}"
             )
-    make_targets([(name, (-1.0, 1.0)) for name in targets], "targets")
-    header_targets(",".join(targets), "targets: expected names that are no")
+    if targets:
+        make_targets([(name, (-1.0, 1.0)) for name in targets], "targets")
+        header_targets(",".join(targets), "targets: expected names that are no")
     if groups is None:
         groups = ["group"] if "group" in source.names else []
     roles = _Roles(
@@ -997,9 +1011,10 @@ class _Import:
         self.notes: list[str] = []
         self.ignored: dict[str, str] = {}
 
-    def make(self, ranges: Mapping[str, Sequence[float]], pieces: int) -> None:
+    def make(self, ranges: Mapping[str, Sequence[float]], pieces: int, unlabelled: Targets | None) -> None:
+        self.unlabelled = unlabelled is not None
         self.modalities = self._kept()
-        self.targets = self._ranged(ranges)
+        self.targets = self._ranged(ranges) if unlabelled is None else [self._of_model(target) for target in unlabelled]
         self.valid = np.all([~np.isnan(target.values) for target in self.targets], axis=0)
         self.videos, self.fps = self._on_the_grid()
         self.parts = self._split_up(pieces)
@@ -1068,6 +1083,13 @@ class _Import:
             if name not in names:
                 raise ValueError(f"ranges: expected targets ({', '.join(names)}), got {name[:60]!r}")
         return [self._with_range(column, asked.get(column.name)) for column in self.read.targets]
+
+    def _of_model(self, target: Target) -> _Target:
+        """A target of a model that is to predict: its labels where the table has them."""
+        column = next((column for column in self.read.targets if column.name == target.name), None)
+        if column is not None and not np.isnan(column.values).all():
+            return self._with_range(column, (target.low, target.high))
+        return _Target(target.name, np.full(len(self.read), np.nan), target.low, target.high, "the model's")
 
     def _with_range(self, column: _Numbers, asked: Sequence[float] | None) -> _Target:
         name, values, source = column.name, column.values, "of the table" if asked is None else "asked for"
@@ -1201,7 +1223,9 @@ class _Import:
     def _split_up(self, pieces: int) -> list[_Part]:
         first = self.read.groups[0] if self.read.groups else None
         group = {v.name: v.name if first is None else self.read.says(first, v.name) for v in self.videos}
-        if self.read.split is None:
+        if self.unlabelled:
+            split = {video.name: "test" for video in self.videos}
+        elif self.read.split is None:
             split = self._divided(self.videos, group, "no column of splits")
         else:
             split = self._said_splits(self.read.split, group)
@@ -1227,7 +1251,7 @@ class _Import:
                     f"{self.source.path}: expected videos and parts of different names, got {part.name[:60]!r} twice"
                 )
             names.add(part.name)
-        for wanted in ("train", "validation"):
+        for wanted in () if self.unlabelled else ("train", "validation"):
             if not any(bool(self.valid[part.rows].any()) for part in parts if part.split == wanted):
                 raise ValueError(
                     f"{self.source.path}: expected frames in the {wanted} split that are annotated with all targets, got none: "
@@ -1609,8 +1633,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the data set in DATA, if an import wrote it")
 
 
-def run(args: argparse.Namespace) -> str:
-    """The command `sage-ext import`: what it prints."""
+def run(args: argparse.Namespace, **more: Any) -> str:
+    """The command `sage-ext import`: what it prints. `more`: arguments of `import_table` that are not on the command line."""
     given = {
         name: getattr(args, name)
         for name in ("targets", "modalities", "video", "time", "frame", "fps", "group", "split", "pieces", "overwrite")
@@ -1622,6 +1646,7 @@ def run(args: argparse.Namespace) -> str:
             raise ValueError(f"--range: expected one a target, got {', '.join(name for name, _ in args.ranges)}")
     if hasattr(args, "map"):
         given["columns"] = read_map(args.map)
+    given.update(more)
     return import_table(args.table, args.out, **given).text()
 
 

@@ -301,3 +301,50 @@ def test_predictions_keep_their_digits(tmp_path):
     write_predictions(out, long, {"v": 30.0}, Run.load(tmp_path / "run").targets, ["a"])
     times = [line.split(",")[2] for line in out.read_text().splitlines()[1:]]
     assert len(set(times)) == len(times)
+
+
+def test_new_data_without_labels(tmp_path, capsys):
+    """A table of the same columns in another order, without the target: imported for the run, checked, predicted; and refused
+    where a column is missing, or the run does not know its columns."""
+    rng = np.random.default_rng(0)
+
+    def table(path, columns, videos, labelled):
+        lines = [",".join(["video", "time", *columns, *(["stress"] if labelled else [])])]
+        for v in range(videos):
+            for t in range(40):
+                cells = {name: f"{rng.normal():.4f}" for name in ("a_x", "a_y", "b_z")}
+                label = [f"{rng.uniform(0, 9):.3f}"] if labelled else []
+                lines.append(",".join([f"v{v}", str(t), *(cells[name] for name in columns), *label]))
+        path.write_text("\n".join(lines) + "\n")
+
+    table(tmp_path / "old.csv", ["a_x", "a_y", "b_z"], 4, True)
+    table(tmp_path / "new.csv", ["b_z", "a_y", "a_x"], 2, False)
+    old, new, run, out = (tmp_path / name for name in ("old", "new", "run", "out.csv"))
+    options = ["--targets", "stress", "--range", "stress=0:9"]
+    assert cli.main(["import", str(tmp_path / "old.csv"), "--out", str(old), *options]) == 0
+    assert small(old, run) == 0
+    assert cli.main(["import", str(tmp_path / "new.csv"), "--out", str(new), "--for", str(run)]) == 0
+    assert "--for" not in capsys.readouterr().err
+    assert cli.main(["check", str(new)]) == 0
+    assert "data to predict from, not to train on" in capsys.readouterr().out
+    assert cli.main(["predict", "--run", str(run), "--data", str(new), "--out", str(out)]) == 0
+    with open(out) as file:
+        assert len(list(csv.DictReader(file))) == 80
+    clip = AffWild2(new, "test")[0]
+    first = (tmp_path / "new.csv").read_text().splitlines()[1].split(",")
+    np.testing.assert_allclose(clip.features["a"][0], [float(first[4]), float(first[3])], rtol=1e-6)
+    assert not clip.valid.any()
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--run", str(run), "--data", str(new), "--split", "test"]) == 2
+    assert "split: expected one with annotated frames, got test" in capsys.readouterr().err
+    table(tmp_path / "poor.csv", ["b_z", "a_y"], 1, False)
+    assert cli.main(["import", str(tmp_path / "poor.csv"), "--out", str(tmp_path / "p"), "--for", str(run)]) == 2
+    assert "columns: 'a': expected a column of" in capsys.readouterr().err
+    targets, fps, modalities = HOURLY
+    root = write(tmp_path / "nameless", targets, fps, modalities, videos=4, frames=60)
+    assert small(root, tmp_path / "other") == 0
+    assert (
+        cli.main(["import", str(tmp_path / "new.csv"), "--out", str(tmp_path / "n"), "--for", str(tmp_path / "other")])
+        == 2
+    )
+    assert "--for: expected a run whose data named their columns" in capsys.readouterr().err
