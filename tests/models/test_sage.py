@@ -510,6 +510,7 @@ def test_the_names_in_a_checkpoint_are_these():
 
 
 # ------------------------------------------------------------------------------------------------- compile and friends
+@pytest.mark.slow
 def test_compiles_in_one_graph():
     """With state; training compiled, below, is without."""
     model = build(blocks=2, limits=(13, 0))

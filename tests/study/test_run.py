@@ -48,6 +48,7 @@ def test_methods_share_budget_data_and_grid_and_the_rate_has_the_best_validation
     assert "[" in overview["concatenation"][-1]
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_read_not_done_again_and_grows(finished, data, tmp_path, undrawn):
     out = tmp_path / "copy"
     shutil.copytree(finished[0], out)
