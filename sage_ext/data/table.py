@@ -716,7 +716,7 @@ class _PerVideo:
         before = self.source.where(self.lines[code])
         raise ValueError(
             f"{where}: expected one {self.what} in all rows of a video, {self.said[code][:60]!r} as in {before}, got "
-            f"{cell.strip()[:60]!r}"
+            f"{cell.strip()[:60]!r}; --video names the column that tells videos apart"
         )
 
 
@@ -1116,7 +1116,9 @@ class _Import:
         low, high = ends or (least, most)
         if least < low or most > high:
             row = int(np.argmax((values < low) | (values > high)))
-            raise ValueError(f"{self.where(row, name)}: expected a value in [{low:g}, {high:g}], got {values[row]:g}")
+            raise ValueError(
+                f"{self.where(row, name)}: expected a value in [{low:g}, {high:g}], got {values[row]:g}; --range {name}=LOW:HIGH says another"
+            )
         return _Target(name, values, low, high, source)
 
     # ---------------------------------------------------------------------------------------------------- time grid

@@ -535,7 +535,8 @@ def _check_there(run: Path, wanted: bool) -> None:
     there = [name for name in (CONFIG, LOG, LAST, BEST) if (run / name).exists()]
     if there and not wanted:
         raise RunError(
-            f"{run}: expected no run there, got {', '.join(there)}; resume it, overwrite it, or name another"
+            f"{run}: expected no run there, got {', '.join(there)}; resume it (--resume), "
+            "overwrite it (--overwrite), or name another"
         )
 
 
