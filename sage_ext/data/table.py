@@ -1117,7 +1117,8 @@ class _Import:
         if least < low or most > high:
             row = int(np.argmax((values < low) | (values > high)))
             raise ValueError(
-                f"{self.where(row, name)}: expected a value in [{low:g}, {high:g}], got {values[row]:g}; --range {name}=LOW:HIGH says another"
+                f"{self.where(row, name)}: expected a value in [{low:g}, {high:g}], got {values[row]:g}; "
+                f"--range {name}=LOW:HIGH says another"
             )
         return _Target(name, values, low, high, source)
 
