@@ -8,43 +8,37 @@ whole or not at all.
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import csv
 import difflib
 import fnmatch
 import glob
 import hashlib
-import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import textwrap
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from .. import __version__
 from .._arguments import MAX_MODALITIES, check_int, check_number
-from ..extras import require
 from ..files import one_line, replacing_folder
 from ..models.sage import DEAD
 from .affwild2 import ANNOTATION_HEADER, INVALID, SPLITS, bare_name
+from .columns import Numbers, PerVideo, Source, Times, Videos, counted, first_few, open_table, shown
 from .rates import FPS
 from .targets import Target, Targets, header_targets, make_targets
 
 MARK = "import.json"  # says that an import wrote the folder, from what, and which files
-MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-", "<na>"})  # in lower case
-NAMELESS = frozenset({"", "nan", "null", "<na>"})  # of a video, group or split: "none" may be a group's name
 SEPARATORS = "_.:"
 TIMES = ("time", "time_s", "t_s", "seconds", "datetime")  # the first of them that is a column
 USUAL = {"valence": (-1.0, 1.0), "arousal": (-1.0, 1.0)}
@@ -59,14 +53,8 @@ TOLERANCE = 0.25  # frames that a time may lie beside the grid
 LEAK = 0.999  # correlation of a feature with a target
 
 _CUT = "cut"  # a split of our own: the video's first four fifths train, the rest validates
-_MOST_FLOAT = float(np.finfo(np.float32).max)
-_CHUNK = 1 << 16  # cells that are text at once
 _BLOCK = 1 << 18  # numbers that are written at once
 _RATES = (1e-6, 1e6)  # frames a second, as the reader wants them
-_ISO = re.compile(
-    r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?\s*(Z|z|[+-]\d\d(?::?\d\d)?)?", re.ASCII
-)
-_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+(?:[eE][+-]?\d+)?\s*", re.ASCII)
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -118,8 +106,8 @@ class ImportReport:
         videos = sum(split.videos for split in self.splits.values())
         hours, out = self.frames / self.fps / 3600, shlex.quote(str(self.out))
         lines = [
-            f"{self.out}: {_count(videos, 'video')}, {_count(self.frames, 'frame')}, "
-            f"{hours:{',.2f' if hours > 0.1 else '.3g'}} hours at {_rate(self.fps)}, from {_count(self.rows, 'row')} of "
+            f"{self.out}: {counted(videos, 'video')}, {counted(self.frames, 'frame')}, "
+            f"{hours:{',.2f' if hours > 0.1 else '.3g'}} hours at {_rate(self.fps)}, from {counted(self.rows, 'row')} of "
             f"{self.source}",
             "",
         ]
@@ -128,7 +116,7 @@ class ImportReport:
             for name, split in self.splits.items()
         ]
         modalities = [
-            (name, f"{len(m.columns):,}", _share(m.missing, self.frames), _some(m.columns, 3))
+            (name, f"{len(m.columns):,}", _share(m.missing, self.frames), first_few(m.columns, 3))
             for name, m in self.modalities.items()
         ]
         ranges = {
@@ -145,13 +133,13 @@ class ImportReport:
         lines += [*_grid(("modality", "columns", "missing", "which"), modalities, "lrrl"), ""]
         lines += [*_grid(("target", "range", "annotated", "range is"), targets, "lrrl"), ""]
         if self.groupings:
-            said = ", ".join(f"{name} ({_count(count, 'group')})" for name, count in self.groupings.items())
+            said = ", ".join(f"{name} ({counted(count, 'group')})" for name, count in self.groupings.items())
             lines += _wrapped(f"groupings: {said}")
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.ignored.items():
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
-            lines += _wrapped(f"ignored, {reason}: {_some(names, 40)}")
+            lines += _wrapped(f"ignored, {reason}: {first_few(names, 40)}")
         for note in self.notes:
             lines += _wrapped(f"note: {note}")
         after = f"train --data {out} --run RUN"
@@ -175,10 +163,6 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def _share(part: int, whole: int) -> str:
     """A share that is not 0 does not look like 0, nor one that is not all like all."""
     if 0 < part < whole:
@@ -190,17 +174,6 @@ def _rate(fps: float) -> str:
     if fps >= 1 or fps < 1 / 1e7:
         return f"{fps:.6g} {'frame' if fps == 1 else 'frames'} a second"
     return f"one frame in {1 / fps:.6g} seconds"
-
-
-def _some(names: Sequence[str], most: int) -> str:
-    first = ", ".join(map(_shown, names[:most]))
-    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"
-
-
-def _shown(name: str) -> str:
-    """The name of a column, for a sentence of one line."""
-    plain = name.isprintable() and name == name.strip() and name
-    return name if plain and len(name) <= 60 else repr(name[:57] + "..." if len(name) > 60 else name)
 
 
 # ------------------------------------------------------------------------------------------------------------ the call
@@ -269,7 +242,7 @@ def import_table(
     }  # fmt: skip
     path, root = Path(table), Path(os.path.realpath(out))
     _check_out(root, overwrite)
-    source = _open(path)
+    source = open_table(path)
     if unlabelled is not None:
         targets = [target.name for target in unlabelled if target.name in source.names]
     roles = _roles(source, video=video, time=time, frame=frame, targets=targets, groups=groups, split=split, fps=fps)
@@ -288,438 +261,6 @@ def import_table(
     return report
 
 
-# -------------------------------------------------------------------------------------------------------- the table read
-class _Fault(ValueError):
-    """A cell that is not what its column is for: where in its chunk, what was expected, what came."""
-
-    def __init__(self, index: int, expected: str, cell: object) -> None:
-        text = str(cell).strip()
-        super().__init__(f"expected {expected}, got {text[:57] + '...' if len(text) > 60 else text!r}")
-        self.index = index
-
-
-class _Chunk(Protocol):
-    """Some rows of the table, by the numbers of its columns."""
-
-    @property
-    def lines(self) -> Sequence[int]: ...  # where each row stands
-    def __len__(self) -> int: ...
-    def text(self, column: int) -> Sequence[str]: ...
-    def numbers(self, column: int) -> np.ndarray | None: ...  # float64, NaN where missing; None: the column is text
-
-
-class _Source(Protocol):
-    path: Path
-    names: list[str]  # of its columns
-    decimal_comma: bool  # a number with a comma in it is likely one of these
-
-    def chunks(self) -> Iterator[_Chunk]: ...
-    def where(self, line: int) -> str: ...
-
-
-def _open(path: Path) -> _Source:
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if not magic:
-        raise ValueError(f"{path}:1: expected a header and rows, got an empty file")
-    if magic == b"PAR1":
-        return _Parquet(path)
-    for begin, what in ((b"PK", "a ZIP archive, as spreadsheets are"), (b"\x1f\x8b", "a gzip archive")):
-        if magic.startswith(begin):
-            raise ValueError(f"{path}: expected a table as CSV, TSV or Parquet, got {what}: save or unpack it as one")
-    if magic.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}:1: expected text in UTF-8, got UTF-16: save it as UTF-8")
-    return _Csv(path)
-
-
-class _Csv:
-    """Text with a header; the delimiter is the one of `,`, `;` and tab that splits the header into the most columns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with open(path, encoding="utf-8-sig", newline="") as file, _in_utf8(path):
-            first = next((text for text in file if text.strip()), "")
-        try:
-            fields = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in ",;\t"}
-        except csv.Error as error:  # a name of more than 131,072 characters
-            raise ValueError(
-                f"{path}:1: expected a header with the names of the columns, got text that is none: {error}"
-            ) from None
-        self.delimiter = max(fields, key=fields.__getitem__)
-        self.decimal_comma = self.delimiter != ","
-        self.names = [name.strip() for name in next(self._records(), (1, []))[1]]
-        if not any(self.names):
-            raise ValueError(f"{path}:1: expected a header with the names of the columns, got a line without any")
-        if all(_is_number(name) for name in self.names):
-            raise ValueError(
-                f"{path}:1: expected a header with the names of the columns, got numbers: {first.strip()[:60]!r}"
-            )
-        _check_different(self.names, f"{path}:1")
-
-    def where(self, line: int) -> str:
-        return f"{self.path}:{line}"
-
-    def chunks(self) -> Iterator[_Chunk]:
-        width, most = len(self.names), min(max(_CHUNK // len(self.names), 1), 256)
-        rows, lines, records = list[list[str]](), list[int](), self._records()
-        next(records)
-        for line, row in records:
-            if len(row) != width:
-                hint = ": is a comma in a number, or in text without quotes?" if len(row) > width else ""
-                wanted = f"{_count(width, 'cell')}, as in the header"
-                raise ValueError(f"{self.path}:{line}: expected {wanted}, got {len(row)}{hint}")
-            rows.append(row)
-            lines.append(line)
-            if len(rows) == most:
-                yield _TextChunk(rows, lines)
-                rows, lines = [], []
-        if rows:
-            yield _TextChunk(rows, lines)
-
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """(line, cells) of each record but blank lines; the line is that of its end."""
-        line, begun, mark = 0, 0, self.delimiter
-
-        def count(file: Iterable[str]) -> Iterator[str]:
-            nonlocal line
-            for line, text in enumerate(file, start=1):  # noqa: B007  (the number is what is wanted)
-                yield text
-
-        with open(self.path, encoding="utf-8-sig", newline="") as file, _in_utf8(self.path):
-            texts = count(file)
-            try:
-                for text in texts:
-                    begun = line
-                    if '"' in text:
-                        row = next(csv.reader(itertools.chain((text,), texts), delimiter=mark, strict=True))
-                    else:  # four times as fast
-                        row = text.rstrip("\r\n").split(mark)
-                    if row and row != [""]:
-                        yield line, row
-            except csv.Error as error:
-                raise ValueError(f"{self.path}:{begun}: expected CSV, got what is none from here on: {error}") from None
-
-
-@contextlib.contextmanager
-def _in_utf8(path: Path) -> Iterator[None]:
-    """For a block that reads text: names the line of what is not UTF-8."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    line.decode("utf-8-sig")
-                except UnicodeDecodeError as fault:
-                    byte = fault.object[fault.start]
-                    raise ValueError(f"{path}:{number}: expected text in UTF-8, got the byte {byte:#04x}") from None
-        raise
-
-
-class _TextChunk:
-    def __init__(self, rows: list[list[str]], lines: list[int]) -> None:
-        self.lines, self._columns = lines, list(zip(*rows))
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def text(self, column: int) -> Sequence[str]:
-        return self._columns[column]
-
-    def numbers(self, column: int) -> np.ndarray | None:
-        return None
-
-
-class _Parquet:
-    decimal_comma = False
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._arrow = require("pyarrow", "parquet")
-        parquet = require("pyarrow.parquet", "parquet")
-        with self._reading():
-            self._file = parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False)  # not whole groups
-            self.names = [str(name) for name in self._file.schema_arrow.names]
-        _check_different(self.names, str(path))
-
-    def where(self, line: int) -> str:
-        return f"{self.path}: row {line}"
-
-    def chunks(self) -> Iterator[_Chunk]:
-        first = 1
-        with self._reading():
-            for batch in self._file.iter_batches(batch_size=min(max(_CHUNK // max(len(self.names), 1), 1), 1 << 16)):
-                if len(batch):
-                    yield _ArrowChunk(self._arrow, batch, first)
-                first += len(batch)
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Names the file in what pyarrow raises of a damaged one."""
-        try:
-            yield
-        except (self._arrow.lib.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the operating system; "Couldn't deserialize thrift" has no number
-            why = one_line(error, 200)
-            raise ValueError(f"{self.path}: expected a Parquet file, got one that cannot be read: {why}") from None
-
-
-class _ArrowChunk:
-    def __init__(self, arrow: Any, batch: Any, first: int) -> None:
-        self.lines, self._arrow, self._batch = range(first, first + len(batch)), arrow, batch
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def text(self, column: int) -> Sequence[str]:
-        types, values = self._arrow.types, self._batch.column(column)
-        if types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        if types.is_timestamp(values.type):  # nanoseconds would need pandas
-            values = values.cast(self._arrow.timestamp("us", values.type.tz), safe=False)
-        return [_text(value) for value in values.to_pylist()]
-
-    def numbers(self, column: int) -> np.ndarray | None:
-        types, values = self._arrow.types, self._batch.column(column)
-        if types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        kind = values.type
-        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)):
-            return None
-        if not types.is_floating(kind) or types.is_float16(kind):
-            if types.is_boolean(kind):
-                values = values.cast(self._arrow.uint8())
-            values = values.cast(self._arrow.float32() if types.is_float16(kind) else self._arrow.float64(), safe=False)
-        return values.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))  # 1.0, as whole numbers become where one is missing
-    return str(value)
-
-
-def _check_different(names: Sequence[str], where: str) -> None:
-    first: dict[str, int] = {}
-    for number, name in enumerate(names, start=1):
-        if name and first.setdefault(name, number) != number:
-            raise ValueError(
-                f"{where}: expected columns of different names, got {_shown(name)} twice, columns {first[name]} and {number}"
-            )
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        _number(text)
-        return True
-    return False
-
-
-# ----------------------------------------------------------------------------------------------------- cells to numbers
-def _number(cell: str) -> float:
-    """NaN where the cell says that there is none."""
-    try:
-        if "_" not in cell:
-            return float(cell)
-    except ValueError:
-        if cell.strip().lower() in MISSING:
-            return math.nan
-    raise ValueError(cell)
-
-
-def _numbers(cells: Sequence[str], decimal_comma: bool) -> np.ndarray:
-    """float64, NaN where missing. _Fault for a cell that is neither."""
-    try:
-        if "" in cells:
-            values = np.array([float(cell) if cell else math.nan for cell in cells])
-        else:
-            values = np.fromiter(map(float, cells), np.float64, len(cells))
-    except ValueError:
-        for index, cell in enumerate(cells):
-            if not _is_number(cell):
-                raise _Fault(index, _expected(cell, decimal_comma), cell) from None
-        values = np.fromiter(map(_number, cells), np.float64, len(cells))
-    if "_" in "".join(cells):  # Python reads 1_000
-        index = next(index for index, cell in enumerate(cells) if "_" in cell)
-        raise _Fault(index, "a number", cells[index])
-    return values
-
-
-def _expected(cell: str, decimal_comma: bool) -> str:
-    if decimal_comma and _DECIMAL_COMMA.fullmatch(cell):
-        return "a number with a decimal point (a decimal comma is not read: write the table with points)"
-    return "a number, or nothing (an empty cell, NaN, NA, null, None or -)"
-
-
-def _seconds(cell: str) -> tuple[float, bool]:
-    """Of an ISO 8601 date-time: seconds since 1970, and whether it names its offset from UTC."""
-    text = cell.strip()
-    match = _ISO.fullmatch(text)
-    if match is None:
-        raise ValueError(cell)
-    day, minute, second, fraction, zone = match.groups()
-    clock = f"{minute or '00:00'}:{second or '00'}.{(fraction or '0')[:6].ljust(6, '0')}"
-    if zone is not None:
-        zone = "+00:00" if zone in "Zz" else zone if len(zone) == 6 else f"{zone[:3]}:{zone[3:] or '00'}"
-    moment = datetime.fromisoformat(f"{day}T{clock}{zone or ''}")
-    begin = datetime(1970, 1, 1, tzinfo=None if zone is None else timezone.utc)
-    return (moment - begin) / timedelta(seconds=1), zone is not None
-
-
-# ------------------------------------------------------------------------------------------------------ columns that fill
-class _Numbers:
-    """A column of numbers that grows chunk by chunk. `strict`: a cell that is no number is an error; else the column is
-    text if its first cell that is not missing is none, and everything after that first cell an error."""
-
-    def __init__(self, source: _Source, column: int, code: str, strict: bool) -> None:
-        self.source, self.column, self.name, self.strict = source, column, source.names[column], strict
-        self.data, self.found, self.is_text = array(code), False, False
-
-    def add(self, chunk: _Chunk) -> None:
-        if self.is_text:
-            return
-        values = chunk.numbers(self.column)
-        try:
-            if values is None:
-                cells = chunk.text(self.column)
-                if not (self.found or self.strict):
-                    first = next((cell for cell in cells if cell.strip().lower() not in MISSING), None)
-                    comma = first is not None and self.source.decimal_comma and _DECIMAL_COMMA.fullmatch(first)
-                    if first is not None and not (_is_number(first) or comma):
-                        self.is_text, self.data = True, array(self.data.typecode)
-                        return
-                values = _numbers(cells, self.source.decimal_comma)
-            self._check(values)
-        except _Fault as fault:
-            raise ValueError(f"{self.source.where(chunk.lines[fault.index])}: {_shown(self.name)}: {fault}") from None
-        self.found = self.found or not bool(np.isnan(values).all())
-        self.data.frombytes(values.astype(self.data.typecode).tobytes())
-
-    def _check(self, values: np.ndarray) -> None:
-        most = _MOST_FLOAT if self.data.typecode == "f" else math.inf
-        with np.errstate(invalid="ignore"):
-            beyond = np.abs(values) > most if most < math.inf else np.isinf(values)
-        if beyond.any():
-            index = int(np.argmax(beyond))
-            expected = "a finite number" if np.isinf(values[index]) else "a number of at most 3.4e38, as float32 holds"
-            raise _Fault(index, expected, values[index])
-
-    @property
-    def values(self) -> np.ndarray:
-        return np.frombuffer(self.data, np.dtype(self.data.typecode))
-
-
-class _Times(_Numbers):
-    """Seconds as numbers, or date-times: what the first cell is, all are. Never missing."""
-
-    def __init__(self, source: _Source, column: int, whole: bool) -> None:
-        super().__init__(source, column, "d", strict=True)
-        self.whole = whole  # frame numbers
-        self.dates: bool | None = None  # None: no cell was read yet
-        self.aware: bool | None = None  # date-times that name their offset from UTC
-
-    def add(self, chunk: _Chunk) -> None:
-        if self.dates is None and not self.whole and chunk.numbers(self.column) is None:
-            self.dates = not _is_number(chunk.text(self.column)[0])
-        if not self.dates:
-            super().add(chunk)
-            return
-        cells, values = chunk.text(self.column), np.empty(len(chunk))
-        index, expected = 0, "seconds, or an ISO 8601 date and time as in the other rows"
-        try:
-            for index, cell in enumerate(cells):
-                values[index], aware = _seconds(cell)
-                if self.aware not in (None, aware):
-                    expected = "an offset from UTC in all date-times or in none"
-                    raise ValueError(cell)
-                self.aware = aware
-        except ValueError:
-            where = f"{self.source.where(chunk.lines[index])}: {_shown(self.name)}"
-            raise ValueError(f"{where}: {_Fault(index, expected, cells[index])}") from None
-        self.data.frombytes(values.tobytes())
-
-    def _check(self, values: np.ndarray) -> None:
-        super()._check(values)
-        what = "a whole number, the frame's" if self.whole else "the time of the row"
-        wrong = np.isnan(values)
-        if self.whole:
-            wrong |= (values != np.round(values)) | (np.abs(values) > 2**52)
-        if wrong.any():
-            index = int(np.argmax(wrong))
-            raise _Fault(index, what, "" if math.isnan(values[index]) else values[index])
-
-
-class _Videos:
-    """The video of each row, as a number; 0 without a column."""
-
-    def __init__(self, source: _Source, column: int | None) -> None:
-        self.source, self.column = source, column
-        self.codes, self.names = array("i"), dict[str, int]()
-        self._known = dict[str, int]()  # cells as they stand in the file
-        if column is None:
-            self.names[source.path.stem] = 0
-
-    def add(self, chunk: _Chunk) -> Sequence[int]:
-        if self.column is None:
-            codes = array("i", bytes(4 * len(chunk)))
-        else:
-            cells = chunk.text(self.column)
-            for cell in dict.fromkeys(cells):
-                if cell not in self._known:
-                    name = cell.strip()
-                    if name.lower() in NAMELESS:
-                        where = self.source.where(chunk.lines[cells.index(cell)])
-                        raise ValueError(
-                            f"{where}: {_shown(self.source.names[self.column])}: expected the name of a video, got {cell[:60]!r}"
-                        )
-                    self._known[cell] = self.names.setdefault(name, len(self.names))
-            codes = array("i", map(self._known.__getitem__, cells))
-        self.codes.extend(codes)
-        return codes
-
-
-class _PerVideo:
-    """A column that says one thing of each video. `what`: it must, for it is the column of groups or splits; without it the
-    column is dropped at the first video of which it says two things, or nothing."""
-
-    def __init__(self, source: _Source, column: int, what: str | None) -> None:
-        self.source, self.column, self.name, self.what = source, column, source.names[column], what
-        self.said: dict[int, str] = {}  # by the video's number
-        self.lines: dict[int, int] = {}
-        self.dropped = False
-
-    def add(self, chunk: _Chunk, codes: Sequence[int]) -> None:
-        if self.dropped:
-            return
-        cells = chunk.text(self.column)
-        if self.what is not None:
-            for code, line in zip(codes, chunk.lines):
-                self.lines.setdefault(code, line)
-        for code, cell in dict.fromkeys(zip(codes, cells)):
-            text = cell.strip()
-            if text.lower() in NAMELESS or self.said.setdefault(code, text) != text:
-                if self.what is None:
-                    self.dropped = True
-                    return
-                self._refuse(chunk, codes, cells, code, cell)
-
-    def _refuse(self, chunk: _Chunk, codes: Sequence[int], cells: Sequence[str], code: int, cell: str) -> None:
-        index = next(index for index, pair in enumerate(zip(codes, cells)) if pair == (code, cell))
-        where = f"{self.source.where(chunk.lines[index])}: {_shown(self.name)}"
-        if cell.strip().lower() in NAMELESS:
-            raise ValueError(f"{where}: expected a {self.what}, got {cell[:60]!r}")
-        before = self.source.where(self.lines[code])
-        raise ValueError(
-            f"{where}: expected one {self.what} in all rows of a video, {self.said[code][:60]!r} as in {before}, got "
-            f"{cell.strip()[:60]!r}; --video names the column that tells videos apart"
-        )
-
-
 # -------------------------------------------------------------------------------------------------------- what columns are
 @dataclass
 class _Roles:
@@ -735,16 +276,16 @@ class _Roles:
     of: dict[int, str]
 
 
-def _find(source: _Source, option: str, name: str) -> int:
+def _find(source: Source, option: str, name: str) -> int:
     if name and name in source.names:
         return source.names.index(name)
     near = difflib.get_close_matches(name, source.names, 3)
-    hint = f"did you mean {', '.join(map(_shown, near))}?" if near else f"it has {_some(source.names, 12)}"
+    hint = f"did you mean {', '.join(map(shown, near))}?" if near else f"it has {first_few(source.names, 12)}"
     raise ValueError(f"{option}: expected a column of {source.path}, got {name[:60]!r}; {hint}")
 
 
 def _roles(
-    source: _Source,
+    source: Source,
     *,
     video: str | None,
     time: str | None,
@@ -766,14 +307,14 @@ def _roles(
     if times is None and frames is None and fps is None:
         raise ValueError(
             f"{source.path}: expected a column of times ({', '.join(TIMES)}; --time NAME) or of frame numbers (frame; "
-            f"--frame NAME), or the rate of the rows (--fps), got none; its columns are {_some(source.names, 12)}"
+            f"--frame NAME), or the rate of the rows (--fps), got none; its columns are {first_few(source.names, 12)}"
         )
     if targets is None:
         targets = [name for name in USUAL if name in source.names]
         if not targets:
             raise ValueError(
                 "targets: expected the columns to be estimated (--targets NAME,NAME), got none, nor columns valence and arousal; "
-                f"{source.path} has {_some(source.names, 12)}"
+                f"{source.path} has {first_few(source.names, 12)}"
             )
     if targets:
         make_targets([(name, (-1.0, 1.0)) for name in targets], "targets")
@@ -789,10 +330,10 @@ def _roles(
     several = [("target", k) for k in roles.targets] + [("group", k) for k in roles.groups if k != roles.video]
     for what, number in (*singles, *several):
         if number is not None and roles.of.setdefault(number, what) != what:
-            name = _shown(source.names[number])
+            name = shown(source.names[number])
             raise ValueError(f"{what}: expected a column that is nothing else, got {name}, the {roles.of[number]} too")
     if len(set(roles.groups)) != len(roles.groups):
-        raise ValueError(f"group: expected different columns, got {', '.join(map(_shown, groups))}")
+        raise ValueError(f"group: expected different columns, got {', '.join(map(shown, groups))}")
     return roles
 
 
@@ -812,7 +353,7 @@ class _Wanted:
 
 
 def _wanted(
-    source: _Source,
+    source: Source,
     roles: _Roles,
     modalities: Mapping[str, str | Sequence[str]] | Sequence[str] | None,
     columns: Mapping[str, Sequence[str]] | None,
@@ -850,7 +391,7 @@ def _wanted(
                 number = source.names.index(word)
                 if number in roles.of:
                     raise ValueError(
-                        f"columns: {modality!r:.60}: expected features, got {_shown(word)}, the {roles.of[number]}"
+                        f"columns: {modality!r:.60}: expected features, got {shown(word)}, the {roles.of[number]}"
                     )
                 exact.add(number)
                 numbers.append(number)
@@ -861,14 +402,14 @@ def _wanted(
                 _find(source, f"columns: {modality!r:.60}", word)
             numbers += matching
         if not numbers:
-            said, others = " or ".join(map(repr, words)), _some(list(free.values()), 12)
+            said, others = " or ".join(map(repr, words)), first_few(list(free.values()), 12)
             raise ValueError(
                 f"modalities: {modality!r:.60}: expected columns that begin with {said}, got none among {others}"
             )
         found[modality] = list(dict.fromkeys(numbers))
         for number in found[modality]:
             if home.setdefault(number, modality) != modality:
-                name = _shown(source.names[number])
+                name = shown(source.names[number])
                 raise ValueError(
                     f"{what}: expected a column in one modality, got {name} in {home[number]} and {modality}"
                 )
@@ -891,8 +432,8 @@ def _check_file_name(what: str, name: str) -> None:
         )
 
 
-def _check_video(name: str, source: _Source, column: int | None) -> None:
-    where = f"{source.path}: {'its name' if column is None else _shown(source.names[column])}"
+def _check_video(name: str, source: Source, column: int | None) -> None:
+    where = f"{source.path}: {'its name' if column is None else shown(source.names[column])}"
     _check_file_name(where, name)
     if bare_name(name) != name or name.endswith(".mask"):
         raise ValueError(
@@ -915,33 +456,33 @@ class _Read:
     """The table in memory."""
 
     lines: np.ndarray  # of the file, one a row
-    videos: _Videos
-    clock: _Times | None
-    targets: list[_Numbers]
-    features: dict[int, _Numbers]
-    groups: list[_PerVideo]
-    split: _PerVideo | None
-    others: list[_PerVideo]  # columns without another role that say one thing of each video
+    videos: Videos
+    clock: Times | None
+    targets: list[Numbers]
+    features: dict[int, Numbers]
+    groups: list[PerVideo]
+    split: PerVideo | None
+    others: list[PerVideo]  # columns without another role that say one thing of each video
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def says(self, column: _PerVideo, video: str) -> str:
+    def says(self, column: PerVideo, video: str) -> str:
         return column.said[self.videos.names[video]]
 
 
-def _read(source: _Source, roles: _Roles, wanted: _Wanted) -> _Read:
-    videos = _Videos(source, roles.video)
+def _read(source: Source, roles: _Roles, wanted: _Wanted) -> _Read:
+    videos = Videos(source, roles.video)
     clock_column = roles.time if roles.time is not None else roles.frame
-    clock = None if clock_column is None else _Times(source, clock_column, whole=roles.frame is not None)
-    targets = [_Numbers(source, k, "d", strict=True) for k in roles.targets]
+    clock = None if clock_column is None else Times(source, clock_column, whole=roles.frame is not None)
+    targets = [Numbers(source, k, "d", strict=True) for k in roles.targets]
     features = {
-        k: _Numbers(source, k, "f", strict=k in wanted.exact) for numbers in wanted.modalities.values() for k in numbers
+        k: Numbers(source, k, "f", strict=k in wanted.exact) for numbers in wanted.modalities.values() for k in numbers
     }
-    groups = [_PerVideo(source, k, "group") for k in roles.groups]
-    split = None if roles.split is None else _PerVideo(source, roles.split, "split")
+    groups = [PerVideo(source, k, "group") for k in roles.groups]
+    split = None if roles.split is None else PerVideo(source, roles.split, "split")
     others = [
-        _PerVideo(source, k, None)
+        PerVideo(source, k, None)
         for k, name in enumerate(source.names)
         if name and k not in roles.of and not (wanted.chosen and k in features)
     ]
@@ -1006,7 +547,7 @@ class _Target:
 class _Import:
     """The table read, and step by step what the data set will hold."""
 
-    def __init__(self, source: _Source, roles: _Roles, wanted: _Wanted, read: _Read) -> None:
+    def __init__(self, source: Source, roles: _Roles, wanted: _Wanted, read: _Read) -> None:
         self.source, self.roles, self.wanted, self.read = source, roles, wanted, read
         self.notes: list[str] = []
         self.ignored: dict[str, str] = {}
@@ -1026,7 +567,7 @@ class _Import:
         return self.source.names[column]
 
     def where(self, row: int, column: str) -> str:
-        return f"{self.source.where(int(self.read.lines[row]))}: {_shown(column)}"
+        return f"{self.source.where(int(self.read.lines[row]))}: {shown(column)}"
 
     # --------------------------------------------------------------------------------------------------- modalities
     def _kept(self) -> dict[str, list[int]]:
@@ -1034,7 +575,7 @@ class _Import:
         chosen, found = self.wanted.chosen, dict[str, list[int]]()
         identities = {c.column for c in self.read.others if c.column in self.read.features and self._tells_apart(c)}
         if identities:
-            said = _some([self.name(k) for k in sorted(identities)], 12)
+            said = first_few([self.name(k) for k in sorted(identities)], 12)
             self.notes.append(f"one value in every video and not the same in all, so groupings and no inputs: {said}")
         for modality, numbers in self.wanted.modalities.items():
             for k in numbers:
@@ -1045,16 +586,16 @@ class _Import:
                     continue
                 self.ignored[column.name] = why = "not numbers" if column.is_text else "without any number"
                 if k in self.wanted.exact:
-                    where = f"{self.source.path}: {_shown(column.name)}"
+                    where = f"{self.source.path}: {shown(column.name)}"
                     raise ValueError(f"{where}: expected a column of numbers, got one {why}")
             if chosen and modality not in found:
                 raise ValueError(f"modalities: {modality!r:.60}: expected columns of numbers, got none")
         if not 1 <= len(found) <= MAX_MODALITIES:
-            counts = [f"{name} ({_count(len(numbers), 'column')})" for name, numbers in found.items()]
+            counts = [f"{name} ({counted(len(numbers), 'column')})" for name, numbers in found.items()]
             raise ValueError(
                 f"modalities: expected 1 to {MAX_MODALITIES} in {self.source.path}, got {len(found)}"
-                f"{': ' if counts else ''}{_some(counts, 12)}. A column's modality is what its name says before the first _, . "
-                "or :. Choose with --modalities NAME,NAME, join with --modalities NAME=PREFIX+PREFIX, or list with --map FILE"
+                f"{': ' if counts else ''}{first_few(counts, 12)}. A column's modality is what its name says before the first _, "
+                ". or :. Choose with --modalities NAME,NAME, join with --modalities NAME=PREFIX+PREFIX, or list with --map FILE"
             )
         taken = {k for numbers in found.values() for k in numbers} | identities
         for k, name in enumerate(self.source.names):
@@ -1069,10 +610,10 @@ class _Import:
             _check_modality(modality)
             words = sorted({part for k in numbers if (part := _part(self.name(k))) is not None})
             if chosen and not self.wanted.exact and len(words) > len(self.wanted.words[modality]):
-                self.notes.append(f"{modality}: its columns begin with {_some(words, 8)}: is that meant?")
+                self.notes.append(f"{modality}: its columns begin with {first_few(words, 8)}: is that meant?")
         return found
 
-    def _tells_apart(self, column: _PerVideo) -> bool:
+    def _tells_apart(self, column: PerVideo) -> bool:
         """It says one thing of each video and not the same of all: it names something of them, and measures nothing."""
         return len(set(column.said.values())) > 1
 
@@ -1091,16 +632,16 @@ class _Import:
             return self._with_range(column, (target.low, target.high))
         return _Target(target.name, np.full(len(self.read), np.nan), target.low, target.high, "the model's")
 
-    def _with_range(self, column: _Numbers, asked: Sequence[float] | None) -> _Target:
+    def _with_range(self, column: Numbers, asked: Sequence[float] | None) -> _Target:
         name, values, source = column.name, column.values, "of the table" if asked is None else "asked for"
-        where = f"{self.source.path}: {_shown(name)}"
+        where = f"{self.source.path}: {shown(name)}"
         ends = None if asked is None else make_targets([(name, list(asked))], "ranges")[0][1:]
         usual = ends or USUAL.get(name)
         if name in USUAL and usual is not None and not usual[0] <= INVALID <= usual[1]:
             marked = values == INVALID
             rest = values[~marked & ~np.isnan(values)]
             if marked.any() and len(rest) and usual[0] <= rest.min() and rest.max() <= usual[1]:
-                rows = _count(int(marked.sum()), "row")
+                rows = counted(int(marked.sum()), "row")
                 self.notes.append(f"{name}: {rows} of -5, Aff-Wild2's mark: taken as not annotated")
                 values = np.where(marked, np.nan, values)
         known = values[~np.isnan(values)]
@@ -1146,14 +687,14 @@ class _Import:
         self._note_gaps(clock, videos, fps)
         return videos, fps
 
-    def _steps(self, clock: _Times, name: str, at: np.ndarray) -> np.ndarray:
+    def _steps(self, clock: Times, name: str, at: np.ndarray) -> np.ndarray:
         """From each row of a video to its next, all positive."""
         with np.errstate(over="ignore"):
             step = np.diff(clock.values[at])
         if (step <= 0).any():
             index, noun = int(np.argmax(step <= 0)), "frame" if clock.whole else "time"
             before = self.source.where(int(self.read.lines[at[index]]))
-            back = f"{_count(int(-step[index]), 'frame')}" if clock.whole else f"{-step[index]:.6g} s"
+            back = f"{counted(int(-step[index]), 'frame')}" if clock.whole else f"{-step[index]:.6g} s"
             hint = "; does the table hold several videos (--video NAME)?" if self.roles.video is None else ""
             raise ValueError(
                 f"{self.where(at[index + 1], clock.name)}: expected a later {noun} than that of the row before it in video "
@@ -1161,13 +702,13 @@ class _Import:
             )
         return step
 
-    def _rates(self, clock: _Times, steps: np.ndarray) -> list[float]:
+    def _rates(self, clock: Times, steps: np.ndarray) -> list[float]:
         """What the rate may be, the likeliest first. The median step says which steps are of one frame; their mean is finer
         than it where times are rounded (0.033, 0.067, 0.1). A rate, or a frame's length, that is nearly whole is whole, as
         is 1.001 times a rate of television."""
         median = float(np.median(steps))
         if not _RATES[0] <= 1 / median <= _RATES[1]:
-            where = f"{self.source.path}: {_shown(clock.name)}"
+            where = f"{self.source.path}: {shown(clock.name)}"
             raise ValueError(f"{where}: expected {_RATES[0]:g} to {_RATES[1]:g} frames a second, got {1 / median:g}")
         fine = 1 / float(steps[(steps > median / 2) & (steps < 1.5 * median)].mean())
         likely = (round(fine), 1 / max(round(1 / fine), 1), round(fine * 1.001) * 1000 / 1001 if fine < 200 else 0)
@@ -1175,7 +716,7 @@ class _Import:
         return [*whole, fine, 1 / median]
 
     def _fitted(
-        self, clock: _Times, rates: Sequence[float], rows: Mapping[str, np.ndarray]
+        self, clock: Times, rates: Sequence[float], rows: Mapping[str, np.ndarray]
     ) -> tuple[float, list[_Video]]:
         """The first rate on whose grid every time lies. ValueError for the first line beside that of the first rate."""
         faults: list[str] = []
@@ -1203,7 +744,7 @@ class _Import:
                 return fps, videos
         raise ValueError(faults[0])
 
-    def _note_gaps(self, clock: _Times, videos: Sequence[_Video], fps: float) -> None:
+    def _note_gaps(self, clock: Times, videos: Sequence[_Video], fps: float) -> None:
         frames = places = total = 0
         for video in videos:
             gaps = np.diff(video.frames) - 1
@@ -1218,7 +759,7 @@ class _Import:
         if frames:
             doubt = "; that is more than there are rows: is the rate right?" if 2 * frames > total else ""
             self.notes.append(
-                f"{_count(places, 'gap')} between rows, of {_count(frames, 'frame')} ({_share(frames, total)}), which are "
+                f"{counted(places, 'gap')} between rows, of {counted(frames, 'frame')} ({_share(frames, total)}), which are "
                 f"missing and not annotated{doubt}"
             )
 
@@ -1262,13 +803,13 @@ class _Import:
                 )
         return parts
 
-    def _said_splits(self, column: _PerVideo, group: Mapping[str, str]) -> dict[str, str]:
+    def _said_splits(self, column: PerVideo, group: Mapping[str, str]) -> dict[str, str]:
         split: dict[str, str] = {}
         of_group: dict[str, tuple[str, int]] = {}
         for video in self.videos:
             code = self.read.videos.names[video.name]
             word, line = column.said[code], column.lines[code]
-            where = f"{self.source.where(line)}: {_shown(column.name)}"
+            where = f"{self.source.where(line)}: {shown(column.name)}"
             if word.lower() not in SPLIT_WORDS:
                 raise ValueError(f"{where}: expected train, validation (val, valid, dev) or test, got {word[:60]!r}")
             split[video.name] = SPLIT_WORDS[word.lower()]
@@ -1279,7 +820,7 @@ class _Import:
                     f"{self.source.where(before)}, got {split[video.name]}"
                 )
         if "train" not in split.values():
-            raise ValueError(f"{self.source.path}: {_shown(column.name)}: expected rows of the train split, got none")
+            raise ValueError(f"{self.source.path}: {shown(column.name)}: expected rows of the train split, got none")
         return split
 
     def _divided(self, videos: Sequence[_Video], group: Mapping[str, str], why: str) -> dict[str, str]:
@@ -1325,7 +866,7 @@ class _Import:
             if name not in found and len(set(groups.values())) > 1 and not torn:
                 found[name] = groups
 
-        def says(column: _PerVideo) -> Callable[[_Part], str]:
+        def says(column: PerVideo) -> Callable[[_Part], str]:
             return lambda part: self.read.says(column, part.video.name)
 
         if pieces > 1:
@@ -1379,14 +920,14 @@ class _Import:
         lost = {k: int((np.isnan(self.column(k)) & partial).sum()) for k in numbers} if partial.any() else {}
         worst = max(lost, key=lost.__getitem__) if lost else None
         if worst is not None:
-            said = f"{_shown(self.name(worst))} is missing in {lost[worst]:,} of them"
+            said = f"{shown(self.name(worst))} is missing in {lost[worst]:,} of them"
             if some.all():
                 raise ValueError(
                     f"{self.source.path}: expected rows with all columns of {modality}, got none, for {said}: leave it out, or "
                     "put it into a modality of its own (--map)"
                 )
             self.notes.append(
-                f"{modality}: {_count(int(partial.sum()), 'frame')} without it for want of some of its columns only; {said}: in "
+                f"{modality}: {counted(int(partial.sum()), 'frame')} without it for want of some of its columns only; {said}: in "
                 "a modality of its own it would cost less"
             )
         return ImportedModality(
@@ -1405,18 +946,18 @@ class _Import:
                 alike = _correlation(values, target.values, known & ~np.isnan(target.values))
                 if abs(alike) > LEAK:
                     yield (
-                        f"{modality}: {_shown(self.name(k))} is the target {target.name}, or nearly (correlation "
+                        f"{modality}: {shown(self.name(k))} is the target {target.name}, or nearly (correlation "
                         f"{alike:.4f}): leave it out if it is not known when the model runs"
                     )
         constant = [self.name(k) for k, value in spread.items() if value == 0]
         if constant:
-            yield f"{modality}: constant, so nothing is learnt from: {_some(constant, 12)}"
+            yield f"{modality}: constant, so nothing is learnt from: {first_few(constant, 12)}"
         average = sum(spread.values()) / len(spread)
         dead = [self.name(k) for k, value in spread.items() if 0 < value <= DEAD * average]
         if dead:
             yield (
                 f"{modality}: a column whose spread is below {DEAD:g} of the modality's mean spread is dead to the model: "
-                f"{_some(dead, 12)}; give it another unit, or a modality of its own"
+                f"{first_few(dead, 12)}; give it another unit, or a modality of its own"
             )
 
     # ------------------------------------------------------------------------------------------------------ writing

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sage_ext.data.columns as columns_module
 import sage_ext.data.table as table_module
 from sage_ext.data import AffWild2, clip_tensors
 from sage_ext.data.table import MARK, ImportReport, add_arguments, import_table, read_map, run
@@ -181,7 +182,7 @@ def test_the_same_whatever_is_held_at_once(tmp_path, monkeypatch):
     }  # fmt: skip
     (tmp_path / "one").mkdir()
     _, usual = imported(tmp_path / "one", columns)
-    monkeypatch.setattr(table_module, "_CHUNK", 20)
+    monkeypatch.setattr(columns_module, "_CHUNK", 20)
     monkeypatch.setattr(table_module, "_BLOCK", 50)
     (tmp_path / "two").mkdir()
     _, small = imported(tmp_path / "two", columns)
