@@ -119,3 +119,18 @@ def test_groups_without_annotations_are_trained_on_only(data, tmp_path):
         assert AffWild2(part.data, "validation").annotated
         assert all(clip.valid.any() for clip in AffWild2(part.data, "test") if clip.name not in blank)
         assert AffWild2(part.data, "test").annotated
+
+
+def test_folds_of_a_training_split_alone_and_of_one_name_twice(data, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    task = next(root.glob("*/VA_Estimation_Challenge"))
+    names = AffWild2(root, "train").names
+    shutil.copy(task / "Train_Set" / f"{names[0]}.txt", task / "Validation_Set")
+    with pytest.raises(
+        ValueError, match=f"data: expected one annotation of {names[0]}, got another in .*Validation_Set"
+    ):
+        fold_views(tiny(root, folds=2), tmp_path / "study")
+    shutil.rmtree(task / "Validation_Set")
+    found = fold_views(tiny(root, folds=2), tmp_path / "study")
+    assert sorted(clip.name for part in found for clip in scored_clips(part)) == names

@@ -348,3 +348,18 @@ def test_new_data_without_labels(tmp_path, capsys):
         == 2
     )
     assert "--for: expected a run whose data named their columns" in capsys.readouterr().err
+
+
+def test_a_submission_is_on_the_challenges_range(tmp_path):
+    """Valence and arousal that were annotated from 0 to 10 are written from -1 to 1."""
+    root = write(tmp_path / "data", {"valence": [0, 10], "arousal": [0, 10]}, 30.0, {"a": 3}, videos=4, frames=40)
+    assert small(root, tmp_path / "run") == 0
+    (root / "annotations" / "Test_Set").mkdir()
+    rows = [f"rec2/{t:05d}.jpg,0,0" for t in range(1, 41)]
+    (root / "sample_submission.txt").write_text("\n".join(["image_location,valence,arousal", *rows]) + "\n")
+    out = tmp_path / "out.txt"
+    assert cli.main(["predict", "--run", str(tmp_path / "run"), "--out", str(out)]) == 0
+    got = np.loadtxt(out, delimiter=",", skiprows=1, usecols=(1, 2))
+    want = Run.load(tmp_path / "run").predict(AffWild2(root, "validation")[0]).prediction
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(got).max() < 1
