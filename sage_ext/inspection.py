@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .data.affwild2 import SPLITS, AffWild2, Clip, bare_name, disagreements, finite_rows
+from .data.affwild2 import SPLITS, AffWild2, Clip, bare_name, blocks, disagreements, usable_rows
 from .data.targets import Targets, unscaled
 from .models.sage import DEAD
 from .report import BLUE, GREEN, VERMILLION, Picture, Table, new_figure, printable, styled, write_report
 
-BLOCK = 4096  # rows that are looked at together
 BINS = 120  # parts of a video in the picture
 SHOWN = 40  # videos in the picture
 MOST = 20  # sentences of a kind that are printed
@@ -108,15 +107,8 @@ def inspect(root: str | os.PathLike[str], modalities: Sequence[str] | None = Non
         found.wrong += [text for text in data.mismatches if text not in data.slight]
         found.notes += data.slight
     if splits:
-        header = (
-            "",
-            "videos",
-            "frames",
-            "hours",
-            "frames a second",
-            "annotated",
-            *(f"{m} missing" for m in found.modalities),
-        )
+        missing = [f"{name} missing" for name in found.modalities]
+        header = ("", "videos", "frames", "hours", "frames a second", "annotated", *missing)
         found.tables.append(Table(f"Data set {root}", header, rows))
         found.tables.append(_features(found, columns))
         found.tables += _targets(found)
@@ -170,13 +162,10 @@ def _modality(found: Inspection, clip: Clip, name: str, columns: _Columns) -> np
     present = np.zeros(clip.num_frames, bool)
     infinite: int | None = None
     own = _Columns()
-    for start, block in _blocks(clip, name):
-        said = declared[start : start + len(block)]
-        finite = finite_rows(block)
-        bad = said & ~finite & ~np.isnan(block).any(axis=1)
+    for start, block in blocks(clip.features[name], clip.num_frames):
+        here, bad = usable_rows(block, declared[start : start + len(block)])
         if bad.any() and infinite is None:
             infinite = start + int(np.argmax(bad))
-        here = said & finite
         present[start : start + len(block)] = here
         own.add(block[here])
     if infinite is not None:
@@ -191,12 +180,6 @@ def _modality(found: Inspection, clip: Clip, name: str, columns: _Columns) -> np
             what = "zeros" if not own.low.any() else "the same numbers"
             found.wrong.append(f"{clip.name}: {name}: {what} in all {own.rows} frames; write NaN where it is missing")
     return present
-
-
-def _blocks(clip: Clip, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    rows = clip.features[name]
-    for start in range(0, min(clip.num_frames, len(rows)), BLOCK):
-        yield start, np.asarray(rows[start : min(start + BLOCK, clip.num_frames)])
 
 
 def _features(found: Inspection, columns: dict[tuple[str, str], _Columns]) -> Table:

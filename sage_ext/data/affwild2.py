@@ -82,6 +82,7 @@ _LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>[0-9]+)\.(?:jpg|png)")
 _MOST_FRAMES = 10_000_000  # of a video that a sample file may name: 92 hours at 30 a second
 _RATES = (1e-6, 1e6)  # rows, or frames, a second
 _MOST_ROWS = 10_000  # of features, a frame
+_ROWS = 4096  # of features that are looked at together
 _BLOCK = 1 << 20  # overlaps of rows and frames that are weighed at once
 
 
@@ -183,6 +184,21 @@ def finite_rows(rows: np.ndarray) -> np.ndarray:
     return np.isfinite(rows).all(axis=1)
 
 
+def usable_rows(rows: np.ndarray, declared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of (N, D) rows that the files declare present, (N,) bool: those that are usable, and those that hold infinity (and no
+    NaN, which is how a file says that a row is missing)."""
+    finite = finite_rows(rows)
+    infinite = declared & ~finite
+    infinite[infinite] = ~np.isnan(rows[infinite]).any(axis=1)  # few rows, where all is well none
+    return declared & finite, infinite
+
+
+def blocks(rows: Any, frames: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of a clip's frames, some thousands at a time, each block with the frame that it begins with."""
+    for start in range(0, min(frames, len(rows)), _ROWS):
+        yield start, np.asarray(rows[start : min(start + _ROWS, frames)])
+
+
 class Presence(Mapping[str, np.ndarray]):
     """modality -> (T,) bool. `declared` is what the files say (rows, mask, images); rows that hold NaN or infinity
     are absent too, which takes a pass over the features and is found out only for the modality that is asked for."""
@@ -192,9 +208,8 @@ class Presence(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._full:
-            full, rows = self.declared[name].copy(), self._features[name]
-            for start in range(0, min(len(full), len(rows)), 4096):
-                block = np.asarray(rows[start : min(start + 4096, len(full))])
+            full = self.declared[name].copy()
+            for start, block in blocks(self._features[name], len(full)):
                 full[start : start + len(block)] &= finite_rows(block)
             self._full[name] = full
         return self._full[name]

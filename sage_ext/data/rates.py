@@ -18,6 +18,11 @@ def default_frames(thirtieths: float, fps: float) -> float:
     return thirtieths * max(fps, SLOW) / FPS
 
 
+def nearest(frames: float) -> int:
+    """The nearest whole number; of two the greater."""
+    return math.floor(frames + 0.5)
+
+
 def whole_frames(seconds: float, fps: float) -> int:
     """The whole number of frames nearest to `seconds`; may be 0."""
-    return math.floor(seconds * fps + 0.5)
+    return nearest(seconds * fps)

@@ -33,7 +33,7 @@ from .. import __version__
 from .._arguments import MAX_MODALITIES, check_int, check_number
 from ..files import one_line, replacing_folder
 from ..models.sage import DEAD
-from .affwild2 import ANNOTATION_HEADER, INVALID, SPLITS, bare_name
+from .affwild2 import INVALID, SPLITS, bare_name
 from .columns import Numbers, PerVideo, Source, Times, Videos, counted, first_few, open_table, shown
 from .rates import FPS
 from .targets import Target, Targets, header_targets, make_targets
@@ -980,8 +980,6 @@ class _Import:
         if self.groupings:
             save(self.groupings, "groups.json")
         header = ",".join(ranges)
-        if header == ANNOTATION_HEADER and any(t.low <= INVALID <= t.high for t in self.targets):
-            header = ",".join(f"{name}[{low}:{high}]" for name, (low, high) in ranges.items())  # -5 is a value here
         for part in self.parts:
             with open(place("annotations", SPLITS[part.split][0], f"{part.name}.txt"), "x", encoding="utf-8") as text:
                 text.write(header + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .affwild2 import Clip, finite_rows
+from .affwild2 import Clip, usable_rows
 
 _KEYS = ("present", "labels", "valid", "frame")  # of an item, beside its features
 
@@ -38,9 +38,7 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         if name not in clip.features:
             raise ValueError(f"names: expected modalities of {clip.name} ({', '.join(clip.features)}), got {name!r}")
         rows = np.asarray(clip.features[name][start:stop])  # shorter than the span where the features end early
-        said, finite = declared[name][start : start + len(rows)], finite_rows(rows)
-        here = said & finite
-        infinite = said & ~finite & ~np.isnan(rows).any(axis=1)
+        here, infinite = usable_rows(rows, declared[name][start : start + len(rows)])
         if infinite.any():
             warnings.warn(  # the same words in every span: shown once
                 f"{clip.name}: {name}: expected finite float32 values, got infinity in some rows: they count as missing; "

@@ -29,15 +29,13 @@ import numpy as np
 
 from .._arguments import check_number
 from ..data.affwild2 import Clip, bare_name
-from ..data.rates import FPS, default_frames, whole_frames
+from ..data.rates import FPS, default_frames, nearest
 
 VERSION = 1  # of the protocol: part of every random number's key
 SEVERITIES = (1, 2, 3, 4, 5)
 SPAN = 60  # frames of a span, about, at 30 a second: 2 s
-STAGES, STAGE_FRAMES = (
-    4,
-    90,
-)  # the stage chain where no stage is given: number, and mean frames of a visit at 30 a second
+STAGES = 4  # of the stage chain, where no stage is given
+STAGE_FRAMES = 90  # of a visit in it, on average, at 30 a second
 
 _SNR = (15.0, 10.0, 5.0, 0.0, -5.0)
 _SPANS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -111,7 +109,7 @@ class Track:
 
     def rows_for(self, thirtieths: float) -> int:
         """Rows for so many frames at 30 a second, one at least."""
-        return max(1, whole_frames(thirtieths, self.stretch))
+        return max(1, nearest(thirtieths * self.stretch))
 
     def draws(self, purpose: str) -> Draws:
         """This clip's and modality's random numbers for `purpose`: the same at every severity."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.rates import FPS, default_frames, whole_frames
+from ..data.rates import FPS, default_frames, nearest
 
 LENGTH = (8, 150)  # of a failure by default: frames at 30 a second
 KINDS = ("zero", "freeze", "noise", "swap", "drop")
@@ -72,7 +72,7 @@ class Rehearsal:
             ends = [default_frames(thirtieths, fps) for thirtieths in LENGTH]
         else:
             ends = [seconds * fps for seconds in self.length]
-        shortest, longest = (max(whole_frames(frames, 1.0), 1) for frames in ends)
+        shortest, longest = (max(nearest(frames), 1) for frames in ends)
         return shortest, longest
 
     def __call__(self, batch: Mapping[str, Any], generator: torch.Generator, fps: float = FPS) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from .._arguments import MAX_MODALITIES, check_int, check_number
 from ..data.affwild2 import AffWild2, Clip, disagreements, modality_names
-from ..data.rates import FPS, default_frames, whole_frames
+from ..data.rates import FPS, default_frames, nearest, whole_frames
 from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import Windows, collate
 from ..files import alone, naming, one_line, write_atomic
@@ -145,14 +145,14 @@ class TrainConfig:
 
     def spans(self, fps: float) -> Spans:
         """The spans in frames, of data with `fps` frames a second. ValueError for what is too short there."""
-        window = max(whole_frames(default_frames(WINDOW, fps), 1.0), 2)
+        window = max(nearest(default_frames(WINDOW, fps)), 2)
         if self.window is not None:
             window = whole_frames(self.window, fps)
         if window < 2:
             raise ValueError(
                 f"window: expected at least 2 frames ({2 / fps:g} s at {fps:g} frames a second), got {self.window:g} s"
             )
-        hop = max(math.floor(2 * window / 3 + 0.5), 1) if self.hop is None else max(whole_frames(self.hop, fps), 1)
+        hop = max(nearest(2 * window / 3), 1) if self.hop is None else max(whole_frames(self.hop, fps), 1)
         if hop > window:
             raise ValueError(
                 f"hop: expected at most the window ({window / fps:g} s, or frames would be skipped), got {self.hop:g} s"
@@ -161,7 +161,7 @@ class TrainConfig:
         memory = tuple(default_frames(halflife, fps) for halflife in fusion.default_memory)
         if self.memory is not None:
             memory = tuple(halflife * fps for halflife in self.memory)
-        stuck = whole_frames(default_frames(fusion.default_stuck, fps), 1.0) if self.use_present else 0
+        stuck = nearest(default_frames(fusion.default_stuck, fps)) if self.use_present else 0
         if self.stuck is not None:
             stuck = max(whole_frames(self.stuck, fps), int(self.stuck > 0))
         return Spans(window, hop, memory, stuck, *self.rehearsal.frames(fps))
