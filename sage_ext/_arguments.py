@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _C
 
 Features = Mapping[str, Tensor] | Sequence[Tensor]  # a tensor a modality, by name or in order
+QualityValues = Mapping[str, Tensor] | Sequence[Tensor | None]  # likewise, of the modalities that have any
 Present = Tensor | Mapping[str, Tensor]  # which modalities are there: (*, M), or (*) by name
 
 MAX_MODALITIES: int = _C.max_modalities
@@ -275,6 +276,83 @@ def finite_frames(tensors: Sequence[Tensor]) -> Tensor:
     docs/math.md ("Missing frames"), and of `judge_frame` in csrc/math/frame.h."""
     norms = [torch.linalg.vector_norm(x.detach(), dim=-1, dtype=arithmetic_dtype(x)) for x in tensors]
     return torch.stack(norms, -1) <= LARGEST_NORM  # False for NaN
+
+
+def quality_sizes(
+    quality_dims: Mapping[str, int] | Sequence[int] | None, names: tuple[str, ...] | None, count: int
+) -> list[int]:
+    """The columns of quality of each of `count` modalities, 0 for none, from a caller's mapping (modalities left out have none)
+    or sequence."""
+    if quality_dims is None:
+        return [0] * count
+    if isinstance(quality_dims, Mapping):
+        if names is None:
+            raise TypeError("quality_dims: expected a sequence (in_dims was one, without names), got a mapping")
+        unknown = [name for name in quality_dims if name not in names]
+        if unknown:
+            raise ValueError(f"quality_dims: expected some of the modalities {list(names)}, got {unknown}")
+        sizes = [quality_dims.get(name, 0) for name in names]
+    elif isinstance(quality_dims, Sequence) and not isinstance(quality_dims, str):
+        sizes = list(quality_dims)
+        if len(sizes) != count:
+            raise ValueError(f"quality_dims: expected a number for each of the {count} modalities, got {len(sizes)}")
+    else:
+        raise TypeError(f"quality_dims: expected a mapping, a sequence or None, got {type(quality_dims).__name__}")
+    for m, size in enumerate(sizes):
+        check_int(f"quality_dims[{names[m] if names else m}]", size, 0)
+    return sizes
+
+
+def ordered_quality(
+    quality: QualityValues | None,
+    names: tuple[str, ...] | None,
+    sizes: Sequence[int],
+    like: Tensor,
+    known: Tensor | None,
+) -> Tensor | None:
+    """(B, T, sum of sizes) of the caller's quality, NaN where it is unknown; None where no modality has any.
+
+    like: features (B, T, d) or (N, d), to whose leading shape and device quality must fit; known (B, T, M): where a modality is
+    missing its quality is unknown. Quality keeps its own dtype, float32 at least."""
+    if not sum(sizes):
+        if quality is not None and len(quality):
+            raise ValueError("quality: expected None (built without quality_dims), got some")
+        return None
+    given: dict[int, Tensor] = {}
+    if isinstance(quality, Mapping):
+        if names is None:
+            raise TypeError("quality: expected a sequence (in_dims was one, without names), got a mapping")
+        have = [name for name, size in zip(names, sizes) if size]
+        for name in quality:
+            if name not in have:
+                raise ValueError(f"quality: expected some of {have}, which have quality_dims, got {name!r}")
+        given = {names.index(name): x for name, x in quality.items()}
+    elif isinstance(quality, Sequence):
+        if len(quality) != len(sizes):
+            raise ValueError(
+                f"quality: expected a tensor or None for each of {len(sizes)} modalities, got {len(quality)}"
+            )
+        given = {m: x for m, x in enumerate(quality) if x is not None}
+    elif quality is not None:
+        raise TypeError(f"quality: expected a mapping, a sequence or None, got {type(quality).__name__}")
+    lead, parts = tuple(like.shape[:-1]), []
+    for m, size in enumerate(sizes):
+        if not size:
+            if m in given:
+                raise ValueError(f"quality[{names[m] if names else m}]: expected None (no quality_dims), got a tensor")
+            continue
+        x = given.get(m)
+        if x is None:
+            parts.append(torch.full((*lead, size), math.nan, device=like.device))
+            continue
+        label = f"quality[{names[m] if names else m}]"
+        check_tensor(label, x)
+        check_shape(label, x, (*lead, size), "(B, T, Q)" if len(lead) == 2 else "(N, Q)")
+        check_device(label, x, like, "the features")
+        x = x.detach().to(arithmetic_dtype(x))
+        parts.append(x if known is None else torch.where(known[..., m, None], x, math.nan))
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    return torch.cat([part.to(dtype) for part in parts], -1)
 
 
 def take_finite(

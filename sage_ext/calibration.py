@@ -1,15 +1,16 @@
 """Post-hoc calibration of confidence, and how to measure it.
 
-A confidence `r` states that its modality's error has variance `kappa^2 (1 - r) / r`. It is calibrated when that is true
-on average over the frames that share an `r`: `E[e^2 | r] = kappa^2 (1 - r) / r`, or, read as a reliability,
-`r = 1 / (1 + E[e^2 | r] / kappa^2)`. Confidence is learnt on training clips, where errors are smaller than on new ones;
-`fit_calibration` corrects it on validation clips, by a temperature and a bias for each modality and stage, against the
-same proper score that trained it (`sage_ext.nn.ReliabilityNLL`).
+A confidence `r` states how large an estimate's error is. That of a `SAGE` is the share of the target's variance that the
+estimate explains: the error has variance `1 - r` of the target's. In a foreign model (`ReliabilityNLL`) it states an error
+of variance `kappa^2 (1 - r) / r`. It is calibrated when that is true on average over the frames that share an `r`; read as a
+reliability, `r = 1 - E[e^2 | r] / var`, or `r = 1 / (1 + E[e^2 | r] / kappa^2)`. Confidence is learnt on training clips, where
+errors are smaller than on new ones; `fit_calibration` corrects it on validation clips, by a temperature and a bias for each
+expert and stage, against the same proper score that trained it.
 
 The measure is the counterpart of classification's expected calibration error for a predicted *variance*: Levi, Gispan,
 Giladi & Fetaya 2022 ("Evaluating and calibrating uncertainty prediction in regression tasks") bin by predicted
 variance and compare it with the mean squared error in the bin, relative to the predicted (ENCE). Here both sides are
-mapped to [0, 1] by the same `1 / (1 + variance / kappa^2)`, so a bin cannot dominate by a large ratio and the number
+mapped to [0, 1] by the same formula, so a bin cannot dominate by a large ratio and the number
 reads like the usual ECE; bins hold equal numbers of frames (equal mass), so none is empty.
 """
 
@@ -26,6 +27,7 @@ from ._arguments import (
     BOOL,
     Features,
     Present,
+    QualityValues,
     arithmetic_dtype,
     check_int,
     check_kappa,
@@ -33,8 +35,8 @@ from ._arguments import (
     check_shape,
     check_tensor,
 )
-from .models.sage import SAGE, moved
-from .nn import ReliabilityFusion, ReliabilityHead, ReliabilityNLL, calibrated_confidence
+from .models.sage import SAGE, explained_error, moved
+from .nn import ExplainedVarianceNLL, ReliabilityFusion, ReliabilityHead, ReliabilityNLL, calibrated_confidence
 from .nn.head import annotated_frames, check_labels
 
 __all__ = [
@@ -54,17 +56,17 @@ class ReliabilityDiagram(NamedTuple):
     """Equal-mass bins of one modality's confidence, in rising order; float64 on the CPU. `K` bins."""
 
     predicted: Tensor  # (K,) mean confidence of the bin
-    observed: Tensor  # (K,) 1 / (1 + mean squared error / kappa^2)
+    observed: Tensor  # (K,) the reliability that the mean squared error shows, see `observed_reliability`
     frames: Tensor  # (K,) int64 frames in the bin
     lower: Tensor  # (K,) smallest confidence in the bin
     upper: Tensor  # (K,) largest
 
 
 class CalibrationReport(NamedTuple):
-    """What `calibrate` did; one entry a modality in each list."""
+    """What `calibrate` did; one entry an expert in each list: the joint one, where the fusion has it, then the modalities."""
 
-    log_temperature: Tensor  # (M, S) now in the model
-    bias: Tensor  # (M, S) now in the model
+    log_temperature: Tensor  # (K, S) now in the model
+    bias: Tensor  # (K, S) now in the model
     before: list[ReliabilityDiagram]
     after: list[ReliabilityDiagram]
     ece_before: list[float]
@@ -72,12 +74,13 @@ class CalibrationReport(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """A model's raw reliability and errors on `N` frames, on the CPU."""
+    """A model's raw reliability and errors on `N` frames, on the CPU: of the `K` experts of a `SAGE`, the joint one first, or of
+    the modalities of another model."""
 
-    reliability: Tensor  # (N, M, S) logits before calibration
+    reliability: Tensor  # (N, K, S) logits before calibration
     stage: Tensor  # (N, S)
-    squared_error: Tensor  # (N, M, C) of the unimodal predictions
-    mask: Tensor  # (N, M) bool: annotated frames in which the modality is present
+    squared_error: Tensor  # (N, K, C) of each one's own estimate; of a SAGE relative to the targets' variance
+    mask: Tensor  # (N, K) bool: annotated frames in which it has something to say
 
 
 def fit_calibration(
@@ -86,13 +89,13 @@ def fit_calibration(
     squared_error: Tensor,
     mask: Tensor | None = None,
     *,
-    kappa: float,
+    kappa: float | None,
     prior: float = 100.0,
     max_iter: int = 200,
 ) -> tuple[Tensor, Tensor]:
     """Fit `log_temperature` and `bias`, (M, S) float32 each, by the proper score on held-out frames.
 
-    Minimises the mean over counted frames of `ReliabilityNLL(kappa)` plus `prior / (2 n)` times the squared distance
+    Minimises the mean over counted frames of `ReliabilityNLL(kappa)`, or without kappa of `ExplainedVarianceNLL`, plus `prior / (2 n)` times the squared distance
     from identity (0, 0): the weight of `prior` frames, which decides where a stage hardly occurs. L-BFGS in float64 on
     the CPU, deterministic; the score is never worse than at identity.
 
@@ -101,9 +104,10 @@ def fit_calibration(
         stage: (*, S) posterior.
         squared_error: (*, M), or (*, M, C) for C targets, of the modality's own prediction.
         mask: (*, M) bool; False: not counted (not read).
-        kappa: error scale of confidence (`model.kappa`).
+        kappa: error scale of confidence; None: errors are relative to the target's variance, and confidence is what the rest
+            of it is.
     """
-    score = ReliabilityNLL(kappa)
+    score = ExplainedVarianceNLL() if kappa is None else ReliabilityNLL(kappa)
     *lead, modalities, stages = reliability.shape
     check_shape("stage", stage, (*lead, stages), "(*, S)")
     if tuple(squared_error.shape[: len(lead) + 1]) != (*lead, modalities):
@@ -151,15 +155,24 @@ def fit_calibration(
     return fitted[0].float(), fitted[1].float()
 
 
+def observed_reliability(mean_squared_error: Tensor, kappa: float | None) -> Tensor:
+    """What confidence should have been: of errors relative to the target's variance (kappa None) the explained share of it,
+    below 0 where the mean would have been better; else `1 / (1 + error / kappa^2)`."""
+    if kappa is None:
+        return 1 - mean_squared_error
+    return 1 / (1 + mean_squared_error / kappa**2)
+
+
 def reliability_diagram(
-    confidence: Tensor, squared_error: Tensor, mask: Tensor | None = None, *, kappa: float, bins: int = 15
+    confidence: Tensor, squared_error: Tensor, mask: Tensor | None = None, *, kappa: float | None, bins: int = 15
 ) -> ReliabilityDiagram:
     """Confidence of one modality against the reliability that its errors show.
 
     confidence: (*,) in [0, 1]; squared_error: (*,), or (*, C); mask: (*,) bool. Frames are sorted by confidence and cut
     into `bins` equal parts (at most one frame of difference; fewer bins where there are fewer frames).
     """
-    check_kappa(kappa)
+    if kappa is not None:
+        check_kappa(kappa)
     check_int("bins", bins, 1)
     error = squared_error.detach().cpu().double()
     if error.dim() > confidence.dim():
@@ -181,7 +194,7 @@ def reliability_diagram(
     parts = list(zip(r.tensor_split(min(bins, len(r))), error.tensor_split(min(bins, len(r)))))
     return ReliabilityDiagram(
         predicted=torch.stack([p.mean() for p, _ in parts]),
-        observed=torch.stack([1 / (1 + e.mean() / kappa**2) for _, e in parts]),
+        observed=torch.stack([observed_reliability(e.mean(), kappa) for _, e in parts]),
         frames=torch.tensor([len(p) for p, _ in parts]),
         lower=torch.stack([p[0] for p, _ in parts]),
         upper=torch.stack([p[-1] for p, _ in parts]),
@@ -215,6 +228,7 @@ def collect(
     targets: Iterable[Any] | None = None,
     *,
     head: ReliabilityHead | None = None,
+    scale: bool = False,
 ) -> Evidence:
     """Run a model in evaluation mode over batches, and gather what calibration needs of its `ReliabilityFusion`.
 
@@ -235,6 +249,8 @@ def collect(
             the model holds; where it holds none, ridge regressions on what the fusion is given, cross-fitted on these batches:
             each half of the batches is predicted by the fit on the other half (of a single batch, each half of its sequences;
             of a single sequence, of its frames). All inputs of the fusion are then held in memory.
+        scale: first put a SAGE's estimates to scale by these frames (`SAGE.own_gain` and its like, in place): their errors are
+            those of the regression of the labels on them.
 
     Raises TypeError or ValueError naming the argument for anything malformed, a model with no `ReliabilityFusion` or with two
     included.
@@ -243,7 +259,7 @@ def collect(
     if head is not None and not isinstance(head, ReliabilityHead):
         raise TypeError(f"head: expected a ReliabilityHead or None, got {type(head).__name__}")
     if targets is None:
-        return _collect_clips(model, batches, head)
+        return _collect_clips(model, batches, head, scale)
     _check_batches("targets", targets)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     place, fusion = _find(model)
@@ -287,7 +303,10 @@ def collect(
     own = [s.own for s in found]
     if isinstance(place, SAGE):
         _check_targets(labels[0][0], place.num_targets, "model")
-    elif head is None:
+        return _evidence(
+            place, [(s.reliability, s.stage, s.own, y, m) for s, (y, _), m in zip(found, labels, masks)], scale
+        )
+    if head is None:
         own = _cross_fitted([s.features for s in found], [y for y, _ in labels], masks, fusion.names)
     parts = []
     for s, mine, (y, _), mask in zip(found, own, labels, masks):
@@ -312,25 +331,29 @@ def calibrate(
     one `ReliabilityFusion`: see `collect` for `model`, `batches`, `targets` and `head`, and for the errors.
 
     Args:
-        kappa: error scale at which confidence is 1/2. Default: that of the `SAGE` or of the head; 0.25, that of
-            `ReliabilityNLL`, where there is neither.
+        kappa: error scale at which confidence is 1/2; not for a `SAGE`, whose confidence is a share of variance. Default: that
+            of the head; 0.25, that of `ReliabilityNLL`, where there is none.
         prior: see `fit_calibration`. bins: of the report's diagrams.
 
     The report measures on the frames that were fitted; measure on others with `collect` and `diagrams`.
     """
     if kappa is not None:
         check_kappa(kappa)
-    evidence = collect(model, batches, targets, head=head)
-    model = getattr(model, "_orig_mod", model)
-    place, fusion = _find(model)
-    if kappa is None:
-        told = place if isinstance(place, SAGE) else _own_head(model, fusion, head)
+    place, fusion = _find(getattr(model, "_orig_mod", model))
+    if isinstance(place, SAGE) and kappa is not None:
+        raise ValueError(f"kappa: expected None (a SAGE's confidence is a share of variance), got {kappa}")
+    evidence = collect(model, batches, targets, head=head, scale=True)
+    if not isinstance(place, SAGE) and kappa is None:
+        told = _own_head(getattr(model, "_orig_mod", model), fusion, head)
         kappa = ReliabilityNLL().kappa if told is None else told.kappa
-    before = diagrams(evidence, fusion.log_temperature, fusion.bias, kappa=kappa, bins=bins)
+    count = evidence.mask.shape[1]
+    before = diagrams(evidence, fusion.log_temperature[-count:], fusion.bias[-count:], kappa=kappa, bins=bins)
     log_temperature, bias = fit_calibration(*evidence, kappa=kappa, prior=prior)
     with torch.no_grad():
-        fusion.log_temperature.copy_(log_temperature)
-        fusion.bias.copy_(bias)
+        fusion.log_temperature[-len(bias) :].copy_(
+            log_temperature
+        )  # outside a SAGE nobody knows the joint expert's errors
+        fusion.bias[-len(bias) :].copy_(bias)
     after = diagrams(evidence, log_temperature, bias, kappa=kappa, bins=bins)
     return CalibrationReport(
         log_temperature,
@@ -343,9 +366,9 @@ def calibrate(
 
 
 def diagrams(
-    evidence: Evidence, log_temperature: Tensor, bias: Tensor, *, kappa: float, bins: int = 15
+    evidence: Evidence, log_temperature: Tensor, bias: Tensor, *, kappa: float | None, bins: int = 15
 ) -> list[ReliabilityDiagram]:
-    """One reliability diagram a modality, of collected evidence under a calibration; without a bin, and with the error NaN,
+    """One reliability diagram an expert, of collected evidence under a calibration; without a bin, and with the error NaN,
     where no frame of the modality is counted."""
     confidence = calibrated_confidence(
         evidence.reliability.double(), evidence.stage.double(), log_temperature.cpu().double(), bias.cpu().double()
@@ -368,7 +391,7 @@ class _Seen(NamedTuple):
     known: Tensor  # (*, M) bool
     reliability: Tensor  # (*, M, S)
     stage: Tensor  # (*, S)
-    own: Tensor  # (*, M, C) of a SAGE; else empty
+    own: Tensor  # (*, K, C) of a SAGE; else empty
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, ReliabilityFusion]:
@@ -416,12 +439,14 @@ def _look_at(
     state: Any = None,
     *,
     typicality_inputs: Features | None = None,
+    quality: QualityValues | None = None,
     strict: bool = False,
 ) -> _Seen:
-    """The arguments of the fusion's forward, and its raw reliability for them."""
-    given = fusion.admit(features, present, mask, state, typicality_inputs, strict)
-    reliability, stage, _ = fusion.assess_checked(given.features, given.known, state, given.typicality_inputs)
-    seen = [given.known, reliability, stage, reliability.new_empty(0)]
+    """The arguments of the fusion's forward, and its raw reliability for them, of the modalities alone."""
+    given = fusion.admit(features, present, mask, state, typicality_inputs, quality, strict)
+    assessed = fusion.assess_checked(given.features, given.known, state, given.typicality_inputs, given.quality)
+    reliability = assessed.reliability[..., -len(given.features) :, :]
+    seen = [given.known, reliability, assessed.stage, reliability.new_empty(0)]
     x = given.features
     if given.single:
         x, seen[:3] = [v.squeeze(1) for v in x], [v.squeeze(1) for v in seen[:3]]
@@ -435,12 +460,13 @@ def _look_at_sage(
     mask: Tensor | None = None,
     state: Any = None,
     *,
+    quality: QualityValues | None = None,
     strict: bool = False,
 ) -> _Seen:
-    """The same of a SAGE, with its unimodal predictions."""
+    """The same of a SAGE, with its experts' estimates."""
     if state is not None:
         raise ValueError(f"state: expected None (a SAGE is calibrated on whole sequences), got {type(state).__name__}")
-    reliability, stage, own, known = sage.assess(features, present, mask)
+    reliability, stage, own, known = sage.assess(features, present, mask, quality=quality)
     return _Seen([], known, reliability, stage, own)
 
 
@@ -560,7 +586,7 @@ def _ridge(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------- SAGE and its clips
-def _collect_clips(model: nn.Module, batches: Iterable[Any], head: ReliabilityHead | None) -> Evidence:
+def _collect_clips(model: nn.Module, batches: Iterable[Any], head: ReliabilityHead | None, scale: bool) -> Evidence:
     place, fusion = _find(model)
     if place is not model or not isinstance(model, SAGE):
         raise TypeError("targets: expected the labels of each batch (only a SAGE finds them in it), got None")
@@ -572,12 +598,26 @@ def _collect_clips(model: nn.Module, batches: Iterable[Any], head: ReliabilityHe
     try:
         for batch in batches:
             features, present = moved(batch["features"], device), moved(batch.get("present"), device)
-            reliability, stage, unimodal, known = model.assess(features, present, moved(batch.get("frame"), device))
-            error = (unimodal - batch["labels"].to(device).unsqueeze(2)).square()
-            mask = batch["valid"].to(device).unsqueeze(-1) & known
-            parts.append([x.flatten(0, 1).cpu() for x in (reliability, stage, error, mask)])
+            quality = {name: x.to(device) for name, x in batch.get("quality", {}).items() if model.reads_quality(name)}
+            found = model.assess(features, present, moved(batch.get("frame"), device), quality=quality or None)
+            reliability, stage, estimates, known = (x.cpu() for x in found)
+            parts.append((reliability, stage, estimates, batch["labels"], batch["valid"].unsqueeze(-1) & known))
     finally:
         model.train(training)
     if not parts:
         raise ValueError("batches: expected one or more, got none")
-    return Evidence(*(torch.cat(column) for column in zip(*parts)))
+    return _evidence(model, parts, scale)
+
+
+def _evidence(model: SAGE, parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]], scale: bool) -> Evidence:
+    """Of batches of logits (*, K, S), stage (*, S), estimates (*, K, C), labels (*, C) and flags (*, K), all on the CPU."""
+    columns = zip(*parts)
+    reliability, stage, own, labels, mask = (
+        torch.cat([x.flatten(0, x.dim() - 1 - rest) for x in column]) for column, rest in zip(columns, (2, 1, 2, 1, 1))
+    )
+    labels = torch.where(mask.any(-1, keepdim=True), labels, 0.0)  # NaN where not annotated
+    if scale:
+        model.put_to_scale(own, labels, mask)
+    buffers = (model.own_gain, model.own_shift, model.target_variance)
+    error = explained_error(own, labels, *(x.cpu() for x in buffers))
+    return Evidence(reliability, stage, error, mask)

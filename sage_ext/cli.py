@@ -165,7 +165,6 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("grad_clip", float, "largest gradient norm"),
     ("unimodal_weight", float, "of the unimodal heads' loss"),
     ("reliability_weight", float, "of the score that trains confidence"),
-    ("kappa", float, "error at which confidence is 1/2, for a target in [-1, 1]"),
     ("seed", int, "of weights, order, dropout and rehearsal"),
     ("device", str, "cpu, cuda, cuda:1 ..."),
     ("threads", int, "CPU threads"),

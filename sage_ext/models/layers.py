@@ -92,10 +92,11 @@ class Encoder(nn.Module):
 class PrecisionMemory(nn.Module):
     """What was seen lately, each frame counted by its precision: a normalised leaky average for each half-life.
 
-    `average_r(t) = sum_k lambda_r^(t-k) p_k x_k / (a_r + sum_k lambda_r^(t-k) p_k)`, `lambda_r = 0.5^(1/halflife_r)`, over
-    the frames `k <= t` (all frames and `|t-k|` if not causal); `a_r` is learnt, the weight of the average's prior, 0. The
-    result is a Linear of the R averages side by side. With the precision of a calibrated confidence, `odds(r)`, this is the
-    inverse-variance weighted mean of the past: unreliable frames hold what reliable ones left behind.
+    `average_r(t) = sum_k lambda_r^(t-k) p_k x_k / (a_r pbar + sum_k lambda_r^(t-k) p_k)`, `lambda_r = 0.5^(1/halflife_r)`, over
+    the frames `k <= t` (all frames and `|t-k|` if not causal); `a_r` is learnt, the weight of the average's prior, 0, in frames
+    of the mean precision `pbar` seen so far. The result is a Linear of the R averages side by side. With `p` the inverse variance
+    of a frame this is the inverse-variance weighted mean of the past: unreliable frames hold what reliable ones left behind.
+    Only how precise frames are against each other counts: where all are poor the memory averages as long as ever.
 
     Args:
         dim: channels. halflives: of the averages, in frames. causal: see above.
@@ -114,11 +115,9 @@ class PrecisionMemory(nn.Module):
         return f"halflives={self.halflives}, causal={self.causal}"
 
     def forward(self, x: Tensor, precision: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, dim), precision (B, T) >= 0, sums (B, R, dim + 1) before this chunk (None: nothing was seen): the
+        """x (B, T, dim), precision (B, T) >= 0, sums (B, R, dim + 2) before this chunk (None: nothing was seen): the
         memory (B, T, dim), and the sums for the next chunk."""
-        if sums is not None:  # the op counts frames too; with an absolute prior that number is not needed
-            sums = F.pad(sums, (0, 1))
         average, sums = functional.leaky_average(
-            x, precision, self.halflife, self.log_prior.exp(), sums, causal=self.causal
+            x, precision, self.halflife, self.log_prior.exp(), sums, causal=self.causal, relative=True
         )
-        return self.mix(average.flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums[..., :-1]
+        return self.mix(average.flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .._arguments import arithmetic_dtype, blank_missing, check_dropout, check_int
 from ..nn import Fusion, FusionOutput
-from ..nn.fusion import SHARPENING_RATE, nothing_refused
+from ..nn.fusion import SHARPENING_RATE, Mixed, Represented, nothing_refused
 from .fusions import FUSIONS, fusion_class, fusion_names
 
 __all__ = ["FUSIONS", "PeerFusion", "fusion_class", "fusion_names", "parameter_table", "register"]
@@ -81,6 +81,7 @@ class PeerFusion(Fusion):
         known: Tensor | None,
         state: tuple[Tensor, ...] | None = None,
         typicality_inputs: Sequence[Tensor] | None = None,
+        quality: Tensor | None = None,
     ) -> FusionOutput:
         """As `Fusion.fuse_checked`, one stage. ValueError for a number of frames other than `length` where that is fixed."""
         batch, frames = x[0].shape[:2]
@@ -154,10 +155,10 @@ class LateFusion(PeerFusion):
     """Learnt convex sum of unimodal predictions, `sum_m w_m prediction_m` with `w = softmax(logits)`.
 
     In `SAGE` the sum is over predictions: the blocks after the fusion and the head, the same weights for all
-    modalities, run on each modality's own `values`, and `mix_estimates` adds up what they predict. Alone, the module's
+    modalities, run on each modality's own `values`, and `mix` adds up what they predict. Alone, the module's
     `fused` is the same sum of `values`, which equals it where all that follows is linear.
 
-    A missing modality has no weight; the others' are renormalised. Where all are missing `mix_estimates` takes them as
+    A missing modality has no weight; the others' are renormalised. Where all are missing `mix` takes them as
     learnt: what the layers before it remember is all there is.
     """
 
@@ -170,13 +171,24 @@ class LateFusion(PeerFusion):
         """M tensors (B, T, d_m), zero where missing -> each modality's own representation (B, T, M, dim)."""
         return torch.stack([linear(v) for linear, v in zip(self.value, x)], -2)
 
-    def tracks(self, fused: Tensor, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
-        return self.values(blank_missing(encoded, known))
+    def represent(
+        self,
+        encoded: Sequence[Tensor],
+        known: Tensor | None,
+        state: Any = None,
+        typicality_inputs: Sequence[Tensor] | None = None,
+        quality: Tensor | None = None,
+    ) -> Represented:
+        found = super().represent(encoded, known, state, typicality_inputs, quality)
+        values = self.values(blank_missing(encoded, known))
+        return found._replace(tracks=values, log_precision=values.new_zeros(values.shape[:-1]), known=known)
 
-    def mix_estimates(self, estimates: Tensor, known: Tensor | None) -> Tensor:
+    def mix(self, estimates: Tensor, found: Represented, known: Tensor | None, frame: Tensor | None) -> Mixed:
         flags = torch.ones_like(estimates[..., 0], dtype=torch.bool) if known is None else known
-        flags = flags | ~flags.any(-1, keepdim=True)
-        return (self.weigh(flags, estimates.dtype).unsqueeze(-1) * estimates).sum(-2)
+        shares = self.weigh(flags | ~flags.any(-1, keepdim=True), estimates.dtype)
+        out: FusionOutput = found.gate
+        prediction = (shares.unsqueeze(-1) * estimates).sum(-2)
+        return Mixed(prediction, shares, out.weights, out.confidence, out.stage)
 
     def weigh(self, known: Tensor, dtype: torch.dtype) -> Tensor:
         # Alone among matrices this vector needs a larger rate, as the sharpness of ReliabilityFusion does.

@@ -13,8 +13,10 @@ from .. import functional
 from .._arguments import (
     CONSTANTS,
     MAX_MEMORY,
+    MAX_MODALITIES,
     Features,
     Present,
+    QualityValues,
     blank_missing,
     check_bool,
     check_dropout,
@@ -24,10 +26,13 @@ from .._arguments import (
     named_dims,
     ordered_features,
     ordered_present,
+    ordered_quality,
+    quality_sizes,
     read_flags,
     take_finite,
 )
-from ..nn import Fusion, ReliabilityNLL, calibrated_confidence
+from ..nn import ExplainedVarianceNLL, Fusion, Quality, ReliabilityFusion, UniformFusion
+from ..nn.fusion import Assessment, Represented
 from .fusions import fusion_class
 from .layers import ChannelDropout, Encoder, PrecisionMemory, TemporalBlock
 
@@ -44,11 +49,11 @@ class SAGEState(NamedTuple):
 
     # The last inputs of each block's convolution before the fusion: (B, M, (kernel_size - 1) * dilation, dim) a block.
     history: tuple[Tensor, ...]
-    # The same after it: (B, K, (kernel_size - 1) * dilation, dim) a block. Its K tracks are what the fusion's `tracks` gives:
-    # the fused frames, and each modality alone; the modalities only (late fusion); the fused frames only (other peers).
+    # The same after it: (B, K, (kernel_size - 1) * dilation, dim) a block, of the fusion's K tracks: the joint expert and each
+    # modality; the modalities only (late fusion, one modality); the fused frames only (other peers).
     fused: tuple[Tensor, ...]
     fusion: tuple[Tensor, ...] | None  # a FusionState, a peer's own, or None: nothing to remember
-    memory: Tensor | None  # (B, K, R, dim + 1) float32: `PrecisionMemory`'s sums; None without one
+    memory: Tensor | None  # (B, K, R, dim + 2) float32: `PrecisionMemory`'s sums; None without one
     # (repeats (B, M), last (B, sum of in_dims)): how often each modality's last frame has repeated, at most its `stuck_limit`,
     # and that frame, standardised, 0 where missing; None with `stuck` 0
     still: tuple[Tensor, Tensor] | None
@@ -59,28 +64,35 @@ class SAGEOutput(NamedTuple):
 
     prediction: Tensor  # (B, T, C) in (-1, 1), float32 (float64 for float64 features)
     unimodal: Tensor  # (B, T, M, C) each modality's own prediction; meaningful where it is present
-    weights: Tensor  # (B, T, M)
-    confidence: Tensor  # (B, T, M)
+    weights: Tensor  # (B, T, M) of the modalities among themselves: sums to 1 where any is present; 0 where missing
+    confidence: Tensor  # (B, T, M) the share of the targets' variance that the modality's own prediction explains
     stage: Tensor  # (B, T, S)
     state: SAGEState | None  # of a causal model, for the next chunk
     # (M,) int64: the frames of each modality that were said to be present, and no padding, but, once standardised, held NaN,
     # Inf or numbers whose squares overflow float32. They count as missing.
     nonfinite: Tensor
+    experts: Tensor  # (B, T, K, C) the estimates that were weighed: the joint expert's, then the modalities'; peers': the fused
+    shares: Tensor  # (B, T, K) `prediction` is the sum of `shares * experts`
+    expert_confidence: Tensor  # (B, T, K) the confidence of each; of a peer, (B, T, M)
 
 
 class SAGE(nn.Module):
     """Stage-Adaptive Gated Estimation of valence and arousal from several modalities.
 
     Each modality: standardised features -> Linear -> temporal convolutions (dilated, depthwise-separable, causal or
-    centred). Then `ReliabilityFusion` -> the widest of the convolutions -> plus `PrecisionMemory` -> head -> tanh. Long
-    averages come after the fusion because they should not mix reliable frames with unreliable ones before those are told
-    apart. The memory counts a frame by its precision, the sum over its modalities of `odds(confidence)^sharpness`; the
-    fusion weights are the modalities' shares of that sum. Typicality, a part of the fusion, reads the standardised inputs.
+    centred). From there on `K` experts run side by side through the same layers: each modality alone, and a joint one that sees
+    all of them (where there are 2 to 7). Those layers are the widest of the convolutions, plus `PrecisionMemory`, which counts
+    a frame by how precise it is, then head and tanh. Last, the experts' estimates are weighed by their confidence
+    (`ReliabilityFusion`). Long averages come after the modalities' encoders because they should not mix precise frames with
+    imprecise ones before those are told apart. Typicality, a part of the fusion, reads the standardised inputs.
 
-    The unimodal predictions are what the model would say if it had one modality only: the same convolutions, memory and
-    head, run on that modality's values alone. (Only the stage is still told by all modalities.) Against them each
-    modality's confidence is trained and calibrated. With a peer's fusion they are those of a linear head a modality on
-    its encoder.
+    Two quantities are kept apart. The precision of a *frame*, which the memory goes by, says how much the frame adds; nobody
+    sees it. The confidence of an *estimate* says how much of the targets' variance it explains, all that was remembered
+    included; it decides the weights, and is what a user reads. It is trained by the errors of each expert's own estimate
+    (`SAGELoss`), and calibrated on other data (`sage_ext.calibration`).
+
+    The unimodal predictions are what the model would say if it had one modality only. (Only the stage is still told by all
+    modalities.) With a peer's fusion they are those of a linear head a modality on its encoder.
 
     A frame in which a modality is missing enters its encoder as zeros, that is (after `fit_statistics`) as the mean
     frame of the training data; whatever the tensor holds there, NaN included, reaches nothing. A modality whose frame is
@@ -102,7 +114,9 @@ class SAGE(nn.Module):
             makes the model non-causal too: the attribute `causal` is False, `state` is None, the convolutions stay as
             asked for here.
         evidence_dim: size of the learnt evidence a modality in `ReliabilityFusion`.
-        kappa: error scale, in label units, at which confidence is 1/2 (see `ReliabilityNLL`).
+        quality_dims: how many numbers of quality each modality has, see `ReliabilityFusion`. A fusion without reliability gets
+            them as further features of the modality (standardised, 0 where unknown) with a flag each that says if it is known.
+        joint: None: a joint expert where there are 2 to 7 modalities and the fusion weighs experts; False: none.
         fusion: "reliability", "uniform" (equal weights over the present modalities: the baseline), or a peer of
             `models.peers.FUSIONS`.
         fusion_options: keyword arguments of the fusion's constructor beyond those given here.
@@ -117,7 +131,9 @@ class SAGE(nn.Module):
             `use_present` hides what is missing.
 
     The buffer `stuck_limit` (M,) int64 holds the number that each modality goes by, 0 where it may repeat for ever. It is
-    `stuck` until `fit_statistics` raises it for a modality that naturally rests.
+    `stuck` until `fit_statistics` raises it for a modality that naturally rests. The buffers `own_gain` and `own_shift` (K, C)
+    and `target_variance` (C) say what an expert's estimate explains of the targets: its squared error is that of
+    `own_gain * estimate + own_shift`, relative to the variance. `sage_ext.calibration` fits them; they are 1, 0 and 1 before.
 
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
@@ -135,7 +151,8 @@ class SAGE(nn.Module):
         dropout: float = 0.1,
         causal: bool = True,
         evidence_dim: int = 32,
-        kappa: float = 0.25,
+        quality_dims: Mapping[str, int] | Sequence[int] | None = None,
+        joint: bool | None = None,
         fusion: str = "reliability",
         fusion_options: Mapping[str, Any] | None = None,
         length: int = 300,
@@ -159,6 +176,13 @@ class SAGE(nn.Module):
             raise TypeError(f"fusion_options: expected a mapping or None, got {type(fusion_options).__name__}")
         check_int("length", length, 1)
         fusion_type = fusion_class(fusion)
+        weighs = issubclass(fusion_type, (ReliabilityFusion, UniformFusion))
+        if joint is None:
+            joint = weighs and 2 <= len(self.in_dims) < MAX_MODALITIES
+        check_bool("joint", joint)
+        if joint and not weighs:
+            raise ValueError(f"joint: expected False with fusion={fusion!r}, which weighs no experts, got True")
+        self.quality_dims = quality_sizes(quality_dims, self.names, len(self.in_dims))
         if memory is None:
             memory = fusion_type.default_memory
         _check_memory(memory)
@@ -179,7 +203,8 @@ class SAGE(nn.Module):
             "dropout": dropout,
             "causal": causal,
             "evidence_dim": evidence_dim,
-            "kappa": ReliabilityNLL(kappa).kappa,
+            "quality_dims": dict(zip(self.names, self.quality_dims)) if self.names else self.quality_dims,
+            "joint": joint,
             "fusion": fusion,
             "fusion_options": dict(options),
             "length": length,
@@ -189,7 +214,7 @@ class SAGE(nn.Module):
         }
         self.causal = causal and fusion_type.causal
         self.length = length if fusion_type.fixed_length else None
-        self.num_targets, self.kappa, self.use_present = num_targets, self.config["kappa"], use_present
+        self.num_targets, self.use_present = num_targets, use_present
         self.stuck = stuck
         for m, d in enumerate(self.in_dims):
             self.register_buffer(f"input_mean_{m}", torch.zeros(d))
@@ -197,9 +222,26 @@ class SAGE(nn.Module):
         self.stuck_limit: Tensor  # int64: exact whatever dtype the model is cast to
         self.register_buffer("stuck_limit", torch.full((len(self.in_dims),), stuck))
         own = blocks - fused_blocks
-        self.encoders = nn.ModuleList(Encoder(d, dim, own, kernel_size, dropout, causal) for d in self.in_dims)
+        # A fusion without a reliability path reads quality as it reads everything else.
+        self.as_features = sum(self.quality_dims) > 0 and not fusion_type.has_reliability
+        extra = [2 * q if self.as_features else 0 for q in self.quality_dims]
+        if self.as_features:
+            self.register_buffer("quality_mean", torch.zeros(sum(self.quality_dims)))
+            self.register_buffer("quality_scale", torch.ones(sum(self.quality_dims)))
+        self.encoders = nn.ModuleList(
+            Encoder(d + more, dim, own, kernel_size, dropout, causal) for d, more in zip(self.in_dims, extra)
+        )
+        if weighs:
+            options = {"joint": joint, **options}
         if fusion_type.has_reliability:
-            options = {"stages": stages, "evidence_dim": evidence_dim, **options}
+            options = {
+                "stages": stages,
+                "evidence_dim": evidence_dim,
+                "quality_dims": self.quality_dims,
+                "typicality_dims": self.in_dims,
+                "frame_precision": True,
+                **options,
+            }
         if self.length is not None:
             options["length"] = length
         encoded = [dim] * len(self.in_dims)
@@ -211,6 +253,13 @@ class SAGE(nn.Module):
             TemporalBlock(dim, kernel_size, 2**i, dropout, causal) for i in range(own, blocks)
         )
         self.memory = PrecisionMemory(dim, self.config["memory"], causal) if memory else None
+        experts = len(self.in_dims) + joint
+        self.own_gain: Tensor
+        self.own_shift: Tensor
+        self.target_variance: Tensor
+        self.register_buffer("own_gain", torch.ones(experts, num_targets))
+        self.register_buffer("own_shift", torch.zeros(experts, num_targets))
+        self.register_buffer("target_variance", torch.ones(num_targets))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), ChannelDropout(dropout), nn.Linear(dim, num_targets))
 
@@ -220,7 +269,11 @@ class SAGE(nn.Module):
         return cls(**config)
 
     def extra_repr(self) -> str:
-        return f"causal={self.causal}, kappa={self.kappa}"
+        return f"causal={self.causal}"
+
+    def reliability_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the fusion's reliability path: little is asked of them by each frame, and they take a higher rate."""
+        return self.fusion.reliability_parameters() if isinstance(self.fusion, ReliabilityFusion) else iter(())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As of any module; weights from before limits were learnt go by `stuck`."""
@@ -237,14 +290,14 @@ class SAGE(nn.Module):
         exceeds. Twice that, and no less than `stuck`, becomes its limit. Where that reaches the length of the windows, they
         cannot show how long it rests, and it is never stuck (`stuck_limit` 0).
 
-        `batches`: dicts with "features", and optionally "present" (B, T, M) and "frame" (B, T): what the windows'
-        `collate` gives. Iterated twice, so a one-shot iterator is a TypeError. Without this call inputs are used as
+        `batches`: dicts with "features", and optionally "present" (B, T, M), "frame" (B, T) and "quality": what the windows'
+        `collate` gives. Iterated more than once, so a one-shot iterator is a TypeError. Without this call inputs are used as
         they are, typicality follows the training batches by momentum, and every limit is `stuck`. A frame that is not
         finite is missing; for the standardisation it is judged by its features as they are.
         """
         if iter(batches) is batches:
             raise TypeError(
-                "batches: expected something to iterate over twice (a list or a DataLoader), got an iterator"
+                "batches: expected something to iterate over again and again (a list or a DataLoader), got an iterator"
             )
         device = next(self.parameters()).device
         n = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.in_dims]
@@ -270,25 +323,20 @@ class SAGE(nn.Module):
             alive = std > DEAD * std.mean()
             self.get_buffer(f"input_mean_{m}").copy_(mean[m])
             self.get_buffer(f"input_scale_{m}").copy_(torch.where(alive, 1 / torch.where(alive, std, 1.0), 0.0))
-        rests = [_Rests() for _ in self.in_dims]
-        standardised = self._standardised(batches, device, rests)
+        standardised = _Standardised(self, batches, device)
+        if self.as_features:
+            quality = Quality(self.quality_dims).to(device)
+            quality.fit(found for _, _, found in standardised)
+            self.get_buffer("quality_mean").copy_(quality.mean)
+            self.get_buffer("quality_scale").copy_(1 / quality.var.clamp(min=CONSTANTS["variance_floor"]).sqrt())
         self.fusion.fit_inputs(standardised)
         if self.stuck:
-            for _ in standardised:  # a fusion need not ask for them
-                pass
-            self.stuck_limit.copy_(torch.tensor([rest.limit(self.stuck) for rest in rests]))
-
-    def _standardised(
-        self, batches: Iterable[Mapping[str, Any]], device: torch.device, rests: Sequence[_Rests]
-    ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-        for batch in batches:
-            x, known, _ = self._inputs(batch["features"], batch.get("present"), batch.get("frame"), device)
-            x, known, _ = self._standardise(x, known)
-            if self.stuck:
+            rests = [_Rests() for _ in self.in_dims]
+            for x, known, _ in standardised:
                 repeats = self._repeats(x, known, None)
                 for m, rest in enumerate(rests):
                     rest.add(repeats[..., m], None if known is None else known[..., m])
-            yield x, known
+            self.stuck_limit.copy_(torch.tensor([rest.limit(self.stuck) for rest in rests]))
 
     def _inputs(
         self, features: Features, present: Present | None, mask: Tensor | None, device: torch.device | None = None
@@ -337,6 +385,7 @@ class SAGE(nn.Module):
         mask: Tensor | None = None,
         state: SAGEState | None = None,
         *,
+        quality: QualityValues | None = None,
         strict: bool = False,
     ) -> SAGEOutput:
         """Estimate a chunk; consecutive chunks with `state` give what one whole call gives.
@@ -348,6 +397,8 @@ class SAGE(nn.Module):
                 modality's (B, T) by name, none left out.
             mask: (B, T) bool; False: padding, in which everything is missing.
             state: `SAGEOutput.state` of the chunk before; None starts a sequence. Causal models only.
+            quality: (B, T, Q_m) of the modalities with `quality_dims`: a mapping by name, or a sequence with None for those
+                without. NaN, and a modality left out, are unknown.
             strict: raise ValueError, naming modality and place, for a frame that is not finite where it is said to be
                 present, rather than take it as missing. Waits for the device, and cannot be compiled in one graph.
         """
@@ -359,24 +410,25 @@ class SAGE(nn.Module):
                 f"{type(state).__name__}"
             )
         x, known, mask = self._inputs(features, present, mask)
+        evidence = ordered_quality(quality, self.names, self.quality_dims, x[0], known)
         x, known, nonfinite = self._standardise(x, known, strict)
         x, known, still = self._moving(x, known, None if state is None else state.still)
-        encoded, history = self.encode(x, mask, None if state is None else state.history)
+        encoded, history = self.encode(self._with_quality(x, evidence), mask, None if state is None else state.history)
         told = self._told(known, mask)
-        result = self.fusion.fuse_checked(
-            blank_missing(encoded, told), told, None if state is None else state.fusion, x
-        )
-        tracks = self.fusion.tracks(result.fused, encoded, told)
-        precision = self._precision(result.confidence, told)
-        estimates, fused, memory = self._estimate(tracks, precision, mask, state)
+        found = self.fusion.represent(encoded, told, None if state is None else state.fusion, x, evidence)
+        estimates, fused, memory = self._estimate(found, mask, state)
+        mixed = self.fusion.mix(estimates, found, told, mask)
         return SAGEOutput(
-            self.fusion.mix_estimates(estimates, told),
-            estimates[:, :, 1:] if self.unimodal is None else self._heads(encoded),
-            result.weights,
-            result.confidence,
-            result.stage,
-            SAGEState(history, fused, result.state, memory, still) if self.causal else None,
+            mixed.prediction,
+            estimates[:, :, -len(x) :] if self.unimodal is None else self._heads(encoded),
+            mixed.weights,
+            mixed.confidence[..., -len(x) :],
+            mixed.stage,
+            SAGEState(history, fused, found.state, memory, still) if self.causal else None,
             nonfinite,
+            estimates,
+            mixed.shares,
+            mixed.confidence,
         )
 
     def stream(
@@ -396,25 +448,44 @@ class SAGE(nn.Module):
         return StreamingSession(self, batch_size, weights_dtype, device)
 
     def assess(
-        self, features: Features, present: Present | None = None, mask: Tensor | None = None
+        self,
+        features: Features,
+        present: Present | None = None,
+        mask: Tensor | None = None,
+        *,
+        quality: QualityValues | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What calibration reads: uncalibrated reliability logits (B, T, M, S), stage posterior (B, T, S), unimodal
-        predictions (B, T, M, C) of whole sequences, and (B, T, M) bool: present, finite, and not stuck. The memory goes by
-        uncalibrated confidence: what is fitted must not depend on what was fitted before. Arguments as `forward`;
-        ValueError with uniform weights."""
-        if not self.fusion.has_reliability:
+        """What calibration reads of the K experts: uncalibrated reliability logits (B, T, K, S), stage posterior (B, T, S),
+        estimates (B, T, K, C) of whole sequences, and (B, T, K) bool: which have something to say there. Nothing of it depends
+        on the calibration. Arguments as `forward`; ValueError with uniform weights."""
+        if not isinstance(self.fusion, ReliabilityFusion):
             raise ValueError(f"fusion: expected one that has a reliability to assess, got {self.config['fusion']!r}")
         x, known, mask = self._inputs(features, present, mask)
+        evidence = ordered_quality(quality, self.names, self.quality_dims, x[0], known)
         x, known, _ = self._standardise(x, known)
         x, known, _ = self._moving(x, known, None)
         encoded, _ = self.encode(x, mask)
-        told = self._told(known, mask)
-        encoded = blank_missing(encoded, told)
-        reliability, stage, _ = self.fusion.assess_checked(encoded, told, None, x)
-        precision = self._precision(calibrated_confidence(reliability, stage), told)
-        unimodal = self._estimate(self.fusion.alone(encoded, told), precision, mask, None)[0]
+        found = self.fusion.represent(encoded, self._told(known, mask), None, x, evidence)
+        estimates, _, _ = self._estimate(found, mask, None)
+        assessed: Assessment = found.gate
         assert known is not None  # `_standardise` gave it
-        return reliability, stage, unimodal, known
+        frame = torch.ones_like(known[..., 0]) if mask is None else mask
+        flags = self.fusion.expert_flags(known, frame)
+        assert flags is not None
+        return assessed.reliability, assessed.stage, estimates, flags
+
+    @torch.no_grad()
+    def put_to_scale(self, estimates: Tensor, labels: Tensor, counted: Tensor) -> None:
+        """Set `own_gain`, `own_shift` and `target_variance` by estimates (*, K, C), labels (*, C) and flags (*, K)."""
+        gain, shift, _ = regression(estimates, labels, counted)
+        some = counted.any(-1, keepdim=True).unsqueeze(-1)
+        variance = regression(labels.unsqueeze(-2), labels, some.squeeze(-1))[2][0]
+        for buffer, value in ((self.own_gain, gain), (self.own_shift, shift), (self.target_variance, variance)):
+            buffer.copy_(value)
+
+    def reads_quality(self, name: str) -> bool:
+        """Whether quality of the modality `name` is an input."""
+        return bool(self.names) and name in self.names and self.quality_dims[self.names.index(name)] > 0
 
     def _told(self, known: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """(B, T, M) what the fusion is told of `known`: all of it, or without `use_present` only what is padding."""
@@ -447,35 +518,38 @@ class SAGE(nn.Module):
         fresh = torch.where(same, -1, frame).cummax(1).values
         return torch.where(fresh >= 0, frame - fresh, frame + 1 + repeats.unsqueeze(1))
 
-    def _precision(self, confidence: Tensor, told: Tensor | None) -> Tensor | None:
-        """(B, T, M) -> (B, T, 1 + M): precision of the fused frame, and of each modality alone; 0 where missing. None
-        without a memory, which alone asks for it."""
-        if self.memory is None:
-            return None
-        limit = CONSTANTS["log_precision_limit"]
-        own = self.fusion.log_precision(confidence).clamp(-limit, limit).exp()
-        if told is not None:
-            own = torch.where(told, own, 0.0)
-        return torch.cat([own.sum(-1, keepdim=True), own], -1)
+    def _with_quality(self, x: list[Tensor], quality: Tensor | None) -> list[Tensor]:
+        """What the encoders read: with a fusion that has no reliability path, quality and what is known of it too."""
+        if not self.as_features:
+            return x
+        assert quality is not None
+        known = quality.isfinite()
+        scaled = (quality - self.get_buffer("quality_mean")) * self.get_buffer("quality_scale")
+        limit = CONSTANTS["typicality_limit"]
+        scaled = torch.where(known, scaled, 0.0).clamp(-limit, limit)
+        parts = [scaled.split(self.quality_dims, -1), known.to(scaled.dtype).split(self.quality_dims, -1)]
+        return [torch.cat([v, a.to(v.dtype), b.to(v.dtype)], -1) for v, a, b in zip(x, *parts)]
 
     def _estimate(
-        self, tracks: Tensor, precision: Tensor | None, mask: Tensor | None, state: SAGEState | None
+        self, found: Represented, mask: Tensor | None, state: SAGEState | None
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """Blocks after the fusion, memory and head, on K tracks (B, T, K, dim) in one batch: the fused frames alone, the
-        modalities, or both; `precision` is of both. Estimates (B, T, K, C), and for the next chunk the blocks' histories
-        (B, K, span, dim) and the memory's sums (B, K, R, dim + 1)."""
-        count = tracks.shape[2]
-        x = tracks.transpose(1, 2).flatten(0, 1)
+        """Blocks after the fusion, memory and head, on K tracks (B, T, K, dim) in one batch. Estimates (B, T, K, C), and for the
+        next chunk the blocks' histories (B, K, span, dim) and the memory's sums (B, K, R, dim + 2)."""
+        count = found.tracks.shape[2]
+        x = found.tracks.transpose(1, 2).flatten(0, 1)
         mask = None if mask is None else mask.repeat_interleave(count, 0)
         tails = []
         for i, block in enumerate(self.fused_blocks):
             x, tail = block(x, mask, None if state is None else state.fused[i].flatten(0, 1))
             tails.append(tail.unflatten(0, (-1, count)))
         sums = None
-        if self.memory is not None and precision is not None:
+        if self.memory is not None:
             if state is not None and state.memory is not None:
                 sums = state.memory.flatten(0, 1)
-            precision = precision[..., :1] if count == 1 else precision[..., -count:]
+            limit = CONSTANTS["log_precision_limit"]
+            precision = found.log_precision.clamp(-limit, limit).exp()
+            if found.known is not None:
+                precision = torch.where(found.known, precision, 0.0)
             kept, sums = self.memory(x, precision.transpose(1, 2).flatten(0, 1), sums)
             x, sums = x + kept, sums.unflatten(0, (-1, count))
         return _bounded(self.head(self.norm(x))).unflatten(0, (-1, count)).transpose(1, 2), tuple(tails), sums
@@ -492,6 +566,22 @@ def moved(features: Any, device: torch.device) -> Any:
     if isinstance(features, Sequence):
         return [x.to(device) for x in features]
     return None if features is None else features.to(device)
+
+
+class _Standardised:
+    """Standardised inputs, `known` and quality of each batch of training data, any number of times."""
+
+    def __init__(self, model: SAGE, batches: Iterable[Mapping[str, Any]], device: torch.device) -> None:
+        self.model, self.batches, self.device = model, batches, device
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
+        model = self.model
+        for batch in self.batches:
+            x, known, _ = model._inputs(batch["features"], batch.get("present"), batch.get("frame"), self.device)
+            quality = moved(batch.get("quality"), self.device) if sum(model.quality_dims) else None
+            evidence = ordered_quality(quality, model.names, model.quality_dims, x[0], known)
+            x, known, _ = model._standardise(x, known)
+            yield x, known, evidence
 
 
 class _Rests:
@@ -531,20 +621,20 @@ def _bounded(x: Tensor) -> Tensor:
 
 
 class SAGELoss(nn.Module):
-    """What trains `SAGE`: concordance of the prediction and of each modality's own, and the score of its confidence.
+    """What trains `SAGE`: concordance of the prediction and of each expert's own estimate, and the score of their confidence.
 
-    `total = (1 - CCC(prediction)) + unimodal * mean_m (1 - CCC(unimodal_m)) + reliability * ReliabilityNLL`, CCC pooled
-    over the batch's valid frames, a modality's own over those in which it is present.
+    `total = (1 - CCC(prediction)) + unimodal * mean_k (1 - CCC(expert_k)) + reliability * ExplainedVarianceNLL`, CCC pooled
+    over the batch's valid frames, a modality's own over those in which it is present. The error that an expert's confidence is
+    scored by is that of the best affine function of its estimate, relative to the target's variance, both by the batch: an
+    estimate of high concordance is as spread as the target, however little it explains of it.
 
     Args:
-        kappa: error scale of confidence, `model.kappa`.
         unimodal, reliability: weights of the second and third part.
         names: of the modalities in order, `model.names`: only for a `present` that is a mapping.
     """
 
     def __init__(
         self,
-        kappa: float = 0.25,
         *,
         unimodal: float = 0.5,
         reliability: float = 0.1,
@@ -555,7 +645,7 @@ class SAGELoss(nn.Module):
         for name, value in (("unimodal", unimodal), ("reliability", reliability)):
             check_number(name, value, ">= 0 and finite", lambda weight: 0 <= weight < math.inf)
         self.unimodal, self.reliability = float(unimodal), float(reliability)
-        self.score = ReliabilityNLL(kappa)
+        self.score = ExplainedVarianceNLL()
 
     def extra_repr(self) -> str:
         return f"unimodal={self.unimodal}, reliability={self.reliability}"
@@ -577,12 +667,48 @@ class SAGELoss(nn.Module):
         counted = join_flags(flags, valid, modalities)  # (B, T, M)
         prediction = 1 - functional.ccc(output.prediction, labels, valid).mean()
 
-        targets = labels.unsqueeze(2).expand_as(output.unimodal)
+        own = output.unimodal
+        if output.experts.shape[2] > modalities:  # the joint expert, before the modalities
+            own = output.experts
+            if counted is not None:
+                first = torch.ones_like(counted[..., :1]) if valid is None else valid.unsqueeze(-1)
+                counted = torch.cat([first, counted], -1)
+        targets = labels.unsqueeze(2).expand_as(own)
         mask = None if counted is None else counted.unsqueeze(-1).expand_as(targets).flatten(2)
-        own = 1 - functional.ccc(output.unimodal.flatten(2), targets.flatten(2), mask).mean()
+        concordance = 1 - functional.ccc(own.flatten(2), targets.flatten(2), mask).mean()
 
-        error = (output.unimodal.detach() - targets).square()
-        score = self.score(output.confidence, error, counted)
-        total = prediction + self.unimodal * own + self.reliability * score
-        parts = {"prediction": prediction, "unimodal": own, "reliability": score}
+        with torch.no_grad():
+            gain, shift, variance = regression(own, labels, counted)
+            error = (gain * own + shift - targets).square() / variance
+        score = self.score(output.expert_confidence, error, counted)
+        total = prediction + self.unimodal * concordance + self.reliability * score
+        parts = {"prediction": prediction, "unimodal": concordance, "reliability": score}
         return total, {name: part.detach() for name, part in parts.items()}
+
+
+def explained_error(estimates: Tensor, labels: Tensor, gain: Tensor, shift: Tensor, variance: Tensor) -> Tensor:
+    """(*, K, C) squared errors, relative to the targets' variance (C), of what each estimate (*, K, C) says of the labels (*, C)
+    once it is put to scale by gain and shift (K, C)."""
+    return (gain * estimates + shift - labels.unsqueeze(-2)).square() / variance
+
+
+def regression(estimates: Tensor, labels: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The least-squares line of the labels on each expert's estimates: gain and shift (K, C), and the variance (K, C) of the
+    labels about their mean, in the frames that are counted.
+
+    estimates (*, K, C), labels (*, C), counted (*, K) bool or None: all. The gain is never negative: an estimate that runs
+    against the labels explains nothing. 1 stands for a variance of 0.
+    """
+    own, y = estimates.flatten(0, -3), labels.flatten(0, -2).unsqueeze(1).expand_as(estimates.flatten(0, -3))
+    weight = (
+        torch.ones_like(own) if counted is None else counted.flatten(0, -2).unsqueeze(-1).to(own.dtype).expand_as(own)
+    )
+    total = weight.sum(0).clamp(min=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(weight > 0, x, 0.0).sum(0) / total
+
+    center, level = mean(own), mean(y)
+    spread, variance = mean((own - center).square()), mean((y - level).square())
+    gain = (mean((own - center) * (y - level)) / spread.clamp(min=1e-12)).clamp(min=0)
+    return gain, level - gain * center, torch.where(variance > 1e-12, variance, 1.0)

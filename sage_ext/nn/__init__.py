@@ -11,14 +11,17 @@ from .fusion import (
     calibrated_confidence,
 )
 from .head import ReliabilityHead
-from .losses import CCCLoss, ReliabilityNLL, TemporalCCCLoss
+from .losses import CCCLoss, ExplainedVarianceNLL, ReliabilityNLL, TemporalCCCLoss
+from .quality import Quality
 from .typicality import Typicality
 
 __all__ = [
     "CCCLoss",
+    "ExplainedVarianceNLL",
     "Fusion",
     "FusionOutput",
     "FusionState",
+    "Quality",
     "ReliabilityFusion",
     "ReliabilityHead",
     "ReliabilityNLL",

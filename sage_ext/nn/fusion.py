@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import (
-    CONSTANTS,
+    MAX_MODALITIES,
     MAX_STAGES,
     Features,
     Present,
+    QualityValues,
     arithmetic_dtype,
     blank_missing,
     check_bool,
@@ -24,10 +25,13 @@ from .._arguments import (
     join_flags,
     named_dims,
     ordered_features,
+    ordered_quality,
+    quality_sizes,
     read_flags,
     take_finite,
 )
-from .typicality import TYPICALITY_FEATURES, Typicality
+from .quality import QUALITY_FEATURES, Quality
+from .typicality import Typicality
 
 # Adam moves every parameter by about the learning rate a step. A matrix has many that add up, the sharpness is alone:
 # this factor lets it double within a hundred steps at 1e-3.
@@ -41,9 +45,13 @@ class FusionState(NamedTuple):
     """
 
     belief: Tensor  # (B, S) log-belief over stages after the last frame (`initial` of the next stage_filter call)
-    energy: Tensor  # (B, W-1, M, 2) log energy of frame and of difference in the last W-1 frames; 0 where not counted
-    counted: Tensor  # (B, W-1, M, 2) 1 where `energy` holds a value, else 0 (modality or its predecessor missing)
+    energy: (
+        Tensor  # (B, W-1, M, E) log energy of frame, difference (and residual) in the last W-1 frames; 0 if not counted
+    )
+    counted: Tensor  # (B, W-1, M, E) 1 where `energy` holds a value, else 0 (modality or its predecessor missing)
     last: Tensor  # (B, sum of in_dims) the last frame's typicality inputs, modality after modality; 0 where missing
+    # (B, sum of the quality's columns, 3) of their leaky averages: weighted sum, weight and count; None without quality
+    quality: Tensor | None = None
 
 
 class FusionOutput(NamedTuple):
@@ -57,6 +65,38 @@ class FusionOutput(NamedTuple):
     # (M,) int64: the frames of each modality that were said to be present, and no padding, but held NaN, Inf or numbers whose
     # squares overflow float32. They count as missing.
     nonfinite: Tensor
+    joint: Tensor | None = (
+        None  # (*) the share of the joint expert, of which the modalities have the rest; None without one
+    )
+
+
+class Assessment(NamedTuple):
+    """What the reliability path says of `K` experts: the joint one, where there is one, then the modalities."""
+
+    reliability: Tensor  # (B, T, K, S) raw logits
+    log_precision: Tensor | None  # (B, T, K) of a frame, up to a constant; None: the confidence is all there is
+    stage: Tensor  # (B, T, S)
+    state: Any
+
+
+class Represented(NamedTuple):
+    """What `SAGE` runs its later layers on."""
+
+    tracks: Tensor  # (B, T, K, dim): K experts' frames, or those of the fused whole alone
+    log_precision: Tensor  # (B, T, K) of a frame, up to a constant; of any value where it is missing
+    known: Tensor | None  # (B, T, K) whether a track's frame says anything
+    gate: Any  # for `mix`
+    state: Any  # for the next chunk
+
+
+class Mixed(NamedTuple):
+    """The estimates of all tracks, weighed."""
+
+    prediction: Tensor  # (B, T, C)
+    shares: Tensor  # (B, T, K) of each track
+    weights: Tensor  # (B, T, M) of the modalities among themselves
+    confidence: Tensor  # (B, T, K') of each expert; of peers, each modality
+    stage: Tensor  # (B, T, S)
 
 
 class Admitted(NamedTuple):
@@ -66,6 +106,7 @@ class Admitted(NamedTuple):
     features: list[Tensor]  # M tensors (B, T, d)
     known: Tensor  # (B, T, M) bool: present, no padding, and finite
     typicality_inputs: list[Tensor] | None  # M tensors (B, T, anything)
+    quality: Tensor | None  # (B, T, sum of the modalities' columns), NaN where unknown
     nonfinite: Tensor  # (M,) int64, of `FusionOutput`
     single: bool  # the caller's features were (N, d)
 
@@ -99,8 +140,8 @@ class Fusion(nn.Module):
     fixed_length: ClassVar[bool] = False  # every call has exactly `length` frames, an argument of the constructor
     pairwise: ClassVar[bool] = False  # defined for two modalities only
     has_reliability: ClassVar[bool] = False  # `assess` gives logits and stages, which `sage_ext.calibration` calibrates
-    # Whether `tracks` gives each modality alone after the fused frames. Where it does not, `SAGE` takes the unimodal
-    # predictions from a linear head on each encoder.
+    # Whether the last M tracks are the modalities, each alone. Where they are not, `SAGE` takes the unimodal predictions from a
+    # linear head on each encoder.
     tracks_modalities: ClassVar[bool] = False
     default_memory: ClassVar[
         tuple[float, ...]
@@ -112,6 +153,7 @@ class Fusion(nn.Module):
         self.names, self.in_dims = named_dims(in_dims)
         check_int("dim", dim, 1)
         self.dim = dim
+        self.quality_dims = [0] * len(self.in_dims)
 
     def extra_repr(self) -> str:
         dims = dict(zip(self.names, self.in_dims)) if self.names else self.in_dims
@@ -131,9 +173,10 @@ class Fusion(nn.Module):
         known: Tensor | None,
         state: Any = None,
         typicality_inputs: Sequence[Tensor] | None = None,
+        quality: Tensor | None = None,
     ) -> FusionOutput:
         """`forward` behind its checks: M finite tensors (B, T, d), and as many of any size for typicality, all of them zero
-        where `known` is False. Its `nonfinite` is zeros: the caller has counted."""
+        where `known` is False; quality (B, T, sum of its columns). Its `nonfinite` is zeros: the caller has counted."""
         raise NotImplementedError
 
     def forward(
@@ -144,6 +187,7 @@ class Fusion(nn.Module):
         state: Any = None,
         *,
         typicality_inputs: Features | None = None,
+        quality: QualityValues | None = None,
         strict: bool = False,
     ) -> FusionOutput:
         """Fuse a chunk.
@@ -157,15 +201,18 @@ class Fusion(nn.Module):
             state: `FusionOutput.state` of the chunk before; None starts a sequence. Causal fusions only.
             typicality_inputs: M tensors (B, T, anything) that typicality reads in place of `features`: a model passes
                 its inputs, whose statistics do not move while its encoders learn. Not used by fusions without typicality.
+            quality: (B, T, Q_m) or (N, Q_m) of the modalities that were given `quality_dims`: a mapping by name, or a sequence
+                with None for a modality without. NaN, an infinite number, and a modality left out are unknown.
             strict: raise ValueError, naming modality and place, for a frame that is not finite where it is said to be
                 present, rather than take it as missing. Waits for the device, and cannot be compiled in one graph.
 
         Raises TypeError or ValueError naming the argument for anything malformed.
         """
-        given = self.admit(features, present, mask, state, typicality_inputs, strict)
-        out = self.fuse_checked(given.features, given.known, state, given.typicality_inputs)
+        given = self.admit(features, present, mask, state, typicality_inputs, quality, strict)
+        out = self.fuse_checked(given.features, given.known, state, given.typicality_inputs, given.quality)
         fused, weights, confidence, stage = (v.squeeze(1) for v in out[:4]) if given.single else out[:4]
-        return FusionOutput(fused, weights, confidence, stage, out.state, given.nonfinite)
+        joint = out.joint.squeeze(1) if given.single and out.joint is not None else out.joint
+        return FusionOutput(fused, weights, confidence, stage, out.state, given.nonfinite, joint)
 
     def admit(
         self,
@@ -174,6 +221,7 @@ class Fusion(nn.Module):
         mask: Tensor | None = None,
         state: Any = None,
         typicality_inputs: Features | None = None,
+        quality: QualityValues | None = None,
         strict: bool = False,
     ) -> Admitted:
         """The arguments of `forward`, checked, in the modalities' order, and blanked where they are missing."""
@@ -196,14 +244,17 @@ class Fusion(nn.Module):
         finite = finite_frames(x) if inputs is None else finite_frames(x) & finite_frames(inputs)
         x, known, nonfinite = take_finite(x, known, self.names, finite=finite, strict=strict)
         inputs = None if inputs is None else blank_missing(inputs, known)
+        evidence = ordered_quality(quality, self.names, self.quality_dims, x[0], known)
         single = x[0].dim() == 2
         if single:
             x, known = [v.unsqueeze(1) for v in x], known.unsqueeze(1)
             inputs = None if inputs is None else [v.unsqueeze(1) for v in inputs]
-        return Admitted(x, known, inputs, nonfinite, single)
+            evidence = None if evidence is None else evidence.unsqueeze(1)
+        return Admitted(x, known, inputs, evidence, nonfinite, single)
 
-    def fit_inputs(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
-        """Learn what it needs to know of clean training data: (what typicality reads, `known`) of each batch."""
+    def fit_inputs(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None, Tensor | None]]) -> None:
+        """Learn what it needs to know of clean training data: what typicality reads, `known` and quality of each batch.
+        Iterated more than once."""
 
     def assess(
         self,
@@ -213,13 +264,19 @@ class Fusion(nn.Module):
         state: Any = None,
         *,
         typicality_inputs: Features | None = None,
+        quality: QualityValues | None = None,
         strict: bool = False,
     ) -> tuple[Tensor, Tensor, Any]:
-        """Raw reliability logits (*, M, S), stage posterior (*, S), next state; only where `has_reliability`. Arguments as
-        `forward`."""
-        given = self.admit(features, present, mask, state, typicality_inputs, strict)
-        reliability, stage, state = self.assess_checked(given.features, given.known, state, given.typicality_inputs)
-        return (reliability.squeeze(1), stage.squeeze(1), state) if given.single else (reliability, stage, state)
+        """Raw reliability logits (*, K, S) of each expert, stage posterior (*, S), next state; only where `has_reliability`.
+        Arguments as `forward`. The last M of the K experts are the modalities."""
+        given = self.admit(features, present, mask, state, typicality_inputs, quality, strict)
+        found = self.assess_checked(given.features, given.known, state, given.typicality_inputs, given.quality)
+        reliability, stage = found.reliability, found.stage
+        return (
+            (reliability.squeeze(1), stage.squeeze(1), found.state)
+            if given.single
+            else (reliability, stage, found.state)
+        )
 
     def assess_checked(
         self,
@@ -227,29 +284,33 @@ class Fusion(nn.Module):
         known: Tensor | None = None,
         state: Any = None,
         typicality_inputs: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Any]:
+        quality: Tensor | None = None,
+    ) -> Assessment:
         """`assess` behind its checks; arguments as `fuse_checked`."""
         raise NotImplementedError(f"{type(self).__name__} has no reliability to assess")
 
-    def log_precision(self, confidence: Tensor) -> Tensor:
-        """(B, T, M) confidence -> log of the precision of a modality's frame, in units of 1 / kappa^2."""
-        return torch.logit(confidence, eps=CONSTANTS["confidence_margin"])
+    def represent(
+        self,
+        encoded: Sequence[Tensor],
+        known: Tensor | None,
+        state: Any = None,
+        typicality_inputs: Sequence[Tensor] | None = None,
+        quality: Tensor | None = None,
+    ) -> Represented:
+        """What the layers after the fusion run on. Arguments as `fuse_checked`, but `encoded` may hold anything finite where
+        `known` is False. By default: the fused frames, whose precision is the number of their modalities."""
+        out = self.fuse_checked(blank_missing(encoded, known), known, state, typicality_inputs, quality)
+        count = out.confidence.new_full(out.confidence.shape[:-1], len(self.in_dims))
+        if known is not None:
+            count = known.sum(-1).to(count.dtype)
+        some = None if known is None else known.any(-1, keepdim=True)
+        return Represented(out.fused.unsqueeze(2), count.clamp(min=1).log().unsqueeze(-1), some, out, out.state)
 
-    def alone(self, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
-        """What fusing each modality alone would give, (B, T, M, dim), 0 where it is missing; only where
-        `tracks_modalities`. `encoded`: M tensors (B, T, d), finite even where `known` is False."""
-        raise NotImplementedError(f"{type(self).__name__} does not fuse a modality alone")
-
-    def tracks(self, fused: Tensor, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
-        """What the layers after the fusion run on, (B, T, K, dim): the fused frames first, or all that `mix_estimates`
-        joins. `encoded` as in `alone`."""
-        if not self.tracks_modalities:
-            return fused.unsqueeze(2)
-        return torch.cat([fused.unsqueeze(2), self.alone(encoded, known).to(fused.dtype)], 2)
-
-    def mix_estimates(self, estimates: Tensor, known: Tensor | None) -> Tensor:
-        """(B, T, K, C) estimates, one a track -> (B, T, C), the prediction."""
-        return estimates[:, :, 0]
+    def mix(self, estimates: Tensor, found: Represented, known: Tensor | None, frame: Tensor | None) -> Mixed:
+        """(B, T, K, C) estimates, one a track of `found` -> the prediction. frame (B, T): what is no padding; None: all."""
+        out: FusionOutput = found.gate
+        shares = torch.ones_like(estimates[..., 0])
+        return Mixed(estimates[:, :, 0], shares, out.weights, out.confidence, out.stage)
 
 
 # ---------------------------------------------------------------------------------------------- reliability fusion
@@ -266,45 +327,135 @@ def calibrated_confidence(
 
 
 class _WeightedFusion(Fusion):
-    """A sum of values weighed frame by frame: a Linear a modality, and its LayerNorm (with `norm`) inside the fused op."""
+    """Experts weighed frame by frame: each modality's values (a Linear), and with `joint` those of all of them together (two
+    layers on the features side by side), each with its LayerNorm (with `norm`) inside the fused op."""
 
     tracks_modalities = True
     default_memory = (8.0, 32.0, 128.0)
     default_stuck = 8
 
-    def __init__(self, in_dims: Mapping[str, int] | Sequence[int], dim: int, norm: bool) -> None:
+    def __init__(self, in_dims: Mapping[str, int] | Sequence[int], dim: int, norm: bool, joint: bool) -> None:
         super().__init__(in_dims, dim)
-        modalities = len(self.in_dims)
+        check_bool("norm", norm)
+        check_bool("joint", joint)
+        if joint and len(self.in_dims) == MAX_MODALITIES:
+            raise ValueError(
+                f"joint: expected False with {MAX_MODALITIES} modalities (there is room for no more), got True"
+            )
+        self.experts = len(self.in_dims) + joint
         self.value = nn.ModuleList(nn.Linear(d, dim) for d in self.in_dims)
-        self.norm_weight = nn.Parameter(torch.ones(modalities, dim)) if norm else None
-        self.norm_bias = nn.Parameter(torch.zeros(modalities, dim)) if norm else None
+        self.joint = None
+        if joint:
+            self.joint = nn.Sequential(nn.Linear(sum(self.in_dims), dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.norm_weight = nn.Parameter(torch.ones(self.experts, dim)) if norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(self.experts, dim)) if norm else None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, norm={self.norm_weight is not None}, joint={self.joint is not None}"
 
     @property
     def weights_dtype(self) -> torch.dtype | None:
         return getattr(self.value[0].weight, "dtype", None)  # of a dynamically quantised Linear the weight is a method
 
     def values(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """Each modality's values before their LayerNorm, (B, T, dim)."""
-        return [linear(v) for linear, v in zip(self.value, x)]
+        """Each expert's values before their LayerNorm, (B, T, dim); `x` zero where missing."""
+        own = [linear(v) for linear, v in zip(self.value, x)]
+        return own if self.joint is None else [self.joint(torch.cat(list(x), -1)), *own]
 
-    def alone(self, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
-        values = self.values(encoded)
+    def expert_flags(self, known: Tensor | None, frame: Tensor | None = None) -> Tensor | None:
+        """(B, T, M) -> (B, T, K): the joint expert counts where any modality does, or, given `frame` (B, T), in all of those."""
+        if known is None or self.joint is None:
+            return known
+        first = known.any(-1) if frame is None else frame
+        return torch.cat([first.unsqueeze(-1), known], -1)
+
+    def tracks(self, encoded: Sequence[Tensor], known: Tensor | None) -> Tensor:
+        """(B, T, K, dim): each expert's normed values, those of a modality 0 where it is missing. `encoded`: M tensors
+        (B, T, d), finite even where `known` is False."""
+        values = self.values(blank_missing(encoded, known))
         if self.norm_weight is not None and self.norm_bias is not None:
             values = [
-                F.layer_norm(v, (v.shape[-1],), self.norm_weight[m].to(v.dtype), self.norm_bias[m].to(v.dtype))
-                for m, v in enumerate(values)
+                F.layer_norm(v, (v.shape[-1],), self.norm_weight[k].to(v.dtype), self.norm_bias[k].to(v.dtype))
+                for k, v in enumerate(values)
             ]
-        return torch.stack(blank_missing(values, known), 2)
+        return torch.stack(blank_missing(values, self.expert_flags(known)), 2)
+
+    def gate(
+        self, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
+    ) -> tuple[Tensor, ...]:
+        """`reliability_fusion` of these values, of what `assess_checked` said, and of `present` (B, T, K)."""
+        raise NotImplementedError
+
+    def look(
+        self,
+        x: Sequence[Tensor],
+        known: Tensor | None,
+        state: Any,
+        typicality_inputs: Sequence[Tensor] | None,
+        quality: Tensor | None,
+    ) -> Assessment:
+        """What it goes by in weighing."""
+        raise NotImplementedError
+
+    def fuse_checked(
+        self,
+        x: list[Tensor],
+        known: Tensor | None,
+        state: Any = None,
+        typicality_inputs: Sequence[Tensor] | None = None,
+        quality: Tensor | None = None,
+    ) -> FusionOutput:
+        found = self.look(x, known, state, typicality_inputs, quality)
+        fused, shares, confidence = self.gate(self.values(x), found, self.expert_flags(known), True)
+        weights, joint = self._apart(shares)
+        own = confidence[..., -len(x) :]
+        return FusionOutput(fused, weights, own, found.stage, found.state, nothing_refused(x), joint)
+
+    def _apart(self, shares: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(*, K) shares -> those of the modalities among themselves, and that of the joint expert."""
+        if self.joint is None:
+            return shares, None
+        own = shares[..., 1:]
+        total = own.sum(-1, keepdim=True)
+        tiny = torch.finfo(total.dtype).tiny
+        return torch.where(total > tiny, own / total.clamp(min=tiny), 0.0), shares[..., 0]
+
+    def represent(
+        self,
+        encoded: Sequence[Tensor],
+        known: Tensor | None,
+        state: Any = None,
+        typicality_inputs: Sequence[Tensor] | None = None,
+        quality: Tensor | None = None,
+    ) -> Represented:
+        encoded = blank_missing(encoded, known)
+        found = self.look(encoded, known, state, typicality_inputs, quality)
+        assert found.log_precision is not None
+        return Represented(
+            self.tracks(encoded, known), found.log_precision, self.expert_flags(known), found, found.state
+        )
+
+    def mix(self, estimates: Tensor, found: Represented, known: Tensor | None, frame: Tensor | None) -> Mixed:
+        assessed: Assessment = found.gate
+        present = known
+        if known is not None and self.joint is not None:  # what it remembers is an estimate too
+            present = self.expert_flags(known, torch.ones_like(known[..., 0]) if frame is None else frame)
+        prediction, shares, confidence = self.gate(list(estimates.unbind(2)), assessed, present, False)
+        return Mixed(prediction, shares, self._apart(shares)[0], confidence, assessed.stage)
 
 
 class ReliabilityFusion(_WeightedFusion):
     """Fuse `M` modalities by a calibrated, stage-adaptive reliability: the drop-in for a concat or a gate.
 
-    Value path: a Linear a modality to `dim`, then (with `norm`) a LayerNorm a modality inside the fused op.
+    Value path: a Linear a modality to `dim`, then (with `norm`) a LayerNorm a modality inside the fused op. With `joint` one
+    more expert looks at all modalities together, and is weighed as they are.
+
     Reliability path, with its own parameters, on the *detached* features (so that confidence never bends the
-    representation): a per-frame encoder a modality to `evidence_dim`, joined by typicality (see `Typicality`); a head a
-    modality gives `stages` logits; the joint evidence gives stage emissions, filtered causally by `stage_filter`;
-    `reliability_fusion` mixes, calibrates and weights with a learnt positive `sharpness` (1 at the start).
+    representation). Who is to be trusted is said by two readers of different evidence. The *heads*, one an expert, read what
+    tells how good a signal is and nothing of what it says: typicality (see `Typicality`) and, where there is some, quality (see
+    `Quality`), and give `stages` logits. The *stage* reads that and what is learnt from the features (a per-frame encoder a
+    modality to `evidence_dim`); its emissions are filtered causally by `stage_filter`. `reliability_fusion` mixes, calibrates
+    and weights with a learnt positive `sharpness` (1 at the start).
 
     Args:
         in_dims: feature size a modality, 1 to 8 of them: a sequence, or a mapping name -> size.
@@ -315,9 +466,17 @@ class ReliabilityFusion(_WeightedFusion):
         detach_evidence: stop the reliability path's gradient at the features.
         filter_stages: False: the stage posterior of a frame is the softmax of its own emissions (uniform in a frame
             without evidence), and there is no transition to learn.
+        quality_dims: how many numbers of quality each modality has: a mapping name -> Q_m, in which modalities may be left out,
+            or a sequence. None: none have any.
+        joint: the further expert; at most 7 modalities then. Weights stay those of the modalities among themselves, and
+            `FusionOutput.joint` is its share of the whole.
+        typicality_dims: sizes of the `typicality_inputs`, which then also have a residual, once `fit_inputs` has seen
+            training data. None: no residual.
+        frame_precision: the heads also say how precise a single frame is, which `SAGE`'s memory weighs frames by: its errors may
+            average out, so that it is not the confidence in an estimate.
 
-    The calibration `log_temperature` and `bias`, both (M, S), are buffers: saved with the module, never trained by an
-    optimiser; `sage_ext.calibration` fits them after training.
+    The calibration `log_temperature` and `bias`, both (K, S) for the K experts, are buffers: saved with the module, never
+    trained by an optimiser; `sage_ext.calibration` fits them after training.
 
     A chunk's state (a `FusionState`) keeps its autograd graph: under training in chunks, detach it where gradients should
     stop. Raises TypeError or ValueError naming the argument for anything malformed.
@@ -337,28 +496,44 @@ class ReliabilityFusion(_WeightedFusion):
         norm: bool = True,
         detach_evidence: bool = True,
         filter_stages: bool = True,
+        quality_dims: Mapping[str, int] | Sequence[int] | None = None,
+        joint: bool = False,
+        typicality_dims: Sequence[int] | None = None,
+        frame_precision: bool = False,
     ) -> None:
-        super().__init__(in_dims, dim, norm)
+        super().__init__(in_dims, dim, norm, joint)
         check_int("stages", stages, 1, MAX_STAGES)
         check_int("evidence_dim", evidence_dim, 1)
+        check_bool("frame_precision", frame_precision)
+        modalities = len(self.in_dims)
         self.stages, self.evidence_dim, self.detach_evidence = stages, evidence_dim, detach_evidence
-        modalities, width = len(self.in_dims), evidence_dim + TYPICALITY_FEATURES
+        self.frame_precision = frame_precision
+        self.quality_dims = quality_sizes(quality_dims, self.names, modalities)
 
-        self.typicality = Typicality(modalities)
+        self.typicality = Typicality(modalities, dims=typicality_dims)
+        self.quality = Quality(self.quality_dims) if sum(self.quality_dims) else None
+        given = [self.typicality.features + QUALITY_FEATURES * q for q in self.quality_dims]
         self.evidence = nn.ModuleList(nn.Sequential(nn.Linear(d, evidence_dim), nn.GELU()) for d in self.in_dims)
         # Stages begin apart, each trusting modalities in turn, and equally believed: if they began alike, the one that
         # happened to fit best would take all the belief, and the others would never learn.
         leaning = torch.where(torch.arange(stages) % modalities == torch.arange(modalities)[:, None], 1.0, -1.0)
         if modalities == 1:
             leaning = torch.zeros(1, stages)
-        self.reliability = nn.ModuleList(_mlp(width, evidence_dim, lean, 0.3) for lean in leaning)
-        self.emission = _mlp(modalities * width, evidence_dim, torch.zeros(stages), 0.0)
+        widths = given
+        if joint:
+            widths, leaning = [sum(given), *given], torch.cat([torch.zeros(1, stages), leaning])
+        more = torch.zeros(stages if frame_precision else 0)
+        self.reliability = nn.ModuleList(
+            _mlp(width, evidence_dim, torch.cat([lean, lean * 0.5 if frame_precision else more]), 0.3)
+            for width, lean in zip(widths, leaning)
+        )
+        self.emission = _mlp(sum(given) + modalities * evidence_dim, evidence_dim, torch.zeros(stages), 0.3)
         # Stages last for seconds, not frames: P(stay) = 0.95 before training.
         stay = torch.eye(stages) * math.log(19.0 * max(stages - 1, 1))
         self.transition = nn.Parameter(stay) if filter_stages else None
         self.sharpening = nn.Parameter(torch.zeros(()))
-        self.register_buffer("log_temperature", torch.zeros(modalities, stages))
-        self.register_buffer("bias", torch.zeros(modalities, stages))
+        self.register_buffer("log_temperature", torch.zeros(self.experts, stages))
+        self.register_buffer("bias", torch.zeros(self.experts, stages))
 
     @property
     def sharpness(self) -> Tensor:
@@ -368,12 +543,16 @@ class ReliabilityFusion(_WeightedFusion):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, stages={self.stages}, evidence_dim={self.evidence_dim}, "
-            f"norm={self.norm_weight is not None}, detach_evidence={self.detach_evidence}, "
-            f"filter_stages={self.transition is not None}"
+            f"detach_evidence={self.detach_evidence}, filter_stages={self.transition is not None}, "
+            f"quality_dims={self.quality_dims}, frame_precision={self.frame_precision}"
         )
 
-    def log_precision(self, confidence: Tensor) -> Tensor:
-        return self.sharpness * super().log_precision(confidence)
+    def reliability_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the reliability path but for the sharpness, which has a rate of its own."""
+        for part in (self.evidence, self.reliability, self.emission):
+            yield from part.parameters()
+        if self.transition is not None:
+            yield self.transition
 
     def assess_checked(
         self,
@@ -381,29 +560,31 @@ class ReliabilityFusion(_WeightedFusion):
         known: Tensor | None = None,
         state: FusionState | None = None,
         typicality_inputs: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, FusionState]:
-        """The reliability path alone: raw logits (B, T, M, S), stage posterior (B, T, S), next state.
-
-        `x`: M tensors (B, T, d), zero where `known` (B, T, M) is False. `typicality_inputs`: what typicality reads in their
-        place; shapes (B, T, anything).
-        """
+        quality: Tensor | None = None,
+    ) -> Assessment:
+        """The reliability path alone. `x`: M tensors (B, T, d), zero where `known` (B, T, M) is False. `typicality_inputs`: what
+        typicality reads in their place; shapes (B, T, anything). `quality`: (B, T, sum of the columns), NaN where unknown."""
         if self.detach_evidence:
             x = [v.detach() for v in x]
         inputs = x if typicality_inputs is None else [v.detach() for v in typicality_inputs]
         typical, (energy, counted, last) = self.typicality(
             inputs, known, None if state is None else (state.energy, state.counted, state.last)
         )
-        logits, joint = [], []
-        for m, v in enumerate(x):
-            evidence = torch.cat([self.evidence[m](v), typical[:, :, m].to(v.dtype)], -1)  # (B, T, E + 4)
-            if known is not None:
-                evidence = torch.where(known[..., m, None], evidence, 0.0)
-            logits.append(self.reliability[m](evidence))
-            joint.append(evidence)
-        reliability = torch.stack(logits, 2)
-        emission = self.emission(torch.cat(joint, -1))
+        sums = None
+        told: list[list[Tensor]] = [[typical[:, :, m].to(v.dtype)] for m, v in enumerate(x)]
+        if self.quality is not None:
+            if quality is None:
+                quality = x[0].new_full((*x[0].shape[:2], sum(self.quality_dims)), math.nan, dtype=typical.dtype)
+            parts, sums = self.quality(quality, None if state is None else state.quality)
+            for m, part in enumerate(parts):
+                told[m].append(part.to(x[m].dtype))
+        signs = blank_missing([torch.cat(parts, -1) for parts in told], known)
+        learnt = blank_missing([encoder(v) for encoder, v in zip(self.evidence, x)], known)
+        heads = signs if self.joint is None else [torch.cat(signs, -1), *signs]
+        logits = torch.stack([head(v) for head, v in zip(self.reliability, heads)], 2)
+        emission = self.emission(torch.cat([*learnt, *signs], -1))
         if emission.dtype in (torch.float16, torch.bfloat16):  # autocast: gating stays in float32
-            reliability, emission = reliability.float(), emission.float()
+            logits, emission = logits.float(), emission.float()
         evident = None if known is None else known.any(-1)  # (B, T) frames in which some modality gives evidence
         if self.transition is None:
             # Each frame by itself: without evidence all stages are alike.
@@ -415,31 +596,32 @@ class ReliabilityFusion(_WeightedFusion):
             stage, belief = functional.stage_filter(
                 emission, self.transition.to(emission.dtype), None if state is None else state.belief, evident
             )
-        return reliability, stage, FusionState(belief, energy, counted, last)
+        reliability, log_precision = logits[..., : self.stages], None
+        if self.frame_precision:
+            log_precision = (stage.unsqueeze(2) * logits[..., self.stages :]).sum(-1)
+        return Assessment(reliability, log_precision, stage, FusionState(belief, energy, counted, last, sums))
 
-    def fuse_checked(
-        self,
-        x: list[Tensor],
-        known: Tensor | None,
-        state: FusionState | None = None,
-        typicality_inputs: Sequence[Tensor] | None = None,
-    ) -> FusionOutput:
-        reliability, stage, state = self.assess_checked(x, known, state, typicality_inputs)
-        fused, weights, confidence = functional.reliability_fusion(
-            self.values(x),
-            reliability,
-            stage,
+    look = assess_checked
+
+    def gate(
+        self, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
+    ) -> tuple[Tensor, ...]:
+        return functional.reliability_fusion(
+            values,
+            assessed.reliability,
+            assessed.stage,
             log_temperature=self.log_temperature,
             bias=self.bias,
             sharpness=self.sharpness,
-            present=known,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
+            present=present,
+            norm_weight=self.norm_weight if norm else None,
+            norm_bias=self.norm_bias if norm else None,
         )
-        return FusionOutput(fused, weights, confidence, stage, state, nothing_refused(x))
 
-    def fit_inputs(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
-        self.typicality.fit(batches)
+    def fit_inputs(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None, Tensor | None]]) -> None:
+        self.typicality.fit(_Taken(batches, slice(0, 2)))
+        if self.quality is not None:
+            self.quality.fit(quality for _, _, quality in batches)
 
     @torch.no_grad()
     def fit_typicality(self, batches: Iterable[tuple[Features, Present | None, Tensor | None]]) -> None:
@@ -456,6 +638,16 @@ class ReliabilityFusion(_WeightedFusion):
         self.typicality.fit(prepared())
 
 
+class _Taken:
+    """A part of each item of something that may be iterated over again."""
+
+    def __init__(self, items: Iterable[tuple[Any, ...]], part: slice) -> None:
+        self.items, self.part = items, part
+
+    def __iter__(self) -> Iterator[Any]:
+        return (item[self.part] for item in self.items)
+
+
 def _mlp(width: int, hidden: int, bias: Tensor, scale: float) -> nn.Sequential:
     """Linear, GELU, Linear; the last begins with `bias` and `scale` times the usual weights."""
     first, last = nn.Linear(width, hidden), nn.Linear(hidden, len(bias))
@@ -466,31 +658,36 @@ def _mlp(width: int, hidden: int, bias: Tensor, scale: float) -> nn.Sequential:
 
 
 class UniformFusion(_WeightedFusion):
-    """The baseline of `ReliabilityFusion`: the same value path, equal weights over the present modalities.
+    """The baseline of `ReliabilityFusion`: the same value path, equal weights over the experts that have something to say.
 
     Confidence is 1/2 where present (nothing is known of it), there is one stage, and no state.
     """
 
-    def __init__(self, in_dims: Mapping[str, int] | Sequence[int], dim: int, *, norm: bool = True) -> None:
-        super().__init__(in_dims, dim, norm)
+    def __init__(
+        self, in_dims: Mapping[str, int] | Sequence[int], dim: int, *, norm: bool = True, joint: bool = False
+    ) -> None:
+        super().__init__(in_dims, dim, norm, joint)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, norm={self.norm_weight is not None}"
-
-    def fuse_checked(
+    def look(
         self,
-        x: list[Tensor],
+        x: Sequence[Tensor],
         known: Tensor | None,
-        state: None = None,
-        typicality_inputs: Sequence[Tensor] | None = None,
-    ) -> FusionOutput:
+        state: Any,
+        typicality_inputs: Sequence[Tensor] | None,
+        quality: Tensor | None,
+    ) -> Assessment:
         batch, frames, dtype = *x[0].shape[:2], arithmetic_dtype(x[0])
-        fused, weights, confidence = functional.reliability_fusion(
-            self.values(x),
-            x[0].new_zeros(batch, frames, len(x), 1, dtype=dtype),
-            present=known,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-        )
+        alike = x[0].new_zeros(batch, frames, self.experts, dtype=dtype)
         stage = x[0].new_ones(batch, frames, 1, dtype=dtype)
-        return FusionOutput(fused, weights, confidence, stage, None, nothing_refused(x))
+        return Assessment(alike.unsqueeze(-1), alike, stage, None)
+
+    def gate(
+        self, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
+    ) -> tuple[Tensor, ...]:
+        return functional.reliability_fusion(
+            values,
+            assessed.reliability,
+            present=present,
+            norm_weight=self.norm_weight if norm else None,
+            norm_bias=self.norm_bias if norm else None,
+        )

@@ -40,32 +40,63 @@ class ReliabilityNLL(nn.Module):
         confidence: (*, M) in [0, 1]; squared_error: (*, M), or (*, M, C) for C targets that share one confidence;
         mask: (*, M) or (*) bool, False = not counted (not read: NaN there reaches nothing).
         """
-        if squared_error.dim() == confidence.dim():
-            squared_error = squared_error.unsqueeze(-1)
-        if squared_error.shape[:-1] != confidence.shape:
-            raise ValueError(
-                f"squared_error: expected shape {tuple(confidence.shape)}, or that and targets at the end, got "
-                f"{tuple(squared_error.shape)}"
-            )
-        dtype = arithmetic_dtype(confidence)
-        r, error = confidence.to(dtype), squared_error.detach().to(dtype)
-        if mask is not None:
-            check_tensor("mask", mask, BOOL)
-            if mask.shape == confidence.shape[:-1]:
-                mask = mask.unsqueeze(-1).expand_as(confidence)
-            if mask.shape != confidence.shape:
-                raise ValueError(
-                    f"mask: expected shape {tuple(confidence.shape)} or {tuple(confidence.shape[:-1])}, got "
-                    f"{tuple(mask.shape)}"
-                )
-            r = torch.where(mask, r, 0.5)
-            error = torch.where(mask.unsqueeze(-1), error, 0.0)
+        r, error, mask = _scored(confidence, squared_error, mask, "squared_error")
         log_odds = (r + self.FLOOR).log() - (1 - r + self.FLOOR).log()
         log_precision = log_odds - 2 * math.log(self.kappa)
-        score = 0.5 * (log_precision.exp() * error.mean(-1) - log_precision)
-        if mask is None:
-            return score.sum() / max(score.numel(), 1)
-        return torch.where(mask, score, 0.0).sum() / mask.sum().clamp(min=1)
+        return _mean_score(0.5 * (log_precision.exp() * error - log_precision), mask)
+
+
+class ExplainedVarianceNLL(nn.Module):
+    """The proper score of a confidence that states the share of a target's variance that an estimate explains.
+
+    A confidence `r` states that the estimate's squared error is `1 - r` of the target's variance: 0 for one that knows no more
+    than the mean, 1 for a perfect one. For a squared error relative to that variance, `e`, the loss is
+    `(e / (1 - r) + log(1 - r)) / 2`: the Gaussian negative log-likelihood, up to a constant. In expectation its minimiser is
+    the calibrated `r = 1 - E[e]`, and the loss is convex in `1 / (1 - r)`. `odds(r) = 1 / E[e] - 1` is the precision that the
+    estimate adds to that of the target's distribution, in units of the latter. The error is detached: the loss teaches
+    confidence, never the estimate.
+    """
+
+    FLOOR = 1e-4  # added to 1 - r: bounds the loss where confidence is wrongly complete
+
+    def forward(self, confidence: Tensor, relative_error: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean score over the counted entries (0, with gradient 0, where there is none).
+
+        confidence: (*, M) in [0, 1]; relative_error: (*, M), or (*, M, C) for C targets that share one confidence;
+        mask: (*, M) or (*) bool, False = not counted (not read: NaN there reaches nothing).
+        """
+        r, error, mask = _scored(confidence, relative_error, mask, "relative_error")
+        left = 1 - r + self.FLOOR
+        return _mean_score(0.5 * (error / left + left.log()), mask)
+
+
+def _scored(confidence: Tensor, error: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a proper score is computed from: confidence and detached mean error, 0.5 and 0 where not counted, and the mask as
+    (*, M)."""
+    if error.dim() == confidence.dim():
+        error = error.unsqueeze(-1)
+    if error.shape[:-1] != confidence.shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(confidence.shape)}, or that and targets at the end, got {tuple(error.shape)}"
+        )
+    dtype = arithmetic_dtype(confidence)
+    r, error = confidence.to(dtype), error.detach().to(dtype).mean(-1)
+    if mask is not None:
+        check_tensor("mask", mask, BOOL)
+        if mask.shape == confidence.shape[:-1]:
+            mask = mask.unsqueeze(-1).expand_as(confidence)
+        if mask.shape != confidence.shape:
+            raise ValueError(
+                f"mask: expected shape {tuple(confidence.shape)} or {tuple(confidence.shape[:-1])}, got {tuple(mask.shape)}"
+            )
+        r, error = torch.where(mask, r, 0.5), torch.where(mask, error, 0.0)
+    return r, error, mask
+
+
+def _mean_score(score: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return score.sum() / max(score.numel(), 1)
+    return torch.where(mask, score, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 class CCCLoss(nn.Module):

@@ -1,4 +1,4 @@
-"""Typicality: how far a modality's recent energy and motion are from those of the training data."""
+"""Typicality: how far a modality's recent energy, motion and residual are from those of the training data."""
 
 from __future__ import annotations
 
@@ -10,36 +10,56 @@ from torch import Tensor, nn
 
 from .._arguments import CONSTANTS, arithmetic_dtype
 
-TYPICALITY_FEATURES = 4  # z of log energy, z of log energy of the difference, and their absolute values
+MAX_COMPONENTS = 32  # principal components of a modality
+EXPLAINED = 0.95  # share of a modality's variance that they hold, if so many do
+
+
+def typicality_features(energies: int) -> int:
+    """Numbers a modality: the z-score of each energy, and its absolute value."""
+    return 2 * energies
 
 
 class Typicality(nn.Module):
-    """How usual a modality's recent energy and motion are, against the training data.
+    """How usual a modality's recent energy, motion and residual are, against the training data.
 
-    Per frame and modality: `log(mean(x^2) + 1e-8)` of the frame and of its difference from the frame before, each
-    averaged over the last `window` frames in which it exists, z-scored with the buffers `mean` and `std`, compressed by
+    Per frame and modality the log energies `log(mean(x^2) + 1e-8)` of the frame, of its difference from the frame before, and,
+    where `dims` says how many features there are, of its residual: what is left of the frame outside the principal components
+    of the training data (the Q statistic, or squared prediction error, of process monitoring: Jackson and Mudholkar 1979).
+    Each is averaged over the last `window` frames in which it exists, z-scored with the buffers `mean` and `var`, compressed by
     asinh (a little noise is far from usual already, and must still look different from a lot), clamped to +-`clamp`,
-    joined by their absolute values: (B, T, M, 4). A feature without a single frame in its window is 0 (neither usual
-    nor unusual).
+    joined by their absolute values: (B, T, M, 2 E) for E energies, 2 or 3. A feature without a single frame in its window is 0
+    (neither usual nor unusual).
 
     The statistics follow the training batches by momentum (a plain average over the first `1/momentum` batches) until
-    `fit` sets them from data, after which they stay.
+    `fit` sets them from data, after which they stay. The components are learnt by `fit` alone; until then there are none, and
+    the residual is the frame.
     """
 
-    mean: Tensor  # (M, 2)
-    var: Tensor  # (M, 2)
-    updates: Tensor  # (M, 2) batches seen by the momentum rule
+    mean: Tensor  # (M, E)
+    var: Tensor  # (M, E)
+    updates: Tensor  # (M, E) batches seen by the momentum rule
     fitted: Tensor  # () bool
 
     def __init__(
-        self, modalities: int, window: int = 16, clamp: float = CONSTANTS["typicality_limit"], momentum: float = 0.01
+        self,
+        modalities: int,
+        window: int = 16,
+        clamp: float = CONSTANTS["typicality_limit"],
+        momentum: float = 0.01,
+        dims: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.modalities, self.window, self.clamp, self.momentum = modalities, window, clamp, momentum
-        self.register_buffer("mean", torch.zeros(modalities, 2))
-        self.register_buffer("var", torch.ones(modalities, 2))
-        self.register_buffer("updates", torch.zeros(modalities, 2))
+        self.dims = None if dims is None else tuple(dims)
+        self.energies = 2 if dims is None else 3
+        self.features = typicality_features(self.energies)
+        self.register_buffer("mean", torch.zeros(modalities, self.energies))
+        self.register_buffer("var", torch.ones(modalities, self.energies))
+        self.register_buffer("updates", torch.zeros(modalities, self.energies))
         self.register_buffer("fitted", torch.tensor(False))
+        for m, d in enumerate(self.dims or ()):
+            # Rows are orthonormal, or zero where fewer components hold enough.
+            self.register_buffer(f"components_{m}", torch.zeros(min(MAX_COMPONENTS, max(d - 1, 1)), d))
 
     def extra_repr(self) -> str:
         return f"modalities={self.modalities}, window={self.window}, clamp={self.clamp}, momentum={self.momentum}"
@@ -47,7 +67,7 @@ class Typicality(nn.Module):
     def averages(
         self, inputs: Sequence[Tensor], known: Tensor | None, history: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Windowed log energies (B, T, M, 2), which of them exist, and (energy, counted, last) for the next chunk.
+        """Windowed log energies (B, T, M, E), which of them exist, and (energy, counted, last) for the next chunk.
 
         `inputs`: M tensors (B, T, d), zero where `known` (B, T, M) is False.
         """
@@ -56,24 +76,28 @@ class Typicality(nn.Module):
         batch, frames = x[0].shape[:2]
         carried = self.window - 1
         if history is None:
-            zeros = x[0].new_zeros(batch, carried, self.modalities, 2)
+            zeros = x[0].new_zeros(batch, carried, self.modalities, self.energies)
             energy, counted, last = zeros, zeros, torch.cat([v.new_zeros(batch, v.shape[-1]) for v in x], -1)
         else:
             energy, counted, last = history
         here = x[0].new_ones(batch, frames, self.modalities) if known is None else known.to(dtype)
         before = torch.cat([counted[:, -1:, :, 0], here], 1)[:, :-1]  # the frame before: does it count?
-        now = torch.stack([here, here * before], -1)  # (B, T, M, 2)
+        now = torch.stack([here, here * before, here][: self.energies], -1)  # (B, T, M, E)
 
         logs = []
-        for v, previous in zip(x, last.split([v.shape[-1] for v in x], -1)):
+        for m, (v, previous) in enumerate(zip(x, last.split([v.shape[-1] for v in x], -1))):
             step = v - torch.cat([previous.unsqueeze(1), v], 1)[:, :-1]
-            square = torch.stack([v.square().mean(-1), step.square().mean(-1)], -1)  # (B, T, 2)
+            parts = [v, step]
+            if self.dims is not None:
+                components = self.get_buffer(f"components_{m}").to(dtype)
+                parts.append(v - (v @ components.t()) @ components)
+            square = torch.stack([part.square().mean(-1) for part in parts], -1)  # (B, T, E)
             logs.append((square + CONSTANTS["energy_floor"]).log())
-        energy = torch.cat([energy, torch.stack(logs, 2) * now], 1)  # (B, W-1+T, M, 2)
+        energy = torch.cat([energy, torch.stack(logs, 2) * now], 1)  # (B, W-1+T, M, E)
         counted = torch.cat([counted, now], 1)
         # Each output sums its own window, so a frame's value does not depend on where the chunk began.
-        joined = torch.stack([energy, counted], -1).flatten(2).transpose(1, 2)  # (B, M*2*2, W-1+T)
-        pooled = F.avg_pool1d(joined, self.window, 1).transpose(1, 2).unflatten(2, (self.modalities, 2, 2))
+        joined = torch.stack([energy, counted], -1).flatten(2).transpose(1, 2)  # (B, M*E*2, W-1+T)
+        pooled = F.avg_pool1d(joined, self.window, 1).transpose(1, 2).unflatten(2, (self.modalities, self.energies, 2))
         exists = pooled[..., 1] > 0
         average = pooled[..., 0] / torch.where(exists, pooled[..., 1], 1.0)
         # An absent frame has no typicality even if its window reaches back to frames that do.
@@ -97,7 +121,7 @@ class Typicality(nn.Module):
 
     def _follow(self, average: Tensor, exists: Tensor) -> None:
         with torch.no_grad():
-            count = exists.sum((0, 1)).to(average.dtype)  # (M, 2)
+            count = exists.sum((0, 1)).to(average.dtype)  # (M, E)
             share = 1.0 / count.clamp(min=1)
             mean = torch.where(exists, average, 0.0).sum((0, 1)) * share
             var = torch.where(exists, (average - mean).square(), 0.0).sum((0, 1)) * share
@@ -110,8 +134,13 @@ class Typicality(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
-        """Set the statistics from (inputs, known) batches, exactly, and stop following training batches."""
-        total = torch.zeros(3, self.modalities, 2, dtype=torch.float64, device=self.mean.device)  # n, mean, M2
+        """Set the statistics from (inputs, known) batches, exactly, and stop following training batches. With `dims` the
+        batches are iterated twice."""
+        if self.dims is not None:
+            self._fit_components(batches)
+        total = torch.zeros(
+            3, self.modalities, self.energies, dtype=torch.float64, device=self.mean.device
+        )  # n, mean, M2
         for inputs, known in batches:
             average, exists, _ = self.averages(inputs, known, None)
             average = average.double()
@@ -126,3 +155,18 @@ class Typicality(nn.Module):
         self.mean.copy_(total[1])
         self.var.copy_(total[2] / total[0])
         self.fitted.fill_(True)
+
+    def _fit_components(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
+        assert self.dims is not None
+        moments = [torch.zeros(d, d, dtype=torch.float64, device=self.mean.device) for d in self.dims]
+        for inputs, known in batches:
+            for m, v in enumerate(inputs):
+                rows = (v if known is None else v[known[..., m]]).flatten(0, -2).double()
+                moments[m] += rows.t() @ rows
+        for m, moment in enumerate(moments):
+            values, vectors = torch.linalg.eigh(moment)  # rising
+            share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum().clamp(min=1e-300)
+            components = self.get_buffer(f"components_{m}")
+            count = min(int((share < EXPLAINED).sum()) + 1, len(components))
+            components.zero_()
+            components[:count] = vectors.flip(1).t()[:count].to(components.dtype)

@@ -562,8 +562,7 @@ def pooled_diagram(diagrams: np.ndarray) -> np.ndarray:
         here = place == b
         if here.any():
             weight = frames[here] / frames[here].sum()
-            error = (weight * (1 / observed[here] - 1)).sum()  # mean squared error / kappa^2
-            out[:, b] = (weight * predicted[here]).sum(), 1 / (1 + error), frames[here].sum()
+            out[:, b] = (weight * predicted[here]).sum(), (weight * observed[here]).sum(), frames[here].sum()
     return out
 
 

@@ -186,8 +186,12 @@ def _evidence(run: Run, clips: Sequence[Clip]) -> Evidence:
     batch = whole_clips(clips, run.names)
     found = collect(run.model, [batch])
     frame = batch["frame"].flatten()  # without the padding
+    own = slice(-len(run.names), None)  # without the joint expert
     return Evidence(
-        found.reliability[frame], found.stage[frame], found.squared_error[frame].mean(-1), found.mask[frame]
+        found.reliability[frame][:, own],
+        found.stage[frame],
+        found.squared_error[frame][:, own].mean(-1),
+        found.mask[frame][:, own],
     )
 
 
@@ -205,7 +209,8 @@ def _confidence(
     """
     fusion = run.model.fusion
     assert isinstance(fusion, ReliabilityFusion)
-    temperature, bias = fusion.log_temperature.detach().cpu(), fusion.bias.detach().cpu()
+    own = slice(-len(run.names), None)
+    temperature, bias = fusion.log_temperature.detach().cpu()[own], fusion.bias.detach().cpu()[own]
     identity = torch.zeros_like(bias)
 
     def measured(chosen: Tensor | None = None) -> np.ndarray:
@@ -213,7 +218,7 @@ def _confidence(
         mask = evidence.mask if chosen is None else evidence.mask & chosen[:, None]
         counted = evidence._replace(mask=mask)
         both = ((identity, identity), (temperature, bias))
-        return np.stack([_diagrams(counted, *calibration, run.model.kappa) for calibration in both])
+        return np.stack([_diagrams(counted, *calibration) for calibration in both])
 
     found = {"diagram": measured()}
     if not clean:
@@ -236,10 +241,10 @@ def _confidence(
     return found
 
 
-def _diagrams(evidence: Evidence, log_temperature: Tensor, bias: Tensor, kappa: float) -> np.ndarray:
+def _diagrams(evidence: Evidence, log_temperature: Tensor, bias: Tensor) -> np.ndarray:
     """(M, 3, K) reliability diagrams under a calibration; NaN for a modality without a frame that counts."""
     out = np.full((evidence.mask.shape[1], 3, BINS), np.nan)
-    for m, diagram in enumerate(diagrams(evidence, log_temperature, bias, kappa=kappa, bins=BINS)):
+    for m, diagram in enumerate(diagrams(evidence, log_temperature, bias, kappa=None, bins=BINS)):
         bins = torch.stack([diagram.predicted, diagram.observed, diagram.frames.double()])
         out[m, :, : bins.shape[1]] = bins.numpy()
     return out

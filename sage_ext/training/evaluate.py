@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.affwild2 import Clip
 from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import OverlapAverage, stack, window_starts, window_tensors
 from ..functional import ccc_from_moments, ccc_moments
+from ..models.sage import SAGE
 
 Array = np.ndarray
 FRAMES = 12_000  # that a model is given at once, about: windows, or clips side by side, their padding included
@@ -33,10 +34,12 @@ class ClipPrediction:
     weights: Array  # (T, M)
     confidence: Array  # (T, M), probability
     stage: Array  # (T, S), rows sum to 1
+    experts: Array  # (T, K, C) the estimates that were weighed, see `SAGEOutput`
+    shares: Array  # (T, K)
 
 
 def predict_clip(
-    model: nn.Module,
+    model: SAGE,
     clip: Clip,
     names: Sequence[str],
     *,
@@ -56,7 +59,7 @@ def predict_clip(
 
 
 def predict_clips(
-    model: nn.Module,
+    model: SAGE,
     clips: Sequence[Clip],
     names: Sequence[str],
     *,
@@ -99,27 +102,36 @@ def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _call(
-    model: nn.Module,
+    model: SAGE,
     parts: Sequence[tuple[Clip, int]],
     names: Sequence[str],
     size: int,
     state: Any,
     device: torch.device,
 ) -> tuple[list[Tensor], Any]:
-    """The model's five outputs, (B, size, ...) each, and its state, for the `size` frames of each clip from the given
+    """The model's outputs, (B, size, ...) each, and its state, for the `size` frames of each clip from the given
     one on; what is beyond a clip's end is padding, and masked."""
     batch = stack([window_tensors(clip, names, start, size) for clip, start in parts])
     features = {name: value.to(device) for name, value in batch["features"].items()}
     mask = None if bool(batch["frame"].all()) else batch["frame"].to(device)
-    output = model(features, present=batch["present"].to(device), mask=mask, state=state)
-    fields = (output.prediction, output.unimodal, output.weights, output.confidence, output.stage)
+    quality = {name: x.to(device) for name, x in batch.get("quality", {}).items() if model.reads_quality(name)}
+    output = model(features, present=batch["present"].to(device), mask=mask, state=state, quality=quality or None)
+    fields = (
+        output.prediction,
+        output.unimodal,
+        output.weights,
+        output.confidence,
+        output.stage,
+        output.experts,
+        output.shares,
+    )
     return [value.float().cpu() for value in fields], output.state
 
 
 def _in_chunks(
-    model: nn.Module, clips: Sequence[Clip], names: Sequence[str], chunk: int, device: torch.device
+    model: SAGE, clips: Sequence[Clip], names: Sequence[str], chunk: int, device: torch.device
 ) -> list[list[Array]]:
-    """The five outputs of each clip, of a causal model."""
+    """The outputs of each clip, of a causal model."""
     longest, state, chunks = max(clip.num_frames for clip in clips), None, []
     for start in range(0, longest, chunk):
         parts = [(clip, start) for clip in clips]
@@ -130,9 +142,9 @@ def _in_chunks(
 
 
 def _in_windows(
-    model: nn.Module, clips: Sequence[Clip], names: Sequence[str], window: int, hop: int, device: torch.device
+    model: SAGE, clips: Sequence[Clip], names: Sequence[str], window: int, hop: int, device: torch.device
 ) -> list[list[Array]]:
-    """The five outputs of each clip, means over the windows that hold a frame."""
+    """The outputs of each clip, means over the windows that hold a frame."""
     length = getattr(model, "length", None)
     size = length if length is not None else min(window, max(clip.num_frames for clip in clips))
     spans = [

@@ -129,6 +129,11 @@ class Run:
             )
         return data
 
+    @property
+    def experts(self) -> list[str]:
+        """Whose confidence there is: the joint expert, where the model has one, then the modalities."""
+        return ["joint", *self.names] if self.model.config["joint"] else self.names
+
     def widths(self, smooth: Sequence[int]) -> tuple[int, ...]:
         """Frames of the mean filter a target: as many as given, or the one given for all. ValueError for others."""
         if len(smooth) not in (1, len(self.targets)) or min(smooth) < 1:
@@ -171,21 +176,22 @@ def _calibrate(run: Run) -> dict[str, Any] | None:
     if not isinstance(run.model.fusion, ReliabilityFusion):
         return None
     data = run.open(None, "validation")
+    collect(run.model, (whole_clips([clip], run.names) for clip in data), scale=True)
     clips = [collect(run.model, [whole_clips([clip], run.names)]) for clip in data]
     whole, halves = join(clips), [join(clips[i::2]) for i in range(2)] if len(clips) > 1 else []
-    kappa = run.model.kappa
-    temperature, bias = fit_calibration(*whole, kappa=kappa)
+    temperature, bias = fit_calibration(*whole, kappa=None)
     zero = torch.zeros_like(bias)
     result: dict[str, Any] = {
         "log_temperature": temperature,
         "bias": bias,
-        "kappa": kappa,
-        "error_before": _errors(diagrams(whole, zero, zero, kappa=kappa), run.names),
-        "error_after": _errors(diagrams(whole, temperature, bias, kappa=kappa), run.names),
-        "error_held_out": _held_out(halves, kappa, run.names),
+        "error_before": _errors(diagrams(whole, zero, zero, kappa=None), run.experts),
+        "error_after": _errors(diagrams(whole, temperature, bias, kappa=None), run.experts),
+        "error_held_out": _held_out(halves, run.experts),
     }
     state = load_checkpoint(run.path / BEST)
     state["model"]["fusion.log_temperature"], state["model"]["fusion.bias"] = temperature, bias
+    for name in ("own_gain", "own_shift", "target_variance"):
+        state["model"][name] = run.model.get_buffer(name).cpu()
     save_checkpoint(run.path / BEST, {**state, "calibration": result})
     return result
 
@@ -201,19 +207,19 @@ def _errors(found: Sequence[ReliabilityDiagram], names: Sequence[str]) -> dict[s
     return {name: None if math.isnan(error) else error for name, error in zip(names, errors)}
 
 
-def _held_out(halves: Sequence[Evidence], kappa: float, names: Sequence[str]) -> dict[str, float | None] | None:
+def _held_out(halves: Sequence[Evidence], names: Sequence[str]) -> dict[str, float | None] | None:
     if len(halves) < 2 or not all(bool(half.mask.any(0).all()) for half in halves):
         return None
     confidence = []
     for ours, theirs in (halves, halves[::-1]):
-        fitted = fit_calibration(*theirs, kappa=kappa)
+        fitted = fit_calibration(*theirs, kappa=None)
         confidence.append(
             calibrated_confidence(ours.reliability.double(), ours.stage.double(), *(p.double() for p in fitted))
         )
     r, whole = torch.cat(confidence), join(halves)
     return _errors(
         [
-            reliability_diagram(r[:, m], whole.squared_error[:, m], whole.mask[:, m], kappa=kappa)
+            reliability_diagram(r[:, m], whole.squared_error[:, m], whole.mask[:, m], kappa=None)
             for m in range(len(names))
         ],
         names,
@@ -236,13 +242,13 @@ def evaluate_clips(run: Run, clips: Iterable[Clip], *, smooth: Sequence[int] = (
     scores, predictions = evaluate(functools.partial(run.predict, smooth=smooth, chunk=chunk), clips, run.names)
     before: list[ReliabilityDiagram] = []
     after: list[ReliabilityDiagram] = []
-    fusion, kappa = run.model.fusion, run.model.kappa
+    fusion = run.model.fusion
     if isinstance(fusion, ReliabilityFusion):
         evidence = collect(run.model, (whole_clips([clip], run.names) for clip in clips))
         temperature, bias = fusion.log_temperature.cpu(), fusion.bias.cpu()
         zero = torch.zeros_like(bias)
-        before = diagrams(evidence, zero, zero, kappa=kappa)
-        after = diagrams(evidence, temperature, bias, kappa=kappa)
+        before = diagrams(evidence, zero, zero, kappa=None)
+        after = diagrams(evidence, temperature, bias, kappa=None)
     return Evaluation(scores, predictions, before, after)
 
 
@@ -279,7 +285,7 @@ def evaluate_run(
         "mismatches": clips.mismatches,
     }
     if found.before:
-        error = {"before": _errors(found.before, run.names), "after": _errors(found.after, run.names)}
+        error = {"before": _errors(found.before, run.experts), "after": _errors(found.after, run.experts)}
         if run.calibration is not None and root is None and split == "validation":
             error["held_out"] = run.calibration["error_held_out"]
         result["calibration_error"] = error
@@ -336,11 +342,11 @@ def calibration_pictures(run: Run, found: Evaluation) -> list[Picture]:
     if not found.before:
         return []
     text = (
-        "Reliability diagram: frames in 15 equal groups by the confidence of a modality, against the reliability that "
-        f"the errors of its own head show, 1 / (1 + mean squared error / kappa²), kappa = {run.model.kappa:g}. On the "
-        "diagonal confidence is what it claims."
+        "Reliability diagram: frames in 15 equal groups by the confidence of an expert, against the reliability that its own "
+        "errors show: the share of the targets' variance that its estimate explains, once it is put to scale. On the diagonal "
+        "confidence is what it claims."
     )
-    return [Picture("reliability", text, plot_reliability(found.before, found.after, run.names))]
+    return [Picture("reliability", text, plot_reliability(found.before, found.after, run.experts))]
 
 
 def clip_pictures(

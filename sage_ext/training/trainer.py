@@ -114,7 +114,11 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm
     unimodal_weight: float = 0.5  # of 1 - CCC of the unimodal predictions, their mean
     reliability_weight: float = 0.1  # of the score that trains confidence
-    kappa: float = 0.25  # error at which confidence is 1/2, where a target's range is [-1, 1]
+    reliability_rate: float = 5.0  # factor on `lr` for the reliability path
+    quality: bool | None = (
+        None  # None: read by a fusion with reliability where the data have it; True: by any; False: by none
+    )
+    joint: bool | None = None  # None: SAGE's joint expert where it can be; False: none
     rehearsal: Rehearsal = dataclasses.field(default_factory=Rehearsal)
     seed: int = 0
     device: str = "cpu"
@@ -138,7 +142,7 @@ class TrainConfig:
             raise ValueError(f"hop: expected at most the window ({self.window:g} s), got {self.hop:g} s")
         if self.max_steps is not None:
             check_int("max_steps", self.max_steps, 1)
-        for name in ("lr", "grad_clip", "kappa"):
+        for name in ("lr", "grad_clip", "reliability_rate"):
             check_number(name, getattr(self, name), "> 0 and finite", lambda x: 0 < x < math.inf)
         for name in ("weight_decay", "unimodal_weight", "reliability_weight"):
             check_number(name, getattr(self, name), ">= 0 and finite", lambda x: 0 <= x < math.inf)
@@ -217,8 +221,15 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def build_model(config: TrainConfig, dims: Mapping[str, int], num_targets: int = 2, fps: float = FPS) -> SAGE:
-    """A fresh model for modalities `dims` {name: D} at `fps` frames a second, initialised from the configuration's seed."""
+def build_model(
+    config: TrainConfig,
+    dims: Mapping[str, int],
+    num_targets: int = 2,
+    fps: float = FPS,
+    quality_dims: Mapping[str, int] | None = None,
+) -> SAGE:
+    """A fresh model for modalities `dims` {name: D} with `quality_dims` {name: Q}, at `fps` frames a second, initialised from
+    the configuration's seed."""
     spans = config.spans(fps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "initial weights", 0))
@@ -231,7 +242,8 @@ def build_model(config: TrainConfig, dims: Mapping[str, int], num_targets: int =
             kernel_size=config.kernel_size,
             dropout=config.dropout,
             causal=config.causal,
-            kappa=config.kappa,
+            quality_dims=quality_dims,
+            joint=config.joint,
             fusion=config.fusion,
             fusion_options=config.fusion_options,
             length=spans.window,
@@ -265,7 +277,9 @@ class _Inputs:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in DataLoader(self.windows, self.batch_size, collate_fn=collate, generator=torch.Generator()):
             features = {name: batch["features"][name] for name in self.names}
-            yield {"features": features, "present": batch["present"][..., self.columns], "frame": batch["frame"]}
+            quality = {name: x for name, x in batch.get("quality", {}).items() if name in self.names}
+            flags = {"present": batch["present"][..., self.columns], "frame": batch["frame"]}
+            yield {"features": features, "quality": quality, **flags}
 
 
 class Training:
@@ -280,7 +294,10 @@ class Training:
         self.targets, self.fps = self.train_data.targets, self.train_data.frame_rate
         self.spans = config.spans(self.fps)
         dims = {name: self.train_data.modalities[name] for name in self.names}
-        self.model = build_model(config, dims, len(self.targets), self.fps)
+        quality = getattr(self.train_data, "quality_dims", {})
+        reads = fusion_class(config.fusion).has_reliability if config.quality is None else config.quality
+        self.quality_dims = {name: quality[name] for name in self.names if name in quality} if reads else {}
+        self.model = build_model(config, dims, len(self.targets), self.fps, self.quality_dims)
         clips, window = _Opened(self.train_data), self.spans.window
         if self.model.length is None:  # padding beyond the longest video is work for nothing
             window = min(window, max(*(clip.num_frames for clip in clips), 2))
@@ -291,14 +308,14 @@ class Training:
             self.total = min(self.total, config.max_steps)
 
         self.model.to(self.device)
-        self.loss = SAGELoss(config.kappa, unimodal=config.unimodal_weight, reliability=config.reliability_weight)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        plain = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr,
-            fused=True,
-        )
+        self.loss = SAGELoss(unimodal=config.unimodal_weight, reliability=config.reliability_weight)
+        path = {id(p) for p in self.model.reliability_parameters()}
+        groups = []
+        for factor, inside in ((1.0, False), (config.reliability_rate, True)):
+            for decay, matrix in ((config.weight_decay, True), (0.0, False)):
+                chosen = [p for p in self.model.parameters() if (id(p) in path) == inside and (p.dim() > 1) == matrix]
+                groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
         self.step = self.epoch = self.position = self.log_bytes = 0  # position: batches done of this epoch
         self.best: dict[str, Any] = {"P": -math.inf, "epoch": -1, "step": -1, "scores": {}, "model": {}}
         self.done = False
@@ -426,9 +443,10 @@ class Training:
         labels, valid = batch["labels"].to(self.device), batch["valid"].to(self.device)
 
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, self.total)
+            group["lr"] = group["factor"] * learning_rate(self.config, self.step, self.total)
         self.model.train()
-        output = self.model(features, present=present, mask=frame)
+        quality = {name: batch["quality"][name].to(self.device) for name in self.quality_dims}
+        output = self.model(features, present=present, mask=frame, quality=quality or None)
         loss, parts = self.loss(output, labels, valid, present)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
