@@ -183,7 +183,14 @@ class LateFusion(PeerFusion):
         values = self.values(blank_missing(encoded, known))
         return found._replace(tracks=values, log_precision=values.new_zeros(values.shape[:-1]), known=known)
 
-    def mix(self, estimates: Tensor, found: Represented, known: Tensor | None, frame: Tensor | None) -> Mixed:
+    def mix(
+        self,
+        estimates: Tensor,
+        found: Represented,
+        known: Tensor | None,
+        frame: Tensor | None,
+        foreign: Tensor | None = None,
+    ) -> Mixed:
         flags = torch.ones_like(estimates[..., 0], dtype=torch.bool) if known is None else known
         shares = self.weigh(flags | ~flags.any(-1, keepdim=True), estimates.dtype)
         out: FusionOutput = found.gate

@@ -31,7 +31,8 @@ from .._arguments import (
     read_flags,
     take_finite,
 )
-from ..nn import ExplainedVarianceNLL, Fusion, Quality, ReliabilityFusion, UniformFusion
+from ..nn import ExplainedVarianceNLL, Fusion, Quality, ReliabilityFusion, UniformFusion, calibrated_confidence
+from ..nn.foreign import ForeignFilter, check_trust
 from ..nn.fusion import Assessment, Represented
 from .fusions import fusion_class
 from .layers import ChannelDropout, Encoder, PrecisionMemory, TemporalBlock
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from ..stream import StreamingSession
 
 DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean spread is dead: it is not used
+# Of `ForeignFilter`, in frames at 30 a second: label and error change within about a second; whose voice it is, within a minute.
+PACE, DWELL = 30.0, 1800.0
+MAY_BE_FOREIGN = 0.3  # share of time
+Trust = Mapping[str, float | str] | Sequence[float]
 RARE = 1000  # one frame in so many may repeat for longer than is natural to its modality
 MAX_STUCK = 2**24  # the largest number of repeats up to which the streaming engines, in float32, count
 
@@ -57,6 +62,7 @@ class SAGEState(NamedTuple):
     # (repeats (B, M), last (B, sum of in_dims)): how often each modality's last frame has repeated, at most its `stuck_limit`,
     # and that frame, standardised, 0 where missing; None with `stuck` 0
     still: tuple[Tensor, Tensor] | None
+    foreign: Tensor | None = None  # (B, 1 + M) log-belief of `ForeignFilter`; None without `trust`
 
 
 class SAGEOutput(NamedTuple):
@@ -116,6 +122,9 @@ class SAGE(nn.Module):
         evidence_dim: size of the learnt evidence a modality in `ReliabilityFusion`.
         quality_dims: how many numbers of quality each modality has, see `ReliabilityFusion`. A fusion without reliability gets
             them as further features of the modality (standardised, 0 where unknown) with a flag each that says if it is known.
+        trust: whose stream a modality's is, as a prior: a mapping name -> the share of time in which that modality's stream belongs
+            to somebody else than the labels, or "may be foreign" for .3. None: nobody doubts. See `ForeignFilter`; not used in
+            training mode. It may be changed at any time (`set_trust`), and needs a calibrated model.
         joint: None: a joint expert where there are 2 to 7 modalities and the fusion weighs experts; False: none.
         fusion: "reliability", "uniform" (equal weights over the present modalities: the baseline), or a peer of
             `models.peers.FUSIONS`.
@@ -153,6 +162,7 @@ class SAGE(nn.Module):
         evidence_dim: int = 32,
         quality_dims: Mapping[str, int] | Sequence[int] | None = None,
         joint: bool | None = None,
+        trust: Trust | None = None,
         fusion: str = "reliability",
         fusion_options: Mapping[str, Any] | None = None,
         length: int = 300,
@@ -205,6 +215,7 @@ class SAGE(nn.Module):
             "evidence_dim": evidence_dim,
             "quality_dims": dict(zip(self.names, self.quality_dims)) if self.names else self.quality_dims,
             "joint": joint,
+            "trust": None,  # below
             "fusion": fusion,
             "fusion_options": dict(options),
             "length": length,
@@ -260,6 +271,8 @@ class SAGE(nn.Module):
         self.register_buffer("own_gain", torch.ones(experts, num_targets))
         self.register_buffer("own_shift", torch.zeros(experts, num_targets))
         self.register_buffer("target_variance", torch.ones(num_targets))
+        self.foreign: ForeignFilter | None = None
+        self.set_trust(trust)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), ChannelDropout(dropout), nn.Linear(dim, num_targets))
 
@@ -270,6 +283,19 @@ class SAGE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"causal={self.causal}"
+
+    def set_trust(self, trust: Trust | None) -> None:
+        """Which modality's stream may belong to somebody else, see `trust` above. A state from before does not fit."""
+        self.config["trust"], self.foreign = None, None
+        if trust is None:
+            return
+        if not isinstance(self.fusion, ReliabilityFusion):
+            raise ValueError(
+                f"trust: expected None with fusion={self.config['fusion']!r}, which doubts nobody, got {trust!r}"
+            )
+        prior = ordered_trust(trust, self.names, len(self.in_dims))
+        self.foreign = ForeignFilter(prior, PACE, DWELL).to(self.own_gain.device)
+        self.config["trust"] = dict(zip(self.names, prior)) if self.names else prior
 
     def reliability_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the fusion's reliability path: little is asked of them by each frame, and they take a higher rate."""
@@ -417,14 +443,15 @@ class SAGE(nn.Module):
         told = self._told(known, mask)
         found = self.fusion.represent(encoded, told, None if state is None else state.fusion, x, evidence)
         estimates, fused, memory = self._estimate(found, mask, state)
-        mixed = self.fusion.mix(estimates, found, told, mask)
+        foreign, belief = self._doubt(estimates, found, told, state)
+        mixed = self.fusion.mix(estimates, found, told, mask, foreign)
         return SAGEOutput(
             mixed.prediction,
             estimates[:, :, -len(x) :] if self.unimodal is None else self._heads(encoded),
             mixed.weights,
             mixed.confidence[..., -len(x) :],
             mixed.stage,
-            SAGEState(history, fused, found.state, memory, still) if self.causal else None,
+            SAGEState(history, fused, found.state, memory, still, belief) if self.causal else None,
             nonfinite,
             estimates,
             mixed.shares,
@@ -554,6 +581,21 @@ class SAGE(nn.Module):
             x, sums = x + kept, sums.unflatten(0, (-1, count))
         return _bounded(self.head(self.norm(x))).unflatten(0, (-1, count)).transpose(1, 2), tuple(tails), sums
 
+    def _doubt(
+        self, estimates: Tensor, found: Represented, told: Tensor | None, state: SAGEState | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What `ForeignFilter` gives; nothing without it, or in training."""
+        if self.foreign is None or self.training:
+            return None, None
+        assert isinstance(self.fusion, ReliabilityFusion)
+        assessed: Assessment = found.gate
+        own = slice(-len(self.in_dims), None)
+        confidence = calibrated_confidence(
+            assessed.reliability, assessed.stage, self.fusion.log_temperature, self.fusion.bias
+        )[..., own]
+        scaled = (self.own_gain * estimates + self.own_shift)[..., own, :] * self.target_variance.rsqrt()
+        return self.foreign(scaled, confidence, told, None if state is None else state.foreign)
+
     def _heads(self, encoded: Sequence[Tensor]) -> Tensor:
         assert self.unimodal is not None
         return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))
@@ -566,6 +608,26 @@ def moved(features: Any, device: torch.device) -> Any:
     if isinstance(features, Sequence):
         return [x.to(device) for x in features]
     return None if features is None else features.to(device)
+
+
+def ordered_trust(trust: Trust, names: tuple[str, ...] | None, count: int) -> list[float]:
+    """The prior of each modality, 0 where a mapping leaves it out, checked."""
+    if isinstance(trust, Mapping):
+        if names is None:
+            raise TypeError("trust: expected a sequence (in_dims was one, without names), got a mapping")
+        unknown = [name for name in trust if name not in names]
+        if unknown:
+            raise ValueError(f"trust: expected some of the modalities {list(names)}, got {unknown}")
+        values: list[Any] = [trust.get(name, 0.0) for name in names]
+    elif isinstance(trust, Sequence) and not isinstance(trust, str):
+        values = list(trust)
+    else:
+        raise TypeError(f"trust: expected a mapping, a sequence or None, got {type(trust).__name__}")
+    if len(values) != count:
+        raise ValueError(f"trust: expected a number for each of the {count} modalities, got {len(values)}")
+    prior = [MAY_BE_FOREIGN if p == "may be foreign" else p for p in values]
+    check_trust(prior)
+    return [float(p) for p in prior]
 
 
 class _Standardised:

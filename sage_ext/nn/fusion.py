@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -306,8 +307,16 @@ class Fusion(nn.Module):
         some = None if known is None else known.any(-1, keepdim=True)
         return Represented(out.fused.unsqueeze(2), count.clamp(min=1).log().unsqueeze(-1), some, out, out.state)
 
-    def mix(self, estimates: Tensor, found: Represented, known: Tensor | None, frame: Tensor | None) -> Mixed:
-        """(B, T, K, C) estimates, one a track of `found` -> the prediction. frame (B, T): what is no padding; None: all."""
+    def mix(
+        self,
+        estimates: Tensor,
+        found: Represented,
+        known: Tensor | None,
+        frame: Tensor | None,
+        foreign: Tensor | None = None,
+    ) -> Mixed:
+        """(B, T, K, C) estimates, one a track of `found` -> the prediction. frame (B, T): what is no padding; None: all. foreign
+        (B, T, 1 + M): of `ForeignFilter`, for a fusion that `has_reliability`."""
         out: FusionOutput = found.gate
         shares = torch.ones_like(estimates[..., 0])
         return Mixed(estimates[:, :, 0], shares, out.weights, out.confidence, out.stage)
@@ -435,13 +444,27 @@ class _WeightedFusion(Fusion):
             self.tracks(encoded, known), found.log_precision, self.expert_flags(known), found, found.state
         )
 
-    def mix(self, estimates: Tensor, found: Represented, known: Tensor | None, frame: Tensor | None) -> Mixed:
+    def mix(
+        self,
+        estimates: Tensor,
+        found: Represented,
+        known: Tensor | None,
+        frame: Tensor | None,
+        foreign: Tensor | None = None,
+    ) -> Mixed:
         assessed: Assessment = found.gate
         present = known
         if known is not None and self.joint is not None:  # what it remembers is an estimate too
             present = self.expert_flags(known, torch.ones_like(known[..., 0]) if frame is None else frame)
-        prediction, shares, confidence = self.gate(list(estimates.unbind(2)), assessed, present, False)
+        gate = self.gate if foreign is None else functools.partial(self.doubting_gate, foreign)
+        prediction, shares, confidence = gate(list(estimates.unbind(2)), assessed, present, False)
         return Mixed(prediction, shares, self._apart(shares)[0], confidence, assessed.stage)
+
+    def doubting_gate(
+        self, foreign: Tensor, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
+    ) -> tuple[Tensor, ...]:
+        """`gate` where streams may be foreign, foreign (B, T, 1 + M)."""
+        raise NotImplementedError(f"{type(self).__name__} has no reliability to doubt")
 
 
 class ReliabilityFusion(_WeightedFusion):
@@ -612,6 +635,32 @@ class ReliabilityFusion(_WeightedFusion):
             assessed.stage,
             log_temperature=self.log_temperature,
             bias=self.bias,
+            sharpness=self.sharpness,
+            present=present,
+            norm_weight=self.norm_weight if norm else None,
+            norm_bias=self.norm_bias if norm else None,
+        )
+
+    def doubting_gate(
+        self, foreign: Tensor, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
+    ) -> tuple[Tensor, ...]:
+        # To the op the hypotheses are further stages: in that of m, modality m and the joint expert explain nothing, and the
+        # others what they do anyway. So r becomes r times the probability of the hypotheses that leave it alone.
+        calibrated = assessed.reliability * (-self.log_temperature).exp() + self.bias
+        n = (assessed.stage.unsqueeze(-2) * (-calibrated).sigmoid()).sum(-1)
+        r = (assessed.stage.unsqueeze(-2) * calibrated.sigmoid()).sum(-1)
+        tiny = torch.finfo(r.dtype).tiny
+        overall = (r.clamp(min=tiny).log() - n.clamp(min=tiny).log()).unsqueeze(-1)  # (B, T, K, 1)
+        modalities, count = len(self.in_dims), self.experts
+        hit = torch.eye(modalities, dtype=torch.bool, device=r.device)
+        if count > modalities:
+            hit = torch.cat([torch.ones_like(hit[:1]), hit])  # (K, M)
+        further = torch.where(hit, -1e4, overall)
+        stage = torch.cat([assessed.stage * foreign[..., :1], foreign[..., 1:]], -1)
+        return functional.reliability_fusion(
+            values,
+            torch.cat([calibrated, further], -1),
+            stage.to(calibrated.dtype),
             sharpness=self.sharpness,
             present=present,
             norm_weight=self.norm_weight if norm else None,
