@@ -51,6 +51,29 @@ class _Columns:
 
 
 @dataclass
+class _Known:
+    """What the quality of a modality holds in the frames that have the modality, column by column."""
+
+    known: np.ndarray  # (Q,) frames
+    low: np.ndarray  # (Q,) least and greatest value, infinite where none is known
+    high: np.ndarray
+    frames: int = 0
+
+    @classmethod
+    def of(cls, columns: int) -> _Known:
+        return cls(np.zeros(columns, np.int64), np.full(columns, np.inf), np.full(columns, -np.inf))
+
+    def add(self, clip: Clip, name: str, present: np.ndarray) -> None:
+        self.frames += int(present.sum())
+        for start, block in blocks(clip.quality[name], clip.num_frames):
+            rows = block[present[start : start + len(block)]]
+            known = np.isfinite(rows)
+            self.known += known.sum(0)
+            self.low = np.minimum(self.low, np.where(known, rows, np.inf).min(0, initial=np.inf))
+            self.high = np.maximum(self.high, np.where(known, rows, -np.inf).max(0, initial=-np.inf))
+
+
+@dataclass
 class Inspection:
     """What was found."""
 
@@ -97,13 +120,14 @@ def inspect(root: str | os.PathLike[str], modalities: Sequence[str] | None = Non
     else:
         found.wrong += absent
     columns: dict[tuple[str, str], _Columns] = {}  # (split, modality)
+    quality: dict[tuple[str, str], _Known] = {}
     rows = []
     if splits:
         found.targets = next(iter(splits.values())).targets
         found.modalities = list(dict.fromkeys(name for data in splits.values() for name in data.modalities))
         found.wrong += disagreements(splits)
     for split, data in splits.items():
-        rows.append(_walk(found, split, data, columns))
+        rows.append(_walk(found, split, data, columns, quality))
         found.wrong += [text for text in data.mismatches if text not in data.slight]
         found.notes += data.slight
     if splits:
@@ -111,13 +135,20 @@ def inspect(root: str | os.PathLike[str], modalities: Sequence[str] | None = Non
         header = ("", "videos", "frames", "hours", "frames a second", "annotated", *missing)
         found.tables.append(Table(f"Data set {root}", header, rows))
         found.tables.append(_features(found, columns))
+        found.tables += _quality(found, splits, quality)
         found.tables += _targets(found)
         _across(found, splits)
     found.wrong, found.notes = (list(dict.fromkeys(texts)) for texts in (found.wrong, found.notes))
     return found
 
 
-def _walk(found: Inspection, split: str, data: AffWild2, columns: dict[tuple[str, str], _Columns]) -> list[Any]:
+def _walk(
+    found: Inspection,
+    split: str,
+    data: AffWild2,
+    columns: dict[tuple[str, str], _Columns],
+    quality: dict[tuple[str, str], _Known],
+) -> list[Any]:
     """Every clip of a split; the split's row of the table."""
     names = found.modalities
     comparable = data.targets == found.targets or data.sample_file is not None
@@ -135,6 +166,8 @@ def _walk(found: Inspection, split: str, data: AffWild2, columns: dict[tuple[str
             present = np.zeros(clip.num_frames, bool)
             if name in clip.features:
                 present = _modality(found, clip, name, columns.setdefault((split, name), _Columns()))
+            if name in clip.quality:
+                quality.setdefault((split, name), _Known.of(data.quality_dims[name])).add(clip, name, present)
             missing[m] += (~present).sum()
             edges = np.linspace(0, clip.num_frames, BINS + 1).astype(int)
             low, high = edges[:-1], np.maximum(edges[1:], edges[:-1] + 1)  # a frame at least
@@ -202,6 +235,32 @@ def _features(found: Inspection, columns: dict[tuple[str, str], _Columns]) -> Ta
             )
     header = ("", "features", "constant", "frames with it", "values from to")
     return Table("Features of the training split", header, rows)
+
+
+def _quality(found: Inspection, splits: dict[str, AffWild2], quality: dict[tuple[str, str], _Known]) -> list[Table]:
+    """How much of the quality is known where the modality is, a row a column of it."""
+    rows = []
+    for name in found.modalities:
+        for split, data in splits.items():
+            if (split, name) not in quality:
+                continue
+            columns = data.quality_columns.get(name) or [f"column {q}" for q in range(data.quality_dims[name])]
+            seen = quality[split, name]
+            still, unknown = [], []
+            for q, column in enumerate(columns):
+                known, low, high = seen.known[q], seen.low[q], seen.high[q]
+                ends = f"{low:.4g} to {high:.4g}" if known else "-"
+                rows.append([f"{name}: {column}, {split}", f"{known / max(seen.frames, 1):.1%}", ends])
+                if not known:
+                    unknown.append(column)
+                elif low == high:
+                    still.append(column)
+            if split == "train" and still:
+                found.notes.append(f"{name}: quality that never varies in the training split: {', '.join(still)}")
+            if split == "train" and unknown:
+                found.notes.append(f"{name}: quality that is unknown in the whole training split: {', '.join(unknown)}")
+    header = ("", "known", "values from to")
+    return [Table("Quality, frames that have the modality", header, rows)] if rows else []
 
 
 def _targets(found: Inspection) -> list[Table]:

@@ -80,6 +80,40 @@ def test_what_the_tables_say_is_so(root):
     assert row[3:] == [f"{labels[:, 1].mean():.4g}", f"{labels[:, 1].std():.4g}"]
 
 
+def test_quality_is_counted_and_its_faults_are_said(root):
+    """Known shares of the frames that have the modality, ranges, columns that never vary, a file that does not fit."""
+    for path in (root / "features" / "visual").glob("*.quality.npy"):
+        path.unlink()
+    (root / "features" / "visual" / "meta.json").write_text('{"quality": ["score", "blur", "never"]}')
+    train = names(root)
+    low, known, there = np.inf, 0, 0
+    for name in train:
+        path = root / "features" / "visual" / f"{name}.npy"
+        features = np.load(path)
+        rows = np.random.default_rng(len(features)).standard_normal((len(features), 3))
+        rows[:, 1], rows[::5, 0], rows[:, 2] = 4, np.nan, np.inf
+        present = np.isfinite(features).all(1)
+        there += int(present.sum())
+        if name == train[2]:
+            rows = rows[:-1]
+        else:
+            low = min(low, np.nanmin(rows[present, 0]))
+            known += int((present & np.isfinite(rows[:, 0])).sum())
+        np.save(path.with_suffix(".quality.npy"), rows)
+    found = inspect(root)
+    (wrong,) = found.wrong
+    assert re.search(rf"{train[2]}\.quality\.npy: expected \d+ rows, as many as {train[2]}\.npy, got \d+$", wrong)
+    (table,) = (table for table in found.tables if table.title.startswith("Quality"))
+    cells = {row[0]: row[1:] for row in table.rows if row[0].startswith("visual")}
+    assert cells["visual: score, train"][0] == f"{known / there:.1%}"
+    assert cells["visual: score, train"][1].startswith(f"{low:.4g} to ")
+    assert cells["visual: blur, train"][1] == "4 to 4"
+    assert cells["visual: never, train"] == ["0.0%", "-"]
+    assert cells["visual: score, validation"] == ["0.0%", "-"]
+    assert "visual: quality that never varies in the training split: blur" in found.notes
+    assert "visual: quality that is unknown in the whole training split: never" in found.notes
+
+
 def test_everything_that_is_wrong_is_said(root, capsys):
     """Faults of many kinds at once, in files of their own."""
     train, validation = names(root), names(root, "Validation_Set")

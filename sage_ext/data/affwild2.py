@@ -5,6 +5,8 @@
       annotations/{Train_Set,Validation_Set,Test_Set}/<video>.txt     the same of other data
       features/<modality>/<video>.npy         (rows, D) floating point: row i is frame i + 1, see `rate`
       features/<modality>/<video>.mask.npy    optional (rows,) bool: False where the row means nothing
+      features/<modality>/<video>.quality.npy optional (rows, Q) floating point: what was measured of each row's signal, NaN
+                                              where that is unknown
       features/<modality>/meta.json           optional, see below
       cropped_aligned/<video>/00001.jpg       optional: the face crops; a frame without a face has no file
       sample_submission.txt                   the organisers' sample file: where it is, it says what the test split is
@@ -30,12 +32,17 @@ columns that it does not name are left, whatever they hold.
     images  a folder below root (`"cropped_aligned"`): frames without `<folder>/<video>/<frame:05d>.jpg` have no such
             modality.
     columns names of the D features, in order. A run remembers them, and refuses features in another order.
+    quality names of the Q columns of quality, in order. All files of a modality have these, or else as many as each other.
     about   anything; not read.
 
 Row i of an annotation is frame i is row i of the features, whatever the lengths: nothing is ever shifted or cut out.
 Features that end early leave the modality absent in the last frames; surplus rows are ignored; both are listed in
 `mismatches`, with files that nothing reads and videos that lack something. Features are memory-mapped and resampled span by
 span, so a data set may be larger than the memory.
+
+Quality is evidence of how good a row's signal is, taken from the signal itself: a face detector's score, the loudness, a
+blur. It has a row for each row of the features, on their clock; a frame has that of the row in its middle. NaN and infinity
+say that it is unknown; without the file it is unknown in the whole video. It makes no row present or absent.
 """
 
 from __future__ import annotations
@@ -49,7 +56,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +84,8 @@ SAMPLE = "sample_submission.txt"
 HINT = " (docs/data.md shows the folders; sage-ext import makes them of a table)"
 
 _TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
-_META_KEYS = ("rate", "shared", "images", "columns", "about")
+_META_KEYS = ("rate", "shared", "images", "columns", "quality", "about")
+_COMPANIONS = (".mask", ".quality")  # of a video's features, before the .npy
 _LOCATION = re.compile(r"(?P<video>[^,]+)/(?P<frame>[0-9]+)\.(?:jpg|png)")
 _MOST_FRAMES = 10_000_000  # of a video that a sample file may name: 92 hours at 30 a second
 _RATES = (1e-6, 1e6)  # rows, or frames, a second
@@ -104,6 +112,8 @@ class Clip:
     num_frames  T
     fps         frames a second
     targets     names and ranges of the C targets
+    quality     modality -> (T_m, Q_m) floating point, for the modalities of which the data set has quality: row t is frame t,
+                NaN where it is unknown. Slice it like `features`
     """
 
     name: str
@@ -114,6 +124,7 @@ class Clip:
     num_frames: int
     fps: float = FPS
     targets: Targets = VALENCE_AROUSAL
+    quality: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {rows.shape[1]}" for name, rows in self.features.items())
@@ -171,6 +182,38 @@ class Resampled:
                 np.add(total, part, out=total, where=weight[:, k, None] > 0)
         mass = weight.sum(axis=1, keepdims=True)
         return np.divide(total, mass, out=np.full_like(total, np.nan), where=mass > 0).astype(np.float32)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+
+class Quality:
+    """Quality on the frame clock, read for the span that is sliced.
+
+    `rows` is (N, Q), at `rate` rows a second or, without one, a row a frame. `quality[a:b]` is (b - a, Q) float32: frame t
+    (0-based) has the row that covers its middle, (t + 1/2)/fps s, or the last one where that is beyond the end; NaN for what
+    is no finite number. It has the frames that `Resampled` makes of as many rows.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, rows: np.ndarray, rate: float | None = None, fps: float = FPS):
+        self.rows, self.step = rows, 1.0 if rate is None else rate / fps
+        self.shape = (math.ceil(_snap(len(rows) / self.step)), rows.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        if not isinstance(span, slice) or span.step not in (None, 1):
+            raise TypeError(f"span: expected a slice of step 1, got {span!r}")
+        start, stop, _ = span.indices(len(self))
+        row = np.floor(_snap((np.arange(start, max(start, stop)) + 0.5) * self.step)).astype(np.int64)
+        row = np.minimum(row, len(self.rows) - 1)
+        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32: infinite; a NaN that signals
+            found = np.array(self.rows[row], dtype=np.float32)
+        found[~np.isfinite(found)] = np.nan
+        return found
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
@@ -333,6 +376,7 @@ class _Meta:
     shared: bool = False
     images: str | None = None
     columns: tuple[str, ...] | None = None
+    quality: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -341,6 +385,8 @@ class _Source:
     rows: int
     dim: int
     mask: Path | None
+    quality: Path | None
+    quality_dim: int
 
 
 @dataclass(frozen=True)
@@ -365,7 +411,8 @@ class AffWild2(Sequence[Clip]):
                  is left out
 
     `names`: the clips' names. `modalities`: name -> D, in order. `targets`: names and ranges. `frame_rate`: the frames a
-    second of most frames. `groupings`: what groups.json holds. `mismatches`: what does not fit, a sentence each that
+    second of most frames. `groupings`: what groups.json holds. `quality_dims`: name -> Q, of the modalities that have quality in
+    this split or names of it in meta.json. `mismatches`: what does not fit, a sentence each that
     begins with the video's name or the folder: nothing in it stops training, everything in it should be looked at once.
     `slight`: those among them about a second or less at a video's end.
     Annotations and the headers of all feature files are read and checked here; the features themselves when a clip is
@@ -376,6 +423,7 @@ class AffWild2(Sequence[Clip]):
 
     names: list[str]
     modalities: dict[str, int]
+    quality_dims: dict[str, int]
     targets: Targets
     mismatches: list[str]
 
@@ -436,6 +484,7 @@ class AffWild2(Sequence[Clip]):
         for m in self._folders:
             self._report_rate(m)
         self.modalities = {m: self.modalities[m] for m in self._folders if self.modalities[m]}
+        self.quality_dims = {m: dim for m in self.modalities if (dim := self._settle_quality(m))}
         self.names = [video.name for video in self._videos]
         self._report_strangers(annotations, sample_file)
 
@@ -470,6 +519,11 @@ class AffWild2(Sequence[Clip]):
         return {m: names for m in self.modalities if (names := self._meta[m].columns) is not None}
 
     @property
+    def quality_columns(self) -> dict[str, tuple[str, ...]]:
+        """The names of a modality's quality, for those whose meta.json says them."""
+        return {m: names for m in self.quality_dims if (names := self._meta[m].quality) is not None}
+
+    @property
     def annotated(self) -> int:
         """How many frames are, with all targets."""
         return int(sum(video.valid.sum() for video in self._videos))
@@ -482,10 +536,13 @@ class AffWild2(Sequence[Clip]):
         frames = len(video.valid)
         features: dict[str, Any] = {}
         declared: dict[str, np.ndarray] = {}
+        quality: dict[str, Any] = {}
         for m, dim in self.modalities.items():
             source, meta = video.sources[m], self._meta[m]
             if source is None:
                 features[m], declared[m] = np.zeros((0, dim), np.float32), np.zeros(frames, bool)
+                if m in self.quality_dims:
+                    quality[m] = np.zeros((0, self.quality_dims[m]), np.float32)
                 continue
             rows = _open_rows(source.path)
             mask = None if source.mask is None else np.array(_open_array(source.mask))
@@ -499,10 +556,12 @@ class AffWild2(Sequence[Clip]):
             if meta.images is not None:
                 present &= self._with_image(meta.images, video.name, frames)
             declared[m] = present
-        present_ = Presence(declared, features)
-        return Clip(
-            video.name, video.labels, video.valid, features, present_, frames, self.fps(video.name), self.targets
-        )
+            if m in self.quality_dims and source.quality is not None:
+                quality[m] = Quality(_open_rows(source.quality, "Q"), meta.rate, self.fps(video.name))
+            elif m in self.quality_dims:
+                quality[m] = np.broadcast_to(np.float32(np.nan), (len(features[m]), self.quality_dims[m]))
+        present_, fps = Presence(declared, features), self.fps(video.name)
+        return Clip(video.name, video.labels, video.valid, features, present_, frames, fps, self.targets, quality)
 
     def fps(self, name: str) -> float:
         """Frames a second of the video that clip `name` is from."""
@@ -566,6 +625,8 @@ class AffWild2(Sequence[Clip]):
         """The file of a modality's features for clip `name`, its header read."""
         folder = self._folders[m]
         path, bare = folder / f"{name}.npy", folder / f"{bare_name(name)}.npy"
+        if _bare_stem(name) != name and (folder / f"{_bare_stem(name)}.npy").exists():
+            return None  # the mask or quality of that video
         if not path.exists():
             if not (bare.exists() and self._meta[m].shared):
                 return None
@@ -578,8 +639,42 @@ class AffWild2(Sequence[Clip]):
                 _check_mask(mask, path, count)
             else:
                 mask = None
-            return _Source(path, count, dim, mask)
+            quality, quality_dim = self._quality(path, count)
+            return _Source(path, count, dim, mask, quality, quality_dim)
         return None
+
+    def _quality(self, features: Path, count: int) -> tuple[Path | None, int]:
+        """The file of quality beside a file of features, and its Q, its header read."""
+        path = features.with_suffix(".quality.npy")
+        if path.exists():
+            with self._lenient():
+                rows = _open_rows(path, "Q")
+                if len(rows) != count:
+                    raise ValueError(f"{path}: expected {count} rows, as many as {features.name}, got {len(rows)}")
+                return path, rows.shape[1]
+        return None, 0
+
+    def _settle_quality(self, m: str) -> int:
+        """The Q of a modality is how many names meta.json has, or that of most files; 0 without quality. Files of another
+        are wrong, each by its own name."""
+        sources = {video.name: source for video in self._videos if (source := video.sources[m]) is not None}
+        having = [source for source in sources.values() if source.quality is not None]
+        names = self._meta[m].quality
+        if names is not None:
+            dim, like = len(names), self._folders[m] / "meta.json"
+        elif having:
+            count = Counter(source.quality_dim for source in having)
+            dim = max(count, key=count.__getitem__)
+            like = next(source.quality for source in having if source.quality_dim == dim) or self._folders[m]
+        else:
+            return 0
+        for video in self._videos:
+            source = sources.get(video.name)
+            if source is not None and source.quality is not None and source.quality_dim != dim:
+                with self._lenient():
+                    raise ValueError(f"{source.quality}: expected Q = {dim}, as in {like}, got {source.quality_dim}")
+                video.sources[m] = replace(source, quality=None)
+        return dim
 
     def _settle_dim(self, m: str) -> None:
         """The D of a modality is that of most of its files. Others are wrong, each blamed by its own name."""
@@ -640,7 +735,7 @@ class AffWild2(Sequence[Clip]):
         for m, folder in self._folders.items():
             read = known | {bare_name(name) for name in known} if self._meta[m].shared else known
             files = {path.name.removesuffix(".npy") for path in folder.glob("*.npy")}
-            others = sorted(name for name in files - read if name.removesuffix(".mask") not in read)
+            others = sorted(name for name in files - read if _bare_stem(name) not in read)
             if others:
                 self.mismatches.append(f"{folder}: features without an annotation: {_some(others)}")
             strange = sorted(
@@ -712,12 +807,23 @@ def disagreements(splits: Mapping[str, AffWild2]) -> list[str]:
                 f"{data.root}: expected the same modalities in both splits, got {dict(data.modalities)} in {first} and "
                 f"{dict(other.modalities)} in {split}"
             )
+        for m in data.quality_dims.keys() & other.quality_dims.keys():
+            if data.quality_dims[m] != other.quality_dims[m]:
+                found.append(
+                    f"{data.root}: {m}: expected as many columns of quality in both splits, got {data.quality_dims[m]} in "
+                    f"{first} and {other.quality_dims[m]} in {split}"
+                )
         if other.targets != data.targets and other.sample_file is None:
             found.append(
                 f"{data.root}: expected the same targets in both splits, got {described(data.targets)} in {first} and "
                 f"{described(other.targets)} in {split}"
             )
     return found
+
+
+def _bare_stem(name: str) -> str:
+    """Of a file's name without its .npy, the video that it is a mask or quality of, if it is one."""
+    return next((name.removesuffix(mark) for mark in _COMPANIONS if name.endswith(mark)), name)
 
 
 def bare_name(name: str) -> str:
@@ -819,8 +925,13 @@ def _read_meta(path: Path, root: Path) -> _Meta:
     columns = meta.get("columns")
     if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
         raise ValueError(f"{path}: columns: expected a list of names, got {_short(columns)}")
-    names = None if columns is None else tuple(columns)
-    return _Meta(None if rate is None else float(rate), shared, images, names)
+    quality = meta.get("quality")
+    if quality is not None and not (
+        isinstance(quality, list) and quality and all(isinstance(name, str) for name in quality)
+    ):
+        raise ValueError(f"{path}: quality: expected a list of one name or more, got {_short(quality)}")
+    names, quality_names = (None if given is None else tuple(given) for given in (columns, quality))
+    return _Meta(None if rate is None else float(rate), shared, images, names, quality_names)
 
 
 def _read_fps(path: Path) -> float | dict[str, float]:
@@ -893,15 +1004,16 @@ def _stays_below(name: str) -> bool:
     return all(part not in ("", ".", "..") for part in parts) and name.isprintable() and len(name.encode()) <= 200
 
 
-def _open_rows(path: Path) -> np.ndarray:
-    """The (rows, D) array of a .npy file, memory-mapped."""
+def _open_rows(path: Path, width: str = "D") -> np.ndarray:
+    """The (rows, D) array of a .npy file, or (rows, Q) of quality, memory-mapped."""
     rows = _open_array(path)
     if rows.ndim != 2:
-        raise ValueError(f"{path}: expected an array (rows, D), got {rows.shape}")
+        raise ValueError(f"{path}: expected an array (rows, {width}), got {rows.shape}")
     if rows.dtype.kind != "f":
         raise ValueError(f"{path}: expected floating point, got {rows.dtype}")
     if 0 in rows.shape:
-        raise ValueError(f"{path}: expected rows of features, got the shape {rows.shape}")
+        what = "features" if width == "D" else "quality"
+        raise ValueError(f"{path}: expected rows of {what}, got the shape {rows.shape}")
     return rows
 
 

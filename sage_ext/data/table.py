@@ -435,10 +435,10 @@ def _check_file_name(what: str, name: str) -> None:
 def _check_video(name: str, source: Source, column: int | None) -> None:
     where = f"{source.path}: {'its name' if column is None else shown(source.names[column])}"
     _check_file_name(where, name)
-    if bare_name(name) != name or name.endswith(".mask"):
+    if bare_name(name) != name or name.endswith((".mask", ".quality")):
         raise ValueError(
             f"{where}: expected names of videos that end neither in _left or _right (persons of one video, to the reader) nor in "
-            f".mask, got {name!r:.60}: rename it"
+            f".mask or .quality, got {name!r:.60}: rename it"
         )
 
 

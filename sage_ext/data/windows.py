@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from .affwild2 import Clip, usable_rows
 
-_KEYS = ("present", "labels", "valid", "frame")  # of an item, beside its features
+_KEYS = ("present", "labels", "valid", "frame")  # of an item, beside its features and their quality
 
 
 def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | None = None) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         labels    (W, C) float32, each target on [-1, 1], 0 where invalid
         valid     (W,) bool: the frame is annotated
         frame     (W,) bool: the frame exists; all True here, see Windows
+        quality   name -> (W, Q) float32, NaN where it is unknown, for those of `names` of which the clip has quality
 
     A row that holds infinity (as float32) counts as missing like one that holds NaN, with a warning.
     Raises ValueError for a span outside the clip, or a name the clip lacks.
@@ -33,6 +35,7 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         )
     present = np.zeros((stop - start, len(names)), dtype=bool)
     features: dict[str, torch.Tensor] = {}
+    quality: dict[str, torch.Tensor] = {}
     declared = getattr(clip.present, "declared", clip.present)  # NaN rows: found in the span, not in the whole file
     for m, name in enumerate(names):
         if name not in clip.features:
@@ -49,6 +52,11 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         np.copyto(values[: len(rows)], rows, where=here[:, None], casting="same_kind")
         present[: len(rows), m] = here
         features[name] = torch.from_numpy(values)
+        if name in clip.quality:
+            known = np.asarray(clip.quality[name][start:stop], dtype=np.float32)
+            evidence = np.full((stop - start, known.shape[1]), np.nan, dtype=np.float32)
+            np.copyto(evidence[: len(known)], known, where=np.isfinite(known))
+            quality[name] = torch.from_numpy(evidence)
     valid = np.array(clip.valid[start:stop], dtype=bool)
     labels = np.zeros((stop - start, len(clip.targets)), dtype=np.float32)
     if clip.labels is not None:
@@ -59,6 +67,7 @@ def clip_tensors(clip: Clip, names: Sequence[str], start: int = 0, stop: int | N
         "labels": torch.from_numpy(labels),
         "valid": torch.from_numpy(valid),
         "frame": torch.ones(stop - start, dtype=torch.bool),
+        "quality": quality,
     }
 
 
@@ -67,8 +76,8 @@ class Windows(torch.utils.data.Dataset):
     every frame is in a window. A clip shorter than `window` is one window padded at its end.
 
     Item i: the tensors of `clip_tensors` for W = window frames, and `clip` and `start`, its place. In padding,
-    `frame`, `valid` and `present` are False and everything else is 0: it must enter neither loss nor metric nor
-    normalisation.
+    `frame`, `valid` and `present` are False, quality is NaN and everything else is 0: it must enter neither loss nor metric
+    nor normalisation.
 
     clips: sequence of Clip, all with the same modalities; it is asked for a clip whenever one of its windows is read,
     so an AffWild2 keeps nothing but memory maps. `names`: the modalities in order. `spans`: (clip, start) of every
@@ -107,7 +116,7 @@ def window_starts(num_frames: int, window: int, hop: int) -> list[int]:
 
 def window_tensors(clip: Clip, names: Sequence[str], start: int, size: int) -> dict[str, Any]:
     """What `clip_tensors` gives for the `size` frames from `start` on. Beyond the clip's end is padding: there `frame`,
-    `valid` and `present` are False and everything else is 0."""
+    `valid` and `present` are False, quality is NaN and everything else is 0."""
     item = clip_tensors(clip, names, min(start, clip.num_frames), min(start + size, clip.num_frames))
     missing = size - len(item["frame"])
     if missing == 0:
@@ -115,18 +124,25 @@ def window_tensors(clip: Clip, names: Sequence[str], start: int, size: int) -> d
     return {
         "features": {name: _pad(rows, missing) for name, rows in item["features"].items()},
         **{key: _pad(item[key], missing) for key in _KEYS},
+        "quality": {name: _pad(rows, missing, math.nan) for name, rows in item["quality"].items()},
     }
 
 
-def _pad(rows: torch.Tensor, missing: int) -> torch.Tensor:
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+def _pad(rows: torch.Tensor, missing: int, value: float = 0) -> torch.Tensor:
+    return torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), value)])
 
 
 def stack(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """B windows of one length, as `window_tensors` gives them, with a batch axis: (B, W, ...)."""
+    """B windows of one length, as `window_tensors` gives them, with a batch axis: (B, W, ...). Quality that some of them have
+    is unknown in the others."""
+    like = {name: rows for item in items for name, rows in item["quality"].items()}
     return {
         "features": {name: torch.stack([item["features"][name] for item in items]) for name in items[0]["features"]},
         **{key: torch.stack([item[key] for item in items]) for key in _KEYS},
+        "quality": {
+            name: torch.stack([item["quality"].get(name, torch.full_like(rows, math.nan)) for item in items])
+            for name, rows in like.items()
+        },
     }
 
 

@@ -8,14 +8,22 @@ training step some windows of the batch get failures, the same way for every met
     noise    Gaussian noise is added at a signal-to-noise ratio drawn for the failure
     swap     the features are another clip's at the same place in its window: plausible, but foreign
     drop     the modality is marked absent (its features are 0, as they are for any absent frame)
+    gain     the features move too much or too little about the window's mean
+    occlude  some of the features are nearly still, where a frame of the window has them
+    offset   each feature drifts away steadily, by up to two standard deviations at the failure's end
 
-Labels, padding and the other modality are never touched.
+Noise, gain, occlusion and offset leave something of what the modality saw, so that all modalities may fail in these ways
+at once; the other kinds leave nothing. Labels, padding and modalities that do not fail are never touched.
+
+Quality evidence in a batch goes with the features: a frozen frame has that of the failure's first frame, a swapped one
+that of the other clip, a dropped one none (NaN). It does not tell of the other kinds. Besides, and without a failure, it
+is made unknown, so that this is learnt too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +33,12 @@ from torch import Tensor
 from ..data.rates import FPS, default_frames, nearest
 
 LENGTH = (8, 150)  # of a failure by default: frames at 30 a second
-KINDS = ("zero", "freeze", "noise", "swap", "drop")
+KINDS = ("zero", "freeze", "noise", "swap", "drop", "gain", "occlude", "offset")
+MILD = ("noise", "gain", "occlude", "offset")  # those that leave something of the modality
+GAIN = (1.5, 4.0)  # least and greatest factor of "gain", or its reciprocal
+OCCLUDED = (0.25, 0.75)  # least and greatest share of the features in "occlude"
+JITTER, JITTER_FRAMES = 0.2, 8  # of "occlude": standard deviations, and frames from knot to knot of the noise
+OFFSET = 2.0  # standard deviations, at the most, at the end of "offset"
 
 
 @dataclass(frozen=True)
@@ -39,21 +52,30 @@ class Rehearsal:
                   150 frames at 30 a second, see `data.rates` for slower data
     snr_db        signal-to-noise ratio of "noise", (lowest, highest) in dB, drawn evenly; the signal's power is its
                   variance over the window's present frames, averaged over the channels that vary
-    kinds         relative frequency of each kind
+    kinds         relative frequency of each kind. Default: alike, but gain, occlude and offset half as often, so that in most
+                  failures of one modality nothing of it is left
     overlap       False: a frame keeps at least one modality that is present and has not failed, wherever it had one
                   besides the failing one; True: modalities fail independently of each other
+    together      chance that in a rehearsed window all modalities fail in one span, each in a way that leaves something of
+                  it (noise, gain, occlude, offset), drawn by `kinds` for each; nothing else fails in that window then
+    unknown       chance that a modality's quality is unknown in a whole window, rehearsed or not, and the same again in a
+                  span of it
     """
 
-    probability: float = 0.5
+    probability: float = 0.6
     whole: float = 0.25
     spans: int = 3
     length: tuple[float, float] | None = None
     snr_db: tuple[float, float] = (-10.0, 10.0)
-    kinds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
+    kinds: Mapping[str, float] = field(
+        default_factory=lambda: {**dict.fromkeys(KINDS, 1.0), "gain": 0.5, "occlude": 0.5, "offset": 0.5}
+    )
     overlap: bool = False
+    together: float = 0.25
+    unknown: float = 0.15
 
     def __post_init__(self) -> None:
-        for name in ("probability", "whole"):
+        for name in ("probability", "whole", "together", "unknown"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)}")
         if self.spans < 1:
@@ -77,17 +99,31 @@ class Rehearsal:
 
     def __call__(self, batch: Mapping[str, Any], generator: torch.Generator, fps: float = FPS) -> dict[str, Any]:
         """`batch` as `sage_ext.data.windows.collate` makes it: features {name: (B, W, D)}, present (B, W, M) bool,
-        frame (B, W) bool, clip (B,); all on the CPU. Returns a new batch that shares nothing it changed with the old
-        one, with "rehearsed" (B, W, M) bool: where a modality failed. The draws depend on `generator` alone. `fps`:
-        frames a second."""
+        frame (B, W) bool, clip (B,), and quality {name: (B, W, Q)}, which may be empty or not there; all on the CPU.
+        Returns a new batch that shares nothing it changed with the old one, with "rehearsed" (B, W, M) bool: where a
+        modality failed. The draws depend on `generator` alone. `fps`: frames a second."""
         features = {name: value.clone() for name, value in batch["features"].items()}
         present = batch["present"].clone()
         out = {**batch, "features": features, "present": present, "rehearsed": torch.zeros_like(present)}
+        if "quality" in batch:
+            out["quality"] = {name: value.clone() for name, value in batch["quality"].items()}
+        modalities = range(len(features))
         for row in range(present.shape[0]):
             if _uniform(generator) < self.probability:
+                together = _uniform(generator) < self.together and any(self.kinds.get(kind, 0) > 0 for kind in MILD)
                 whole = _uniform(generator) < self.whole
-                for _ in range(1 if whole else 1 + _index(self.spans, generator)):
-                    self._fail(batch, out, row, whole, generator, fps)
+                for _ in range(1 if whole or together else 1 + _index(self.spans, generator)):
+                    if together:
+                        failing = [(modality, self._draw_kind(generator, MILD)) for modality in modalities]
+                    else:
+                        failing = [(_index(len(features), generator), self._draw_kind(generator))]
+                    span = self._draw_span(batch["frame"][row], whole, generator, fps)
+                    for modality, kind in failing:
+                        self._fail(batch, out, row, modality, kind, span, together or self.overlap, generator)
+            for value in out.get("quality", {}).values():
+                for whole in (True, False):
+                    if _uniform(generator) < self.unknown:
+                        value[row, self._draw_span(batch["frame"][row], whole, generator, fps)] = math.nan
         return out
 
     def _fail(
@@ -95,65 +131,92 @@ class Rehearsal:
         batch: Mapping[str, Any],
         out: dict[str, Any],
         row: int,
-        whole: bool,
+        modality: int,
+        kind: str,
+        span: slice,
+        overlap: bool,
         generator: torch.Generator,
-        fps: float,
     ) -> None:
-        """One failure of one modality of window `row`."""
-        names = list(batch["features"])
-        modality = _index(len(names), generator)
-        kind = self._draw_kind(generator)
-        start, stop = (0, batch["present"].shape[1]) if whole else self._draw_span(batch["frame"][row], generator, fps)
-        span = slice(start, stop)
-
+        """One failure of one modality of window `row`. `overlap`: the others may have failed, all of them."""
+        name = list(batch["features"])[modality]
         present, failed = batch["present"][row, span], out["rehearsed"][row, span]  # (L, M) each
         hit = present[:, modality] & batch["frame"][row, span] & ~failed[:, modality]
-        if not self.overlap and len(names) > 1:
+        if not overlap and present.shape[1] > 1:
             sound = present & ~failed
             sound[:, modality] = False
             hit &= sound.any(-1)
 
-        source = batch["features"][names[modality]]  # (B, W, D), as it was before any failure
-        value = source[row, span]
+        # (B, W, D) and (B, W, Q) or nothing, as they were before any failure
+        sources = [source[name] for source in (batch["features"], batch.get("quality", {})) if name in source]
+        donor = row
         if kind == "swap":
-            donor = self._draw_donor(batch["clip"], row, generator)
-            if donor is None:
+            other = self._draw_donor(batch["clip"], row, generator)
+            if other is None:
                 kind = "noise"  # nobody to swap with
             else:
+                donor = other
                 hit &= batch["present"][donor, span, modality] & batch["frame"][donor, span]
-                value = source[donor, span]
         if not hit.any():
             return
+        value, *quality = (source[donor, span] for source in sources)
         if kind == "freeze":
-            value = value[hit.nonzero()[0, 0]].expand_as(value)
-        elif kind == "noise":
-            snr = self.snr_db[0] + (self.snr_db[1] - self.snr_db[0]) * _uniform(generator)
-            power = _power(source[row], batch["present"][row, :, modality] & batch["frame"][row])
-            scale = math.sqrt(power / 10 ** (snr / 10))
-            value = value + scale * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            first = hit.nonzero()[0, 0]
+            value, *quality = (rows[first].expand_as(rows) for rows in (value, *quality))
         elif kind in ("zero", "drop"):
             value = torch.zeros_like(value)
-        target = out["features"][names[modality]][row, span]
+        elif kind != "swap":
+            usual = sources[0][row][batch["present"][row, :, modality] & batch["frame"][row]]
+            value = self._mild(kind, value, usual, generator)
+        target = out["features"][name][row, span]
         target[hit] = value[hit]
         if kind == "drop":
             out["present"][row, span, modality] &= ~hit
+            quality = [torch.full_like(rows, math.nan) for rows in quality]
+        for rows in quality:
+            target = out["quality"][name][row, span]
+            target[hit] = rows[hit]
         out["rehearsed"][row, span, modality] |= hit
 
-    def _draw_kind(self, generator: torch.Generator) -> str:
-        rest = _uniform(generator) * sum(self.kinds.values())
-        for kind, share in self.kinds.items():
+    def _mild(self, kind: str, value: Tensor, usual: Tensor, generator: torch.Generator) -> Tensor:
+        """(L, D) `value` under one of MILD; `usual` (N, D) are the window's frames that have the modality, one at least."""
+        length, dim = value.shape
+        mean, deviation = usual.mean(0), usual.std(0, correction=0)
+        if kind == "gain":
+            log = math.log(GAIN[0]) + math.log(GAIN[1] / GAIN[0]) * _uniform(generator)
+            return mean + math.exp(log if _uniform(generator) < 0.5 else -log) * (value - mean)
+        if kind == "occlude":
+            share = OCCLUDED[0] + (OCCLUDED[1] - OCCLUDED[0]) * _uniform(generator)
+            hidden = torch.randperm(dim, generator=generator) < max(round(share * dim), 1)
+            knots = torch.randn(1, dim, 2 + length // JITTER_FRAMES, generator=generator, dtype=value.dtype)
+            slow = torch.nn.functional.interpolate(knots, length, mode="linear")[0].T
+            instead = usual[_index(len(usual), generator)] + JITTER * deviation * slow
+            return torch.where(hidden, instead, value)
+        if kind == "offset":
+            reach = OFFSET * (2 * torch.rand(dim, generator=generator, dtype=value.dtype) - 1)
+            ramp = torch.arange(1, length + 1, dtype=value.dtype) / length
+            return value + ramp[:, None] * (reach * deviation)
+        snr = self.snr_db[0] + (self.snr_db[1] - self.snr_db[0]) * _uniform(generator)
+        scale = math.sqrt(_power(usual) / 10 ** (snr / 10))
+        return value + scale * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+
+    def _draw_kind(self, generator: torch.Generator, among: Sequence[str] = KINDS) -> str:
+        shares = {kind: share for kind, share in self.kinds.items() if kind in among}
+        rest = _uniform(generator) * sum(shares.values())
+        for kind, share in shares.items():
             rest -= share
             if rest < 0:
                 return kind
-        return [kind for kind, share in self.kinds.items() if share > 0][-1]
+        return [kind for kind, share in shares.items() if share > 0][-1]
 
-    def _draw_span(self, frame: Tensor, generator: torch.Generator, fps: float) -> tuple[int, int]:
-        """[start, stop) of a failure that begins in an existing frame (padding is at the end)."""
+    def _draw_span(self, frame: Tensor, whole: bool, generator: torch.Generator, fps: float) -> slice:
+        """Of a failure that begins in an existing frame (padding is at the end), or is as long as the window."""
+        if whole:
+            return slice(0, len(frame))
         shortest, longest = self.frames(fps)
         frames = int(frame.sum())
         length = round(shortest * (longest / shortest) ** _uniform(generator))
         start = _index(max(frames, 1), generator) - length // 2  # as likely at the ends as in the middle
-        return max(start, 0), min(start + length, frames)
+        return slice(max(start, 0), min(start + length, frames))
 
     def _draw_donor(self, clip: Tensor, row: int, generator: torch.Generator) -> int | None:
         others = (clip != clip[row]).nonzero().flatten()
@@ -168,10 +231,8 @@ def _index(count: int, generator: torch.Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-def _power(value: Tensor, valid: Tensor) -> float:
-    """Variance over the valid frames of (W, D) `value`, averaged over the channels that vary at all."""
-    if int(valid.sum()) < 2:
-        return 0.0
-    variance = value[valid].double().var(0, correction=0)
+def _power(rows: Tensor) -> float:
+    """Variance over (N, D) rows, averaged over the channels that vary at all."""
+    variance = rows.double().var(0, correction=0)
     varying = variance > 0
     return float(variance[varying].mean()) if varying.any() else 0.0

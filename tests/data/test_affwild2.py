@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import sage_ext.data.affwild2 as affwild2
 from sage_ext.data import AffWild2, clip_tensors, write_submission
-from sage_ext.data.affwild2 import Resampled, bare_name, read_annotation, read_sample
+from sage_ext.data.affwild2 import Quality, Resampled, bare_name, read_annotation, read_sample
 from sage_ext.data.targets import unscaled
 
 OFFICIAL = "6th ABAW Annotations/VA_Estimation_Challenge"
@@ -545,6 +545,139 @@ def test_faults_are_gathered_where_asked_for(root):
     assert not data[2].present["audio"].any()
 
 
+# -------------------------------------------------------------------------------------------------------------- quality
+def measure(root: Path, modality: str, name: str, rows: np.ndarray) -> Path:
+    path = root / "features" / modality / f"{name}.quality.npy"
+    np.save(path, rows)
+    return path
+
+
+def test_quality_is_read_beside_the_features(root):
+    """A row a row; infinity and NaN unknown; a video without the file unknown throughout; other modalities without."""
+    annotate(root, "other", 4)
+    featurize(root, "audio", "other", 4, dim=2)
+    featurize(root, "visual", "clip", 10, dim=3, quality=["score", "blur"])
+    rows = np.arange(20, dtype=np.float64).reshape(10, 2)
+    rows[3, 0], rows[4, 1], rows[5] = np.nan, np.inf, [1e300, -np.inf]
+    measure(root, "visual", "clip", rows)
+    data = AffWild2(root, "train")
+    assert data.mismatches == [f"other: no {root / 'features/visual/other.npy'}: visual is absent in the whole clip"]
+    assert data.quality_dims == {"visual": 2}
+    assert data.quality_columns == {"visual": ("score", "blur")}
+    clip, other = data
+    assert list(clip.quality) == list(other.quality) == ["visual"]
+    known = np.where(np.isfinite(rows) & (rows < 1e30), rows, np.nan)
+    np.testing.assert_array_equal(clip.quality["visual"][:], known)
+    np.testing.assert_array_equal(clip.quality["visual"][2:7], known[2:7])
+    assert clip.quality["visual"][2:7].dtype == np.float32
+    assert clip.quality["visual"].shape == (10, 2)
+    assert other.quality["visual"].shape == (0, 2)
+    assert clip.present["visual"].all()
+    featurize(root, "visual", "other", 4, dim=3)
+    other = AffWild2(root, "train")[1]
+    assert np.isnan(np.asarray(other.quality["visual"])).all()
+    assert other.quality["visual"].shape == (4, 2)
+    (root / "features/visual/meta.json").unlink()
+    data = AffWild2(root, "train")
+    assert (data.quality_dims, data.quality_columns) == ({"visual": 2}, {})
+    (root / "features/visual/clip.quality.npy").unlink()
+    assert AffWild2(root, "train").quality_dims == {}
+    assert AffWild2(root, "train")[0].quality == {}
+
+
+@pytest.mark.parametrize(("rate", "fps"), [(50.0, 30.0), (10.0, 30.0), (30.0, 29.97), (100.0, 25.0), (1 / 3, 1.0)])
+def test_quality_at_another_rate_is_the_nearest_row(rate, fps):
+    rows = np.random.default_rng(0).standard_normal((40, 2))
+    whole, features = Quality(rows, rate, fps), Resampled(rows, rate, fps)
+    assert whole.shape == features.shape
+    middle = (np.arange(len(whole)) + 0.5) / fps
+    distance = np.abs(middle[:, None] - (np.arange(40) + 0.5) / rate)
+    chosen = np.array([np.flatnonzero(rows[:, 0].astype(np.float32) == value)[0] for value in whole[:][:, 0]])
+    assert (distance[np.arange(len(whole)), chosen] <= distance.min(1) + 1e-9).all()
+    for span in (slice(3, 9), slice(len(whole) - 1, None), slice(5, 5), slice(7, 2), slice(0, 10**6)):
+        np.testing.assert_array_equal(whole[span], whole[:][span])
+    with pytest.raises(TypeError, match="span: expected a slice of step 1"):
+        whole[::2]
+
+
+def test_quality_of_a_shared_track_at_its_rate(tmp_path):
+    for person in ("left", "right"):
+        annotate(tmp_path, f"duo_{person}", 4)
+    featurize(tmp_path, "audio", "duo", 8, shared=True, rate=60, quality=["loudness"])
+    measure(tmp_path, "audio", "duo", np.arange(8.0)[:, None])
+    data = AffWild2(tmp_path, "train")
+    assert data.mismatches == []
+    for clip in data:
+        assert clip.quality["audio"][:][:, 0].tolist() == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (np.zeros((9, 2)), "expected 10 rows, as many as clip.npy, got 9"),
+        (np.zeros(10), "expected an array (rows, Q), got (10,)"),
+        (np.zeros((10, 2), int), "expected floating point, got int64"),
+        (np.full((10, 2), "good"), "expected floating point, got <U4"),
+        (np.zeros((10, 0)), "expected rows of quality, got the shape (10, 0)"),
+        (np.zeros((10, 3)), "expected Q = 2, as in "),
+        (None, "expected 160 bytes for the shape (10, 2) of float64, got 152"),
+    ],
+)
+def test_wrong_quality(root, rows, words):
+    """It is an error; where faults are asked for it is one of them, and the features are read all the same."""
+    featurize(root, "visual", "clip", 10, dim=3, quality=["score", "blur"])
+    path = measure(root, "visual", "clip", np.zeros((10, 2)) if rows is None else rows)
+    if rows is None:
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}: {words}")):
+        AffWild2(root, "train")
+    faults: list[str] = []
+    clip = AffWild2(root, "train", faults=faults)[0]
+    assert [fault.startswith(f"{path}: {words}") for fault in faults] == [True]
+    assert clip.present["visual"].all()
+    assert np.isnan(np.asarray(clip.quality["visual"])).all()
+
+
+def test_quality_of_another_width_is_blamed_itself(root):
+    """Without names of the columns most files are right."""
+    for name in ("a", "b"):
+        annotate(root, name, 10)
+        featurize(root, "audio", name, 10, dim=2)
+        measure(root, "audio", name, np.zeros((10, 2), np.float16))
+    path = measure(root, "audio", "clip", np.zeros((10, 3)))
+    like = root / "features/audio/a.quality.npy"
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}: expected Q = 2, as in {like}, got 3") + "$"):
+        AffWild2(root, "train")
+
+
+@pytest.mark.parametrize("names", [[], ["a", 1], "score", {"score": 1}])
+def test_wrong_names_of_quality(root, names):
+    featurize(root, "audio", "clip", 10, dim=2, quality=names)
+    with pytest.raises(ValueError, match=r"meta\.json: quality: expected a list of one name or more, got "):
+        AffWild2(root, "train")
+
+
+def test_quality_is_nobodys_features(root):
+    """Neither a stranger's nor those of a video that is called like it; a stranger's quality is listed."""
+    measure(root, "audio", "clip", np.zeros((10, 2)))
+    annotate(root, "clip.quality", 10)
+    data = AffWild2(root, "train")
+    assert data.names == ["clip"]
+    assert data.mismatches == ["clip.quality: annotated, but without features of any modality: left out"]
+    path = measure(root, "audio", "stray", np.zeros((10, 2)))
+    assert f"{path.parent}: features without an annotation: stray.quality" in AffWild2(root, "train").mismatches
+
+
+def test_splits_with_quality_of_another_width(root):
+    annotate(root, "val", 10, "Validation_Set")
+    for name, columns in (("clip", 2), ("val", 3)):
+        featurize(root, "audio", name, 10, dim=2)
+        measure(root, "audio", name, np.zeros((10, columns)))
+    splits = {split: AffWild2(root, split, modalities=["audio"]) for split in ("train", "validation")}
+    words = "audio: expected as many columns of quality in both splits, got 2 in train and 3 in validation"
+    assert affwild2.disagreements(splits) == [f"{root}: {words}"]
+
+
 # -------------------------------------------------------------------------------------------- targets, rates and groups
 @pytest.mark.parametrize("declared", [False, True])
 def test_any_targets(root, declared):
@@ -725,7 +858,7 @@ def test_infinity_counts_as_missing_with_a_warning_once(root):
         ("[30]", ": expected a JSON object, got list"),
         (
             '{"Rate": 30}',
-            ": expected the keys rate, shared, images, columns, about (notes go below 'about'), got 'Rate'",
+            ": expected the keys rate, shared, images, columns, quality, about (notes go below 'about'), got 'Rate'",
         ),
         ('{"rate": 0}', ": rate: expected a positive number of Hz, got 0"),
         ('{"rate": "30"}', ": rate: expected a positive number of Hz, got '30'"),

@@ -762,7 +762,7 @@ def test_pieces_of_a_video_stay_on_one_side(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------- names
 @pytest.mark.parametrize(
-    "name", ["a/b", ".", "..", ".hidden", "x_left", "x_right", "x.mask", "a\\b", "a,b", "a\x07", "n" * 200]
+    "name", ["a/b", ".", "..", ".hidden", "x_left", "x_right", "x.mask", "x.quality", "a\\b", "a,b", "a\x07", "n" * 200]
 )
 def test_videos_that_cannot_be_files(tmp_path, name):
     message = refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import multiprocessing
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_ext.data import AffWild2, Clip, OverlapAverage, Windows, clip_tensors, collate
-from sage_ext.data.windows import window_starts
+from sage_ext.data.windows import whole_clips, window_starts
 
 
 def make_clip(frames: int, name: str = "clip", seed: int = 0, labelled: bool = True) -> Clip:
@@ -145,6 +146,39 @@ def test_collate():
             assert torch.equal(batch[key][b], item[key])
         for name, rows in item["features"].items():
             assert torch.equal(batch["features"][name][b], rows)
+
+
+def test_quality_rides_along():
+    """NaN where it is unknown, in padding and beyond its end; in every item; in a batch also for clips without."""
+    clips = [make_clip(25, "a"), make_clip(7, "b"), make_clip(9, "c")]
+    measured = np.random.default_rng(0).standard_normal((20, 2))
+    measured[[1, 4], [0, 1]] = np.nan, np.inf
+    clips[0] = dataclasses.replace(clips[0], quality={"visual": measured})
+    clips[1] = dataclasses.replace(clips[1], quality={"visual": measured[:7], "audio": measured[:7, :1]})
+    known = np.full((25, 2), np.nan, np.float32)
+    known[:20] = np.where(np.isfinite(measured), measured, np.nan)
+    assert clip_tensors(clips[2], ["audio"])["quality"] == {}
+    assert clip_tensors(clips[0], ["audio"])["quality"] == {}
+    windows = Windows(clips, window=10, hop=10)
+    items = [windows[i] for i in range(len(windows))]
+    for item, (index, start) in zip(items, windows.spans):
+        assert list(item["quality"]) == [["visual"], ["audio", "visual"], []][index]
+        if index == 0:
+            np.testing.assert_array_equal(item["quality"]["visual"], known[start : start + 10])
+    short = items[3]["quality"]["visual"]
+    assert short.dtype == torch.float32
+    np.testing.assert_array_equal(short[:7], known[:7])
+    assert short[7:].isnan().all()
+    batch = collate(items)
+    assert {name: rows.shape for name, rows in batch["quality"].items()} == {"visual": (5, 10, 2), "audio": (5, 10, 1)}
+    assert torch.equal(batch["quality"]["audio"][3].isnan(), items[3]["quality"]["audio"].isnan())
+    assert batch["quality"]["visual"][4].isnan().all()
+    assert batch["quality"]["audio"][:3].isnan().all()
+    whole = whole_clips(clips[:2], windows.names)
+    np.testing.assert_array_equal(whole["quality"]["visual"][0], known)
+    assert whole["quality"]["visual"][1, 7:].isnan().all()
+    clips[0].quality["visual"][0] = 7  # an item is a copy
+    np.testing.assert_array_equal(items[0]["quality"]["visual"], known[:10])
 
 
 @pytest.fixture

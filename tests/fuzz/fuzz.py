@@ -258,6 +258,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "array": of_data_set("features/visual/clip.npy", *ARRAYS),
     "array_resampled": of_data_set("features/audio/clip.npy", *ARRAYS),
     "mask": of_data_set("features/visual/clip.mask.npy", npy("(10,)", "'|b1'", size=10)),
+    "quality": of_data_set("features/visual/clip.quality.npy", npy("(10, 3)"), npy("(10, 1)", "'<f8'", size=80)),
     "meta": of_data_set("features/visual/meta.json", META),
     "fps": of_data_set("fps.json", b'{"clip": 25, "other": 29.97}', b"0.5"),
     "targets": of_data_set("targets.json", b'{"valence": [-5, 1.5], "arousal": [-1, 1]}'),

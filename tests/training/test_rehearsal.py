@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from sage_ext.training.rehearsal import KINDS, Rehearsal
+from sage_ext.training.rehearsal import GAIN, KINDS, MILD, OCCLUDED, OFFSET, Rehearsal
+from sage_ext.training.trainer import TrainConfig
 
-ALWAYS = {"probability": 1.0, "whole": 0.0}
+ALWAYS = {"probability": 1.0, "whole": 0.0, "together": 0.0}
 
 
 def make_batch(rows=6, frames=120, seed=0, dims=(5, 7), pad=True, clips=None):
@@ -63,7 +64,7 @@ def test_deterministic_and_leaves_the_input_alone(seed):
 def test_what_it_may_touch(seed):
     """Any mixture: labels, padding and absent frames stay; all that changed is marked; one modality survives."""
     batch = make_batch(seed=seed)
-    out = rehearse(batch, seed, probability=0.9, spans=5)
+    out = rehearse(batch, seed, probability=0.9, spans=5, together=0.0)
     for key in ("labels", "valid", "frame", "clip", "start"):
         assert out[key] is batch[key]
     rehearsed = out["rehearsed"]
@@ -82,7 +83,7 @@ def test_what_it_may_touch(seed):
 
 def test_overlap_lets_both_fail():
     batch = make_batch(rows=40)
-    out = rehearse(batch, probability=1.0, spans=6, overlap=True)
+    out = rehearse(batch, probability=1.0, spans=6, overlap=True, together=0.0)
     assert out["rehearsed"].all(-1).any()
 
 
@@ -161,10 +162,209 @@ def test_swap_with_nobody_becomes_noise():
         assert (out["features"][name][hit] != batch["features"][name][hit]).all()
 
 
+def moments(batch, name, m, row):
+    x = batch["features"][name][row][batch["present"][row, :, m]]
+    return x.mean(0), x.std(0, correction=0)
+
+
+def failures(batch, out):
+    """(name, modality, row, frames) of each modality that failed in a row."""
+    for m, name in enumerate(batch["features"]):
+        for row in range(len(batch["clip"])):
+            at = out["rehearsed"][row, :, m].nonzero().flatten()
+            if len(at):
+                yield name, m, row, at
+
+
+def test_gain_is_about_the_mean():
+    batch = make_batch(rows=120, frames=40)
+    factors = []
+    out = rehearse(batch, **only("gain"), spans=1)
+    for name, m, row, at in failures(batch, out):
+        mean, _ = moments(batch, name, m, row)
+        old, new = batch["features"][name][row, at] - mean, out["features"][name][row, at] - mean
+        factor = float((new * old).sum() / (old * old).sum())
+        torch.testing.assert_close(new, factor * old, rtol=1e-4, atol=1e-4)
+        factors.append(factor)
+    logs = torch.tensor(factors).log().abs()
+    assert math.log(GAIN[0]) - 1e-3 < logs.min() < math.log(GAIN[0]) + 0.1  # never near 1
+    assert math.log(GAIN[1]) - 0.1 < logs.max() < math.log(GAIN[1]) + 1e-3
+    assert 0.4 < (torch.tensor(factors) > 1).float().mean() < 0.6
+    assert torch.equal(out["present"], batch["present"])
+
+
+def test_occlude_stands_nearly_still_in_some_features():
+    batch = make_batch(rows=60, dims=(20, 40))
+    batch["features"]["visual"][..., 3] = 7.0  # dead, and stays so
+    out = rehearse(batch, **only("occlude"), spans=1, length=(1, 2))
+    shares, away = [], []
+    for name, m, row, at in failures(batch, out):
+        old, new = batch["features"][name][row, at], out["features"][name][row, at]
+        changed = (old != new).any(0)
+        shares.append(float(changed.float().mean()))
+        if name == "visual":
+            assert not changed[3]
+        if len(at) < 20:
+            continue
+        mean, deviation = moments(batch, name, m, row)
+        assert (new.std(0)[changed] < 0.5 * deviation[changed]).all()
+        assert (new.diff(dim=0).abs().mean(0)[changed] < 0.15 * deviation[changed]).all()  # slow
+        away.append(((new.mean(0) - mean) / deviation)[changed])
+    assert 0.8 < torch.cat(away).square().mean() < 1.3  # where a frame is, not where the mean is
+    assert OCCLUDED[0] - 0.05 < min(shares) < OCCLUDED[0] + 0.1
+    assert OCCLUDED[1] - 0.1 < max(shares) < OCCLUDED[1] + 0.05
+
+
+def test_offset_ramps_up():
+    batch = make_batch(rows=40, dims=(6, 9), pad=False)
+    batch["present"][:] = True
+    out = rehearse(batch, **only("offset"), spans=1)
+    ends = []
+    for name, m, row, at in failures(batch, out):
+        _, deviation = moments(batch, name, m, row)
+        moved = (out["features"][name][row, at] - batch["features"][name][row, at]) / deviation
+        steps = torch.arange(1, len(at) + 1)[:, None] / len(at)
+        torch.testing.assert_close(moved, moved[-1] * steps, rtol=1e-3, atol=1e-3)
+        ends.append(moved[-1])
+    ends = torch.cat(ends)
+    assert 0.95 * OFFSET < ends.abs().max() <= OFFSET + 1e-3
+    assert abs(float(ends.mean())) < 0.15
+
+
+def test_all_modalities_fail_together():
+    """In the same span, each in a way of its own, in the share of windows that was asked for; none is left dead."""
+    batch = make_batch(rows=400, frames=60, dims=(4, 4, 4), pad=False)
+    batch["present"][:] = True
+    before = {name: rows.clone() for name, rows in batch["features"].items()}
+    out = rehearse(batch, probability=0.5, together=0.5, whole=0.2, length=(0.7, 1.0))
+    all_at_once = out["rehearsed"].all(-1).any(-1)
+    assert all_at_once.float().mean() == pytest.approx(0.25, abs=0.06)
+    assert out["rehearsed"].any(-1).any(-1).float().mean() == pytest.approx(0.5, abs=0.07)
+    chosen = out["rehearsed"][all_at_once]
+    assert torch.equal(chosen.any(-1), chosen.all(-1))  # one start, one stop
+    assert all(len(runs(row[:, 0])) == 1 for row in chosen)
+    assert 0.1 < (chosen[..., 0].all(-1)).float().mean() < 0.35
+    assert out["present"][all_at_once].all()
+    kinds = []
+    for m, name in enumerate(batch["features"]):
+        for row in all_at_once.nonzero().flatten().tolist():
+            at = out["rehearsed"][row, :, m].nonzero().flatten()
+            if len(at) >= 20:
+                old, new = before[name][row, at], out["features"][name][row, at]
+                assert not (new == new[0]).all()
+                assert not torch.equal(old, new)
+                kinds.append((row, bool((old == new).all(0).any())))  # a feature left as it was: occluded
+    assert len({seen for _, seen in kinds}) == 2
+    rows_of = {row: {seen for other, seen in kinds if other == row} for row, _ in kinds}
+    assert any(len(seen) == 2 for seen in rows_of.values())  # kinds of their own
+
+
+def test_together_takes_the_kinds_there_are():
+    batch = make_batch(rows=40)
+    for kinds in ({"zero": 1.0, "noise": 0.0}, {"drop": 1.0}):
+        assert not rehearse(batch, probability=1.0, together=1.0, kinds=kinds)["rehearsed"].all(-1).any()
+    out = rehearse(batch, probability=1.0, together=1.0, kinds={"zero": 5.0, "gain": 1.0})
+    assert out["rehearsed"].all(-1).any()
+    assert not any((out["features"][name][row, at] == 0).all() for name, _, row, at in failures(batch, out))
+
+
+def with_quality(batch, seed=0):
+    """Two columns of quality for each modality but the last, NaN in a tenth of the frames and in padding."""
+    g = torch.Generator().manual_seed(seed + 50)
+    quality = {}
+    for name in list(batch["features"])[:-1]:
+        rows = torch.randn(*batch["frame"].shape, 2, generator=g)
+        rows[torch.rand(rows.shape, generator=g) < 0.1] = math.nan
+        quality[name] = torch.where(batch["frame"][..., None], rows, math.nan)
+    return {**batch, "quality": quality}
+
+
+def same(a, b):
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quality_goes_with_the_features(kind):
+    batch = with_quality(make_batch(rows=30, dims=(5, 7, 3)))
+    copy = {name: rows.clone() for name, rows in batch["quality"].items()}
+    out = rehearse(batch, **only(kind), spans=1, unknown=0.0)
+    assert list(out["quality"]) == ["audio", "visual"]
+    for name, old in copy.items():
+        assert same(batch["quality"][name], old).all()
+    checked = 0
+    for name, _, row, at in failures(batch, out):
+        if name == "text":
+            continue
+        old, new = batch["quality"][name][row], out["quality"][name][row]
+        rest = torch.ones(len(old), dtype=torch.bool)
+        rest[at] = False
+        assert same(new[rest], old[rest]).all()
+        if kind == "drop":
+            assert new[at].isnan().all()
+        elif kind == "freeze":
+            assert same(new[at], old[at[0]]).all()
+        elif kind == "swap":
+            features = out["features"][name][row, at]
+            (donor,) = (d for d in range(30) if torch.equal(features, batch["features"][name][d, at]))
+            assert same(new[at], batch["quality"][name][donor, at]).all()
+            assert donor != row
+        else:
+            assert same(new[at], old[at]).all()
+        checked += len(at)
+    assert checked > 100
+
+
+def test_quality_is_unknown_at_times():
+    """Also without a failure: whole windows, and spans, of each modality by itself."""
+    batch = make_batch(rows=600, frames=80, dims=(2, 2, 2), pad=False)
+    batch["quality"] = {name: torch.zeros(600, 80, 1) for name in ("audio", "visual")}
+    out = rehearse(batch, probability=0.0, unknown=0.3, length=(0.2, 1.0))
+    assert not out["rehearsed"].any()
+    lost = torch.stack([out["quality"][name][..., 0].isnan() for name in ("audio", "visual")], -1)
+    whole = lost.all(1)
+    assert whole.float().mean() == pytest.approx(0.3, abs=0.05)
+    assert (whole[:, 0] & whole[:, 1]).float().mean() == pytest.approx(0.09, abs=0.04)
+    some = lost.any(1) & ~whole
+    assert some.float().mean() == pytest.approx(0.7 * 0.3, abs=0.05)
+    lengths = [n for row in range(600) for m in range(2) if some[row, m] for n in runs(lost[row, :, m])]
+    assert 3 <= min(lengths) <= max(lengths) <= 30
+    assert len(lengths) == some.sum()
+    assert not torch.stack(list(batch["quality"].values())).isnan().any()
+    kept = rehearse(batch, probability=0.0, unknown=0.0)["quality"]
+    assert not any(rows.isnan().any() for rows in kept.values())
+
+
+def test_quality_may_be_absent():
+    """The features fail alike, whether there is none or a batch says nothing of it."""
+    batch = make_batch()
+    without, empty = rehearse(batch), rehearse({**batch, "quality": {}})
+    assert "quality" not in without
+    assert empty["quality"] == {}
+    for name in batch["features"]:
+        assert torch.equal(without["features"][name], empty["features"][name])
+
+
+def test_older_configurations_are_read():
+    """Those of before there was gain, occlude, offset, together or unknown."""
+    stored = TrainConfig("data").to_json()
+    for name in ("together", "unknown"):
+        del stored["rehearsal"][name]
+    stored["rehearsal"] |= {
+        "probability": 0.5,
+        "kinds": dict.fromkeys(("zero", "freeze", "noise", "swap", "drop"), 1.0),
+    }
+    read = TrainConfig.from_json(stored).rehearsal
+    assert (read.together, read.unknown) == (Rehearsal().together, Rehearsal().unknown)
+    assert read.probability == 0.5
+    batch = make_batch(rows=40)
+    assert read(batch, torch.Generator().manual_seed(0))["rehearsed"].all(-1).any()  # noise in all
+    assert set(Rehearsal().kinds) == set(KINDS) > set(MILD)
+
+
 def test_rates_and_lengths():
     batch = make_batch(rows=2000, frames=60, dims=(2, 2), pad=False)
     batch["present"][:] = True
-    out = rehearse(batch, probability=0.4, whole=0.25, spans=1, length=(5 / 30, 20 / 30))
+    out = rehearse(batch, probability=0.4, whole=0.25, spans=1, length=(5 / 30, 20 / 30), together=0.0)
     rehearsed = out["rehearsed"]
     assert rehearsed.any(-1).any(-1).float().mean() == pytest.approx(0.4, abs=0.04)
     whole = rehearsed.all(1).any(-1)
@@ -206,7 +406,7 @@ def test_single_modality_and_three():
     one = make_batch(dims=(4,))
     assert rehearse(one, **ALWAYS)["rehearsed"].any()
     three = make_batch(rows=60, dims=(4, 4, 4))
-    out = rehearse(three, probability=1.0, spans=6)
+    out = rehearse(three, probability=1.0, spans=6, together=0.0)
     assert (out["rehearsed"].sum(-1) == 2).any()  # one sound modality is enough
     assert (out["rehearsed"].sum(-1) < 3).all()
 
@@ -223,6 +423,8 @@ def test_off():
     [
         ({"probability": 1.5}, "probability"),
         ({"whole": -0.1}, "whole"),
+        ({"together": 1.1}, "together"),
+        ({"unknown": -0.1}, "unknown"),
         ({"spans": 0}, "spans"),
         ({"length": (10, 5)}, "length"),
         ({"length": (0, 5)}, "length"),
