@@ -82,7 +82,7 @@ class Study:
 
     def base(self) -> TrainConfig:
         """What all methods share; `seed` and `lr` are set by the study."""
-        fixed = {"data", "seed", "lr", "fusion", "modalities"} & set(self.train)
+        fixed = {"data", "seed", "lr", "fusion", "modalities", "quality", "told"} & set(self.train)
         if fixed:
             raise ValueError(f"train: expected none of what the study itself sets, got {', '.join(sorted(fixed))}")
         fixed_here = {"data": self.data, "modalities": self.modalities, "threads": 1, "patience": 10**9}
@@ -115,6 +115,11 @@ def evaluation_path(out: Path, seed: int, condition: Condition | None, part: Par
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+def has_quality(data: AffWild2) -> bool:
+    """There is quality evidence of one of its modalities or more."""
+    return any(data.quality_dims.values())
+
+
 class Part(NamedTuple):
     """What a model is trained on, and the clips that it is scored on: the whole study, or a fold."""
 

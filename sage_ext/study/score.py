@@ -1,4 +1,4 @@
-"""Finished runs scored under one condition: the moments of every video, and what SAGE's confidence is worth.
+"""Finished runs scored under one condition: the moments of every video, and what SAGE's confidence and stages are worth.
 
 It predicts with `training.evaluate` and measures confidence with `calibration`, as `sage-ext evaluate` does.
 """
@@ -17,19 +17,20 @@ from torch import Tensor
 
 from ..calibration import Evidence, calibrated_confidence, collect, diagrams, spearman
 from ..data.affwild2 import Clip
-from ..data.synthetic import Oracle, TruthClips, read_truth
+from ..data.synthetic import CausalOracle, Oracle, TruthClips, read_truth
 from ..data.windows import whole_clips
 from ..nn import ReliabilityFusion
-from ..training.evaluate import alike, clip_moments
+from ..training.evaluate import ClipPrediction, alike, clip_moments
 from ..training.runs import Run, join
+from .controls import control_predictions
 from .corruptions import Condition, corrupted
-from .methods import ORACLE, REFERENCE
+from .methods import CAUSAL, ORACLE, REFERENCES, UNTRAINED
 from .plan import TRUTH, Part, donor_clips, scored_clips
-from .results import read_evaluation, write_evaluation
+from .results import MOMENTS, read_evaluation, write_evaluation
 
 BINS = 15  # of a reliability diagram
-# Share of the frames that a corruption leaves without a sound modality beyond which the oracle is left blank: what is
-# still in spoilt ones it cannot tell, and nothing would no longer be the upper line.
+# Share of the frames that a corruption leaves without a sound modality beyond which the oracles are left blank: what is
+# still in spoilt ones they cannot tell, and nothing would no longer be the upper line.
 LOST = 0.1
 
 
@@ -66,7 +67,7 @@ class Sweep:
 
 def missing(sweep: Sweep, found: Mapping[str, Mapping[str, np.ndarray]]) -> list[Scored]:
     """What is not in `found`, or is there of other weights."""
-    wanted = list(sweep.runs) + ([Scored(ORACLE, "", "")] if sweep.truth else [])
+    wanted = list(sweep.runs) + [Scored(name, "", "") for name in UNTRAINED if sweep.truth]
     return [run for run in wanted if run.method not in found or str(found[run.method]["model"]) != run.model]
 
 
@@ -97,9 +98,9 @@ def _truth(data: str) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-@functools.lru_cache(maxsize=1)
-def _oracle(data: str) -> Oracle:
-    return Oracle(data)
+@functools.lru_cache(maxsize=2)
+def _oracle(name: str, data: str) -> Oracle | CausalOracle:
+    return {ORACLE: Oracle, CAUSAL: CausalOracle}[name](data)
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,38 +115,77 @@ def _score(
     """{method: what the evaluation file holds of it}; `seen` are the `clean` clips under the condition."""
     models = _models(sweep.runs, sweep.device)
     moments = {run.method: np.zeros((len(clean), len(clean[0].targets), 6)) for run in todo}
-    evidence: list[Evidence] = []
+    ours = [method for method in moments if method in REFERENCES]
+    evidence: dict[str, list[Evidence]] = {method: [] for method in ours}
+    answers: dict[str, dict[int, ClipPrediction]] = {method: {} for method in ours}
     order: list[int] = []  # of the clips in `evidence`
     lost = 0  # frames without a sound modality
     for places in alike([clip.num_frames for clip in clean]):
         clips = [seen[i] for i in places]  # once: a corrupted clip is computed when it is asked for
         order += places
+        spoilt_frames = None
+        if sweep.condition is not None and any(name in moments for name in UNTRAINED):
+            spoilt_frames = [_spoilt(sweep, clean[i], clip) for i, clip in zip(places, clips)]
+            lost += sum(gone for _, gone in spoilt_frames)
         for method in [method for method in moments if method not in errors]:
             try:
-                if method == ORACLE:
-                    answers = [_oracle_predicts(sweep, clean[i], clip) for i, clip in zip(places, clips)]
-                    predictions, lost = [said for said, _ in answers], lost + sum(gone for _, gone in answers)
+                if method in UNTRAINED:
+                    useless = None if spoilt_frames is None else [bad for bad, _ in spoilt_frames]
+                    predictions = _oracle(method, sweep.data).predict_together([clean[i].name for i in places], useless)
                 else:
-                    predictions = [said.prediction for said in models[method].predict_together(clips)]
+                    said = models[method].predict_together(clips)
+                    predictions = [one.prediction for one in said]
                 for i, clip, prediction in zip(places, clips, predictions):
                     moments[method][i] = clip_moments(prediction, clip).numpy()
-                if method == REFERENCE:
-                    evidence.append(_evidence(models[method], clips))
+                if method in ours:
+                    evidence[method].append(_evidence(models[method], clips))
+                    answers[method].update(zip(places, said))
             except Exception as error:  # one method's fault must not cost the others
                 errors[method] = f"{type(error).__name__}: {error}"
     found = {
-        run.method: {"model": np.array(run.model), "moments": moments[run.method]}
+        run.method: {"model": np.array(run.model), MOMENTS: moments[run.method]}
         for run in todo
         if run.method not in errors
     }
-    if ORACLE in found and lost > LOST * sum(clip.num_frames for clip in clean):
-        found[ORACLE]["moments"][:] = np.nan
-    if REFERENCE in found:
+    for name in UNTRAINED:
+        if name in found and lost > LOST * sum(clip.num_frames for clip in clean):
+            found[name][MOMENTS][:] = np.nan
+    for method in [method for method in ours if method in found]:
         truth = None
         if sweep.truth and sweep.condition is None:
             truth = [_truth(sweep.data)[clean[i].name] for i in order]
-        confidence = _confidence(models[REFERENCE], join(evidence), truth, clean=sweep.condition is None)
-        found[REFERENCE].update(confidence)
+        clear = sweep.condition is None
+        found[method].update(_confidence(models[method], join(evidence[method]), truth, clean=clear))
+        said = [answers[method][i] for i in range(len(clean))]
+        found[method].update(_controls(said, clean, sweep.seed))
+        if clear:
+            found[method]["trust"] = _trust(said)
+    return found
+
+
+def _controls(said: Sequence[ClipPrediction], clips: Sequence[Clip], seed: int) -> dict[str, np.ndarray]:
+    """{the moments of each control's predictions: (V, C, 6)}, NaN where there is none; see `controls`."""
+    predictions = control_predictions(said, [clip.name for clip in clips], [clip.fps for clip in clips], seed)
+    found = {}
+    for control, of_clips in predictions.items():
+        moments = np.full((len(clips), len(clips[0].targets), 6), np.nan)
+        for i, (clip, prediction) in enumerate(zip(clips, of_clips)):
+            if prediction is not None:
+                moments[i] = clip_moments(prediction, clip).numpy()
+        found[f"{MOMENTS} {control}"] = moments
+    return found
+
+
+def _trust(said: Sequence[ClipPrediction]) -> np.ndarray:
+    """(S, 2 + M): the frames in which each stage is the most probable, those of them in which every modality has a weight,
+    and the sum of each modality's weights in these."""
+    stage = np.concatenate([one.stage.argmax(1) for one in said])
+    weights = np.concatenate([one.weights for one in said]).astype(np.float64)
+    whole = (weights > 0).all(1)
+    found = np.zeros((said[0].stage.shape[1], 2 + weights.shape[1]))
+    for s in range(len(found)):
+        here = stage == s
+        found[s] = [here.sum(), (here & whole).sum(), *weights[here & whole].sum(0)]
     return found
 
 
@@ -169,15 +209,13 @@ def _rows(clip: Clip, name: str) -> np.ndarray:
     return full
 
 
-def _oracle_predicts(sweep: Sweep, clean: Clip, seen: Clip) -> tuple[np.ndarray, int]:
-    """(T, 2), and in how many frames nothing is left. It is told what was spoilt, and uses the rest."""
-    oracle = _oracle(sweep.data)
-    if sweep.condition is None:
-        return oracle.predict(clean.name), 0
+def _spoilt(sweep: Sweep, clean: Clip, seen: Clip) -> tuple[np.ndarray, int]:
+    """What an oracle is told was spoilt and takes as absent, (T, M) in the order of truth/, and in how many frames that
+    leaves nothing."""
     bad = spoilt(clean, seen)
     had = np.stack([np.asarray(clean.present[name]) for name in clean.features], 1)
     order = [list(clean.features).index(name) for name in read_truth(sweep.data, clean.name)["modalities"]]
-    return oracle.predict(clean.name, bad[:, order]), int((had.any(1) & ~(had & ~bad).any(1)).sum())
+    return bad[:, order], int((had.any(1) & ~(had & ~bad).any(1)).sum())
 
 
 # --------------------------------------------------------------------------------------------------------- confidence
