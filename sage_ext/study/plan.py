@@ -63,7 +63,7 @@ class Study:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # the grid of peak learning rates
     tuning_seeds: int = 1
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    corruptions: tuple[str, ...] | None = None  # None: the whole protocol
+    corruptions: tuple[str, ...] | None = None  # None: the whole protocol; none at all: clean data alone
     span: float | None = None  # seconds of a corruption's spans, see `corruptions.apply`; None: 2, as the protocol says
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of TrainConfig, the same for all
 

@@ -331,7 +331,9 @@ def compare(
         work = _Work(study, out, workers, reporter)
         failed = work.failed
         modalities = study.modalities or AffWild2(study.data, "train").modalities
-        asked = conditions(list(modalities), study.corruptions, study.severities)  # before anything is written
+        asked = list[Condition]()
+        if study.corruptions != ():  # before anything is written
+            asked = conditions(list(modalities), study.corruptions, study.severities)
         other = [c.corruption for c in asked if CORRUPTIONS[c.corruption].domain != "feature"]
         if other:
             raise ValueError(

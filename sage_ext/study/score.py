@@ -24,7 +24,7 @@ from ..training.evaluate import ClipPrediction, alike, clip_moments
 from ..training.runs import Run, join
 from .controls import control_predictions
 from .corruptions import Condition, corrupted
-from .methods import CAUSAL, ORACLE, REFERENCES, UNTRAINED
+from .methods import ORACLE, REFERENCES, UNTRAINED
 from .plan import TRUTH, Part, donor_clips, scored_clips
 from .results import MOMENTS, read_evaluation, write_evaluation
 
@@ -89,18 +89,20 @@ def evaluate_sweep(sweep: Sweep) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=1)
 def _truth(data: str) -> dict[str, dict[str, np.ndarray]]:
-    """{clip name: stage (T,), reliability (T, M)}, modalities in the order of the clips."""
+    """{clip name: stage (T,), reliability (T, M)}, modalities in the order of the clips; NaN for one that was added."""
     found = {}
     for clip in TruthClips(data):
         truth = read_truth(data, clip.name)
-        order = [list(truth["modalities"]).index(name) for name in clip.features]
-        found[clip.name] = {"stage": truth["stage"].astype(np.int64), "reliability": truth["reliability"][:, order]}
+        known = {name: truth["reliability"][:, m] for m, name in enumerate(truth["modalities"].tolist())}
+        blank = np.full(clip.num_frames, np.nan, np.float32)
+        reliability = np.stack([known.get(name, blank) for name in clip.features], 1)
+        found[clip.name] = {"stage": truth["stage"].astype(np.int64), "reliability": reliability}
     return found
 
 
 @functools.lru_cache(maxsize=2)
 def _oracle(name: str, data: str) -> Oracle | CausalOracle:
-    return {ORACLE: Oracle, CAUSAL: CausalOracle}[name](data)
+    return Oracle(data) if name == ORACLE else CausalOracle(data)
 
 
 @functools.lru_cache(maxsize=1)
@@ -215,7 +217,8 @@ def _spoilt(sweep: Sweep, clean: Clip, seen: Clip) -> tuple[np.ndarray, int]:
     bad = spoilt(clean, seen)
     had = np.stack([np.asarray(clean.present[name]) for name in clean.features], 1)
     order = [list(clean.features).index(name) for name in read_truth(sweep.data, clean.name)["modalities"]]
-    return bad[:, order], int((had.any(1) & ~(had & ~bad).any(1)).sum())
+    bad, had = bad[:, order], had[:, order]
+    return bad, int((had.any(1) & ~(had & ~bad).any(1)).sum())
 
 
 # --------------------------------------------------------------------------------------------------------- confidence
@@ -268,8 +271,10 @@ def _confidence(
         confidence = calibrated_confidence(
             evidence.reliability.double(), evidence.stage.double(), temperature.double(), bias.double()
         )
-        pairs = [(confidence[mask[:, m], m], true[mask[:, m], m]) for m in range(mask.shape[1])]
-        found["spearman"] = np.array([spearman(*pair) for pair in [*pairs, (confidence[mask], true[mask])]])
+        known = mask & ~true.isnan()
+        columns = [known & (torch.arange(mask.shape[1]) == m) for m in range(mask.shape[1])]
+        ranks = [spearman(confidence[c], true[c]) if c.any() else float("nan") for c in [*columns, known]]
+        found["spearman"] = np.array(ranks)
     found["stage_diagram"] = np.stack([measured(labels == s) for s in range(count)])
     return found
 
