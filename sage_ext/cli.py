@@ -256,6 +256,9 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, metavar="DIR", help="directory of the study; an earlier one is continued")
     sub.add_argument("--methods", type=_names, metavar="A,B",
                      help="sage, concat ..., audio-only ... (default: all there are; an unknown name lists them)")  # fmt: skip
+    sub.add_argument("--quality", dest="halves", choices=("both", "with", "without"),
+                     help="whether methods have quality evidence, where their name does not say (NAME+q has it; default: "
+                     "both where the data have it)")  # fmt: skip
     sub.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (default: 5, quick 3)")
     sub.add_argument("--lr", type=_numbers(float), metavar="R,R",
                      help="grid of peak learning rates (default: 1e-3,2e-3,4e-3, quick 2e-3)")  # fmt: skip
@@ -399,16 +402,19 @@ def _stream(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from .data.affwild2 import AffWild2
-    from .study.methods import default_methods, quick_methods
-    from .study.plan import Study, synthesise
+    from .data.synthetic import has_truth
+    from .study.methods import default_methods, expanded, quick_methods
+    from .study.plan import Study, has_quality, synthesise
     from .study.run import compare
 
     data = synthesise(args.out) if args.data is None else args.data
     given = {**_COMPARED, "max_steps": 400 if args.quick else 700, **_given(args, without=_SWEPT)}
     modalities, methods = given.pop("modalities", None), args.methods
+    there, truth = AffWild2(data, "train", modalities=modalities), args.folds is None and has_truth(data)
     if methods is None:
-        there = modalities or tuple(AffWild2(data, "train").modalities)
-        methods = (quick_methods if args.quick else default_methods)(there)
+        names = tuple(there.modalities)
+        methods = quick_methods(names) if args.quick else default_methods(names, truth=truth)
+    methods = expanded(methods, args.halves, has_quality(there))
     study = Study(
         data,
         methods,

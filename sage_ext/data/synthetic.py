@@ -53,6 +53,7 @@ _MEMORY = 0.9  # of the noise, from frame to frame
 _SMOOTH = (18.0, 4.0)  # standard deviation in frames of the kernel behind affect and nuisances
 _OFFSET, _LOUDNESS = 0.2, 0.2  # of a video, in the embedding; of a frame, as a factor on the latents (log)
 _GOOD, _MEDIUM, _POOR, _BURST = 0.3, 1.0, 3.5, 4.5  # noise standard deviations
+_JITTER = 1e-4  # variance that a filter adds to a view: numbers of a file, not exact ones
 
 
 @dataclass(frozen=True)
@@ -404,6 +405,14 @@ def read_truth(root: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
         return {key: data[key] for key in data.files}
 
 
+def trusted_modalities(root: str | os.PathLike) -> list[frozenset[str]]:
+    """Of each stage the modalities whose noise is low in it. Stages in which these are the same differ in what is said and
+    heard, not in whom to trust."""
+    world = _World(read_spec(root))
+    low = world.noise < _MEDIUM * world.spec.difficulty
+    return [frozenset(name for name, good in zip(world.names, stage) if good) for stage in low]
+
+
 class TruthClips(Sequence[Clip]):
     """The test split of a synthetic data set with the labels that only the synthesiser knows; every frame counts."""
 
@@ -451,13 +460,89 @@ class Oracle:
         something that truth/ does not know of spoilt a modality, which is then taken as absent."""
         clip = read_truth(self.root, name)
         if useless is not None:
-            if useless.dtype != bool or useless.shape != clip["present"].shape:
-                raise ValueError(
-                    f"useless: expected bool of the shape {clip['present'].shape}, got {useless.dtype} {useless.shape}"
-                )
-            clip["present"] = clip["present"] & ~useless
+            clip["present"] = _without(clip["present"], useless)
         affect = _affect(_smoothed(clip, self.width), self.prior)
         return np.clip(self.scale * affect + self.shift, -1, 1).astype(np.float32)
+
+    def predict_together(self, names: Sequence[str], useless: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """`predict` of each."""
+        return [self.predict(name, None if useless is None else useless[i]) for i, name in enumerate(names)]
+
+
+class CausalOracle:
+    """The same knowledge, used forward only: a Bayes filter, the upper line of what a causal fusion could reach.
+
+    A Kalman filter whose state is, for each of two independent combinations of valence and arousal, a mood that stays, a
+    smooth process (Matern of order 5/2: value and two derivatives) and each modality's autoregressive noise, which the
+    known variance scales. The variances of mood and process, the process's time scale and the noise's memory are those of
+    the train split's latents and views, the affine map to labels that of its labels. Like `Oracle` it does not know the
+    latents or labels of the split that it predicts.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        train = [read_truth(self.root, name) for name in AffWild2(self.root, "train").names]
+        latents = [clip["latents"].astype(np.float64) for clip in train]
+        joined = np.concatenate(latents)
+        self.turn = np.linalg.eigh(joined.T @ joined)[1]  # noise is alike in both: what is turned stays independent
+        self.rate, self.mood, self.process = _smoothness([z @ self.turn for z in latents])
+        self.memory = _noise_memory(train)
+        target = np.concatenate([clip["labels"] for clip in train])
+        fitted = np.concatenate(self._affect(train))
+        self.scale = target.std(axis=0) / fitted.std(axis=0)
+        self.shift = target.mean(axis=0) - self.scale * fitted.mean(axis=0)
+
+    def predict(self, name: str, useless: np.ndarray | None = None) -> np.ndarray:
+        """As `Oracle.predict`."""
+        return self.predict_together([name], None if useless is None else [useless])[0]
+
+    def predict_together(self, names: Sequence[str], useless: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """`predict` of each, side by side."""
+        clips = [read_truth(self.root, name) for name in names]
+        for i, clip in enumerate(clips if useless is not None else []):
+            clip["present"] = _without(clip["present"], useless[i])
+        return [np.clip(self.scale * y + self.shift, -1, 1).astype(np.float32) for y in self._affect(clips)]
+
+    def _affect(self, clips: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+        """(T, 2) labels of the filtered latents of each clip."""
+        longest, count = max(len(clip["present"]) for clip in clips), clips[0]["present"].shape[1]
+        seen = np.zeros((longest, len(clips), 2, count))
+        spread, there = np.ones((longest, len(clips), count)), np.zeros((longest, len(clips), count), bool)
+        for i, clip in enumerate(clips):
+            frames = len(clip["present"])
+            seen[:frames, i] = np.einsum("tmc,ck->tkm", clip["noisy"].astype(np.float64), self.turn)
+            spread[:frames, i], there[:frames, i] = np.sqrt(clip["variance"]), clip["present"]
+        mean = self._filtered(seen, spread, there) @ self.turn.T  # (T, V, 2)
+        return [np.tanh(_AFFECT_GAIN * mean[: len(clip["present"]), i]) for i, clip in enumerate(clips)]
+
+    def _filtered(self, seen: np.ndarray, spread: np.ndarray, there: np.ndarray) -> np.ndarray:
+        """seen (T, V, 2, M), spread and there (T, V, M) -> (T, V, 2) means of mood and process together."""
+        frames, clips, _, count = seen.shape
+        size = 4 + count  # process and its derivatives, mood, noises
+        move, steady = np.eye(size), np.zeros((2, size, size))
+        move[:3, :3], shape = _matern(self.rate)
+        move[4:, 4:] *= self.memory
+        for k in range(2):
+            steady[k, :3, :3] = self.process[k] * shape
+            steady[k, 3, 3] = self.mood[k]
+            steady[k, 4:, 4:] = np.eye(count)
+        added = steady - move @ steady @ move.T
+        mean, cov = np.zeros((clips, 2, size)), np.broadcast_to(steady, (clips, 2, size, size)).copy()
+        out = np.empty((frames, clips, 2))
+        for t in range(frames):
+            if t:
+                mean, cov = mean @ move.T, move @ cov @ move.T + added
+            for m in range(count):
+                sd = spread[t, :, m, None]
+                # the view is process + mood + sd * noise: what the state adds to it, and its gain
+                towards = cov[..., 0] + cov[..., 3] + sd[..., None] * cov[..., 4 + m]
+                variance = towards[..., 0] + towards[..., 3] + sd * towards[..., 4 + m] + _JITTER
+                gain = towards / variance[..., None] * there[t, :, m, None, None]
+                miss = seen[t, :, :, m] - mean[..., 0] - mean[..., 3] - sd * mean[..., 4 + m]
+                mean = mean + gain * miss[..., None]
+                cov = cov - gain[..., :, None] * towards[..., None, :]
+            out[t] = mean[..., 0] + mean[..., 3]
+        return out
 
 
 def oracle_predictions(root: str | os.PathLike, split: str) -> dict[str, np.ndarray]:
@@ -473,6 +558,51 @@ def _smoothed(clip: Mapping[str, np.ndarray], width: float) -> np.ndarray:
     kernel = _gaussian(width)
     reach, frames = len(kernel) // 2, len(sums)
     return np.stack([np.convolve(column, kernel)[reach : reach + frames] for column in sums.T], axis=1)
+
+
+def _without(present: np.ndarray, useless: np.ndarray) -> np.ndarray:
+    """(T, M) bool: what is present and not useless."""
+    if useless.dtype != bool or useless.shape != present.shape:
+        raise ValueError(f"useless: expected bool of the shape {present.shape}, got {useless.dtype} {useless.shape}")
+    return present & ~useless
+
+
+def _matern(rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """(3, 3) transition over one frame and (3, 3) stationary covariance of a Matern process of order 5/2 and unit variance
+    with its derivatives; correlation (1 + x + x^2 / 3) exp(-x) at x = rate * frames."""
+    change = np.array([[0, 1, 0], [0, 0, 1], [-(rate**3), -3 * rate**2, -3 * rate]])
+    rest = change + rate * np.eye(3)  # whose third power is 0
+    transition = np.exp(-rate) * (np.eye(3) + rest + rest @ rest / 2)
+    k = rate**2 / 3
+    return transition, np.array([[1, 0, -k], [0, k, 0], [-k, 0, rate**4]])
+
+
+def _smoothness(latents: Sequence[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:
+    """Rate, and variances (2,) of mood and process: mood + process * matern(lag) nearest to the mean products of the
+    latents (T, 2), `lag` frames apart."""
+    lags = np.arange(0, 61, 2)
+    pairs = [[z[: len(z) - lag] * z[lag:] for z in latents if len(z) > lag] for lag in lags]
+    measured = np.stack([np.concatenate(pair).mean(axis=0) if pair else np.full(2, np.nan) for pair in pairs])
+    known = ~np.isnan(measured[:, 0])
+    best = None
+    for rate in 1 / np.geomspace(3, 60, 40):
+        x = rate * lags[known]
+        design = np.stack([np.ones_like(x), (1 + x + x**2 / 3) * np.exp(-x)], axis=1)
+        variances = np.maximum(np.linalg.lstsq(design, measured[known], rcond=None)[0], 1e-3)
+        error = float(np.square(design @ variances - measured[known]).sum())
+        if best is None or error < best[0]:
+            best = error, float(rate), variances[0], variances[1]
+    assert best is not None
+    return best[1:]
+
+
+def _noise_memory(clips: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """The correlation of a modality's noise from frame to frame."""
+    above, below = 0.0, 0.0
+    for clip in clips:
+        noise = (clip["noisy"].astype(np.float64) - clip["latents"][:, None]) / np.sqrt(clip["variance"])[..., None]
+        above, below = above + float((noise[1:] * noise[:-1]).sum()), below + float(np.square(noise[:-1]).sum())
+    return min(max(above / below, 0.0), 0.999)
 
 
 def _affect(sums: np.ndarray, prior: float) -> np.ndarray:

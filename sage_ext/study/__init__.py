@@ -5,6 +5,8 @@ methods      what can be compared: SAGE, its variants, single modalities, and ev
 corruptions  the protocol of failures: plain NumPy, of use on your own arrays without anything else here
 run          `compare`: trains and scores what is missing, then reports
 score        finished runs under one condition
+controls     what a model would predict if it trusted as in another clip, in another order, or always alike
+streams      modalities that are of no use, and one that drifts after training
 results      what was measured, read from its files
 report       tables and pictures of it
 statistics   bootstrap over videos and seeds, agreement of labellings

@@ -1,15 +1,25 @@
-"""What can be compared: SAGE, SAGE without one of its parts, one modality alone, and every registered fusion."""
+"""What can be compared: SAGE, SAGE without one of its parts, one modality alone, and every registered fusion.
+
+A comparison has two halves. By its name alone a method runs without quality evidence, and as `NAME+q` with it: a fusion that
+has a reliability gets it there, any other as further input features. Methods are compared within a half.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..models import FUSIONS
 
-REFERENCE = "sage"  # the method that the others are compared with
-ORACLE = "oracle"  # no method: what fusion could reach if the true noise were known (synthetic data only)
+REFERENCE = "sage"  # the method that the others of its half are compared with
+WITH_QUALITY = "+q"  # ends the names of the half of a comparison in which everybody has quality evidence
+HALVES = {"": "without quality", WITH_QUALITY: "with quality"}
+# What fusion could reach if the true noise were known (synthetic data only): the first two are no methods, nothing is trained.
+ORACLE, CAUSAL, TOLD = "oracle", "oracle-causal", "sage-told"
+UNTRAINED = {CAUSAL: "causal filter (true noise known)", ORACLE: "oracle (true noise known, both directions)"}
+CEILINGS = (TOLD, *UNTRAINED)
+REFERENCES = tuple(REFERENCE + suffix for suffix in HALVES)
 QUICK = ("sage", "concat", "uniform")  # and every single modality
 ALONE = "-only"  # "audio-only": the same model with that one input
 
@@ -45,6 +55,8 @@ VARIANTS = {
         Method("can-plus", "CAN attention, SAGE's memory and stuck rule",
                {"fusion": "can", "peer_memory": True},
                "what is left of SAGE's lead is its reliability's"),
+        Method(TOLD, "SAGE, told the true noise", {"told": True, "quality": True},
+               "its quality is each frame's true log noise variance"),
     )
 }  # fmt: skip
 
@@ -63,20 +75,45 @@ def methods() -> dict[str, Method]:
 
 def find(name: str) -> Method:
     """The method behind a name of `default_methods`."""
-    if name in (known := methods()):
-        return known[name]
-    return Method(name, name.replace("-", " "), {"modalities": (name.removesuffix(ALONE),)})
+    plain, known = name.removesuffix(WITH_QUALITY), methods()
+    found = known.get(plain)
+    if found is None:
+        found = Method(plain, plain.replace("-", " "), {"modalities": (plain.removesuffix(ALONE),)})
+    evidence = half(name) == WITH_QUALITY
+    said = f"{found.title}, {HALVES[WITH_QUALITY]}" if evidence else found.title
+    return replace(found, name=name, title=said, overrides={"quality": evidence, **found.overrides})
+
+
+def half(name: str) -> str:
+    """The half of the comparison that a method is in, one of `HALVES`."""
+    return WITH_QUALITY if name.endswith(WITH_QUALITY) else ""
 
 
 def title(name: str) -> str:
-    """Of a method or the oracle, for tables and pictures."""
-    return "oracle (true noise known)" if name == ORACLE else find(name).title
+    """Of a method or a ceiling, for tables and pictures."""
+    return UNTRAINED[name] if name in UNTRAINED else find(name).title
 
 
-def default_methods(modalities: Sequence[str]) -> tuple[str, ...]:
-    """All there are for data with these modalities."""
+def default_methods(modalities: Sequence[str], *, quality: bool = False, truth: bool = False) -> tuple[str, ...]:
+    """All there are for data with these modalities. `quality`: the data have quality evidence; `truth`: the true noise is
+    known."""
     left = unfit(modalities)
-    return (*(name for name in methods() if name not in left), *single_methods(modalities))
+    plain = (*(m for m in methods() if m not in left and (truth or m != TOLD)), *single_methods(modalities))
+    return expanded(plain, None, quality)
+
+
+def expanded(names: Sequence[str], wanted: str | None, quality: bool) -> tuple[str, ...]:
+    """`names` as they are called in the halves that are `wanted` ("both", "with" quality evidence, "without"; None: both
+    where the data have it), one half after the other. What is named for a half already stays, and so does what is told
+    the true noise."""
+    choices = {"both": tuple(HALVES), "with": (WITH_QUALITY,), "without": ("",)}
+    if wanted is None:
+        wanted = "both" if quality else "without"
+    if wanted not in choices or (wanted != "without" and not quality):
+        allowed = "both, with or without" if quality else "without (the data have none)"
+        raise ValueError(f"quality: expected {allowed}, got {wanted}")
+    found = [name if name == TOLD or half(name) else name + suffix for suffix in choices[wanted] for name in names]
+    return tuple(dict.fromkeys(found))
 
 
 def unfit(modalities: Sequence[str]) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Study:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # the grid of peak learning rates
     tuning_seeds: int = 1
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    corruptions: tuple[str, ...] | None = None  # None: the whole protocol
+    corruptions: tuple[str, ...] | None = None  # None: the whole protocol; none at all: clean data alone
     span: float | None = None  # seconds of a corruption's spans, see `corruptions.apply`; None: 2, as the protocol says
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of TrainConfig, the same for all
 
@@ -82,7 +82,7 @@ class Study:
 
     def base(self) -> TrainConfig:
         """What all methods share; `seed` and `lr` are set by the study."""
-        fixed = {"data", "seed", "lr", "fusion", "modalities"} & set(self.train)
+        fixed = {"data", "seed", "lr", "fusion", "modalities", "quality", "told"} & set(self.train)
         if fixed:
             raise ValueError(f"train: expected none of what the study itself sets, got {', '.join(sorted(fixed))}")
         fixed_here = {"data": self.data, "modalities": self.modalities, "threads": 1, "patience": 10**9}
@@ -115,6 +115,11 @@ def evaluation_path(out: Path, seed: int, condition: Condition | None, part: Par
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+def has_quality(data: AffWild2) -> bool:
+    """There is quality evidence of one of its modalities or more."""
+    return any(data.quality_dims.values())
+
+
 class Part(NamedTuple):
     """What a model is trained on, and the clips that it is scored on: the whole study, or a fold."""
 

@@ -28,16 +28,31 @@ from ..report import (
     styled,
     write_report,
 )
-from .corruptions import CORRUPTIONS
-from .methods import ALONE, ORACLE, REFERENCE, VARIANTS, title
+from .controls import CONTROLS, PERMUTED
+from .corruptions import CORRUPTIONS, PROTOCOL
+from .methods import (
+    ALONE,
+    CAUSAL,
+    CEILINGS,
+    HALVES,
+    ORACLE,
+    REFERENCE,
+    TOLD,
+    UNTRAINED,
+    VARIANTS,
+    WITH_QUALITY,
+    half,
+    title,
+)
 from .plan import CLEAN, HELD_OUT
-from .results import Results, calibration_error
+from .results import Results, calibration_error, control_name
 from .score import BINS, LOST
 from .statistics import adjusted_mutual_information, interval, pooled_score, resampled
 
 ALL = "all corruptions"
 DEAD = ("dead-zeroed", "dead-frozen", "dead-saturated", "dead-noise")
 WEAKENED = ("noise", "misaligned", "gain", "drift", "stage-noise")  # the frames hit still tell something
+TOP = {ORACLE: "-", CAUSAL: DASH[1], TOLD: DASH[2]}  # dashes of the ceilings
 COLORS = (VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 
 Group = list[list[int]]  # a score is the mean over these lists of the mean over the conditions in each
@@ -45,12 +60,34 @@ Group = list[list[int]]  # a score is the mean over these lists of the mean over
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """P of every method, measured and resampled; `N` seeds, `K` conditions, `R` draws."""
+    """P of every method, measured and resampled; `N` seeds, `K` conditions, `R` draws. Of one half of a comparison."""
 
     results: Results
-    measured: dict[str, np.ndarray]  # method -> (N, K)
-    drawn: dict[str, np.ndarray]  # method -> (R, K), mean over the seeds drawn
+    measured: dict[str, np.ndarray]  # method, or control of SAGE -> (N, K)
+    drawn: dict[str, np.ndarray]  # the same -> (R, K), mean over the seeds drawn
     groups: dict[str, Group]
+    half: str = ""  # one of `methods.HALVES`
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are compared with."""
+        return REFERENCE + self.half
+
+    @property
+    def methods(self) -> list[str]:
+        """Those of this half, and after them the ceilings, which are of both."""
+        rest = [m for m in self.results.methods if m not in CEILINGS and half(m) == self.half]
+        return rest + [m for m in CEILINGS if m in self.results.methods]
+
+    @property
+    def confidence(self) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+        """What was measured of the reference's, by (fit, condition); empty without it."""
+        return self.results.confidence.get(self.reference, {})
+
+    def halves(self) -> list[Scores]:
+        """One a half in which anything was trained."""
+        there = {half(m) for m in self.results.methods if m not in CEILINGS} or {""}
+        return [dataclasses.replace(self, half=name) for name in HALVES if name in there]
 
     def mean(self, method: str, group: Group) -> float:
         return float(_grouped(self.measured[method].mean(0), group))
@@ -67,11 +104,12 @@ class Scores:
 
     def peers(self) -> list[str]:
         """Other people's methods, by their definitions."""
-        return [m for m in self.results.methods if m in FUSIONS]
+        return [m for m in self.methods if m.removesuffix(self.half) in FUSIONS]
 
     def sharing(self) -> list[str]:
         """Other fusions, uniform weights among them, in a model that has SAGE's memory and stuck rule."""
-        return [m for m in self.results.methods if m in VARIANTS and m.partition("-")[0] != REFERENCE]
+        plain = {m: m.removesuffix(self.half) for m in self.methods}
+        return [m for m, name in plain.items() if name in VARIANTS and name.partition("-")[0] != REFERENCE]
 
     def best(self, methods: Sequence[str], group: Group) -> str:
         return max(methods, key=lambda method: self.mean(method, group))
@@ -126,20 +164,30 @@ def _seeds(count: int) -> str:
 
 
 def _ranked(scores: Scores) -> list[str]:
-    """Best first by the mean over all corruptions, the oracle last."""
+    """Best first by the mean over all corruptions, the ceilings last."""
     group = scores.groups.get(ALL, scores.groups[CLEAN])
-    rest = [m for m in scores.results.methods if m != ORACLE]
+    rest = [m for m in scores.methods if m not in CEILINGS]
     order = sorted(rest, key=lambda method: -scores.mean(method, group))
-    return order + [m for m in scores.results.methods if m == ORACLE]
+    return order + [m for m in scores.methods if m in CEILINGS]
 
 
 def tables(scores: Scores) -> list[Table]:
-    return [_overview(scores), *_by_fold(scores), *_claims(scores), *_by_corruption(scores), *_by_severity(scores),
-            *_against_peer(scores), *_calibration(scores), *_stages(scores)]  # fmt: skip
+    """Of each half those that its methods can fill."""
+    found = []
+    for part in scores.halves():
+        made = [_overview(part), *_by_fold(part), *_claims(part), *_by_corruption(part), *_by_severity(part),
+                *_against_peer(part), *_controls(part), *_calibration(part), *_stages(part)]  # fmt: skip
+        found += [dataclasses.replace(table, title=table.title + _of_half(part)) for table in made]
+    return found
+
+
+def _of_half(scores: Scores) -> str:
+    """Ends the title of what is about the second half."""
+    return f", {HALVES[scores.half]}" if scores.half else ""
 
 
 def _overview(scores: Scores) -> Table:
-    results, paired = scores.results, REFERENCE in scores.results.methods
+    results, paired = scores.results, scores.reference in scores.methods
     shown = {name: group for name, group in scores.groups.items() if name in (CLEAN, ALL)}
     header = ["", "parameters", "rate", *(f"P {name}" for name in shown)]
     header += [f"SAGE less this, {name}" for name in shown] if paired else []
@@ -151,8 +199,10 @@ def _overview(scores: Scores) -> Table:
         row.append(" to ".join(dict.fromkeys((f"{rates[0]:g}", f"{rates[-1]:g}"))) if rates else "-")
         row += [_with_spread(scores.mean(method, g), scores.spread(method, g)) for g in shown.values()]
         if paired:
-            same = method == REFERENCE
-            row += ["" if same else _with_interval(*scores.difference(REFERENCE, method, g)) for g in shown.values()]
+            ours = scores.reference
+            row += [
+                "" if method == ours else _with_interval(*scores.difference(ours, method, g)) for g in shown.values()
+            ]
         rows.append(row)
     study = results.study
     note = (
@@ -206,11 +256,11 @@ def _by_corruption(scores: Scores) -> list[Table]:
         return []
     rows = [[title(m), *(_number(scores.mean(m, scores.groups[k])) for k in kinds)] for m in _ranked(scores)]
     note = "P, mean over seeds, severities and the modalities that fail."
-    if ORACLE in scores.results.methods:
+    if any(name in scores.methods for name in UNTRAINED):
         note += (
-            " The oracle takes a spoilt modality as absent; blank where, in one of the kind's conditions, that leaves "
-            f"nothing in over {LOST:.0%} of the frames. It is no upper line for {', '.join(WEAKENED)}: there the frames "
-            "still tell something."
+            " The oracle and the causal filter take a spoilt modality as absent; blank where, in one of the kind's "
+            f"conditions, that leaves nothing in over {LOST:.0%} of the frames. They are no upper line for "
+            f"{', '.join(WEAKENED)}: there the frames still tell something."
         )
     return [Table("By corruption", ("", *kinds), rows, note)]
 
@@ -233,23 +283,23 @@ def _by_severity(scores: Scores) -> list[Table]:
     rows = [
         [title(m), *(_number(scores.mean(m, g)) for g in [scores.groups[CLEAN], *map(at, severities)])]
         for m in _ranked(scores)
-        if m != ORACLE
+        if m not in UNTRAINED
     ]
     return [Table("By severity", ("", "clean", *map(str, severities)), rows, "P, mean over seeds and corruptions.")]
 
 
 def _against_peer(scores: Scores) -> list[Table]:
     peers = scores.peers()
-    if REFERENCE not in scores.results.methods or not peers:
+    if scores.reference not in scores.methods or not peers:
         return []
     rows = []
     for name, group in scores.groups.items():
         best = scores.best(peers, group)
         ahead = sum(
-            _grouped(scores.measured[REFERENCE][n], group) > _grouped(scores.measured[best][n], group)
+            _grouped(scores.measured[scores.reference][n], group) > _grouped(scores.measured[best][n], group)
             for n in range(scores.results.study.seeds)
         )
-        said = _with_interval(*scores.difference(REFERENCE, best, group))
+        said = _with_interval(*scores.difference(scores.reference, best, group))
         rows.append([name, title(best), said, f"{ahead} of {scores.results.study.seeds}"])
     note = "The best peer is the best one on these very scores, row by row: the comparison favours it."
     return [Table("SAGE against the best peer", ("", "best peer", "SAGE less the peer", "seeds ahead"), rows, note)]
@@ -273,7 +323,7 @@ def _whole_clip(scores: Scores, kinds: Sequence[str]) -> Group:
 def _survivor(scores: Scores) -> str | None:
     """Adds to `scores` the method "survivor": in each condition the best single modality that did not fail."""
     results = scores.results
-    alone = {m: m + ALONE for m in results.modalities if m + ALONE in results.methods}
+    alone = {m: name for m in results.modalities if (name := m + ALONE + scores.half) in results.methods}
     if len(alone) < len(results.modalities) or len(alone) < 2:
         return None
     for values in (scores.measured, scores.drawn):
@@ -287,90 +337,207 @@ def _survivor(scores: Scores) -> str | None:
     return "survivor"
 
 
+class _Claims:
+    """The rows of the table of claims: what was measured, its target, and whether it was met."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores, self.rows = scores, list[tuple[str, str, str, str]]()
+
+    def say(self, claim: str, measured: str, target: str, met: bool | None) -> None:
+        self.rows.append((claim, measured, target, "" if met is None else "met" if met else "missed"))
+
+    def less(
+        self, theirs: str, group: Group, claim: str, least: float | None, *, sure: bool = False, words: str = ""
+    ) -> None:
+        """SAGE less another: `least` is the target (None: it is stated), `sure`: the interval must be above 0 too."""
+        found = self.scores.difference(self.scores.reference, theirs, group)
+        self.between(found, claim, least, sure=sure, words=words)
+
+    def between(
+        self, found: tuple[float, float, float], claim: str, least: float | None, *, sure: bool = False, words: str = ""
+    ) -> None:
+        """A difference with its interval."""
+        target = words or ("stated" if least is None else f">= {least:+g}" + (", interval above 0" if sure else ""))
+        met = None if least is None else bool(found[0] >= least and (found[1] > 0 or not sure))
+        self.say(claim, _with_interval(*found), target, met)
+
+    def at_most(self, value: float, claim: str, most: float) -> None:
+        self.say(claim, _number(value), f"<= {most:g}", None if np.isnan(value) else bool(value <= most))
+
+    def at_least(self, values: np.ndarray, claim: str, least: float) -> None:
+        """The mean over seeds, and its spread."""
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        self.say(claim, _with_spread(float(np.mean(values)), spread), f">= {least:g}", bool(np.mean(values) >= least))
+
+
 def _claims(scores: Scores) -> list[Table]:
     """The targets of the study, those that these conditions and methods can answer."""
-    results, peers, rows = scores.results, scores.peers(), list[tuple[str, str, str, str]]()
-    if REFERENCE not in results.methods:
+    if scores.reference not in scores.methods:
         return []
+    claims = _Claims(scores)
+    _claims_on_peers(claims)
+    _claims_on_parts(claims)
+    _claims_on_failures(claims)
+    _claims_on_confidence(claims)
+    note = (
+        f"Differences in P with 95 % intervals of the bootstrap over {_drawn(scores.results)} and seeds; "
+        f"{_seeds(scores.results.study.seeds)}."
+    )
+    return [Table("Claims", ("", "measured", "target", ""), claims.rows, note)]
 
-    def add(claim: str, found: tuple[float, float, float], target: str, met: bool | None) -> None:
-        rows.append((claim, _with_interval(*found), target, "" if met is None else "met" if met else "missed"))
 
+def _kinds(scores: Scores) -> dict[str, Group]:
+    """The groups of one kind of corruption each."""
+    return {name: group for name, group in scores.groups.items() if name not in (CLEAN, ALL)}
+
+
+def _everywhere(scores: Scores, kind: str) -> Group:
+    """The conditions in which a kind hits all modalities at once."""
+    count = len(scores.results.modalities)
+    found = [
+        k for k, c in enumerate(scores.results.conditions) if c and c.corruption == kind and len(c.modalities) == count
+    ]
+    return [found] if found else []
+
+
+def _claims_on_peers(claims: _Claims) -> None:
+    scores = claims.scores
+    peers, clean, corrupted = scores.peers(), scores.groups[CLEAN], scores.groups.get(ALL)
     if peers:
-        best = scores.best(peers, scores.groups[CLEAN])
-        found = scores.difference(REFERENCE, best, scores.groups[CLEAN])
-        add(f"SAGE less the best peer ({title(best)}), clean", found, "interval reaches 0", found[2] >= 0)
-    if peers and ALL in scores.groups:
-        best = scores.best(peers, scores.groups[ALL])
-        found = scores.difference(REFERENCE, best, scores.groups[ALL])
-        met = found[0] >= 0.03 and found[1] > 0
-        add(f"SAGE less the best peer ({title(best)}), all corruptions", found, ">= +0.03, interval above 0", met)
+        best = scores.best(peers, clean)
+        claims.less(best, clean, f"SAGE less the best peer ({title(best)}), clean", 0.012, sure=True)
+    if peers and corrupted:
+        best = scores.best(peers, corrupted)
+        claims.less(best, corrupted, f"SAGE less the best peer ({title(best)}), all corruptions", 0.04, sure=True)
+        against = {k: scores.difference(scores.reference, scores.best(peers, g), g) for k, g in _kinds(scores).items()}
+        ahead, whole = sum(found[0] > 0 for found in against.values()), len(against) == len(PROTOCOL)
+        wanted = 12 if scores.half == WITH_QUALITY else 10
+        claims.say(
+            "kinds of corruption in which SAGE is above the best peer of each",
+            f"{ahead} of {len(against)}",
+            f">= {wanted} of {len(PROTOCOL)}",
+            bool(ahead >= wanted) if whole else None,
+        )
+        worst = min(against, key=lambda kind: against[kind][0])
+        least = -0.005 if scores.half == WITH_QUALITY else None
+        claims.between(against[worst], f"the worst of these differences ({worst})", least)
+    for kind in ("noise", "occluded", "gain"):
+        for peer in [peer for peer in peers if peer.removesuffix(scores.half) in ("concat", "can")]:
+            if group := _everywhere(scores, kind):
+                found = scores.difference(scores.reference, peer, group)
+                claim = f"SAGE less {title(peer)}, {kind} in all modalities"
+                claims.say(claim, _with_interval(*found), "above 0", bool(found[0] > 0))
+    if corrupted and (plus := f"can-plus{scores.half}") in scores.methods:
+        claims.less(plus, corrupted, f"SAGE less {title(plus)}, all corruptions", 0.01, sure=True)
     for name, what in ((CLEAN, "clean"), (ALL, "all corruptions")):
         if scores.sharing() and name in scores.groups:
             best = scores.best(scores.sharing(), scores.groups[name])
-            found = scores.difference(REFERENCE, best, scores.groups[name])
-            add(
-                f"SAGE less the best that shares its memory and stuck rule ({title(best)}), {what}",
-                found,
-                "stated",
-                None,
-            )
-    if "concat" in results.methods and ORACLE in results.methods and ALL in scores.groups:
-        known = ~np.isnan(scores.measured[ORACLE]).any(0)
-        emptied = [index for name, (index, *_) in scores.groups.items() if name not in (CLEAN, ALL, *WEAKENED)]
-        group = [kept for index in emptied if (kept := [k for k in index if known[k]])]
-        if group:
-            gap = scores.mean(ORACLE, group) - scores.mean("concat", group)
-            drawn = {m: _grouped(scores.drawn[m], group) for m in (REFERENCE, "concat", ORACLE)}
-            share = (drawn[REFERENCE] - drawn["concat"]) / (drawn[ORACLE] - drawn["concat"])
-            value = (scores.mean(REFERENCE, group) - scores.mean("concat", group)) / gap
-            claim = "share of the gap from concat to the oracle, corruptions that leave nothing of a frame"
-            add(claim, (value, *interval(share)), ">= 0.5", value >= 0.5)
+            claim = f"SAGE less the best that shares its memory and stuck rule ({title(best)}), {what}"
+            claims.less(best, scores.groups[name], claim, None)
+
+
+def _claims_on_parts(claims: _Claims) -> None:
+    scores, ours = claims.scores, claims.scores.reference
+    concat, one_stage = f"concat{scores.half}", f"sage-one-stage{scores.half}"
+    if concat in scores.methods and TOLD in scores.methods and ALL in scores.groups:
+        group = scores.groups[ALL]
+        gap = scores.mean(TOLD, group) - scores.mean(concat, group)
+        drawn = {m: _grouped(scores.drawn[m], group) for m in (ours, concat, TOLD)}
+        share = (drawn[ours] - drawn[concat]) / (drawn[TOLD] - drawn[concat])
+        value = (scores.mean(ours, group) - scores.mean(concat, group)) / gap
+        claim = "share of the gap from concat to SAGE told the true noise, all corruptions"
+        if gap > 0:
+            claims.between((value, *interval(share)), claim, 0.6)
+        else:
+            claims.say(claim, "- (concat is not below it)", ">= +0.6", None)
     staged = [index for name, (index, *_) in scores.groups.items() if name.startswith("stage-")]
-    if "sage-one-stage" in results.methods and staged:
-        found = scores.difference(REFERENCE, "sage-one-stage", staged)
-        add("SAGE less SAGE with one stage, stage-dependent corruptions", found, "interval above 0", found[1] > 0)
+    if one_stage in scores.methods and staged:
+        found = scores.difference(ours, one_stage, staged)
+        claim = "SAGE less SAGE with one stage, stage-dependent corruptions"
+        claims.say(claim, _with_interval(*found), "interval above 0", bool(found[1] > 0))
+
+
+def _claims_on_failures(claims: _Claims) -> None:
+    scores, peers = claims.scores, claims.scores.peers()
     survivor = _survivor(scores)
     for what, kinds, margin in (("dead", DEAD, 0.04), ("foreign", ("foreign",), 0.0)):
         group = _whole_clip(scores, kinds)
         if not group:
             continue
         if survivor is not None:
-            found = scores.difference(REFERENCE, survivor, group)
             claim = f"SAGE less the surviving modality alone, one {what} for the whole clip"
-            if what == "dead":
-                add(claim, found, ">= -0.02", found[0] >= -0.02)
-            else:
-                add(claim, found, "stated", None)
+            claims.less(survivor, group, claim, -0.02 if what == "dead" else None)
         if peers:
             best = scores.best(peers, group)
-            found = scores.difference(REFERENCE, best, group)
             claim = f"SAGE less the best peer ({title(best)}), one modality {what} for the whole clip"
-            add(claim, found, f">= {margin:+.2f}", found[0] >= margin)
-    clean = [confidence for (_, k), confidence in results.confidence.items() if k == 0]
-    if clean:
-        error = np.array([calibration_error(c["diagram"])[1] for c in clean])  # (N, M)
-        worst = np.nanmax(np.nanmean(error, 0))
-        rows.append(("calibration error after fitting, clean, the worse modality", f"{worst:.3f}", "<= 0.05",
-                     "met" if worst <= 0.05 else "missed"))  # fmt: skip
-    if clean and "spearman" in clean[0]:
-        ranks = np.array([c["spearman"] for c in clean]).mean(0)
-        rows.append(("rank correlation of confidence with true reliability, clean, all modalities", f"{ranks[-1]:.3f}",
-                     ">= 0.8", "met" if ranks[-1] >= 0.8 else "missed"))  # fmt: skip
-    note = (
-        f"Differences in P with 95 % intervals of the bootstrap over {_drawn(results)} and seeds; "
-        f"{_seeds(results.study.seeds)}."
+            claims.less(best, group, claim, margin)
+
+
+def _claims_on_confidence(claims: _Claims) -> None:
+    scores = claims.scores
+    clean = [found for (_, k), found in sorted(scores.confidence.items()) if k == 0]
+    if not clean:
+        return
+    costs = {c: scores.difference(scores.reference, _control(scores, c), scores.groups[CLEAN]) for c in PERMUTED}
+    costs = {c: found for c, found in costs.items() if not np.isnan(found[0])}
+    if costs:
+        milder = min(costs, key=lambda control: costs[control][0])
+        claim = f"permuted confidence costs, clean ({CONTROLS[milder]}, the milder of {len(costs)} permutations)"
+        claims.between(costs[milder], claim, 0.03, sure=True)
+    error = np.array([calibration_error(found["diagram"])[1] for found in clean])  # (N, M)
+    claims.at_most(
+        float(np.nanmax(np.nanmean(error, 0))), "calibration error after fitting, clean, the worse modality", 0.03
     )
-    return [Table("Claims", ("", "measured", "target", ""), rows, note)]
+    unseen = [kind for kind in _kinds(scores) if "foreign" not in kind and kind != "misaligned"]
+    errors = {kind: _calibration_under(scores, kind, failing=True, when=1) for kind in unseen}
+    errors = {kind: value for kind, value in errors.items() if not np.isnan(value)}
+    if errors:
+        worst = max(errors, key=lambda kind: errors[kind])
+        claim = f"the same, the worst corruption but foreign and misaligned ({worst}), the modality that fails"
+        claims.at_most(errors[worst], claim, 0.1)
+    if "contingency" in clean[0]:
+        agreement = np.array([adjusted_mutual_information(_alike(scores, found)) for found in clean])
+        claim = "agreement of the stages with the true ones, those that trust alike taken as one (AMI), clean"
+        claims.at_least(agreement, claim, 0.5)
+        ranks = np.array([found["spearman"][-1] for found in clean])
+        claims.at_least(ranks, "rank correlation of confidence with true reliability, clean, all modalities", 0.8)
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+def _control(scores: Scores, control: str) -> str:
+    return control_name(scores.reference, control)
+
+
+def _controls(scores: Scores) -> list[Table]:
+    """What SAGE loses with other shares of its experts."""
+    if not scores.confidence:
+        return []
+    shown = {name: group for name, group in scores.groups.items() if name in (CLEAN, ALL)}
+    rows = []
+    for control, what in CONTROLS.items():
+        name = _control(scores, control)
+        row = [what]
+        for group in shown.values():
+            row += [
+                _number(scores.mean(name, group)),
+                _with_interval(*scores.difference(scores.reference, name, group)),
+            ]
+        rows.append(row)
+    note = (
+        "P of the same model where the shares of its experts are those of another clip, or its own ones in another order "
+        "(blocks of about 2 s), or held at their mean over the clip, and what that costs. What the experts say stays the same."
+    )
+    header = ["", *(text for name in shown for text in (f"P {name}", f"costs, {name}"))]
+    return [Table("What the confidence is worth", header, rows, note)]
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
 def _calibration(scores: Scores) -> list[Table]:
     results = scores.results
-    if not results.confidence:
+    if not scores.confidence:
         return []
     names, seeds = results.modalities, range(results.fits)
-    error = {key: calibration_error(found["diagram"]) for key, found in results.confidence.items()}  # (2, M) each
+    error = {key: calibration_error(found["diagram"]) for key, found in scores.confidence.items()}  # (2, M) each
 
     def mean(values: Iterable[Any]) -> str:
         kept = [v for v in values if not np.isnan(v)]
@@ -382,7 +549,7 @@ def _calibration(scores: Scores) -> list[Table]:
         "many frames. Fitted on the validation split."
     )
     out = [Table("Calibration error of SAGE's confidence, clean", ("", "before", "after"), clean, note)]
-    stage = [results.confidence[n, 0]["stage_diagram"] for n in seeds]  # (stages, 2, M, 3, K) each
+    stage = [scores.confidence[n, 0]["stage_diagram"] for n in seeds]  # (stages, 2, M, 3, K) each
     rows = []
     for s in range(len(stage[0])):
         gaps = np.array([calibration_error(found[s]) for found in stage])  # (N, 2, M)
@@ -390,19 +557,13 @@ def _calibration(scores: Scores) -> list[Table]:
     header = ["", *(f"{m}, {when}" for m in names for when in ("before", "after"))]
     kind = "true stage" if results.truth else "most probable stage"
     out.append(Table(f"Calibration error by {kind}, clean", header, rows))
-    rows = []
-    for name, (index, *_) in ((n, g) for n, g in scores.groups.items() if n not in (CLEAN, ALL)):
-        row = [name]
-        for failing in (True, False):
-            for when in (0, 1):
-                chosen = []
-                for k in index:
-                    condition = results.conditions[k]
-                    assert condition is not None
-                    which = [i for i, m in enumerate(names) if (m in condition.modalities) == failing]
-                    chosen += [error[n, k][when, i] for n in seeds for i in which]
-                row.append(mean(chosen))
-        rows.append(row)
+    rows = [
+        [
+            name,
+            *(_number(_calibration_under(scores, name, failing, when)) for failing in (True, False) for when in (0, 1)),
+        ]
+        for name in _kinds(scores)
+    ]
     if rows:
         header = ["", "failing, before", "failing, after", "sound, before", "sound, after"]
         text = "The modality that fails, and the one that does not (none where all fail); mean over the conditions."
@@ -410,30 +571,107 @@ def _calibration(scores: Scores) -> list[Table]:
     return out
 
 
+def _calibration_under(scores: Scores, kind: str, failing: bool, when: int) -> float:
+    """Calibration error of the modalities that fail, or of the others, in a kind's conditions, before (0) or after (1)
+    fitting; NaN where there is none."""
+    names, found = scores.results.modalities, list[float]()
+    for k in scores.groups[kind][0]:
+        condition = scores.results.conditions[k]
+        assert condition is not None
+        which = [i for i, m in enumerate(names) if (m in condition.modalities) == failing]
+        for n in range(scores.results.fits):
+            error = calibration_error(scores.confidence[n, k]["diagram"])[when]
+            found += [error[i] for i in which if not np.isnan(error[i])]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _alike(scores: Scores, found: dict[str, np.ndarray]) -> np.ndarray:
+    """(S, *) the table of learnt and true stages, true ones that trust the same modalities taken as one."""
+    table, trusts = found["contingency"], scores.results.trusts
+    assert trusts is not None
+    kinds = list(dict.fromkeys(trusts[: table.shape[1]]))
+    merged = np.zeros((len(table), len(kinds)), table.dtype)
+    for s in range(table.shape[1]):
+        merged[:, kinds.index(trusts[s])] += table[:, s]
+    return merged
+
+
 def _stages(scores: Scores) -> list[Table]:
     results = scores.results
-    clean = {n: found for (n, k), found in results.confidence.items() if k == 0 and "contingency" in found}
+    clean = {n: found for (n, k), found in scores.confidence.items() if k == 0}
+    return [*_agreement(scores, {n: c for n, c in clean.items() if "contingency" in c}), *_trust(results, clean)]
+
+
+def _agreement(scores: Scores, clean: dict[int, dict[str, np.ndarray]]) -> list[Table]:
     if not clean:
         return []
     rows = [
-        [str(n), adjusted_mutual_information(found["contingency"]), *map(float, found["spearman"])]
+        [
+            str(n),
+            adjusted_mutual_information(found["contingency"]),
+            adjusted_mutual_information(_alike(scores, found)),
+            *map(float, found["spearman"]),
+        ]
         for n, found in sorted(clean.items())
     ]
-    header = ["seed", "adjusted mutual information", *(f"rank correlation, {m}" for m in results.modalities), "all"]
+    ranks = [f"rank correlation, {m}" for m in scores.results.modalities]
+    header = ["seed", "adjusted mutual information", "the same, stages that trust alike as one", *ranks, "all"]
     note = (
-        "Adjusted mutual information (1: the same, 0: chance) of the most probable stage with the true one, and "
-        "Spearman's rank correlation of confidence after fitting with the true reliability, frames in which the "
-        "modality is present."
+        "Adjusted mutual information (1: the same, 0: chance) of the most probable stage with the true one, and with the "
+        "true ones of which those that trust the same modalities are taken as one; Spearman's rank correlation of "
+        "confidence after fitting with the true reliability, frames in which the modality is present."
     )
     return [Table("Confidence and stages against the truth, clean", header, rows, note)]
 
 
+def _trust(results: Results, clean: dict[int, dict[str, np.ndarray]]) -> list[Table]:
+    """What each learnt stage does."""
+    if not clean or next(iter(clean.values()))["trust"].shape[0] < 2:
+        return []
+    rows = []
+    for n, found in sorted(clean.items()):
+        frames, whole, sums = found["trust"][:, 0], found["trust"][:, 1], found["trust"][:, 2:]
+        every = sums.sum(0) / max(whole.sum(), 1)
+        for s in np.argsort(-frames, kind="stable"):
+            mean = sums[s] / whole[s] if whole[s] else np.full(len(results.modalities), np.nan)
+            rows.append(
+                [str(n), str(s + 1), _number(frames[s] / frames.sum()), *map(_number, mean),
+                 trust_words(mean, every, results.modalities)]
+            )  # fmt: skip
+    note = (
+        "Of each learnt stage the share of the frames in which it is the most probable, and the modalities' mean weights "
+        "in those of them in which all are present, against the mean over all stages."
+    )
+    header = ["seed", "stage", "share of frames", *(f"weight, {m}" for m in results.modalities), ""]
+    return [Table("What the stages do, clean", header, rows, note)]
+
+
+MORE = 0.05  # of weight than on average, from which on a stage is said to trust a modality
+
+
+def trust_words(weights: np.ndarray, average: np.ndarray, modalities: Sequence[str]) -> str:
+    """A stage named by what it does: the modalities to which it gives clearly more weight than all stages do on average."""
+    if np.isnan(weights).any():
+        return "hardly occurs"
+    trusted = [m for m, more in zip(modalities, weights - average) if more >= MORE]
+    return f"trusts {' and '.join(trusted)}" if trusted else "as on average"
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 def pictures(scores: Scores) -> list[Picture]:
+    """Of each half, the second one's names ending in with-quality."""
+    found = []
+    for part in scores.halves():
+        end, start = ("-with-quality", "With quality evidence. ") if part.half else ("", "")
+        found += [Picture(p.name + end, start + p.caption, p.figure) for p in _pictures(part)]
+    return found
+
+
+def _pictures(scores: Scores) -> list[Picture]:
     found = [
         Picture("methods", "P clean and under all corruptions: mean over seeds, a dot a seed.", plot_methods(scores))
     ]
-    if REFERENCE in scores.results.methods and len(scores.results.methods) > 1:
+    if scores.reference in scores.methods and len(scores.methods) > 1:
         text = (
             f"SAGE less each method, with 95 % intervals of the bootstrap over {_drawn(scores.results)} and seeds; right of 0 "
             "SAGE wins."
@@ -445,7 +683,7 @@ def pictures(scores: Scores) -> list[Picture]:
         if len(scores.results.study.severities) > 1:
             text = "P over severity, mean over seeds and the modalities that fail; methods without a colour are grey."
             found.append(Picture("severities", text, plot_severities(scores)))
-    if scores.results.confidence:
+    if scores.confidence:
         text = (
             "Reliability diagrams of SAGE's confidence, frames of all seeds in equal groups: stated against observed "
             "reliability, before and after post-hoc fitting, clean and by stage."
@@ -454,7 +692,7 @@ def pictures(scores: Scores) -> list[Picture]:
         if ALL in scores.groups:
             text = "The same by corruption, of the modality that fails: on the diagonal confidence is what it claims."
             found.append(Picture("calibration-corruptions", text, plot_calibration_corruptions(scores)))
-        if "contingency" in scores.results.confidence[0, 0]:
+        if "contingency" in scores.confidence[0, 0]:
             text = "How often each true stage occurs while the model holds a stage for the most probable, a seed each."
             found.append(Picture("stages", text, plot_stages(scores)))
     return found
@@ -468,7 +706,7 @@ def plot_methods(scores: Scores) -> Any:
     for axis, name in zip(axes[0], shown):
         group = scores.groups[name]
         for y, method in enumerate(methods):
-            color = BLUE if method == REFERENCE else "#777777" if method == ORACLE else "black"
+            color = BLUE if method == scores.reference else "#777777" if method in CEILINGS else "black"
             values = _grouped(scores.measured[method], group)
             axis.plot(values, np.full(len(values), y), "o", color=color, alpha=0.35, markersize=3)
             axis.plot(values.mean(), y, "|", color=color, markersize=13, markeredgewidth=2)
@@ -479,12 +717,12 @@ def plot_methods(scores: Scores) -> Any:
 
 @styled
 def plot_differences(scores: Scores) -> Any:
-    methods = [m for m in _ranked(scores) if m not in (REFERENCE, ORACLE)][::-1]
+    methods = [m for m in _ranked(scores) if m != scores.reference and m not in UNTRAINED][::-1]
     shown = [name for name in (CLEAN, ALL) if name in scores.groups]
     fig, axes = new_figure(10, 0.27 * len(methods) + 1.2, 1, len(shown), sharey=True)
     for axis, name in zip(axes[0], shown):
         for y, method in enumerate(methods):
-            value, low, high = scores.difference(REFERENCE, method, scores.groups[name])
+            value, low, high = scores.difference(scores.reference, method, scores.groups[name])
             axis.plot((low, high), (y, y), color=BLUE, linewidth=2.2, solid_capstyle="butt")
             axis.plot(value, y, "o", color=BLUE, markersize=4.5)
         axis.axvline(0, color="#777777", linewidth=0.9)
@@ -517,10 +755,11 @@ def plot_corruptions(scores: Scores) -> Any:
 def _highlighted(scores: Scores) -> dict[str, tuple[str, Any]]:
     """method -> colour and dash."""
     peers = scores.peers()
-    wanted = ["concat", "uniform", *([scores.best(peers, scores.groups[ALL])] if peers else [])]
-    wanted += [m + ALONE for m in scores.results.modalities]
-    chosen = [m for m in dict.fromkeys(wanted) if m in scores.results.methods][: len(COLORS)]
-    return {REFERENCE: (BLUE, "-"), **{m: (COLORS[i], DASH[(i + 1) % 4]) for i, m in enumerate(chosen)}}
+    wanted = [f"{name}{scores.half}" for name in ("concat", "uniform")]
+    wanted += [scores.best(peers, scores.groups[ALL])] if peers else []
+    wanted += [m + ALONE + scores.half for m in scores.results.modalities]
+    chosen = [m for m in dict.fromkeys(wanted) if m in scores.methods][: len(COLORS)]
+    return {scores.reference: (BLUE, "-"), **{m: (COLORS[i], DASH[(i + 1) % 4]) for i, m in enumerate(chosen)}}
 
 
 @styled
@@ -531,20 +770,20 @@ def plot_severities(scores: Scores) -> Any:
     fig, axes = new_figure(2.3 * columns + 0.4, 2.0 * rows + 0.8, rows, columns, sharex=True, sharey=True)
     colored, conditions = _highlighted(scores), scores.results.conditions
     for axis, kind in zip(axes.flat, kinds):
-        for method in scores.results.methods:
+        for method in scores.methods:
             levels: dict[int, list[int]] = {0: [0]}
             for k in scores.groups[kind][0]:
                 condition = conditions[k]
                 assert condition is not None
                 levels.setdefault(condition.severity, []).append(k)
             y = [scores.mean(method, [index]) for _, index in sorted(levels.items())]
-            color, dash = colored.get(method, ("black" if method == ORACLE else GREY, "-"))
-            order, wide = (3, 2.0) if method == REFERENCE else (2, 1.3) if method in colored else (1, 0.8)
+            color, dash = colored.get(method, ("black", TOP[method]) if method in TOP else (GREY, "-"))
+            order, wide = (3, 2.0) if method == scores.reference else (2, 1.3) if method in colored else (1, 0.8)
             axis.plot(sorted(levels), y, color=color, linestyle=dash, linewidth=wide, zorder=order, label=title(method))
         axis.set(title=kind, xticks=range(6))
     _label_grid(axes, len(kinds), "severity (0: clean)", "P")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    kept = [i for i, m in enumerate(scores.results.methods) if m in colored or m == ORACLE]
+    kept = [i for i, m in enumerate(scores.methods) if m in colored or m in TOP]
     fig.legend([handles[i] for i in kept], [labels[i] for i in kept], loc="outside lower center", ncols=4)
     return fig
 
@@ -593,7 +832,7 @@ def _diagonal(axis: Any, found: np.ndarray) -> None:
 @styled
 def plot_calibration(scores: Scores) -> Any:
     results = scores.results
-    clean = [results.confidence[n, 0] for n in range(results.fits)]
+    clean = [scores.confidence[n, 0] for n in range(results.fits)]
     whole = np.stack([c["diagram"] for c in clean])  # (N, 2, M, 3, K)
     stage = np.stack([c["stage_diagram"] for c in clean])  # (N, stages, 2, M, 3, K)
     count = stage.shape[1]
@@ -624,7 +863,7 @@ def plot_calibration_corruptions(scores: Scores) -> Any:
             condition = results.conditions[k]
             assert condition is not None
             failing = [results.modalities.index(m) for m in condition.modalities]
-            found += [results.confidence[n, k]["diagram"][:, i] for n in range(results.fits) for i in failing]
+            found += [scores.confidence[n, k]["diagram"][:, i] for n in range(results.fits) for i in failing]
         _diagonal(axis, np.stack(found))
         axis.set_title(kind)
     _label_grid(axes, len(kinds), "confidence", "observed")
@@ -637,13 +876,13 @@ def plot_stages(scores: Scores) -> Any:
     count = min(results.study.seeds, 5)
     fig, axes = new_figure(2.3 * count + 0.6, 2.7, 1, count, sharey=True)
     for n, axis in enumerate(axes[0]):
-        table = results.confidence[n, 0]["contingency"].astype(float)
+        table = scores.confidence[n, 0]["contingency"].astype(float)
         share = table / np.maximum(table.sum(1, keepdims=True), 1)
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (row, column), value in np.ndenumerate(share):
             axis.text(column, row, f"{value:.2f}".replace("0.", ".", 1), ha="center", va="center", fontsize=7,
                       color="white" if value > 0.55 else "black")  # fmt: skip
-        agreement = adjusted_mutual_information(results.confidence[n, 0]["contingency"])
+        agreement = adjusted_mutual_information(scores.confidence[n, 0]["contingency"])
         held = table.sum(1) / table.sum()
         axis.set_yticks(range(len(held)), [f"{s + 1} ({held[s]:.0%})" for s in range(len(held))])
         axis.set_xticks(range(table.shape[1]), [str(s + 1) for s in range(table.shape[1])])

@@ -13,13 +13,21 @@ import numpy as np
 import torch
 
 from ..calibration import ReliabilityDiagram, expected_calibration_error
-from ..data.synthetic import TruthClips
+from ..data.synthetic import TruthClips, trusted_modalities
 from ..data.targets import Targets, scores
 from ..files import parsing, write_atomic
+from .controls import CONTROLS
 from .corruptions import Condition
-from .methods import ORACLE, REFERENCE
+from .methods import REFERENCES
 from .plan import TRUTH, Part, Study, condition_name, evaluation_path, scored_data
 from .statistics import additive, concordance
+
+MOMENTS = "moments"  # in an evaluation file; of a control that and its name
+
+
+def control_name(method: str, control: str) -> str:
+    """The key of a control's moments among those of the methods."""
+    return f"{method}, {control}"
 
 
 class Trained(NamedTuple):
@@ -48,15 +56,18 @@ class Results:
     modalities: list[str]
     targets: Targets
     fps: float
-    methods: list[str]  # the oracle last, where there is one
+    methods: list[str]  # those that are not trained last, where there are such
     conditions: list[Condition | None]
     clips: list[str]  # (V,)
     folds: list[str]  # (V,) the part that each is scored in
     groups: list[str]  # (V,) what the bootstrap draws: two persons of one video are not independent
     frames: int  # annotated ones, of all clips
-    moments: dict[str, np.ndarray]  # method -> (N, K, V, C, 6), NaN where the oracle is blank
+    # method -> (N, K, V, C, 6), NaN where an oracle is blank; also of each control of SAGE, see `control_name`
+    moments: dict[str, np.ndarray]
     trained: Trained
-    confidence: dict[tuple[int, int], dict[str, np.ndarray]]  # (fit, condition) -> of SAGE; a fit: a seed in a part
+    # "sage" or "sage+q" -> (fit, condition) -> what `score` says of its confidence; a fit: a seed in a part
+    confidence: dict[str, dict[tuple[int, int], dict[str, np.ndarray]]]
+    trusts: list[frozenset[str]] | None  # of each true stage the modalities of low noise, where it is known
 
     @property
     def truth(self) -> bool:
@@ -69,7 +80,7 @@ class Results:
 
 def read_evaluation(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """{method: {"model": digest of its weights, "moments": (V, C, 6), and of SAGE what `score` says of its
-    confidence}}."""
+    confidence, and the moments of its controls}}."""
     found: dict[str, dict[str, np.ndarray]] = {}
     with parsing(path), np.load(path) as file:
         for key in file.files:
@@ -93,26 +104,30 @@ def gather(
     parts: Sequence[Part],
     conditions: Sequence[Condition | None],
     trained: Trained,
-    *,
-    oracle: bool,
+    untrained: Sequence[str] = (),
 ) -> Results:
-    """Read the evaluation files of `trained`; `oracle`: it is there."""
-    methods = [*trained.methods, *([ORACLE] if oracle else [])]
-    found: dict[str, list[np.ndarray]] = {method: [] for method in methods}  # (N, K, clips of the part, C, 6) a part
-    confidence: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    """Read the evaluation files of `trained`, and of what is `untrained`."""
+    methods = [*trained.methods, *untrained]
+    ours = [method for method in REFERENCES if method in methods]
+    wanted = {method: (method, MOMENTS) for method in methods}
+    wanted |= {control_name(method, c): (method, f"{MOMENTS} {c}") for method in ours for c in CONTROLS}
+    found: dict[str, list[np.ndarray]] = {key: [] for key in wanted}  # (N, K, clips of the part, C, 6) a part
+    confidence: dict[str, dict[tuple[int, int], dict[str, np.ndarray]]] = {method: {} for method in ours}
     names, folds, groups, frames = list[str](), list[str](), list[str](), 0
     for p, part in enumerate(parts):
         held = [
             [read_evaluation(evaluation_path(out, seed, condition, part)) for condition in conditions]
             for seed in range(study.seeds)
         ]
-        for method in methods:
-            found[method].append(np.array([[file[method]["moments"] for file in files] for files in held]))
-        if REFERENCE in methods:
+        for key, (method, name) in wanted.items():
+            found[key].append(np.array([[file[method][name] for file in files] for files in held]))
+        for method in ours:
             for seed, files in enumerate(held):
                 for k, file in enumerate(files):
-                    confidence[seed * len(parts) + p, k] = {
-                        name: value for name, value in file[REFERENCE].items() if name not in ("model", "moments")
+                    confidence[method][seed * len(parts) + p, k] = {
+                        name: value
+                        for name, value in file[method].items()
+                        if name != "model" and not name.startswith(MOMENTS)
                     }
         data = scored_data(part, study.modalities)
         index = data.data if isinstance(data, TruthClips) else data
@@ -132,9 +147,10 @@ def gather(
         folds=folds,
         groups=groups,
         frames=frames,
-        moments={method: np.concatenate(arrays, 2) for method, arrays in found.items()},
+        moments={key: np.concatenate(arrays, 2) for key, arrays in found.items()},
         trained=trained,
         confidence=confidence,
+        trusts=trusted_modalities(study.data) if parts[0].split == TRUTH else None,
     )
 
 
@@ -153,7 +169,7 @@ def _error(diagram: torch.Tensor) -> float:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """One row a (method, seed, condition); blank where the oracle cannot be computed."""
+    """One row a (method, seed, condition); blank where an oracle cannot be computed."""
     buffer = io.StringIO()
     rows = csv.writer(buffer, lineterminator="\n")
     columns = [*(target.score for target in results.targets), "P"]

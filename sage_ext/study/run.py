@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..data.affwild2 import AffWild2, bare_name
+from ..data.synthetic import has_truth
 from ..files import LOCK, alone, parsing, write_atomic
 from ..nn import ReliabilityFusion
 from ..report import Table, printable
@@ -42,7 +43,7 @@ from ..training.trainer import (
 )
 from .corruptions import CORRUPTIONS, PROTOCOL, Condition, conditions
 from .jobs import Job, Workers
-from .methods import ORACLE, default_methods, unfit
+from .methods import TOLD, UNTRAINED, WITH_QUALITY, default_methods, half, unfit
 from .plan import (
     HELD_OUT,
     TRUTH,
@@ -54,6 +55,7 @@ from .plan import (
     configuration,
     dealing,
     evaluation_path,
+    has_quality,
     parts,
     run_path,
     scored_clips,
@@ -163,14 +165,20 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
             f"{out}: expected a directory that is empty, new or a study's, got one that holds something else"
         )
     modalities = list(study.modalities or shape["modalities"])
-    known, left = default_methods(modalities), unfit(modalities)
+    quality, truth = any(map(has_quality, data.values())), study.folds is None and has_truth(study.data)
+    known, left = default_methods(modalities, quality=quality, truth=truth), unfit(modalities)
     why = f"defined for two modalities, of which there are {len(modalities)} here"
     for name in study.methods:
-        if name in left:
-            raise ValueError(f"methods: expected names among {', '.join(known)}, got {name}: {why}")
-    unknown = [name for name in study.methods if name not in known]
-    if unknown:
-        raise ValueError(f"methods: expected names among {', '.join(known)}, got {', '.join(unknown)}")
+        if name in known:
+            continue
+        reason = ""
+        if name.removesuffix(WITH_QUALITY) in left:
+            reason = f": {why}"
+        elif half(name) and not quality:
+            reason = ": the data have no quality evidence"
+        elif name == TOLD:
+            reason = ": the true noise is known of synthetic data with a test split alone, and not in folds"
+        raise ValueError(f"methods: expected names among {', '.join(known)}, got {name}{reason}")
     for text in advice(text for clips in data.values() for text in clips.mismatches):
         reporter.say(text)
     if left:
@@ -323,7 +331,9 @@ def compare(
         work = _Work(study, out, workers, reporter)
         failed = work.failed
         modalities = study.modalities or AffWild2(study.data, "train").modalities
-        asked = conditions(list(modalities), study.corruptions, study.severities)  # before anything is written
+        asked = list[Condition]()
+        if study.corruptions != ():  # before anything is written
+            asked = conditions(list(modalities), study.corruptions, study.severities)
         other = [c.corruption for c in asked if CORRUPTIONS[c.corruption].domain != "feature"]
         if other:
             raise ValueError(
@@ -335,8 +345,8 @@ def compare(
         if not trained.rates:
             raise RunError("every method failed: " + "; ".join(failed.values()))
         _evaluate_all(work, found, wanted, trained)
-        oracle = found[0].split == TRUTH and ORACLE not in failed
-        results = gather(study, out, found, wanted, trained.without(failed), oracle=oracle)
+        ceilings = [name for name in UNTRAINED if found[0].split == TRUTH and name not in failed]
+        results = gather(study, out, found, wanted, trained.without(failed), ceilings)
         write_results(results, out / "results.csv")
         tables, page = write_study(results, out, draws=draws)
         reporter.say(f"{out / 'results.csv'}, {out / 'report.md'}, {page}")

@@ -1,4 +1,4 @@
-"""Finished runs scored under one condition: the moments of every video, and what SAGE's confidence is worth.
+"""Finished runs scored under one condition: the moments of every video, and what SAGE's confidence and stages are worth.
 
 It predicts with `training.evaluate` and measures confidence with `calibration`, as `sage-ext evaluate` does.
 """
@@ -17,19 +17,20 @@ from torch import Tensor
 
 from ..calibration import Evidence, calibrated_confidence, collect, diagrams, spearman
 from ..data.affwild2 import Clip
-from ..data.synthetic import Oracle, TruthClips, read_truth
+from ..data.synthetic import CausalOracle, Oracle, TruthClips, read_truth
 from ..data.windows import whole_clips
 from ..nn import ReliabilityFusion
-from ..training.evaluate import alike, clip_moments
+from ..training.evaluate import ClipPrediction, alike, clip_moments
 from ..training.runs import Run, join
+from .controls import control_predictions
 from .corruptions import Condition, corrupted
-from .methods import ORACLE, REFERENCE
+from .methods import ORACLE, REFERENCES, UNTRAINED
 from .plan import TRUTH, Part, donor_clips, scored_clips
-from .results import read_evaluation, write_evaluation
+from .results import MOMENTS, read_evaluation, write_evaluation
 
 BINS = 15  # of a reliability diagram
-# Share of the frames that a corruption leaves without a sound modality beyond which the oracle is left blank: what is
-# still in spoilt ones it cannot tell, and nothing would no longer be the upper line.
+# Share of the frames that a corruption leaves without a sound modality beyond which the oracles are left blank: what is
+# still in spoilt ones they cannot tell, and nothing would no longer be the upper line.
 LOST = 0.1
 
 
@@ -66,7 +67,7 @@ class Sweep:
 
 def missing(sweep: Sweep, found: Mapping[str, Mapping[str, np.ndarray]]) -> list[Scored]:
     """What is not in `found`, or is there of other weights."""
-    wanted = list(sweep.runs) + ([Scored(ORACLE, "", "")] if sweep.truth else [])
+    wanted = list(sweep.runs) + [Scored(name, "", "") for name in UNTRAINED if sweep.truth]
     return [run for run in wanted if run.method not in found or str(found[run.method]["model"]) != run.model]
 
 
@@ -88,18 +89,20 @@ def evaluate_sweep(sweep: Sweep) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=1)
 def _truth(data: str) -> dict[str, dict[str, np.ndarray]]:
-    """{clip name: stage (T,), reliability (T, M)}, modalities in the order of the clips."""
+    """{clip name: stage (T,), reliability (T, M)}, modalities in the order of the clips; NaN for one that was added."""
     found = {}
     for clip in TruthClips(data):
         truth = read_truth(data, clip.name)
-        order = [list(truth["modalities"]).index(name) for name in clip.features]
-        found[clip.name] = {"stage": truth["stage"].astype(np.int64), "reliability": truth["reliability"][:, order]}
+        known = {name: truth["reliability"][:, m] for m, name in enumerate(truth["modalities"].tolist())}
+        blank = np.full(clip.num_frames, np.nan, np.float32)
+        reliability = np.stack([known.get(name, blank) for name in clip.features], 1)
+        found[clip.name] = {"stage": truth["stage"].astype(np.int64), "reliability": reliability}
     return found
 
 
-@functools.lru_cache(maxsize=1)
-def _oracle(data: str) -> Oracle:
-    return Oracle(data)
+@functools.lru_cache(maxsize=2)
+def _oracle(name: str, data: str) -> Oracle | CausalOracle:
+    return Oracle(data) if name == ORACLE else CausalOracle(data)
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,38 +117,77 @@ def _score(
     """{method: what the evaluation file holds of it}; `seen` are the `clean` clips under the condition."""
     models = _models(sweep.runs, sweep.device)
     moments = {run.method: np.zeros((len(clean), len(clean[0].targets), 6)) for run in todo}
-    evidence: list[Evidence] = []
+    ours = [method for method in moments if method in REFERENCES]
+    evidence: dict[str, list[Evidence]] = {method: [] for method in ours}
+    answers: dict[str, dict[int, ClipPrediction]] = {method: {} for method in ours}
     order: list[int] = []  # of the clips in `evidence`
     lost = 0  # frames without a sound modality
     for places in alike([clip.num_frames for clip in clean]):
         clips = [seen[i] for i in places]  # once: a corrupted clip is computed when it is asked for
         order += places
+        spoilt_frames = None
+        if sweep.condition is not None and any(name in moments for name in UNTRAINED):
+            spoilt_frames = [_spoilt(sweep, clean[i], clip) for i, clip in zip(places, clips)]
+            lost += sum(gone for _, gone in spoilt_frames)
         for method in [method for method in moments if method not in errors]:
             try:
-                if method == ORACLE:
-                    answers = [_oracle_predicts(sweep, clean[i], clip) for i, clip in zip(places, clips)]
-                    predictions, lost = [said for said, _ in answers], lost + sum(gone for _, gone in answers)
+                if method in UNTRAINED:
+                    useless = None if spoilt_frames is None else [bad for bad, _ in spoilt_frames]
+                    predictions = _oracle(method, sweep.data).predict_together([clean[i].name for i in places], useless)
                 else:
-                    predictions = [said.prediction for said in models[method].predict_together(clips)]
+                    said = models[method].predict_together(clips)
+                    predictions = [one.prediction for one in said]
                 for i, clip, prediction in zip(places, clips, predictions):
                     moments[method][i] = clip_moments(prediction, clip).numpy()
-                if method == REFERENCE:
-                    evidence.append(_evidence(models[method], clips))
+                if method in ours:
+                    evidence[method].append(_evidence(models[method], clips))
+                    answers[method].update(zip(places, said))
             except Exception as error:  # one method's fault must not cost the others
                 errors[method] = f"{type(error).__name__}: {error}"
     found = {
-        run.method: {"model": np.array(run.model), "moments": moments[run.method]}
+        run.method: {"model": np.array(run.model), MOMENTS: moments[run.method]}
         for run in todo
         if run.method not in errors
     }
-    if ORACLE in found and lost > LOST * sum(clip.num_frames for clip in clean):
-        found[ORACLE]["moments"][:] = np.nan
-    if REFERENCE in found:
+    for name in UNTRAINED:
+        if name in found and lost > LOST * sum(clip.num_frames for clip in clean):
+            found[name][MOMENTS][:] = np.nan
+    for method in [method for method in ours if method in found]:
         truth = None
         if sweep.truth and sweep.condition is None:
             truth = [_truth(sweep.data)[clean[i].name] for i in order]
-        confidence = _confidence(models[REFERENCE], join(evidence), truth, clean=sweep.condition is None)
-        found[REFERENCE].update(confidence)
+        clear = sweep.condition is None
+        found[method].update(_confidence(models[method], join(evidence[method]), truth, clean=clear))
+        said = [answers[method][i] for i in range(len(clean))]
+        found[method].update(_controls(said, clean, sweep.seed))
+        if clear:
+            found[method]["trust"] = _trust(said)
+    return found
+
+
+def _controls(said: Sequence[ClipPrediction], clips: Sequence[Clip], seed: int) -> dict[str, np.ndarray]:
+    """{the moments of each control's predictions: (V, C, 6)}, NaN where there is none; see `controls`."""
+    predictions = control_predictions(said, [clip.name for clip in clips], [clip.fps for clip in clips], seed)
+    found = {}
+    for control, of_clips in predictions.items():
+        moments = np.full((len(clips), len(clips[0].targets), 6), np.nan)
+        for i, (clip, prediction) in enumerate(zip(clips, of_clips)):
+            if prediction is not None:
+                moments[i] = clip_moments(prediction, clip).numpy()
+        found[f"{MOMENTS} {control}"] = moments
+    return found
+
+
+def _trust(said: Sequence[ClipPrediction]) -> np.ndarray:
+    """(S, 2 + M): the frames in which each stage is the most probable, those of them in which every modality has a weight,
+    and the sum of each modality's weights in these."""
+    stage = np.concatenate([one.stage.argmax(1) for one in said])
+    weights = np.concatenate([one.weights for one in said]).astype(np.float64)
+    whole = (weights > 0).all(1)
+    found = np.zeros((said[0].stage.shape[1], 2 + weights.shape[1]))
+    for s in range(len(found)):
+        here = stage == s
+        found[s] = [here.sum(), (here & whole).sum(), *weights[here & whole].sum(0)]
     return found
 
 
@@ -169,15 +211,14 @@ def _rows(clip: Clip, name: str) -> np.ndarray:
     return full
 
 
-def _oracle_predicts(sweep: Sweep, clean: Clip, seen: Clip) -> tuple[np.ndarray, int]:
-    """(T, 2), and in how many frames nothing is left. It is told what was spoilt, and uses the rest."""
-    oracle = _oracle(sweep.data)
-    if sweep.condition is None:
-        return oracle.predict(clean.name), 0
+def _spoilt(sweep: Sweep, clean: Clip, seen: Clip) -> tuple[np.ndarray, int]:
+    """What an oracle is told was spoilt and takes as absent, (T, M) in the order of truth/, and in how many frames that
+    leaves nothing."""
     bad = spoilt(clean, seen)
     had = np.stack([np.asarray(clean.present[name]) for name in clean.features], 1)
     order = [list(clean.features).index(name) for name in read_truth(sweep.data, clean.name)["modalities"]]
-    return oracle.predict(clean.name, bad[:, order]), int((had.any(1) & ~(had & ~bad).any(1)).sum())
+    bad, had = bad[:, order], had[:, order]
+    return bad, int((had.any(1) & ~(had & ~bad).any(1)).sum())
 
 
 # --------------------------------------------------------------------------------------------------------- confidence
@@ -235,8 +276,10 @@ def _confidence(
         confidence = calibrated_confidence(
             evidence.reliability.double(), evidence.stage.double(), temperature.double(), bias.double()
         )
-        pairs = [(confidence[mask[:, m], m], true[mask[:, m], m]) for m in range(mask.shape[1])]
-        found["spearman"] = np.array([spearman(*pair) for pair in [*pairs, (confidence[mask], true[mask])]])
+        known = mask & ~true.isnan()
+        columns = [known & (torch.arange(mask.shape[1]) == m) for m in range(mask.shape[1])]
+        ranks = [spearman(confidence[c], true[c]) if c.any() else float("nan") for c in [*columns, known]]
+        found["spearman"] = np.array(ranks)
     found["stage_diagram"] = np.stack([measured(labels == s) for s in range(count)])
     return found
 

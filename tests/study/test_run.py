@@ -21,7 +21,7 @@ from sage_ext.data.synthetic import TruthClips, has_truth, write_dataset
 from sage_ext.files import BusyError, alone
 from sage_ext.study import plan
 from sage_ext.study import run as run_module
-from sage_ext.study.methods import ORACLE
+from sage_ext.study.methods import UNTRAINED
 from sage_ext.study.plan import evaluation_path, run_path, tuning_view
 from sage_ext.study.results import read_evaluation
 from sage_ext.study.run import compare
@@ -41,7 +41,9 @@ def test_methods_share_budget_data_and_grid_and_the_rate_has_the_best_validation
         p = {name: json.loads((out / "runs" / method / name / "result.json").read_text())["P"] for name in tried}
         assert later.replace("seed-1-", "seed-0-") == max(tried[:2], key=p.__getitem__)
         values = json.loads((out / "runs" / method / later / "config.json").read_text())["train"]
-        configs[method] = {k: v for k, v in values.items() if k not in ("lr", "fusion", "modalities")}
+        assert values["quality"] is (method.endswith("+q") or method == "sage-told")
+        own = ("lr", "fusion", "modalities", "quality", "told")
+        configs[method] = {k: v for k, v in values.items() if k not in own}
     assert all(values == configs["sage"] for values in configs.values())
     overview = {row[0]: row for row in tables[0].rows}
     assert overview["SAGE"][-1] == ""
@@ -62,7 +64,7 @@ def test_a_finished_study_is_read_not_done_again_and_grows(finished, data, tmp_p
     assert [row for row in grown if row["method"] != "uniform"] == list(csv.DictReader(table.decode().splitlines()))
     assert len([row for row in grown if row["method"] == "uniform"]) == 24
     held = read_evaluation(evaluation_path(out, 0, None))
-    assert set(held) == {*tiny(data).methods, "uniform", ORACLE}
+    assert set(held) == {*tiny(data).methods, "uniform", *UNTRAINED}
     assert held["sage"]["contingency"].sum() == sum(clip.num_frames for clip in TruthClips(data))
 
 
@@ -154,7 +156,7 @@ def test_a_method_that_crashes_is_named_and_the_others_are_reported(data, tmp_pa
     study = tiny(data, methods=("concat", "sage"), rates=(2e-3,), corruptions=("dead-zeroed",))
     with pytest.raises(RunError, match=r"1 methods failed.*concat, seed 1, rate 0\.002.*SIGKILL"):
         compare(study, tmp_path / "study", processes=1, draws=20, quiet=True)
-    assert {row["method"] for row in rows_of(tmp_path / "study")} == {"sage", ORACLE}
+    assert {row["method"] for row in rows_of(tmp_path / "study")} == {"sage", *UNTRAINED}
 
 
 def test_licensed_data_are_scored_on_validation_and_tuned_on_held_out_training_videos(data, tmp_path, undrawn):
@@ -200,12 +202,11 @@ def test_quick_synthesises_its_data_and_compares_the_first_of_all(capsys, tmp_pa
                  "--corruptions", "missing", "--processes", "1", "--draws", "20"]  # fmt: skip
     assert cli.main(arguments) == 0
     out, err = capsys.readouterr()
-    assert {row["method"] for row in rows_of(tmp_path)} == {
-        "sage", "concat", "uniform", "audio-only", "visual-only", ORACLE
-    }  # fmt: skip
+    names = ("sage", "concat", "uniform", "audio-only", "visual-only")
+    assert {row["method"] for row in rows_of(tmp_path)} == {*names, *(f"{name}+q" for name in names), *UNTRAINED}
     assert {row["condition"] for row in rows_of(tmp_path)} == {"clean", "missing-3-audio", "missing-3-visual"}
-    assert "5 trainings" in err
-    assert "5/5  visual-only, seed 0, rate 0.002: validation P" in err
+    assert "10 trainings" in err
+    assert "10/10  visual-only+q, seed 0, rate 0.002: validation P" in err
     assert "SAGE less this, clean" in out
     assert has_truth(tmp_path / "data")
 
@@ -215,6 +216,20 @@ def test_command_line_errors(capsys, data, tmp_path):
     err = capsys.readouterr().err
     assert "methods: expected names among sage, " in err
     assert err.rstrip().endswith(", got telepathy")
+    bare = tmp_path / "bare"
+    shutil.copytree(data, bare)
+    shutil.rmtree(bare / "truth")
+    for path in bare.glob("features/*/*.quality.npy"):
+        path.unlink()
+    for meta in bare.glob("features/*/meta.json"):
+        meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "quality"}))
+    for asked, words in (
+        (["--methods", "sage,concat+q"], "got concat+q: the data have no quality evidence"),
+        (["--methods", "sage-told"], "got sage-told: the true noise is known of synthetic data"),
+        (["--quality", "both"], "quality: expected without (the data have none), got both"),
+    ):
+        assert cli.main(["compare", "--data", str(bare), "--out", str(tmp_path / "s"), *asked]) == 2
+        assert words in capsys.readouterr().err
     assert err.startswith("sage-ext compare: error: ") or "\nsage-ext compare: error: " in err
     with pytest.raises(SystemExit):
         cli.main(["compare", "--out", str(tmp_path / "s"), "--severities", "all"])

@@ -8,7 +8,7 @@ import torch
 from studies import rows_of
 
 from sage_ext.calibration import Evidence, diagrams
-from sage_ext.data.synthetic import Oracle, TruthClips, oracle_predictions
+from sage_ext.data.synthetic import CausalOracle, Oracle, TruthClips, oracle_predictions, read_truth, trusted_modalities
 from sage_ext.study.corruptions import Condition, corrupted
 from sage_ext.study.plan import run_path
 from sage_ext.study.score import _diagrams, spoilt
@@ -53,6 +53,54 @@ def test_the_oracle_takes_what_was_spoilt_as_absent(data):
     assert np.abs(without - oracle.predict(clip.name)).max() > 0.05
     with pytest.raises(ValueError, match="useless"):
         oracle.predict(clip.name, bad[:, :1])
+
+
+def test_the_causal_filter_is_the_exact_posterior_of_what_came_before(data):
+    """Its mean against that of all views up to a frame at once, a Gaussian of hundreds of dimensions conditioned directly."""
+    oracle = CausalOracle(data)
+    name = TruthClips(data)[0].name
+    truth = read_truth(data, name)
+    frames = 40
+    truth = {key: value[:frames] if len(value) == len(truth["stage"]) else value for key, value in truth.items()}
+    truth["present"] = truth["present"].copy()
+    truth["present"][5:12, 1] = False
+    found = np.arctanh(oracle._affect([truth])[0]) / 0.8 @ oracle.turn
+    lag = np.abs(np.subtract.outer(np.arange(frames), np.arange(frames)))
+    x = oracle.rate * lag
+    sd = np.sqrt(truth["variance"].astype(np.float64))
+    seen = np.einsum("tmc,ck->ktm", truth["noisy"].astype(np.float64), oracle.turn)
+    for k in range(2):
+        signal = oracle.mood[k] + oracle.process[k] * (1 + x + x**2 / 3) * np.exp(-x)
+        for t in (0, 8, frames - 1):
+            places = [(i, m) for m in range(2) for i in range(t + 1) if truth["present"][i, m]]
+            if not places:
+                continue
+            i, m = np.array(places).T
+            noise = sd[i, m][:, None] * sd[i, m] * oracle.memory ** lag[np.ix_(i, i)] * (m[:, None] == m)
+            views = signal[np.ix_(i, i)] + noise + 1e-4 * np.eye(len(i))
+            exact = signal[t, i] @ np.linalg.solve(views, seen[k][i, m])
+            assert found[t, k] == pytest.approx(exact, abs=2e-3)
+
+
+def test_the_causal_filter_looks_back_only_and_sees_no_spoilt_frame(data):
+    oracle, clip = CausalOracle(data), TruthClips(data)[0]
+    names = [clip.name, TruthClips(data)[1].name]
+    plain = oracle.predict(clip.name)
+    for alone, together in zip((plain, oracle.predict(names[1])), oracle.predict_together(names)):
+        np.testing.assert_allclose(alone, together, atol=1e-6)
+    useless = np.zeros((clip.num_frames, 2), bool)
+    useless[40:, 0] = True
+    other = oracle.predict(clip.name, useless)
+    np.testing.assert_array_equal(other[:40], plain[:40])
+    assert np.abs(other - plain).max() > 0.05
+    useless[:] = True
+    assert np.ptp(oracle.predict(clip.name, useless), axis=0).max() < 1e-6
+    with pytest.raises(ValueError, match="useless"):
+        oracle.predict(clip.name, useless[:-1])
+
+
+def test_stages_are_known_by_whom_they_trust(data):
+    assert trusted_modalities(data) == [{"audio"}, {"visual"}, set(), {"visual"}]
 
 
 def test_a_modality_without_a_frame_has_no_diagram():
