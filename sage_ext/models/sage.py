@@ -80,6 +80,10 @@ class SAGEOutput(NamedTuple):
     experts: Tensor  # (B, T, K, C) the estimates that were weighed: the joint expert's, then the modalities'; peers': the fused
     shares: Tensor  # (B, T, K) `prediction` is the sum of `shares * experts`
     expert_confidence: Tensor  # (B, T, K) the confidence of each; of a peer, (B, T, M)
+    # Of a fusion with reliability in training mode, for `SAGELoss`: what each expert's single frame says of the targets,
+    # (B, T, K, C), and the log of the precision that the memory counts it by, (B, T, K).
+    frame_estimates: Tensor | None = None
+    frame_log_precision: Tensor | None = None
 
 
 class SAGE(nn.Module):
@@ -92,10 +96,12 @@ class SAGE(nn.Module):
     (`ReliabilityFusion`). Long averages come after the modalities' encoders because they should not mix precise frames with
     imprecise ones before those are told apart. Typicality, a part of the fusion, reads the standardised inputs.
 
-    Two quantities are kept apart. The precision of a *frame*, which the memory goes by, says how much the frame adds; nobody
-    sees it. The confidence of an *estimate* says how much of the targets' variance it explains, all that was remembered
-    included; it decides the weights, and is what a user reads. It is trained by the errors of each expert's own estimate
-    (`SAGELoss`), and calibrated on other data (`sage_ext.calibration`).
+    Two quantities are kept apart. The precision of a *frame*, which the memory goes by, says how much the frame adds: the odds of
+    the share of the targets' variance that a Linear on that frame alone explains. Only training runs that Linear; its errors
+    depend on the stage much more than those of estimates that average over time, and are what the stages are learnt from.
+    The confidence of an *estimate* says how much of the targets' variance it explains, all that was remembered included; it
+    decides the weights, and is what a user reads. It is trained by the errors of each expert's own estimate (`SAGELoss`), and
+    calibrated on other data (`sage_ext.calibration`).
 
     The unimodal predictions are what the model would say if it had one modality only. (Only the stage is still told by all
     modalities.) With a peer's fusion they are those of a linear head a modality on its encoder.
@@ -271,6 +277,9 @@ class SAGE(nn.Module):
         self.register_buffer("own_gain", torch.ones(experts, num_targets))
         self.register_buffer("own_shift", torch.zeros(experts, num_targets))
         self.register_buffer("target_variance", torch.ones(num_targets))
+        self.frame_heads = None
+        if fusion_type.has_reliability:
+            self.frame_heads = nn.ModuleList(nn.Linear(dim, num_targets) for _ in range(experts))
         self.foreign: ForeignFilter | None = None
         self.set_trust(trust)
         self.norm = nn.LayerNorm(dim)
@@ -298,8 +307,11 @@ class SAGE(nn.Module):
         self.config["trust"] = dict(zip(self.names, prior)) if self.names else prior
 
     def reliability_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the fusion's reliability path: little is asked of them by each frame, and they take a higher rate."""
-        return self.fusion.reliability_parameters() if isinstance(self.fusion, ReliabilityFusion) else iter(())
+        """Those of the reliability path: little is asked of them by each frame, and they take a higher rate."""
+        if isinstance(self.fusion, ReliabilityFusion):
+            assert self.frame_heads is not None
+            yield from self.fusion.reliability_parameters()
+            yield from self.frame_heads.parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As of any module; weights from before limits were learnt go by `stuck`."""
@@ -456,6 +468,7 @@ class SAGE(nn.Module):
             estimates,
             mixed.shares,
             mixed.confidence,
+            *self._single_frames(found),
         )
 
     def stream(
@@ -596,6 +609,14 @@ class SAGE(nn.Module):
         scaled = (self.own_gain * estimates + self.own_shift)[..., own, :] * self.target_variance.rsqrt()
         return self.foreign(scaled, confidence, told, None if state is None else state.foreign)
 
+    def _single_frames(self, found: Represented) -> tuple[Tensor | None, Tensor | None]:
+        """The last two fields of the output."""
+        if self.frame_heads is None or not self.training:
+            return None, None
+        frames = found.tracks.detach()
+        said = [head(frames[:, :, k]) for k, head in enumerate(self.frame_heads)]
+        return _bounded(torch.stack(said, 2)), found.log_precision
+
     def _heads(self, encoded: Sequence[Tensor]) -> Tensor:
         assert self.unimodal is not None
         return _bounded(torch.stack([head(h) for head, h in zip(self.unimodal, encoded)], 2))
@@ -685,10 +706,14 @@ def _bounded(x: Tensor) -> Tensor:
 class SAGELoss(nn.Module):
     """What trains `SAGE`: concordance of the prediction and of each expert's own estimate, and the score of their confidence.
 
-    `total = (1 - CCC(prediction)) + unimodal * mean_k (1 - CCC(expert_k)) + reliability * ExplainedVarianceNLL`, CCC pooled
-    over the batch's valid frames, a modality's own over those in which it is present. The error that an expert's confidence is
-    scored by is that of the best affine function of its estimate, relative to the target's variance, both by the batch: an
-    estimate of high concordance is as spread as the target, however little it explains of it.
+    `total = (1 - CCC(prediction)) + unimodal * mean_k (1 - CCC(expert_k)) + reliability * score`, CCC pooled over the batch's
+    valid frames, a modality's own over those in which it is present. The score is the sum of three:
+
+    `ExplainedVarianceNLL` of each expert's confidence. The error is that of the best affine function of its estimate, relative to
+    the target's variance, both by the batch: an estimate of high concordance is as spread as the target, however little it
+    explains of it.
+    `ExplainedVarianceNLL` of the precision of each expert's single frame, as `odds(r)`, by the error of `frame_estimates`.
+    Half the mean of that error itself, relative to the variance, which teaches the frame estimates.
 
     Args:
         unimodal, reliability: weights of the second and third part.
@@ -699,7 +724,7 @@ class SAGELoss(nn.Module):
         self,
         *,
         unimodal: float = 0.5,
-        reliability: float = 0.1,
+        reliability: float = 0.3,
         names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
@@ -743,9 +768,21 @@ class SAGELoss(nn.Module):
             gain, shift, variance = regression(own, labels, counted)
             error = (gain * own + shift - targets).square() / variance
         score = self.score(output.expert_confidence, error, counted)
+        if output.frame_estimates is not None and output.frame_log_precision is not None:
+            error = (output.frame_estimates - targets).square() / variance
+            score = (
+                score + self.score(output.frame_log_precision.sigmoid(), error, counted) + 0.5 * _mean(error, counted)
+            )
         total = prediction + self.unimodal * concordance + self.reliability * score
         parts = {"prediction": prediction, "unimodal": concordance, "reliability": score}
         return total, {name: part.detach() for name, part in parts.items()}
+
+
+def _mean(x: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of (B, T, K, C) over the counted (B, T, K)."""
+    if counted is None:
+        return x.mean()
+    return torch.where(counted, x.mean(-1), 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def explained_error(estimates: Tensor, labels: Tensor, gain: Tensor, shift: Tensor, variance: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ training step some windows of the batch get failures, the same way for every met
 
     zero     the features are 0, and the presence mask does not tell
     freeze   the features stand still at the failure's first frame
-    noise    Gaussian noise is added at a signal-to-noise ratio drawn for the failure
+    noise    Gaussian noise is added at a signal-to-noise ratio drawn for the failure; in half of the failures an automatic
+             gain control then brings the power back to what it was
     swap     the features are another clip's at the same place in its window: plausible, but foreign
     drop     the modality is marked absent (its features are 0, as they are for any absent frame)
     gain     the features move too much or too little about the window's mean
@@ -36,8 +37,9 @@ LENGTH = (8, 150)  # of a failure by default: frames at 30 a second
 KINDS = ("zero", "freeze", "noise", "swap", "drop", "gain", "occlude", "offset")
 MILD = ("noise", "gain", "occlude", "offset")  # those that leave something of the modality
 GAIN = (1.5, 4.0)  # least and greatest factor of "gain", or its reciprocal
-OCCLUDED = (0.25, 0.75)  # least and greatest share of the features in "occlude"
+OCCLUDED = (0.25, 1.0)  # least and greatest share of the features in "occlude"
 JITTER, JITTER_FRAMES = 0.2, 8  # of "occlude": standard deviations, and frames from knot to knot of the noise
+LEVELLED = 0.5  # share of "noise" behind a gain control
 OFFSET = 2.0  # standard deviations, at the most, at the end of "offset"
 
 
@@ -197,7 +199,10 @@ class Rehearsal:
             return value + ramp[:, None] * (reach * deviation)
         snr = self.snr_db[0] + (self.snr_db[1] - self.snr_db[0]) * _uniform(generator)
         scale = math.sqrt(_power(usual) / 10 ** (snr / 10))
-        return value + scale * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        value = value + scale * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        if _uniform(generator) < LEVELLED:
+            value = mean + (value - mean) / math.sqrt(1 + 1 / 10 ** (snr / 10))
+        return value
 
     def _draw_kind(self, generator: torch.Generator, among: Sequence[str] = KINDS) -> str:
         shares = {kind: share for kind, share in self.kinds.items() if kind in among}

@@ -113,8 +113,8 @@ class TrainConfig:
     patience: int = 10  # epochs without a better validation P before stopping
     grad_clip: float = 1.0  # largest gradient norm
     unimodal_weight: float = 0.5  # of 1 - CCC of the unimodal predictions, their mean
-    reliability_weight: float = 0.1  # of the score that trains confidence
-    reliability_rate: float = 5.0  # factor on `lr` for the reliability path
+    reliability_weight: float = 0.3  # of the scores that train confidence
+    reliability_rate: float = 10.0  # factor on `lr` for the reliability path
     quality: bool | None = (
         None  # None: read by a fusion with reliability where the data have it; True: by any; False: by none
     )
