@@ -9,9 +9,9 @@ training step some windows of the batch get failures, the same way for every met
              gain control then brings the power back to what it was
     swap     the features are another clip's at the same place in its window: plausible, but foreign
     drop     the modality is marked absent (its features are 0, as they are for any absent frame)
-    gain     the features move too much or too little about the window's mean
+    gain     the features are too large or too small, measured from a point between zero and the window's mean
     occlude  some of the features are nearly still, where a frame of the window has them
-    offset   each feature drifts away steadily, by up to two standard deviations at the failure's end
+    offset   each feature is off by up to three standard deviations at the failure's end, by a part of that at its beginning
 
 Noise, gain, occlusion and offset leave something of what the modality saw, so that all modalities may fail in these ways
 at once; the other kinds leave nothing. Labels, padding and modalities that do not fail are never touched.
@@ -40,7 +40,7 @@ GAIN = (1.5, 4.0)  # least and greatest factor of "gain", or its reciprocal
 OCCLUDED = (0.25, 1.0)  # least and greatest share of the features in "occlude"
 JITTER, JITTER_FRAMES = 0.2, 8  # of "occlude": standard deviations, and frames from knot to knot of the noise
 LEVELLED = 0.5  # share of "noise" behind a gain control
-OFFSET = 2.0  # standard deviations, at the most, at the end of "offset"
+OFFSET = 3.0  # standard deviations, at the most, at the end of "offset"
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Rehearsal:
                   150 frames at 30 a second, see `data.rates` for slower data
     snr_db        signal-to-noise ratio of "noise", (lowest, highest) in dB, drawn evenly; the signal's power is its
                   variance over the window's present frames, averaged over the channels that vary
-    kinds         relative frequency of each kind. Default: alike, but gain, occlude and offset half as often, so that in most
-                  failures of one modality nothing of it is left
+    kinds         relative frequency of each kind. Default: alike
     overlap       False: a frame keeps at least one modality that is present and has not failed, wherever it had one
                   besides the failing one; True: modalities fail independently of each other
     together      chance that in a rehearsed window all modalities fail in one span, each in a way that leaves something of
@@ -69,9 +68,7 @@ class Rehearsal:
     spans: int = 3
     length: tuple[float, float] | None = None
     snr_db: tuple[float, float] = (-10.0, 10.0)
-    kinds: Mapping[str, float] = field(
-        default_factory=lambda: {**dict.fromkeys(KINDS, 1.0), "gain": 0.5, "occlude": 0.5, "offset": 0.5}
-    )
+    kinds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     overlap: bool = False
     together: float = 0.25
     unknown: float = 0.15
@@ -185,7 +182,8 @@ class Rehearsal:
         mean, deviation = usual.mean(0), usual.std(0, correction=0)
         if kind == "gain":
             log = math.log(GAIN[0]) + math.log(GAIN[1] / GAIN[0]) * _uniform(generator)
-            return mean + math.exp(log if _uniform(generator) < 0.5 else -log) * (value - mean)
+            centre = mean * _uniform(generator)
+            return centre + math.exp(log if _uniform(generator) < 0.5 else -log) * (value - centre)
         if kind == "occlude":
             share = OCCLUDED[0] + (OCCLUDED[1] - OCCLUDED[0]) * _uniform(generator)
             hidden = torch.randperm(dim, generator=generator) < max(round(share * dim), 1)
@@ -195,7 +193,7 @@ class Rehearsal:
             return torch.where(hidden, instead, value)
         if kind == "offset":
             reach = OFFSET * (2 * torch.rand(dim, generator=generator, dtype=value.dtype) - 1)
-            ramp = torch.arange(1, length + 1, dtype=value.dtype) / length
+            ramp = torch.linspace(_uniform(generator), 1, length, dtype=value.dtype)
             return value + ramp[:, None] * (reach * deviation)
         snr = self.snr_db[0] + (self.snr_db[1] - self.snr_db[0]) * _uniform(generator)
         scale = math.sqrt(_power(usual) / 10 ** (snr / 10))
