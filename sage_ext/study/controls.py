@@ -44,9 +44,8 @@ def controlled(said: ClipPrediction, shares: Array) -> Array:
     assert said.experts is not None
     assert said.shares is not None
     there = said.shares > 0
-    kept = np.where(there, shares, 0.0).astype(np.float64)
-    total = kept.sum(1, keepdims=True)
-    kept = np.where(total > 0, kept, there)
+    kept: Array = np.where(there, shares, 0.0).astype(np.float64)
+    kept = np.where(kept.sum(1, keepdims=True) > 0, kept, there.astype(np.float64))
     kept *= said.shares.sum(1, keepdims=True) / np.maximum(kept.sum(1, keepdims=True), 1e-12)
     found = np.einsum("tk,tkc->tc", kept, said.experts)
     return np.where(there.any(1, keepdims=True), found, said.prediction).astype(np.float32)

@@ -232,11 +232,10 @@ def useless_streams(
         (part,) = parts(changed, out / kind)
         clips = scored_clips(part, names)
         for method in study.methods:
-            moments = [
-                _moments(*which, method) for which in ((study, out / "without", before), (changed, out / kind, part))
-            ]
-            value, low, high = _cost(*moments, groups, draws)
-            score = pooled_score(moments[1], np.ones((1, len(clips)))).mean()
+            plain = _moments(study, out / "without", before, method)
+            moments = _moments(changed, out / kind, part, method)
+            value, low, high = _cost(plain, moments, groups, draws)
+            score = pooled_score(moments, np.ones((1, len(clips)))).mean()
             row = [kind, title(method), score, f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"]
             shares = [_share(run, clips, kind) for run in _loaded(changed, out / kind, part, method)]
             weight, confidence = np.mean(shares, axis=0)
