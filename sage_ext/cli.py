@@ -134,6 +134,23 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
         help="centred mean filter of N frames, one number for all targets or one each (looks ahead; 1: none)",
     )  # fmt: skip
     sub.add_argument("--chunk", type=int, default=3000, help="frames at once, causal models")
+    _trust_argument(sub)
+
+
+def _trust_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--trust", type=_shares, metavar="NAME[=SHARE],...",
+        help="modalities whose stream may belong to somebody else than the labels, and in what share of the time "
+        "(default: none; .3 where no share is given)",
+    )  # fmt: skip
+
+
+def _shares(text: str) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for part in text.split(","):
+        name, equals, share = part.partition("=")
+        found[name] = float(share) if equals else "may be foreign"
+    return found
 
 
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
@@ -164,7 +181,8 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("patience", int, "epochs without a better validation P before stopping"),
     ("grad_clip", float, "largest gradient norm"),
     ("unimodal_weight", float, "of the unimodal heads' loss"),
-    ("reliability_weight", float, "of the score that trains confidence"),
+    ("reliability_weight", float, "of the scores that train confidence"),
+    ("reliability_rate", float, "factor on the learning rate for the reliability path"),
     ("seed", int, "of weights, order, dropout and rehearsal"),
     ("device", str, "cpu, cuda, cuda:1 ..."),
     ("threads", int, "CPU threads"),
@@ -206,6 +224,8 @@ def _given(args: argparse.Namespace, rehearsal: Any = None, without: Sequence[st
         given["modalities"] = args.modalities
     if hasattr(args, "centred"):
         given["causal"] = False
+    if getattr(args, "quality", None) is not None:
+        given["quality"] = args.quality
     changed: dict[str, Any] = {"probability": 0.0} if hasattr(args, "no_rehearsal") else {}
     if hasattr(args, "rehearsal_length"):
         if len(args.rehearsal_length) != 2:
@@ -222,6 +242,8 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory to write")
     sub.add_argument("--resume", action="store_true", help="continue the run in DIR, bit for bit on the CPU")
     sub.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+    sub.add_argument("--quality", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                     help="read quality evidence (default: where the data have it, a fusion with reliability does)")  # fmt: skip
     sub.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard beside log.csv")
     sub.add_argument("--quiet", action="store_true", help="no progress display")
     _config_arguments(sub)
@@ -230,10 +252,11 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
 def _stream_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory that train wrote; a causal model")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    _trust_argument(sub)
     sub.add_argument("--input", default="-", metavar="FILE", help="file or named pipe to read; -: standard input")
     sub.add_argument(
         "--format", choices=("jsonl", "f32"), default="jsonl",
-        help="jsonl: an object a line, {modality: [numbers] or null}; f32: raw little-endian float32, the modalities of a "
+        help="jsonl: an object a line, {modality: [numbers] or null, \"quality\": {modality: [numbers or null]}}; f32: raw little-endian float32, the modalities of a "
         "frame one after another in the model's order, NaN where missing",
     )  # fmt: skip
     sub.add_argument("--follow", action="store_true", help="wait for more at the end of FILE, as tail -f does")
@@ -372,7 +395,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     result, tables = evaluate_run(
         args.run, args.data, args.split, smooth=args.smooth, device=args.device, chunk=args.chunk, report=args.report,
-        videos=args.videos,
+        videos=args.videos, trust=args.trust,
     )  # fmt: skip
     for text in advice(result["mismatches"]):
         print(f"sage-ext evaluate: {printable(text)}", file=sys.stderr)
@@ -388,7 +411,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     predictions = predict_run(
         args.run, args.data, args.out, split=args.split, sample=args.sample, smooth=args.smooth, device=args.device,
-        chunk=args.chunk,
+        chunk=args.chunk, trust=args.trust,
     )  # fmt: skip
     _say(f"{args.out}: {len(predictions)} videos, {sum(len(p) for p in predictions.values())} frames")
     return 0

@@ -214,7 +214,7 @@ def stream(args: argparse.Namespace) -> int:
         raise ValueError(f"--serve: expected a port from 0 to 65535, got {args.serve}")
     if args.report is not None:  # what would fail at the end should fail now
         require("matplotlib", "train")
-    run = Run.load(args.run)
+    run = Run.load(args.run, trust=args.trust)
     recent = max(round(default_frames(RECENT, run.fps)), 2)
     quality = None
     if args.labels is not None:
@@ -223,7 +223,7 @@ def stream(args: argparse.Namespace) -> int:
     estimator = Estimator(
         run.model, run.names, targets=run.targets, device=args.device, quality=quality, keep=keep, recent=recent
     )
-    form = make_format(args.format, run.names, estimator.session.in_dims)
+    form = make_format(args.format, run.names, estimator.session.in_dims, estimator.quality_dims)
     if args.report is not None:
         Path(args.report).mkdir(parents=True, exist_ok=True)
     output = sys.stdout.fileno()
@@ -241,7 +241,7 @@ def stream(args: argparse.Namespace) -> int:
             note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
         sizes = ", ".join(f"{dim} {name}" for name, dim in zip(run.names, estimator.session.in_dims))
         note(f"ready; a frame has {sizes} numbers")
-        for name, columns in run.columns.items():
+        for name, columns in [*run.columns.items(), *((f"quality of {m}", x) for m, x in run.quality_columns.items())]:
             note(f"{name}: {', '.join(columns[:8])}{' ...' if len(columns) > 8 else ''}")
         stop = stack.enter_context(Stop())
         lines = Output(output, stop)

@@ -176,6 +176,7 @@ class Estimator:
         recent: int = RECENT,
     ) -> None:
         self.session, self.names, self.quality = model.stream(device=device), tuple(names), quality
+        self.quality_dims = dict(zip(self.names, model.quality_dims))
         self.targets, self.recent = targets, recent
         if self.session.num_targets != len(targets):
             raise ValueError(
@@ -195,7 +196,7 @@ class Estimator:
     def take(self, number: int, frame: Frame, began: float | None = None) -> dict[str, Any]:
         """The estimate for frame `number` (from 1) of the input. `began`: `time.perf_counter()` when it had been read."""
         before = time.perf_counter()
-        out = self.session.step(frame.features, frame.present)
+        out = self.session.step(frame.features, frame.present, quality=frame.quality or None)
         after = time.perf_counter()
         prediction, weights, confidence, stage, present = (
             x[0].tolist() for x in (out.prediction, out.weights, out.confidence, out.stage, out.present)

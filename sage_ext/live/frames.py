@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 
 FORMATS = ("jsonl", "f32")
 ECHOED = ("frame", "t")
+QUALITY = "quality"
 ECHO_LIMIT = 200  # characters
 Block = bytes | None  # None: the input begins anew, what is pending of it will not be completed
 
@@ -26,11 +27,13 @@ class MalformedFrame(ValueError):
 
 @dataclass
 class Frame:
-    """One frame: `features`, M arrays (1, D_m) float32; `present` (1, M) bool; `echo`, what the answer repeats."""
+    """One frame: `features`, M arrays (1, D_m) float32; `present` (1, M) bool; `echo`, what the answer repeats; `quality`, by
+    name (1, Q_m) float32, NaN where unknown."""
 
     features: list[np.ndarray]
     present: np.ndarray
     echo: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Format(Protocol):
@@ -43,23 +46,30 @@ class Format(Protocol):
     def read(self, record: bytes) -> Frame | None: ...  # None: nothing there; raises MalformedFrame
 
 
-def make_format(name: str, names: Sequence[str], dims: Sequence[int]) -> Format:
-    return JsonLines(names, dims) if name == "jsonl" else RawFloats(dims)
+def make_format(
+    name: str, names: Sequence[str], dims: Sequence[int], quality_dims: Mapping[str, int] | None = None
+) -> Format:
+    return JsonLines(names, dims, quality_dims) if name == "jsonl" else RawFloats(dims)
 
 
 class JsonLines:
     """An object a line: {"audio": [...], "visual": [...] or null or left out, "frame": ..., "t": ...}; blank lines skipped.
 
-    NaN and Infinity, as Python writes them, are taken: the session counts that modality as absent.
+    NaN and Infinity, as Python writes them, are taken: the session counts that modality as absent. "quality": {"visual": [...]}
+    is the quality evidence of modalities that have it, null or left out, whole or a number of it, where it is unknown.
     """
 
     unit = "line"
 
-    def __init__(self, names: Sequence[str], dims: Sequence[int]) -> None:
+    def __init__(
+        self, names: Sequence[str], dims: Sequence[int], quality_dims: Mapping[str, int] | None = None
+    ) -> None:
         self.names, self.dims = tuple(names), tuple(dims)
+        self.quality_dims = {name: q for name, q in (quality_dims or {}).items() if q}
         self.limit = max(1 << 16, 64 * sum(dims))  # bytes of a line: 64 a number, which is some three times the need
         self.echoed = tuple(key for key in ECHOED if key not in self.names)
-        self.known = {*self.names, *self.echoed}
+        self.takes_quality = QUALITY not in self.names
+        self.known = {*self.names, *self.echoed, *([QUALITY] if self.takes_quality else [])}
         self.missing = [np.zeros((1, dim), np.float32) for dim in dims]
 
     def records(self, blocks: Iterable[Block]) -> Iterator[bytes | MalformedFrame]:
@@ -113,7 +123,25 @@ class JsonLines:
             given = value.get(name)
             if given is not None:
                 features[m], present[0, m] = _numbers(name, dim, given), True
-        return Frame(features, present, {key: _echo(key, value[key]) for key in self.echoed if key in value})
+        echo = {key: _echo(key, value[key]) for key in self.echoed if key in value}
+        return Frame(features, present, echo, self._quality(value.get(QUALITY)) if self.takes_quality else {})
+
+    def _quality(self, given: Any) -> dict[str, np.ndarray]:
+        if given is None:
+            return {}
+        if not isinstance(given, dict):
+            raise MalformedFrame("quality no object", f"quality: expected an object of lists, got {_kind(given)}")
+        if not set(self.quality_dims).issuperset(given):
+            wrong = next(key for key in given if key not in self.quality_dims)
+            expected = f"that of {', '.join(self.quality_dims)}" if self.quality_dims else "none (the model reads none)"
+            raise MalformedFrame("unknown quality", f"quality: expected {expected}, got the key {_shown(wrong)}")
+        found = {}
+        for name, numbers in given.items():
+            if isinstance(numbers, list):
+                numbers = [math.nan if x is None else x for x in numbers]
+            if numbers is not None:
+                found[name] = _numbers(f"quality of {name}", self.quality_dims[name], numbers)
+        return found
 
 
 def _numbers(name: str, dim: int, given: Any) -> np.ndarray:
@@ -156,7 +184,7 @@ def _shown(text: str) -> str:
 
 
 class RawFloats:
-    """sum(dims) little-endian float32 a frame, the modalities in the model's order; NaN: missing."""
+    """sum(dims) little-endian float32 a frame, the modalities in the model's order; NaN: missing. Quality is unknown."""
 
     unit = "frame"
 

@@ -28,10 +28,11 @@ from ..calibration import (
     reliability_diagram,
 )
 from ..data.affwild2 import AffWild2, Clip, write_submission
+from ..data.synthetic import ToldClips
 from ..data.targets import VALENCE_AROUSAL, Targets, described, make_targets, unscaled
 from ..data.windows import whole_clips
 from ..files import alone, replacing, write_atomic
-from ..models.sage import SAGE
+from ..models.sage import SAGE, Trust
 from ..nn import ReliabilityFusion
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
 from .checkpoint import load_checkpoint, reading, save_checkpoint
@@ -55,11 +56,14 @@ class Run:
     epoch: int  # counted from 0
     step: int
     calibration: dict[str, Any] | None
+    quality_columns: dict[str, list[str]]  # likewise of its quality
+    told: bool  # its quality is the truth of synthetic data
     device: str
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> Run:
-        """RunError where there is no run or it has no finished epoch; CheckpointError where a file is damaged."""
+    def load(cls, path: str | os.PathLike[str], device: str = "cpu", trust: Trust | None = None) -> Run:
+        """`trust`: see `SAGE.set_trust`. RunError where there is no run or it has no finished epoch; CheckpointError where a file
+        is damaged."""
         path = Path(path)
         config = read_config(path)
         if not (path / BEST).exists():
@@ -93,28 +97,35 @@ class Run:
                 int(state["epoch"]),
                 int(state["step"]),
                 state["calibration"],
+                {name: [str(x) for x in columns] for name, columns in state["quality_columns"].items()},
+                config.told,
             )
+        if trust is not None:
+            model.set_trust(trust)
         return cls(path, model.to(device).eval(), *parts, device)
 
     def open(
         self, root: str | os.PathLike[str] | None, split: str, sample: str | os.PathLike[str] | None = None
-    ) -> AffWild2:
-        """A split of the data set at `root` (default: the one trained on) with the model's modalities."""
+    ) -> AffWild2 | ToldClips:
+        """A split of the data set at `root` (default: the one trained on) with the model's modalities. Quality that the model
+        reads and the data have not is unknown."""
         data = AffWild2(self.data if root is None else root, split, modalities=self.names, sample_file=sample)
         want = dict(zip(self.names, self.model.in_dims))
         if dict(data.modalities) != want:
             raise ValueError(
                 f"root: expected features {want} for the model of {self.path}, got {dict(data.modalities)} in {data.root}"
             )
-        for name, columns in data.columns.items():
-            learnt = self.columns.get(name, list(columns))
-            if list(columns) != learnt:
+        known = [("columns", data.columns, self.columns), ("quality", data.quality_columns, self.quality_columns)]
+        for what, name, columns, learnt in (
+            (what, name, columns, ours.get(name, list(columns))) for what, theirs, ours in known for name, columns in theirs.items()
+        ):
+            if list(columns) != learnt and (what == "columns" or self.model.reads_quality(name)):
                 place = next(
                     (i for i, (a, b) in enumerate(zip(columns, learnt)) if a != b), min(len(columns), len(learnt))
                 )
                 theirs, ours = ([*names, "nothing"][min(place, len(names))] for names in (columns, learnt))
                 raise ValueError(
-                    f"root: expected the columns of {name} that {self.path} was trained on, in their order, got {theirs!r} in "
+                    f"root: expected the {what} of {name} that {self.path} was trained on, in their order, got {theirs!r} in "
                     f"place of {ours!r} (column {place + 1}) in {data.root}"
                 )
         if data.targets != self.targets and data.sample_file is None:
@@ -127,7 +138,14 @@ class Run:
                 f"{data.root}: frames come at {data.frame_rate:g} a second, and {self.path} learnt from {self.fps:g}: what "
                 "it knows of time does not fit"
             )
-        return data
+        wanted = {name: q for name, q in zip(self.names, self.model.quality_dims) if q and not self.told}
+        for name, q in wanted.items():
+            if data.quality_dims.get(name, q) != q:
+                raise ValueError(
+                    f"root: expected {q} columns of quality of {name} for the model of {self.path}, got "
+                    f"{data.quality_dims[name]} in {data.root}"
+                )
+        return ToldClips(data) if self.told else data
 
     @property
     def experts(self) -> list[str]:
@@ -262,12 +280,13 @@ def evaluate_run(
     chunk: int = 3000,
     report: str | os.PathLike[str] | None = None,
     videos: int = 3,
+    trust: Trust | None = None,
 ) -> tuple[dict[str, Any], list[Table]]:
     """Score a run on an annotated split, write RUN/evaluation-<split>.json and, if asked, a report.
 
     Returns what the file holds, and tables for reading.
     """
-    run = Run.load(path, device)
+    run = Run.load(path, device, trust)
     clips = run.open(root, split)
     if not clips.annotated:
         raise ValueError(f"split: expected one with annotated frames, got {split} of {clips.root}, which has none")
@@ -380,13 +399,14 @@ def predict_run(
     smooth: Sequence[int] = (1,),
     device: str = "cpu",
     chunk: int = 3000,
+    trust: Trust | None = None,
 ) -> dict[str, np.ndarray]:
     """Predict a split and write `out`: in the submission format, with the rows of the sample file, where the test split
     is that of a sample file; else a table of every frame, see `write_predictions`.
 
     `sample` defaults to sample_submission.txt in the data set. Returns {clip name: (T, C)} in the targets' own units.
     """
-    run = Run.load(path, device)
+    run = Run.load(path, device, trust)
     data = run.open(root, split, sample)
     said = {clip.name: run.predict(clip, smooth=smooth, chunk=chunk) for clip in data}
     predictions = {name: unscaled(one.prediction.astype(np.float64), run.targets) for name, one in said.items()}

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from .._arguments import MAX_MODALITIES, check_int, check_number
 from ..data.affwild2 import AffWild2, Clip, disagreements, modality_names
+from ..data.synthetic import ToldClips, has_truth
 from ..data.rates import FPS, default_frames, nearest, whole_frames
 from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import Windows, collate
@@ -44,7 +45,7 @@ from .rehearsal import Rehearsal
 
 CONFIG, LOG, LAST, BEST = "config.json", "log.csv", "last.safetensors", "best.safetensors"
 PARTS = ("prediction", "unimodal", "reliability")  # of SAGELoss, in the order of the loss_ columns
-FORMAT = 2  # of config.json; in the first one spans were in frames
+FORMAT = 3  # of config.json; spans were in frames in the first, the model was another in the second
 
 
 def log_columns(targets: Targets) -> tuple[str, ...]:
@@ -119,6 +120,7 @@ class TrainConfig:
         None  # None: read by a fusion with reliability where the data have it; True: by any; False: by none
     )
     joint: bool | None = None  # None: SAGE's joint expert where it can be; False: none
+    told: bool = False  # synthetic data only: quality is the true log noise variance of each modality's frame
     rehearsal: Rehearsal = dataclasses.field(default_factory=Rehearsal)
     seed: int = 0
     device: str = "cpu"
@@ -288,13 +290,15 @@ class Training:
     def __init__(self, config: TrainConfig, run: Path, data: dict[str, AffWild2], progress: Progress) -> None:
         self.config, self.run, self.progress = config, run, progress
         self.device = torch.device(config.device)
+        if config.told:
+            data = {split: ToldClips(clips) for split, clips in data.items()}  # type: ignore[misc]
         self.train_data, self.validation = data["train"], _Opened(data["validation"])
         self.names = list(config.modalities or self.train_data.modalities)
         self.columns = [list(self.train_data.modalities).index(name) for name in self.names]
         self.targets, self.fps = self.train_data.targets, self.train_data.frame_rate
         self.spans = config.spans(self.fps)
         dims = {name: self.train_data.modalities[name] for name in self.names}
-        quality = getattr(self.train_data, "quality_dims", {})
+        quality = self.train_data.quality_dims
         reads = fusion_class(config.fusion).has_reliability if config.quality is None else config.quality
         self.quality_dims = {name: quality[name] for name in self.names if name in quality} if reads else {}
         self.model = build_model(config, dims, len(self.targets), self.fps, self.quality_dims)
@@ -385,6 +389,7 @@ class Training:
             "targets": [[*target] for target in self.targets],
             "fps": self.fps,
             "columns": {m: list(names) for m, names in self.train_data.columns.items() if m in self.names},
+            "quality_columns": {m: list(names) for m, names in self.train_data.quality_columns.items() if m in self.quality_dims},
             "calibration": None,  # calibrate_run fills it
             **{name: self.best[name] for name in ("epoch", "step", "scores")},
         }
@@ -507,6 +512,8 @@ def inputs(config: TrainConfig) -> tuple[str, ...] | None:
 def open_data(config: TrainConfig) -> dict[str, AffWild2]:
     """The training and validation splits, all modalities: rehearsed failures are drawn over all the data set has, so
     that a model of some of them trains on the same failures. ValueError for a modality the data set lacks."""
+    if config.told and not has_truth(config.data):
+        raise ValueError(f"told: expected False (only synthetic data know their noise), got True for {config.data}")
     data = {split: AffWild2(config.data, split, modalities=inputs(config)) for split in ("train", "validation")}
     have = data["train"].modalities
     for text in disagreements(data):
