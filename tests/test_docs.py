@@ -39,6 +39,7 @@ NOT_RUN = {
     ("docs/study.md", "sage-ext import"): "the film is no part of the project",
     ("docs/study.md", "sage-ext check"): "the film is no part of the project",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
+    ("docs/study.md", "python benchmarks/streams.py"): "trains for an hour; tests/study/test_streams.py runs it small",
 }
 SMALL_TRAINING = "--max-steps 2 --dim 8 --blocks 2 --window 2 --hop 1.3333 --threads 1 --quiet"
 EXIT_CODES = {("docs/data.md", "sage-ext check broken"): 1}  # of commands that say that something is wrong

@@ -538,8 +538,8 @@ class CausalOracle:
     def predict_together(self, names: Sequence[str], useless: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         """`predict` of each, side by side."""
         clips = [read_truth(self.root, name) for name in names]
-        for clip, bad in zip(clips, useless or [None] * len(clips)):
-            if bad is not None:
+        if useless is not None:
+            for clip, bad in zip(clips, useless):
                 clip["present"] = _without(clip["present"], bad)
         return [np.clip(self.scale * y + self.shift, -1, 1).astype(np.float32) for y in self._affect(clips)]
 
