@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..calibration import Evidence, calibrated_confidence, collect, diagrams, spearman
 from ..data.affwild2 import Clip
-from ..data.synthetic import CausalOracle, Oracle, TruthClips, read_truth
+from ..data.synthetic import CausalOracle, Oracle, TruthClips, read_truth, told
 from ..data.windows import whole_clips
 from ..nn import ReliabilityFusion
 from ..training.evaluate import ClipPrediction, alike, clip_moments
@@ -135,7 +135,10 @@ def _score(
                     useless = None if spoilt_frames is None else [bad for bad, _ in spoilt_frames]
                     predictions = _oracle(method, sweep.data).predict_together([clean[i].name for i in places], useless)
                 else:
-                    said = models[method].predict_together(clips)
+                    given = clips
+                    if models[method].told:
+                        given = [told(sweep.data, clean[i], clip) for i, clip in zip(places, clips)]
+                    said = models[method].predict_together(given)
                     predictions = [one.prediction for one in said]
                 for i, clip, prediction in zip(places, clips, predictions):
                     moments[method][i] = clip_moments(prediction, clip).numpy()
