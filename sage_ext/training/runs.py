@@ -117,7 +117,9 @@ class Run:
             )
         known = [("columns", data.columns, self.columns), ("quality", data.quality_columns, self.quality_columns)]
         for what, name, columns, learnt in (
-            (what, name, columns, ours.get(name, list(columns))) for what, theirs, ours in known for name, columns in theirs.items()
+            (what, name, columns, ours.get(name, list(columns)))
+            for what, theirs, ours in known
+            for name, columns in theirs.items()
         ):
             if list(columns) != learnt and (what == "columns" or self.model.reads_quality(name)):
                 place = next(

@@ -389,7 +389,9 @@ class Training:
             "targets": [[*target] for target in self.targets],
             "fps": self.fps,
             "columns": {m: list(names) for m, names in self.train_data.columns.items() if m in self.names},
-            "quality_columns": {m: list(names) for m, names in self.train_data.quality_columns.items() if m in self.quality_dims},
+            "quality_columns": {
+                m: list(names) for m, names in self.train_data.quality_columns.items() if m in self.quality_dims
+            },
             "calibration": None,  # calibrate_run fills it
             **{name: self.best[name] for name in ("epoch", "step", "scores")},
         }
