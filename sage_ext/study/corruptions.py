@@ -23,7 +23,7 @@ import operator
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,8 @@ _SNR = (15.0, 10.0, 5.0, 0.0, -5.0)
 _SPANS = (0.1, 0.2, 0.3, 0.4, 0.5)
 _TAIL = (0.2, 0.4, 0.6, 0.8, 1.0)
 
+# What would have been measured, see `corrupted`.
+Meter = Callable[[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 Domain = Literal["feature", "waveform", "image"]
 Scopes = Literal["each", "each+all", "rotations"]
 
@@ -175,6 +177,7 @@ class Corruption:
     function     Track -> the changed rows, shape and dtype of `track.rows`; a feature row that holds NaN in the result
                  is a missing frame whose mask says so
     domain       "feature", "waveform" or "image"
+    moves        it does nothing but put rows in other rows' places: their quality goes with them
     scopes       which modalities `conditions` lets fail: "each" alone, "each+all": also all at once, or "rotations":
                  all, in turn by stage: modality k of K fails in the stages s with s mod K = k
     donors       it needs other clips
@@ -188,6 +191,7 @@ class Corruption:
     domain: Domain = "feature"
     scopes: Scopes = "each"
     donors: bool = False
+    moves: bool = False
 
     def __post_init__(self) -> None:
         if len(self.levels) != len(SEVERITIES):
@@ -212,6 +216,7 @@ def corruption(
     domain: Domain = "feature",
     scopes: Scopes = "each",
     donors: bool = False,
+    moves: bool = False,
 ) -> Callable[[Callable[[Track], np.ndarray]], Callable[[Track], np.ndarray]]:
     """Decorator that adds a function of a `Track` to `CORRUPTIONS`; arguments as in `Corruption`.
 
@@ -221,7 +226,7 @@ def corruption(
     def register(function: Callable[[Track], np.ndarray]) -> Callable[[Track], np.ndarray]:
         if name in CORRUPTIONS:
             raise ValueError(f"name: expected one that no corruption has, got {name!r}")
-        CORRUPTIONS[name] = Corruption(name, about, tuple(levels), unit, function, domain, scopes, donors)
+        CORRUPTIONS[name] = Corruption(name, about, tuple(levels), unit, function, domain, scopes, donors, moves)
         return function
 
     return register
@@ -334,6 +339,31 @@ def apply(
     Raises TypeError for a wrong type or dtype; ValueError for a wrong shape or value, infinite features, a modality or
     donor that is not there.
     """
+    return _apply(condition, features, present, clip, seed, donor, stage, fps, span)[:2]
+
+
+class _Evidence(NamedTuple):
+    """Of the modalities that have quality: modality -> (T, Q) float32, and (n, Q) beside the donor's rows; see `corrupted`."""
+
+    quality: Mapping[str, np.ndarray]
+    donor: Mapping[str, np.ndarray]
+    meter: Meter | None
+
+
+def _apply(
+    condition: Condition,
+    features: Mapping[str, Any],
+    present: Mapping[str, np.ndarray] | None,
+    clip: str,
+    seed: int,
+    donor: Mapping[str, Any] | None,
+    stage: np.ndarray | None,
+    fps: float,
+    span: float | None,
+    evidence: _Evidence | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """`apply`, and the quality of the same modalities."""
+    quality = {} if evidence is None else {name: rows.copy() for name, rows in evidence.quality.items()}
     spec, key, stretch = _spec(condition, "feature"), _key(clip, seed), _stretch(fps, span)
     for argument, value in (("features", features), ("present", present), ("donor", donor)):
         if not isinstance(value, Mapping) and (value is not None or argument == "features"):
@@ -373,7 +403,15 @@ def apply(
         gone = np.isnan(changed).any(axis=1)
         mask[where[gone]] = False
         rows[where] = np.where(gone[:, None], np.float32(0), changed)
-    return out, masks
+        if evidence is not None and name in quality:
+            known = quality[name][where]
+            if spec.moves:
+                beside = (evidence.donor[name],) if spec.donors else ()
+                known = spec.function(dataclasses.replace(track, rows=known, donors=beside))
+            elif evidence.meter is not None:
+                known = evidence.meter(name, known, seen, changed, seen.std(axis=0))
+            quality[name][where] = np.where(gone[:, None], np.float32(np.nan), known)
+    return out, masks, quality
 
 
 def _stretch(fps: float, span: float | None) -> float:
@@ -392,6 +430,7 @@ def corrupted(
     stages: Mapping[str, np.ndarray] | None = None,
     span: float | None = None,
     donors: Sequence[Clip] = (),
+    meter: Meter | None = None,
 ) -> Sequence[Clip]:
     """`clips` under `condition`: a sequence of the same length whose clips have their features and `present` replaced,
     computed whenever a clip is asked for; labels and the modalities that do not fail are passed on.
@@ -403,9 +442,14 @@ def corrupted(
     stages: clip name -> (T,) integers, the true stages where they are known (synthetic data: truth/<name>.npz). `span`: as
     in `apply`; the rate is the clip's own. `donors`: clips beside `clips` that may be donors too.
 
+    Quality that clips have goes with rows that are put in others' places (a frozen picture keeps its score, a foreign voice
+    brings its own), is unknown where a frame becomes absent, and stays what it was where numbers are altered, unless
+    `meter` says what would have been measured: (modality, quality (n, Q), features before and after (n, D), their standard
+    deviations (D,)) -> (n, Q), of the present rows in time order.
+
     Raises ValueError where a donor is needed and all clips are of one video; on access what `apply` raises.
     """
-    return _Corrupted(clips, condition, operator.index(seed), stages, span, donors)
+    return _Corrupted(clips, condition, operator.index(seed), stages, span, donors, meter)
 
 
 class _Corrupted(Sequence[Clip]):
@@ -417,7 +461,9 @@ class _Corrupted(Sequence[Clip]):
         stages: Mapping[str, np.ndarray] | None,
         span: float | None,
         donors: Sequence[Clip],
+        meter: Meter | None,
     ):
+        self._meter = meter
         self._clips, self._condition, self._seed, self._stages, self._span = clips, condition, seed, stages, span
         self._needs_donor = _spec(condition, "feature").donors
         self._others = [(clips, i) for i in range(len(clips))] + [(donors, i) for i in range(len(donors))]
@@ -437,34 +483,52 @@ class _Corrupted(Sequence[Clip]):
                 raise ValueError(
                     f"clips: expected the modality {name!r} in {clip.name}, got {', '.join(clip.features)}"
                 )
-        features, present = apply(
+        donor = {name: self._donor(clip.name, name) for name in names} if self._needs_donor else {}
+        known = [name for name in names if name in clip.quality]
+        features, present, quality = _apply(
             self._condition,
             {name: clip.features[name][:] for name in names},
             {name: clip.present[name] for name in names},
-            clip=clip.name,
-            seed=self._seed,
-            donor={name: self._donor(clip.name, name) for name in names} if self._needs_donor else None,
-            stage=None if self._stages is None else self._stages.get(clip.name),
-            fps=clip.fps,
-            span=self._span,
+            clip.name,
+            self._seed,
+            {name: rows for name, (rows, _) in donor.items()} or None,
+            None if self._stages is None else self._stages.get(clip.name),
+            clip.fps,
+            self._span,
+            _Evidence(
+                {name: _rows_of_quality(clip, name, clip.num_frames) for name in known},
+                {name: donor[name][1] for name in known if name in donor},
+                self._meter,
+            ),
         )
         return dataclasses.replace(
             clip,
             features={name: features.get(name, value) for name, value in clip.features.items()},
             present={name: present[name] if name in present else clip.present[name] for name in clip.features},
+            quality={name: quality.get(name, value) for name, value in clip.quality.items()},
         )
 
-    def _donor(self, clip: str, modality: str) -> np.ndarray:
-        """(n, D) the rows that another video's clip has."""
+    def _donor(self, clip: str, modality: str) -> tuple[np.ndarray, np.ndarray]:
+        """(n, D) the rows that another video's clip has, and their quality (n, Q), Q = 0 without."""
         others = [k for k, name in enumerate(self._names) if bare_name(name) != bare_name(clip)]
         for k in sorted(others, key=lambda k: donor_rank(clip, self._names[k], modality, self._seed)):
             source, place = self._others[k]
             other = source[place]
             rows = np.asarray(other.features[modality][: other.num_frames])
-            rows = rows[np.asarray(other.present[modality])[: len(rows)]]
-            if len(rows):
-                return rows
+            there = np.asarray(other.present[modality])[: len(rows)]
+            if there.any():
+                return rows[there], _rows_of_quality(other, modality, len(rows))[there]
         raise ValueError(f"clips: expected {modality!r} in a clip of another video than {clip}, got none")
+
+
+def _rows_of_quality(clip: Clip, modality: str, frames: int) -> np.ndarray:
+    """(frames, Q) float32, NaN where unknown; Q = 0 for a modality without."""
+    if modality not in clip.quality:
+        return np.zeros((frames, 0), np.float32)
+    given = np.array(clip.quality[modality][:frames], np.float32)
+    rows = np.full((frames, given.shape[1]), np.nan, np.float32)
+    rows[: len(given)] = given
+    return rows
 
 
 def apply_waveform(
@@ -663,7 +727,9 @@ def _zeroed_spans(track: Track) -> np.ndarray:
     return _where(track.spans(track.level) >= 0, 0.0, track.rows)
 
 
-@corruption("frozen-spans", "spans in which the features stand still", _SPANS, "share of frames", scopes="each+all")
+@corruption(
+    "frozen-spans", "spans in which the features stand still", _SPANS, "share of frames", scopes="each+all", moves=True
+)
 def _frozen_spans(track: Track) -> np.ndarray:
     return _held(track, track.spans(track.level) >= 0)
 
@@ -675,7 +741,7 @@ def _missing_spans(track: Track) -> np.ndarray:
     return _where(track.spans(track.level) >= 0, np.nan, track.rows)
 
 
-@corruption("foreign-spans", "spans of another clip", _SPANS, "share of frames", donors=True)
+@corruption("foreign-spans", "spans of another clip", _SPANS, "share of frames", donors=True, moves=True)
 def _foreign_spans(track: Track) -> np.ndarray:
     return _where(track.spans(track.level) >= 0, track.foreign(), track.rows)
 
@@ -685,7 +751,7 @@ def _dead_zeroed(track: Track) -> np.ndarray:
     return _where(track.tail(track.level), 0.0, track.rows)
 
 
-@corruption("dead-frozen", "stands still from a moment on", _TAIL, "share of the clip, from its end")
+@corruption("dead-frozen", "stands still from a moment on", _TAIL, "share of the clip, from its end", moves=True)
 def _dead_frozen(track: Track) -> np.ndarray:
     return _held(track, track.tail(track.level))
 
@@ -710,12 +776,14 @@ def _missing(track: Track) -> np.ndarray:
     return _where(track.tail(track.level), np.nan, track.rows)
 
 
-@corruption("foreign", "another clip from a moment on", _TAIL, "share of the clip, from its end", donors=True)
+@corruption(
+    "foreign", "another clip from a moment on", _TAIL, "share of the clip, from its end", donors=True, moves=True
+)
 def _foreign(track: Track) -> np.ndarray:
     return _where(track.tail(track.level), track.foreign(), track.rows)
 
 
-@corruption("misaligned", "early or late by a while", (5, 10, 20, 40, 80), "frames at 30 a second")
+@corruption("misaligned", "early or late by a while", (5, 10, 20, 40, 80), "frames at 30 a second", moves=True)
 def _misaligned(track: Track) -> np.ndarray:
     shift = track.rows_for(track.level)
     if track.draws("direction").coins(1)[0] < 0:  # early: the first present row at or after t + shift
@@ -750,7 +818,15 @@ def _stage_zeroed(track: Track) -> np.ndarray:
     return _where(track.visits(track.level), 0.0, track.rows)
 
 
-@corruption("stage-foreign", "another clip in turn by stage", _TAIL, "share of visits", scopes="rotations", donors=True)
+@corruption(
+    "stage-foreign",
+    "another clip in turn by stage",
+    _TAIL,
+    "share of visits",
+    scopes="rotations",
+    donors=True,
+    moves=True,
+)
 def _stage_foreign(track: Track) -> np.ndarray:
     return _where(track.visits(track.level), track.foreign(), track.rows)
 
