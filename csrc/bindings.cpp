@@ -344,7 +344,12 @@ sage::stream::Shape shape_of(const py::dict& given) {
   number("fused_blocks", s.fused_blocks), number("kernel", s.kernel), number("reliability", s.reliability);
   number("stages", s.stages), number("evidence", s.evidence), number("window", s.window);
   number("value_norm", s.value_norm), number("hide_missing", s.hide_missing), number("bf16", s.bf16);
-  number("memory", s.memory), number("stuck", s.stuck);
+  number("memory", s.memory), number("stuck", s.stuck), number("joint", s.joint);
+  number("foreign", s.foreign);
+  py::tuple quality_dims;
+  number("quality_dims", quality_dims);
+  check(int(quality_dims.size()) == s.modalities, "stream: a number of columns of quality each modality");
+  for (int k = 0; k < s.modalities; ++k) s.quality_dim[k] = quality_dims[k].cast<int>();
   check(read == given.size(), "stream: the shape has a number of no known name");
   return s;
 }
@@ -406,7 +411,7 @@ sage::stream::Outputs outputs_of(const Session& session, const py::tuple& addres
 void bind_session(py::module_ m) {
   py::class_<Session>(m, "StreamSession", py::module_local())
       .def("step",
-           [](Session& session, const py::tuple& features, Address present, Address active,
+           [](Session& session, const py::tuple& features, Address quality, Address present, Address active,
               const py::tuple& outputs, int where, Address stream) {
              sage::stream::Frame frame = {};
              const int modalities = session.shape().modalities;
@@ -414,6 +419,7 @@ void bind_session(py::module_ m) {
              for (int k = 0; k < modalities; ++k)
                frame.features[k] =
                    static_cast<const float*>(need("stream", "features", features[k].cast<Address>(), 1));
+             frame.quality = static_cast<const float*>(at(quality));
              frame.present = static_cast<const uint8_t*>(at(present));
              frame.active = static_cast<const uint8_t*>(at(active));
              const sage::stream::Outputs to = outputs_of(session, outputs);
@@ -486,7 +492,8 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   constants["energy_floor"] = sage::kEnergyFloor;
   constants["variance_floor"] = sage::kVarianceFloor;
   constants["typicality_limit"] = sage::kTypicalityLimit;
-  constants["confidence_margin"] = sage::kConfidenceMargin;
+  constants["quality_halflife"] = sage::kQualityHalflife;
+  constants["foreign_margin"] = sage::kForeignMargin;
   constants["log_precision_limit"] = sage::kLogPrecisionLimit;
   m.attr("constants") = constants;
   bind_session(m);

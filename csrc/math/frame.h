@@ -1,17 +1,19 @@
-// What one frame of a stream says about itself (docs/math.md, "Typicality" and "Precision memory"): whether a modality's frame
-// counts, how usual its energy and motion are, and its precision once its confidence is known. `sage_ext.nn` and
+// What one frame of a stream says about itself (docs/math.md, "Typicality", "Quality" and "Precision of a frame"): whether a
+// modality's frame counts, how usual its energies are, what its quality says, and its precision. `sage_ext.nn` and
 // `sage_ext.models.sage` compute the same of whole sequences, and take their constants from here.
 #pragma once
 #include <cstdint>
 
+#include "leaky_average.h"
 #include "scalar.h"
 
 namespace sage {
 
 constexpr double kEnergyFloor = 1e-8;       // added to a mean square before its log
 constexpr double kVarianceFloor = 1e-6;     // the least variance that an average is held against
-constexpr double kTypicalityLimit = 4.0;    // of asinh of a z-score
-constexpr double kConfidenceMargin = 1e-3;  // a precision takes confidence within [margin, 1 - margin]
+constexpr double kTypicalityLimit = 4.0;    // of asinh of a z-score, and of the z-score of quality
+constexpr int kEnergies = 3;                // of a modality's frame: its own, that of its step, that of its residual
+constexpr double kQualityHalflife = 8.0;    // frames, of the average of quality
 constexpr double kLogPrecisionLimit = 10.0;
 constexpr double kLargestSum = 3.4028235e38;  // of float32: a sum of squares above it has overflowed
 
@@ -90,13 +92,28 @@ SAGE_FN Typicality<V> typicality(EnergyWindow<V> window, Mask here, V mean, V st
 }
 
 // ------------------------------------------------------------------------------------------------------- precision
-// odds(confidence)^sharpness, kept where one frame does not outweigh thousands.
+// Kept where one frame does not outweigh thousands.
 template <class V>
-SAGE_FN V frame_precision(V confidence, V sharpness) {
+SAGE_FN V frame_precision(V log_precision) {
   using T = typename ScalarOf<V>::Type;
   const V limit = V(T(kLogPrecisionLimit));
-  const V c = min(max(confidence, V(T(kConfidenceMargin))), V(T(1 - kConfidenceMargin)));
-  return exp(min(max(log(c / (V(T(1)) - c)) * sharpness, -limit), limit));
+  return exp(min(max(log_precision, -limit), limit));
+}
+
+// --------------------------------------------------------------------------------------------------------- quality
+// What one column of quality says in a frame: its z-score and its average of late, and 1 where it is known.
+struct QualitySigns {
+  float now, average, known;
+};
+// sums: weighted sum, weight and count of the average, which move on by this frame.
+SAGE_FN QualitySigns quality_signs(float value, bool here, float mean, float scale, float decay, float* sums) {
+  const bool known = here && value - value == 0;  // false for NaN and Inf
+  const float limit = float(kTypicalityLimit);
+  const float z = known ? min(max((value - mean) * scale, -limit), limit) : 0.0f, weight = known ? 1.0f : 0.0f;
+  sums[0] = leaky_sum(decay, sums[0], weight, z);
+  sums[1] = leaky_weight(decay, sums[1], weight);
+  sums[2] = leaky_count(decay, sums[2], weight);
+  return {z, sums[0] * leaky_scale(1.0f, sums[1]), weight};
 }
 
 }  // namespace sage

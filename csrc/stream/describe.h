@@ -13,7 +13,7 @@ namespace sage::stream {
 
 using Extents = std::initializer_list<int64_t>;
 
-// Matrices of one phase are multiplied at once. `tracks`: their rows are the fused frames and each modality's alone.
+// Matrices of one phase are multiplied at once. `tracks`: their rows are those of all experts.
 struct Phase {
   int number;  // in the order of a step
   bool tracks;
@@ -45,6 +45,9 @@ class Description {
       visit_.rows("input_mean_" + index, {s_.in_dim[m]}, to.mean);
       visit_.rows("input_scale_" + index, {s_.in_dim[m]}, to.scale);
       visit_.linear(encoder + ".project", s_.in_dim[m], s_.dim, {phase, false}, to.project);
+      if (s_.reliability)
+        visit_.linear("fusion.typicality.project_" + index, s_.in_dim[m], s_.components(m), {phase, false},
+                      to.components);
       for (int b = 0; b < own; ++b)
         block(encoder + ".blocks." + std::to_string(b), b, {phase + 1 + b, false}, to.block[b]);
       norm(encoder + ".norm", {s_.dim}, to.norm);
@@ -57,33 +60,39 @@ class Description {
       for (int m = 0; m < M; ++m) model_.modality[m].block[b].ring = rings.array(m);
     }
 
-    // The values are multiplied with the evidence.
+    // The values are multiplied with the evidence, the joint expert's second layer with what follows that.
+    const int K = s_.experts();
     for (int m = 0; m < M; ++m)
       visit_.linear("fusion.value." + std::to_string(m), s_.dim, s_.dim, {phase, false},
                     model_.modality[m].value);
+    if (s_.joint) {
+      visit_.linear("fusion.joint.0", M * s_.dim, s_.dim, {phase, false}, model_.joint[0]);
+      visit_.linear("fusion.joint.2", s_.dim, s_.dim, {phase + 1, false}, model_.joint[1]);
+    }
     if (s_.value_norm) {
-      visit_.rows("fusion.norm_weight", {M, s_.dim}, model_.value_norm.weight);
-      visit_.rows("fusion.norm_bias", {M, s_.dim}, model_.value_norm.bias);
+      visit_.rows("fusion.norm_weight", {K, s_.dim}, model_.value_norm.weight);
+      visit_.rows("fusion.norm_bias", {K, s_.dim}, model_.value_norm.bias);
     }
     if (s_.reliability)
       reliability(phase);
     else
       model_.sharpness = 1;
-    phase += s_.reliability ? 3 : 1;
+    phase += s_.reliability ? 3 : s_.joint ? 2 : 1;
 
     for (int b = 0; b < s_.fused_blocks; ++b) {
       const std::string index = std::to_string(b);
       Block& to = model_.fused[b];
       block("fused_blocks." + index, own + b, {phase++, true}, to);
       Part& rings = model_.fused_history[b];
-      state("fused." + index, {1 + M, to.span, s_.dim}, {0, 1 + M, to.span, s_.dim}, rings);
+      state("fused." + index, {K, to.span, s_.dim}, {0, K, to.span, s_.dim}, rings);
       to.ring = rings.at;
     }
     if (s_.reliability) {
       const int64_t history = s_.window - 1;
       state("belief", {s_.stages}, {0, 1, 1, s_.stages}, model_.belief);
-      state("energy", {history, M, 2}, {0, 1, history, 2 * M}, model_.energy);
-      state("counted", {history, M, 2}, {0, 1, history, 2 * M}, model_.counted);
+      state("energy", {history, M, kEnergies}, {0, 1, history, kEnergies * M}, model_.energy);
+      state("counted", {history, M, kEnergies}, {0, 1, history, kEnergies * M}, model_.counted);
+      if (const int64_t Q = s_.qualities()) state("quality", {Q, 3}, {0, 1, 1, 3 * Q}, model_.quality);
     }
     int64_t inputs = 0;
     for (int m = 0; m < M; ++m)
@@ -97,11 +106,21 @@ class Description {
       visit_.numbers("memory.decay", {s_.memory}, model_.decay);
       visit_.numbers("memory.prior", {s_.memory}, model_.prior);
       visit_.linear("memory.mix", s_.memory * s_.dim, s_.dim, {phase++, true}, model_.recall);
-      state("memory", {1 + M, s_.memory, s_.dim + 1}, {0, (1 + M) * s_.memory, 1, s_.dim + 1}, model_.memory);
+      state("memory", {K, s_.memory, s_.dim + 2}, {0, K * s_.memory, 1, s_.dim + 2}, model_.memory);
     }
     norm("norm", {s_.dim}, model_.norm);
     visit_.linear("head.0", s_.dim, s_.dim, {phase++, true}, model_.head[0]);
     visit_.linear("head.3", s_.dim, s_.targets, {phase++, true}, model_.head[1]);
+    if (s_.foreign) {
+      const int64_t H = 1 + M;
+      visit_.rows("foreign.gain", {M * s_.targets}, model_.own_gain);
+      visit_.rows("foreign.shift", {M * s_.targets}, model_.own_shift);
+      visit_.numbers("foreign.pace", {}, &model_.foreign_pace);
+      visit_.numbers("foreign.initial", {H}, model_.foreign_initial);
+      visit_.numbers("foreign.log_a", {H, H}, model_.foreign_log_a);
+      visit_.numbers("foreign.a", {H, H}, model_.foreign_a);
+      state("foreign", {H}, {0, 1, 1, H}, model_.foreign);
+    }
   }
 
  private:
@@ -121,22 +140,32 @@ class Description {
     visit_.linear(name + ".pointwise", s_.dim, s_.dim, phase, to.pointwise);
   }
   void reliability(int phase) {
-    const int M = s_.modalities;
-    const int64_t S = s_.stages, width = s_.evidence + kTypicality;
+    const int M = s_.modalities, K = s_.experts();
+    const int64_t S = s_.stages, E = s_.evidence, signs = s_.all_signs();
     const Phase evidence = {phase, false}, hidden = {phase + 1, false}, logits = {phase + 2, false};
     for (int m = 0; m < M; ++m) {
       const std::string index = std::to_string(m);
       Modality& to = model_.modality[m];
-      visit_.linear("fusion.evidence." + index + ".0", s_.dim, s_.evidence, evidence, to.evidence);
-      visit_.linear("fusion.reliability." + index + ".0", width, s_.evidence, hidden, to.reliability[0]);
-      visit_.linear("fusion.reliability." + index + ".2", s_.evidence, S, logits, to.reliability[1]);
+      visit_.linear("fusion.evidence." + index + ".0", s_.dim, E, evidence, to.evidence);
+      visit_.linear("fusion.typicality.rebuild_" + index, s_.components(m), s_.in_dim[m], evidence, to.rebuild);
     }
-    visit_.linear("fusion.emission.0", M * width, s_.evidence, hidden, model_.emission[0]);
-    visit_.linear("fusion.emission.2", s_.evidence, S, logits, model_.emission[1]);
-    visit_.numbers("fusion.typicality.mean", {M, 2}, model_.typical_mean);
-    visit_.numbers("fusion.typicality.std", {M, 2}, model_.typical_std);
-    visit_.numbers("fusion.logit_scale", {M, S}, model_.logit_scale);
-    visit_.numbers("fusion.bias", {M, S}, model_.logit_bias);
+    for (int k = 0; k < K; ++k) {
+      const std::string head = "fusion.reliability." + std::to_string(k);
+      const int m = k - (K - M);
+      visit_.linear(head + ".0", m < 0 ? signs : s_.signs(m), E, hidden, model_.head_of[k][0]);
+      visit_.linear(head + ".2", E, 2 * S, logits, model_.head_of[k][1]);
+    }
+    visit_.linear("fusion.emission.0", M * E + signs, E, hidden, model_.emission[0]);
+    visit_.linear("fusion.emission.2", E, S, logits, model_.emission[1]);
+    visit_.numbers("fusion.typicality.mean", {M, kEnergies}, model_.typical_mean);
+    visit_.numbers("fusion.typicality.std", {M, kEnergies}, model_.typical_std);
+    if (const int64_t Q = s_.qualities()) {
+      visit_.rows("fusion.quality.mean", {Q}, model_.quality_mean);
+      visit_.rows("fusion.quality.scale", {Q}, model_.quality_scale);
+      visit_.numbers("fusion.quality.decay", {}, &model_.quality_decay);
+    }
+    visit_.numbers("fusion.logit_scale", {K, S}, model_.logit_scale);
+    visit_.numbers("fusion.bias", {K, S}, model_.logit_bias);
     visit_.numbers("fusion.log_a", {S, S}, model_.log_a), visit_.numbers("fusion.a", {S, S}, model_.a);
     visit_.numbers("fusion.sharpness", {}, &model_.sharpness);
   }

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../math/scalar.h"
+#include "../math/frame.h"
 #include "../ops.h"
 
 namespace sage::stream {
@@ -18,7 +18,9 @@ constexpr int kMaxMemory = 8;
 constexpr int kGroup = 12;  // rows that share each load of a weight
 constexpr int64_t kPad =
     16;  // floats: rows of every buffer start on a cache line, whatever the instruction set
-constexpr int kTypicality = 4;     // numbers a modality that typicality adds to its evidence
+constexpr int kTypicality = 2 * kEnergies;  // numbers a modality that typicality says
+constexpr int kQuality = 3;                 // numbers that a column of quality says
+constexpr int kMaxComponents = 32;          // of a modality
 constexpr double kNormEps = 1e-5;  // of every LayerNorm
 SAGE_FN int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -38,8 +40,28 @@ struct Shape {
   bool
       hide_missing;  // the fusion is not told what is missing: a missing modality is a frame of zeros like any other
   bool bf16;         // matrices are kept as bfloat16
+  bool joint;     // an expert that sees all modalities, before those of each alone
+  int quality_dim[kMaxModalities];  // columns of quality
+  bool foreign;   // streams may be somebody else's: a filter says so
   int memory;  // averages of the precision-weighted memory; 0: none
   bool stuck;  // a modality that repeats its frame too often is missing; false: each may repeat for ever
+
+  SAGE_FN int experts() const { return modalities + (joint ? 1 : 0); }
+  SAGE_FN int qualities() const { return quality_before(modalities); }
+  // Columns of quality of the modalities before m; numbers that typicality and quality say of m, and of those before it.
+  SAGE_FN int quality_before(int m) const {
+    int sum = 0;
+    for (int i = 0; i < m; ++i) sum += quality_dim[i];
+    return sum;
+  }
+  SAGE_FN int signs(int m) const { return kTypicality + kQuality * quality_dim[m]; }
+  SAGE_FN int signs_before(int m) const { return kTypicality * m + kQuality * quality_before(m); }
+  SAGE_FN int all_signs() const { return signs_before(modalities); }
+  // Rows of the matrix of principal components.
+  SAGE_FN int64_t components(int m) const {
+    const int64_t most = in_dim[m] > 2 ? in_dim[m] - 1 : 1;
+    return most < kMaxComponents ? most : kMaxComponents;
+  }
 };
 
 // y = W x + b. How the matrix is packed is the engine's affair.
@@ -65,23 +87,28 @@ struct Block {
   const float *taps, *bias;  // (kernel, dim) oldest first; (dim)
   Linear pointwise;
   int64_t dilation, span;  // span = (kernel - 1) * dilation frames of history,
-  int64_t ring;  // from here on in a row's state. A block after the fusion has 1 + M such rings, one behind
-                 // the other: of the fused frames, and of each modality alone
+  int64_t ring;  // from here on in a row's state. A block after the fusion has such a ring for each expert, one behind
+                 // the other
 };
 struct Modality {
   const float *mean, *scale;
   Linear project;
   Block block[kMaxBlocks];
   Norm norm;
-  Linear value, evidence, reliability[2];
+  Linear value, evidence;
+  Linear components, rebuild;  // onto the principal components, and back
 };
 struct alignas(16) Model {
   Shape shape;
   Modality modality[kMaxModalities];
-  Norm value_norm;  // (M, dim), rows padded
-  // (M, 2): of the log energy, and of that of the step from frame to frame
-  float typical_mean[2 * kMaxModalities], typical_std[2 * kMaxModalities];
-  // (M, stages): a calibrated logit is scale * logit + bias
+  Norm value_norm;  // (K, dim), rows padded
+  Linear joint[2];  // the joint expert's value
+  // (M, energies): of the log energies
+  float typical_mean[kEnergies * kMaxModalities], typical_std[kEnergies * kMaxModalities];
+  const float *quality_mean, *quality_scale;  // of the columns of all modalities
+  float quality_decay;
+  Linear head_of[kMaxModalities][2];  // of each expert: signs -> logits of reliability, then of a frame's log precision
+  // (K, stages): a calibrated logit is scale * logit + bias
   float logit_scale[kMaxModalities * kMaxStages], logit_bias[kMaxModalities * kMaxStages];
   Linear emission[2];
   float log_a[kMaxStages * kMaxStages], a[kMaxStages * kMaxStages];  // log_softmax(transition), softmax
@@ -89,16 +116,22 @@ struct alignas(16) Model {
   // (M): the number of repeats from which on a modality is missing; 0: it may repeat for ever
   float stuck_limit[kMaxModalities];
   Block fused[kMaxBlocks];
+  // Of the modalities: an estimate put to scale is gain * estimate + shift, in standard deviations of the targets, (M, targets).
+  const float *own_gain, *own_shift;
+  float foreign_pace, foreign_initial[1 + kMaxModalities];
+  float foreign_log_a[(1 + kMaxModalities) * (1 + kMaxModalities)],
+      foreign_a[(1 + kMaxModalities) * (1 + kMaxModalities)];
   float decay[kMaxMemory], prior[kMaxMemory];
   Linear recall;  // of the averages side by side
   Norm norm;
   Linear head[2];
-  // A row's state: the blocks' normed frames, of each modality before the fusion and of each track after it; the log-belief
-  // over stages; the log energies in typicality's window but for the current frame, and which of them count; each
-  // modality's last standardised input, and how often it has repeated (at most its limit); of each track and average the
-  // weighted sum of its frames with the sum of the weights behind it.
+  // A row's state: the blocks' normed frames, of each modality before the fusion and of each expert after it; the log-belief
+  // over stages; the log energies in typicality's window but for the current frame, and which of them count; the sums behind
+  // the averages of quality; each modality's last standardised input, and how often it has repeated (at most its limit); of
+  // each expert and average the weighted sum of its frames, with the sum of the weights and the count behind it; the log-belief
+  // over whose streams they are.
   Part history[kMaxBlocks], fused_history[kMaxBlocks];
-  Part belief, energy, counted, last[kMaxModalities], repeats, memory;
+  Part belief, energy, counted, quality, last[kMaxModalities], repeats, memory, foreign;
   int64_t row_floats;
   size_t bytes;  // of the packed tensors
 };
@@ -112,6 +145,7 @@ struct Outputs {
 // One call. Tensors are dense; features (rows, in_dim[m]) each.
 struct Step {
   const float* features[kMaxModalities];
+  const float* quality;    // (rows, columns of all modalities), or null: unknown
   const uint8_t* present;  // (rows, M) or null: all
   int64_t first, count;    // of `order`: the rows to do in this call
   const int64_t* order;

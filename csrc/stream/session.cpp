@@ -101,6 +101,9 @@ void check_shape(const Shape& s) {
   check(s.dim >= 1 && s.targets >= 1 && s.kernel >= 1 && s.window >= 1 && s.evidence >= 0, "sizes");
   check(s.own_blocks >= 0 && s.fused_blocks >= 0 && s.own_blocks + s.fused_blocks <= kMaxBlocks, "blocks");
   check(s.memory >= 0 && s.memory <= kMaxMemory, "memory");
+  check(s.experts() <= kMaxModalities, "a joint expert with 8 modalities");
+  for (int m = 0; m < s.modalities; ++m) check(s.quality_dim[m] >= 0, "quality_dims");
+  check(s.reliability || (s.qualities() == 0 && !s.foreign), "quality and doubt need reliability");
 }
 
 void measure(Model& model, const Matrices& matrices) {
@@ -151,6 +154,9 @@ void Session::begin(int64_t index) {
   const int stages = model_.shape.stages;
   if (model_.shape.reliability)
     for (int j = 0; j < stages; ++j) row.state[model_.belief.at + j] = -std::log(float(stages));
+  if (model_.shape.foreign)
+    std::memcpy(row.state + model_.foreign.at, model_.foreign_initial,
+                size_t(1 + model_.shape.modalities) * sizeof(float));
   *row.frames = 0;
   take_back(index);
 }

@@ -10,6 +10,7 @@ namespace sage::stream {
 // One frame of every stream. features[m]: (rows, in_dim[m]); present (rows, M) or null: all; active (rows) or null: all.
 struct Frame {
   const float* features[kMaxModalities];
+  const float* quality;  // (rows, columns of all modalities) or null: unknown
   const uint8_t *present, *active;
 };
 // Since the session was made, over all rows.

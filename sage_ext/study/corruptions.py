@@ -29,6 +29,7 @@ import numpy as np
 
 from .._arguments import check_number
 from ..data.affwild2 import Clip, bare_name
+from ..data.quality import Meter
 from ..data.rates import FPS, default_frames, nearest
 
 VERSION = 1  # of the protocol: part of every random number's key
@@ -41,8 +42,6 @@ _SNR = (15.0, 10.0, 5.0, 0.0, -5.0)
 _SPANS = (0.1, 0.2, 0.3, 0.4, 0.5)
 _TAIL = (0.2, 0.4, 0.6, 0.8, 1.0)
 
-# What would have been measured, see `corrupted`.
-Meter = Callable[[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 Domain = Literal["feature", "waveform", "image"]
 Scopes = Literal["each", "each+all", "rotations"]
 

@@ -17,8 +17,8 @@ Noise, gain, occlusion and offset leave something of what the modality saw, so t
 at once; the other kinds leave nothing. Labels, padding and modalities that do not fail are never touched.
 
 Quality evidence in a batch goes with the features: a frozen frame has that of the failure's first frame, a swapped one
-that of the other clip, a dropped one none (NaN). It does not tell of the other kinds. Besides, and without a failure, it
-is made unknown, so that this is learnt too.
+that of the other clip, a dropped one none (NaN). Of the other kinds it tells where a `meter` says what would have been
+measured; else it stays as it is. Besides, and without a failure, it is made unknown, so that this is learnt too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.quality import Meter
 from ..data.rates import FPS, default_frames, nearest
 
 LENGTH = (8, 150)  # of a failure by default: frames at 30 a second
@@ -96,11 +97,14 @@ class Rehearsal:
         shortest, longest = (max(nearest(frames), 1) for frames in ends)
         return shortest, longest
 
-    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator, fps: float = FPS) -> dict[str, Any]:
+    def __call__(
+        self, batch: Mapping[str, Any], generator: torch.Generator, fps: float = FPS, meter: Meter | None = None
+    ) -> dict[str, Any]:
         """`batch` as `sage_ext.data.windows.collate` makes it: features {name: (B, W, D)}, present (B, W, M) bool,
         frame (B, W) bool, clip (B,), and quality {name: (B, W, Q)}, which may be empty or not there; all on the CPU.
         Returns a new batch that shares nothing it changed with the old one, with "rehearsed" (B, W, M) bool: where a
-        modality failed. The draws depend on `generator` alone. `fps`: frames a second."""
+        modality failed. The draws depend on `generator` alone. `fps`: frames a second. `meter`: as in
+        `study.corruptions.corrupted`."""
         features = {name: value.clone() for name, value in batch["features"].items()}
         present = batch["present"].clone()
         out = {**batch, "features": features, "present": present, "rehearsed": torch.zeros_like(present)}
@@ -118,7 +122,7 @@ class Rehearsal:
                         failing = [(_index(len(features), generator), self._draw_kind(generator))]
                     span = self._draw_span(batch["frame"][row], whole, generator, fps)
                     for modality, kind in failing:
-                        self._fail(batch, out, row, modality, kind, span, together or self.overlap, generator)
+                        self._fail(batch, out, row, modality, kind, span, together or self.overlap, generator, meter)
             for value in out.get("quality", {}).values():
                 for whole in (True, False):
                     if _uniform(generator) < self.unknown:
@@ -135,6 +139,7 @@ class Rehearsal:
         span: slice,
         overlap: bool,
         generator: torch.Generator,
+        meter: Meter | None,
     ) -> None:
         """One failure of one modality of window `row`. `overlap`: the others may have failed, all of them."""
         name = list(batch["features"])[modality]
@@ -168,6 +173,13 @@ class Rehearsal:
             value = self._mild(kind, value, usual, generator)
         target = out["features"][name][row, span]
         target[hit] = value[hit]
+        if meter is not None and quality and kind in ("zero", *MILD):
+            there = batch["present"][row, :, modality] & batch["frame"][row]
+            before, after = sources[0][row][there].numpy(), out["features"][name][row][there].numpy()
+            found = sources[1][row].clone()
+            told = meter(name, found[there].numpy(), before, after, before.std(axis=0))
+            found[there] = torch.from_numpy(told).to(found.dtype)
+            quality = [found[span]]
         if kind == "drop":
             out["present"][row, span, modality] &= ~hit
             quality = [torch.full_like(rows, math.nan) for rows in quality]

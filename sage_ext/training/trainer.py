@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from .._arguments import MAX_MODALITIES, check_int, check_number
 from ..data.affwild2 import AffWild2, Clip, disagreements, modality_names
-from ..data.synthetic import ToldClips, has_truth
+from ..data.synthetic import ToldClips, has_truth, meter
 from ..data.rates import FPS, default_frames, nearest, whole_frames
 from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import Windows, collate
@@ -297,6 +297,7 @@ class Training:
         self.columns = [list(self.train_data.modalities).index(name) for name in self.names]
         self.targets, self.fps = self.train_data.targets, self.train_data.frame_rate
         self.spans = config.spans(self.fps)
+        self.meter = meter if has_truth(config.data) and not config.told else None
         dims = {name: self.train_data.modalities[name] for name in self.names}
         quality = self.train_data.quality_dims
         reads = fusion_class(config.fusion).has_reliability if config.quality is None else config.quality
@@ -445,7 +446,7 @@ class Training:
 
     def _one_step(self, batch: Mapping[str, Any]) -> None:
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "rehearsal", self.step))
-        batch = self.config.rehearsal(batch, generator, self.fps)
+        batch = self.config.rehearsal(batch, generator, self.fps, self.meter)
         features, present, frame = self._inputs(batch)
         labels, valid = batch["labels"].to(self.device), batch["valid"].to(self.device)
 
