@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "math/experts.h"
 #include "math/frame.h"
 #include "ops.h"
 #if defined(SAGE_WITH_CUDA)

@@ -131,17 +131,6 @@ def typicality(
     return torch.stack(result, 2)
 
 
-def frame_precision(confidence: Tensor, sharpness: Tensor | float = 1.0, present: Tensor | None = None) -> Tensor:
-    """(*, M) confidence -> (*, 1 + M) precision of the fused frame and of each modality alone: odds(confidence)^sharpness
-    over the modalities that are present (*, M), kept where one frame does not outweigh thousands."""
-    log_odds = torch.logit(confidence, eps=CONSTANTS["confidence_margin"])
-    limit = CONSTANTS["log_precision_limit"]
-    own = (sharpness * log_odds).clamp(-limit, limit).exp()
-    if present is not None:
-        own = torch.where(present, own, 0.0)
-    return torch.cat([own.sum(-1, keepdim=True), own], -1)
-
-
 # --------------------------------------------------------------------------------------------- concordance (CCC)
 def ccc_moments(
     pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch", state: Tensor | None = None

@@ -37,6 +37,10 @@ class Streamable(Protocol):
     @property
     def in_dims(self) -> Sequence[int]: ...
     @property
+    def quality_dims(self) -> Sequence[int]: ...
+    @property
+    def foreign(self) -> Any: ...
+    @property
     def fusion(self) -> Any: ...
     def state_dict(self) -> Mapping[str, Tensor]: ...
     def modules(self) -> Any: ...
@@ -109,10 +113,13 @@ class StreamingSession:
         config = model.config
         if config["fusion"] not in ("reliability", "uniform"):
             raise ValueError(f'model: expected fusion="reliability" or "uniform", got {config["fusion"]!r}')
+        if sum(model.quality_dims) and config["fusion"] != "reliability":
+            raise ValueError('model: expected fusion="reliability" to read quality (quality_dims), got "uniform"')
         if not model.causal:
             raise ValueError("model: expected a causal SAGE, got one built with causal=False")
         self.batch_size, self.weights_dtype = batch_size, weights_dtype
         self.names, self.in_dims, self.num_targets = model.names, tuple(model.in_dims), model.num_targets
+        self.quality_dims = tuple(model.quality_dims)
         shape = _shape(model, weights_dtype)
         self.stages = shape["stages"]
         manifest, parts = _C.describe_stream(shape)
@@ -152,6 +159,7 @@ class StreamingSession:
         present: Array | Mapping[str, Array] | None = None,
         active: Array | None = None,
         *,
+        quality: Mapping[str, Array] | Sequence[Array | None] | None = None,
         strict: bool = False,
     ) -> StreamOutput:
         """Take one frame of every active stream.
@@ -163,6 +171,8 @@ class StreamingSession:
                 each modality's (batch_size,) by name, none left out. None: all present.
             active: (batch_size,) bool; False: this stream has no frame now; nothing of it is read, its state stays as it
                 is. None: all active.
+            quality: (batch_size, Q_m) float32 of the modalities with `quality_dims`: a mapping by name, or a sequence with None
+                for those without. NaN, and a modality left out, are unknown.
             strict: raise ValueError, naming modality and row, for a frame of an active stream that is not finite where it is
                 said to be present, rather than take it as missing; before anything has moved.
 
@@ -199,15 +209,48 @@ class StreamingSession:
             seen = _address("present", "", present, torch.bool, shape, self.device, held)
         if active is not None:
             moving = _address("active", "", active, torch.bool, (self.batch_size,), self.device, held)
+        told = 0
+        if quality is not None:
+            evidence = self._evidence(quality, held)
+            told = _address("quality", "", evidence, torch.float32, tuple(evidence.shape), self.device, held)
         check_bool("strict", strict)
         if strict:
             self._refuse_nonfinite(features, present, active)
         if self._on_cpu:
-            self._native.step(addresses, seen, moving, self._targets, torch.get_num_threads(), 0)
+            self._native.step(addresses, told, seen, moving, self._targets, torch.get_num_threads(), 0)
         else:  # what wrote an input on the GPU may still be under way, on the current stream
             ahead = torch.cuda.current_stream(self.device).cuda_stream if torch.cuda.is_initialized() else 0
-            self._native.step(addresses, seen, moving, self._targets, self.device.index, ahead)
+            self._native.step(addresses, told, seen, moving, self._targets, self.device.index, ahead)
         return self._output
+
+    def _evidence(self, quality: Mapping[str, Array] | Sequence[Array | None], held: list[Array]) -> Tensor:
+        """(batch_size, sum of quality_dims) on the CPU, NaN where unknown, checked."""
+        if isinstance(quality, Mapping):
+            if self.names is None:
+                raise TypeError("quality: expected a sequence, as this model's in_dims are one, got a mapping")
+            have = [name for name, q in zip(self.names, self.quality_dims) if q]
+            for name in quality:
+                if name not in have:
+                    raise ValueError(f"quality: expected some of {have}, which have quality_dims, got {name!r}")
+            given = [quality.get(name) for name in self.names]
+        elif isinstance(quality, Sequence):
+            if len(quality) != len(self.quality_dims):
+                raise ValueError(
+                    f"quality: expected an array or None for each of {len(self.quality_dims)} modalities, got {len(quality)}"
+                )
+            given = list(quality)
+        else:
+            raise TypeError(f"quality: expected a mapping, a sequence or None, got {type(quality).__name__}")
+        parts = []
+        for label, q, x in zip(self._labels, self.quality_dims, given):
+            if x is None:
+                parts.append(torch.full((self.batch_size, q), math.nan))
+                continue
+            if not q:
+                raise ValueError(f"quality[{label}]: expected None (no quality_dims), got an array")
+            _address("quality", label, x, torch.float32, (self.batch_size, q), self.device, held)
+            parts.append(_tensor(x))
+        return torch.cat(parts, 1)
 
     def _ordered(self, present: Mapping[str, Array]) -> Tensor:
         """A mapping name -> (batch_size,) bool as (batch_size, M) on the CPU, checked."""
@@ -246,9 +289,9 @@ class StreamingSession:
         """The state of k rows (None: all), copied; a plain dict of tensors, safe to save, of any session's layout.
 
         "frames" (k,) int64 since the reset; float32, oldest frame first, as `SAGEState` and `FusionState` have them:
-        "history.i" (k, M, span, dim), "fused.i" (k, 1 + M, span, dim), "last" (k, sum of in_dims), and with reliability "belief"
-        (k, S), "energy" and "counted" (k, window - 1, M, 2); where the model has them "repeats" (k, M) and "memory"
-        (k, 1 + M, R, dim + 1).
+        "history.i" (k, M, span, dim), "fused.i" (k, K, span, dim), "last" (k, sum of in_dims), and with reliability "belief"
+        (k, S), "energy" and "counted" (k, window - 1, M, 3); where the model has them "repeats" (k, M), "quality" (k, sum of
+        quality_dims, 3), "memory" (k, K, R, dim + 2) and "foreign" (k, 1 + M).
         """
         index = self._rows(rows)
         flat = torch.empty(index.numel(), sum(math.prod(p) for p in self._parts.values()))
@@ -291,7 +334,7 @@ class StreamingSession:
 
     def _check_state(self, name: str, x: Tensor) -> None:
         """ValueError for numbers that no step leaves in this part of the state."""
-        if name == "belief":
+        if name in ("belief", "foreign"):
             total = x.double().logsumexp(-1, keepdim=True)
             good, expected = (total.abs() < 1e-3).expand_as(x), "logarithms of probabilities that sum to 1"
         elif name == "counted":
@@ -304,9 +347,9 @@ class StreamingSession:
             expected = f"whole numbers, of each modality at most {[int(n) for n in self._stuck_limit]}"
         else:
             good, expected = x.abs() < MAX_STATE, f"numbers within {MAX_STATE:g}"
-            if name == "memory":  # sums of values, then the sum of their weights
-                good = good & ((x >= 0) | (torch.arange(x.shape[-1]) < x.shape[-1] - 1))
-                expected += ", weights not negative"
+            if name in ("memory", "quality"):  # sums of values, then the sum of their weights, and their count
+                good = good & ((x >= 0) | (torch.arange(x.shape[-1]) < x.shape[-1] - 2))
+                expected += ", weights and counts not negative"
         if not bool(good.all()):
             raise ValueError(f"state[{name!r}]: expected {expected}, got {x[~good][0].item():g}")
 
@@ -427,6 +470,9 @@ def _shape(model: Streamable, weights_dtype: torch.dtype) -> dict[str, Any]:
         "bf16": weights_dtype == torch.bfloat16,
         "memory": len(config["memory"]),
         "stuck": model.stuck > 0,
+        "joint": config["joint"],
+        "foreign": model.foreign is not None,
+        "quality_dims": tuple(model.quality_dims),
     }
 
 
@@ -459,9 +505,26 @@ def _folded(model: Streamable) -> dict[str, Tensor]:
         transition = state.get("fusion.transition", torch.zeros(stages, stages))
         folded["fusion.log_a"] = transition.double().log_softmax(1)
         folded["fusion.a"] = folded["fusion.log_a"].exp()
+        for m in range(len(model.in_dims)):
+            basis = state[f"fusion.typicality.components_{m}"]
+            for name, matrix in (("project", basis), ("rebuild", basis.t())):
+                folded[f"fusion.typicality.{name}_{m}.weight"] = matrix
+                folded[f"fusion.typicality.{name}_{m}.bias"] = matrix.new_zeros(len(matrix))
+        if model.fusion.quality is not None:
+            assert model.fusion.quality.clamp == CONSTANTS["typicality_limit"]
+            folded["fusion.quality.scale"] = state["fusion.quality.var"].clamp(min=CONSTANTS["variance_floor"]).rsqrt()
+            folded["fusion.quality.decay"] = torch.tensor(0.5 ** (1 / model.fusion.quality.halflife))
         folded["fusion.typicality.std"] = state["fusion.typicality.var"].clamp(min=CONSTANTS["variance_floor"]).sqrt()
         folded["fusion.logit_scale"] = (-state["fusion.log_temperature"]).exp()
         folded["fusion.sharpness"] = model.fusion.sharpness
+    if model.foreign is not None:
+        own, spread = slice(-len(model.in_dims), None), state["target_variance"].rsqrt()
+        folded["foreign.gain"] = (state["own_gain"][own] * spread).flatten()
+        folded["foreign.shift"] = (state["own_shift"][own] * spread).flatten()
+        folded["foreign.pace"] = torch.tensor(model.foreign.pace)
+        folded["foreign.initial"] = model.foreign.initial.double().log_softmax(0)
+        folded["foreign.log_a"] = model.foreign.transition.double().log_softmax(1)
+        folded["foreign.a"] = folded["foreign.log_a"].exp()
     if model.config["memory"]:
         folded["memory.decay"] = 0.5 ** (1 / torch.tensor(model.config["memory"], dtype=torch.float32))
         folded["memory.prior"] = state["memory.log_prior"].exp()

@@ -88,7 +88,7 @@ class CpuSession final : public Session {
     stepped_ += count;
     Step q = {};
     for (int m = 0; m < model_.shape.modalities; ++m) q.features[m] = frame.features[m];
-    q.present = frame.present, q.order = order_;
+    q.quality = frame.quality, q.present = frame.present, q.order = order_;
     q.state = state_, q.frames = frames_, q.absent = absent_, q.refused = refused_;
     q.out = outputs;
     int64_t tasks = (count + kTaskRows - 1) / kTaskRows;

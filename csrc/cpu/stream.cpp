@@ -1,5 +1,5 @@
 // One frame of SAGE for up to kGroup rows at a time, whole: standardise, project, temporal blocks, evidence, stage
-// filter, fusion, fused blocks, heads.
+// filter, the experts' values, fused blocks, memory, heads; last the experts are weighed.
 //
 // The time is that of bringing the matrices to the registers: each is read once a group, from front to back (1 MB in
 // float32 with the default sizes, half in bfloat16), everything else is a few microseconds. A product keeps up to four
@@ -9,6 +9,7 @@
 
 #include "isa.h"
 #include "../math/activation.h"
+#include "../math/experts.h"
 #include "../math/frame.h"
 #include "../math/leaky_average.h"
 #include "../math/reliability_fusion.h"
@@ -186,28 +187,48 @@ struct Group {
   const int64_t* row;  // `rows` of them
   int rows;
   // Scratch; a row of each starts every `wide`, `joined`... floats.
-  float *input, *encoded, *mixed, *tracks, *joint, *hidden, *logits, *emission, *recalled;
-  int64_t input_stride, dim_stride, joint_stride, hidden_stride, stage_stride, recalled_stride;
-  float square[kGroup][2 * kMaxModalities] = {};
-  float precision[(1 + kMaxModalities) * kGroup];  // of the fused frames, then of modality m alone
+  float *input, *encoded, *mixed, *tracks, *side, *joint, *hidden, *logits, *emission, *recalled;
+  float *components, *rebuilt;
+  int64_t input_stride, dim_stride, side_stride, joint_stride, hidden_stride, stage_stride, recalled_stride,
+      component_stride;
+  float square[kGroup][kEnergies * kMaxModalities] = {};
+  float precision[kMaxModalities * kGroup];  // of expert k's frame, row after row
+  float log_odds[kGroup][kMaxModalities], confidence[kGroup][kMaxModalities];  // of each expert
   bool present[kGroup][kMaxModalities];
 
   Group(const Model& model, const Step& q, const int64_t* row, int rows)
       : model(model), q(q), row(row), rows(rows) {}
   SAGE_FN float* state(int i) const { return q.state + row[i] * model.row_floats; }
   SAGE_FN float* encoded_of(int m) const { return encoded + m * kGroup * dim_stride; }
-  // What the blocks after the fusion see: the fused frames (0), then modality m alone (1 + m); `rows` rows each, one track
-  // behind the other, so that a product takes them all as rows.
-  SAGE_FN float* track(int t) const { return tracks + t * rows * dim_stride; }
-  SAGE_FN float* logits_of(int m) const { return logits + m * kGroup * stage_stride; }
+  // Of expert k; `rows` rows each, one track behind the other, so that a product takes them all as rows.
+  SAGE_FN float* track(int k) const { return tracks + k * rows * dim_stride; }
+  SAGE_FN float* logits_of(int k) const { return logits + k * kGroup * stage_stride; }
+  // Of row i: what is learnt from all modalities, then the signs of all.
+  SAGE_FN float* learnt(int i, int m) const { return joint + i * joint_stride + m * model.shape.evidence; }
+  SAGE_FN float* signs(int i, int m) const {
+    return learnt(i, model.shape.modalities) + model.shape.signs_before(m);
+  }
+  SAGE_FN int experts() const { return model.shape.experts(); }
+  // The place of the first modality among the experts.
+  SAGE_FN int first() const { return model.shape.joint ? 1 : 0; }
+  SAGE_FN bool some(int i) const {
+    bool any = false;
+    for (int m = 0; m < model.shape.modalities; ++m) any = any || present[i][m];
+    return any;
+  }
+  // Whether expert k's frame says anything.
+  SAGE_FN bool says(int i, int k) const { return k < first() ? some(i) : present[i][k - first()]; }
 };
 
 // The scratch of a group, cut from one piece; returns its size.
 int64_t cut_scratch(const Shape& s, float* base, Group* g) {
-  int64_t widest = 0;
-  for (int m = 0; m < s.modalities; ++m) widest = s.in_dim[m] > widest ? s.in_dim[m] : widest;
-  const int64_t input = padded(widest), dim = padded(s.dim), stages = padded(s.stages);
-  const int64_t joint = padded(s.modalities * (s.evidence + kTypicality)), hidden = padded(s.evidence);
+  int64_t widest = 0, deepest = 0;
+  for (int m = 0; m < s.modalities; ++m) {
+    widest = s.in_dim[m] > widest ? s.in_dim[m] : widest;
+    deepest = s.components(m) > deepest ? s.components(m) : deepest;
+  }
+  const int64_t input = padded(widest), dim = padded(s.dim), stages = padded(2 * s.stages);
+  const int64_t joint = padded(s.modalities * s.evidence + s.all_signs()), hidden = padded(s.evidence);
   // Small products write whole vectors: the targets of a head go through `hidden` too.
   const int64_t narrow = hidden > padded(s.targets) ? hidden : padded(s.targets);
   int64_t used = 0;
@@ -216,22 +237,28 @@ int64_t cut_scratch(const Shape& s, float* base, Group* g) {
     used += stride * rows;
     return at;
   };
-  const int64_t all = int64_t(s.modalities) * kGroup, tracks = all + kGroup;
-  const int64_t recalled = padded(s.memory * s.dim);
-  float* parts[] = {take(input, kGroup), take(dim, all),       take(dim, tracks),
-                    take(dim, tracks),   take(joint, kGroup),  take(narrow, tracks),
-                    take(stages, all),   take(stages, kGroup), take(recalled, tracks)};
+  const int64_t all = int64_t(s.modalities) * kGroup, tracks = int64_t(s.experts()) * kGroup;
+  const int64_t recalled = padded(s.memory * s.dim), components = padded(s.reliability ? deepest : 0);
+  const int64_t side = padded(s.joint ? s.modalities * s.dim : 0);
+  float* parts[] = {take(input, kGroup),      take(dim, all),
+                    take(dim, tracks),        take(dim, tracks),
+                    take(joint, kGroup),      take(narrow, tracks),
+                    take(stages, tracks),     take(stages, kGroup),
+                    take(recalled, tracks),   take(side, kGroup),
+                    take(components, kGroup), take(s.reliability ? input : 0, kGroup)};
   if (g) {
     g->input = parts[0], g->encoded = parts[1], g->mixed = parts[2], g->tracks = parts[3];
     g->joint = parts[4], g->hidden = parts[5], g->logits = parts[6], g->emission = parts[7];
     g->recalled = parts[8], g->recalled_stride = recalled;
+    g->side = parts[9], g->side_stride = side;
+    g->components = parts[10], g->component_stride = components, g->rebuilt = parts[11];
     g->input_stride = input, g->dim_stride = dim, g->joint_stride = joint, g->hidden_stride = narrow;
     g->stage_stride = stages;
   }
   return used;
 }
 
-// Standardised input of one modality, zero where it is missing, and the two mean squares that typicality reads. A frame
+// Standardised input of one modality, zero where it is missing, and two of the mean squares that typicality reads. A frame
 // that does not count is missing: nothing downstream can then become NaN.
 void standardise(Group& g, int m) {
   const Shape& s = g.model.shape;
@@ -262,12 +289,30 @@ void standardise(Group& g, int m) {
       ++g.q.absent[flag];
       g.q.refused[flag] += given && !verdict.stuck;
     }
-    g.square[i][2 * m] = sum(sums.squares) / float(n);
-    g.square[i][2 * m + 1] = sum(sums.steps) / float(n);
+    g.square[i][kEnergies * m] = sum(sums.squares) / float(n);
+    g.square[i][kEnergies * m + 1] = sum(sums.steps) / float(n);
     g.present[i][m] = verdict.here || s.hide_missing;
     g.q.out.present[flag] = verdict.here;
     // A stuck input stays the last one; typicality counts no motion after a missing frame.
     for (int64_t d = 0; d < n && !verdict.stuck; d += W) store(last + d, load(x + d));
+  }
+}
+
+// The third mean square: of what is left of the standardised input outside the principal components.
+void measure_residual(Group& g, int m) {
+  const Shape& s = g.model.shape;
+  const Modality& from = g.model.modality[m];
+  const int64_t n = s.in_dim[m];
+  product(g.model, from.components, g.rows, g.input, g.input_stride, g.components, g.component_stride);
+  product(g.model, from.rebuild, g.rows, g.components, g.component_stride, g.rebuilt, g.input_stride);
+  for (int i = 0; i < g.rows; ++i) {
+    const float *x = g.input + i * g.input_stride, *usual = g.rebuilt + i * g.input_stride;
+    V squares(0.0f);
+    for_each_vector<W>(n, [&](int64_t d, auto at) {
+      const V left = at.keep(at.read(x + d) - at.read(usual + d));
+      squares = fma(left, left, squares);
+    });
+    g.square[i][kEnergies * m + 2] = sum(squares) / float(n);
   }
 }
 
@@ -299,25 +344,26 @@ void temporal_block(Group& g, const Block& block, float* x, int tracks = 1) {
   product(g.model, block.pointwise, tracks * g.rows, g.mixed, dim, x, dim, true);
 }
 
-// The evidence that typicality gives, behind the learnt evidence in `joint`; and its rings move on by a frame. A lane a
-// (modality, energy or energy of the step).
+// The signs that typicality gives; and its rings move on by a frame. A lane a (modality, energy).
 void assess_typicality(Group& g) {
   const Shape& s = g.model.shape;
-  const int M = s.modalities, pairs = 2 * M, history = s.window - 1;
+  const int M = s.modalities, all = kEnergies * M, history = s.window - 1;
   const int64_t line = g.model.energy.line();
   for (int i = 0; i < g.rows; ++i) {
     float *energies = g.state(i) + g.model.energy.at, *counts = g.state(i) + g.model.counted.at;
     const int start = history ? int(g.q.frames[g.row[i]] % history) : 0;
     const float* before = counts + (start ? start - 1 : history - 1) * line;
-    float here[2 * kMaxModalities] = {}, counted[2 * kMaxModalities] = {};
-    for (int m = 0; m < M; ++m) {
-      here[2 * m] = here[2 * m + 1] = counted[2 * m] = g.present[i][m];
-      counted[2 * m + 1] = g.present[i][m] && history && before[2 * m] > 0;
+    // Whole vectors are read and written.
+    float here[padded(kEnergies * kMaxModalities)] = {}, counted[padded(kEnergies * kMaxModalities)] = {};
+    float square[padded(kEnergies * kMaxModalities)] = {};
+    for (int c = 0; c < all; ++c) {
+      here[c] = counted[c] = g.present[i][c / kEnergies], square[c] = g.square[i][c];
+      if (c % kEnergies == 1) counted[c] = here[c] > 0 && history && before[c - 1] > 0;
     }
-    float signed_level[2 * kMaxModalities], level[2 * kMaxModalities];
-    for (int c = 0; c < pairs; c += W) {
+    float signed_level[padded(kEnergies * kMaxModalities)], level[padded(kEnergies * kMaxModalities)];
+    for (int c = 0; c < all; c += W) {
       const V count = load(counted + c);
-      const V energy = select(count > V(0.0f), log_energy(load(g.square[i] + c)), V(0.0f));
+      const V energy = select(count > V(0.0f), log_energy(load(square + c)), V(0.0f));
       const auto past = [&](int slot) __attribute__((always_inline)) {
         return EnergyWindow<V>{load(energies + slot * line + c), load(counts + slot * line + c)};
       };
@@ -327,45 +373,69 @@ void assess_typicality(Group& g) {
                                              load(g.model.typical_std + c));
       store(signed_level + c, found.signed_level), store(level + c, found.level);
     }
-    for (int c = 0; c < pairs; ++c) {
-      float* to = g.joint + i * g.joint_stride + c / 2 * (s.evidence + kTypicality) + s.evidence + c % 2;
-      to[0] = signed_level[c], to[2] = level[c];
+    for (int c = 0; c < all; ++c) {
+      float* to = g.signs(i, c / kEnergies) + c % kEnergies;
+      to[0] = signed_level[c], to[kEnergies] = level[c];
     }
   }
 }
 
-// Reliability logits and stage emissions, from the encoded modalities.
+// The signs that quality gives, behind those of typicality; and its averages move on by a frame.
+void assess_quality(Group& g) {
+  const Shape& s = g.model.shape;
+  const int Q = s.qualities();
+  for (int i = 0; i < g.rows && Q; ++i) {
+    float* sums = g.state(i) + g.model.quality.at;
+    const float* given = g.q.quality ? g.q.quality + g.row[i] * Q : nullptr;
+    for (int m = 0, q = 0; m < s.modalities; ++m)
+      for (int c = 0; c < s.quality_dim[m]; ++c, ++q) {
+        const bool told = given && g.q.out.present[g.row[i] * s.modalities + m];
+        const QualitySigns found = quality_signs(told ? given[q] : 0.0f, told, g.model.quality_mean[q],
+                                                 g.model.quality_scale[q], g.model.quality_decay, sums + 3 * q);
+        float* to = g.signs(i, m) + kTypicality + kQuality * c;
+        to[0] = found.now, to[1] = found.average, to[2] = found.known;
+      }
+  }
+}
+
+// Linear, GELU, Linear of the evidence.
+void perceive(Group& g, const Linear (&layers)[2], const float* from, float* to) {
+  product(g.model, layers[0], g.rows, from, g.joint_stride, g.hidden, g.hidden_stride);
+  for (int i = 0; i < g.rows; ++i) {
+    float* x = g.hidden + i * g.hidden_stride;
+    map<gelu>(x, g.model.shape.evidence, x);
+  }
+  product(g.model, layers[1], g.rows, g.hidden, g.hidden_stride, to, g.stage_stride);
+}
+
+// Logits of reliability and of a frame's precision, and stage emissions, from the encoded modalities.
 void assess(Group& g) {
   const Shape& s = g.model.shape;
-  const int64_t width = s.evidence + kTypicality;
   assess_typicality(g);
+  assess_quality(g);
   for (int m = 0; m < s.modalities; ++m) {
-    const Modality& from = g.model.modality[m];
-    product(g.model, from.evidence, g.rows, g.encoded_of(m), g.dim_stride, g.hidden, g.hidden_stride);
-    for (int i = 0; i < g.rows; ++i) {
-      float* evidence = g.joint + i * g.joint_stride + m * width;
-      if (g.present[i][m])
-        map<gelu>(g.hidden + i * g.hidden_stride, s.evidence, evidence);
-      else
-        for (int64_t d = 0; d < width; ++d) evidence[d] = 0;
-    }
-    product(g.model, from.reliability[0], g.rows, g.joint + m * width, g.joint_stride, g.hidden,
+    product(g.model, g.model.modality[m].evidence, g.rows, g.encoded_of(m), g.dim_stride, g.hidden,
             g.hidden_stride);
-    for (int i = 0; i < g.rows; ++i)
-      map<gelu>(g.hidden + i * g.hidden_stride, s.evidence, g.hidden + i * g.hidden_stride);
-    product(g.model, from.reliability[1], g.rows, g.hidden, g.hidden_stride, g.logits_of(m), g.stage_stride);
+    for (int i = 0; i < g.rows; ++i) {
+      float *evidence = g.learnt(i, m), *signs = g.signs(i, m);
+      if (g.present[i][m]) {
+        map<gelu>(g.hidden + i * g.hidden_stride, s.evidence, evidence);
+        continue;
+      }
+      for (int64_t d = 0; d < s.evidence; ++d) evidence[d] = 0;
+      for (int d = 0; d < s.signs(m); ++d) signs[d] = 0;
+    }
   }
-  product(g.model, g.model.emission[0], g.rows, g.joint, g.joint_stride, g.hidden, g.hidden_stride);
-  for (int i = 0; i < g.rows; ++i)
-    map<gelu>(g.hidden + i * g.hidden_stride, s.evidence, g.hidden + i * g.hidden_stride);
-  product(g.model, g.model.emission[1], g.rows, g.hidden, g.hidden_stride, g.emission, g.stage_stride);
+  for (int k = 0; k < g.experts(); ++k)
+    perceive(g, g.model.head_of[k], k < g.first() ? g.signs(0, 0) : g.signs(0, k - g.first()), g.logits_of(k));
+  perceive(g, g.model.emission, g.joint, g.emission);
 }
 
-// Stage filter, confidences and weights of rows [first, first + W): a lane a row; lanes past the last repeat it.
+// Stage filter, confidences and precisions of rows [first, first + W): a lane a row; lanes past the last repeat it.
 template <int S>
 void gate_lanes(Group& g, int first) {
   const Shape& s = g.model.shape;
-  const int stages = S ? S : s.stages, M = s.modalities;
+  const int stages = S ? S : s.stages;
   const int lanes = g.rows - first < W ? g.rows - first : W;
   const auto gather = [&](auto&& number) {
     if (lanes == 1) return V(number(first));  // the same, without a detour through memory
@@ -373,17 +443,13 @@ void gate_lanes(Group& g, int first) {
     for (int l = 0; l < W; ++l) x[l] = number(first + (l < lanes ? l : lanes - 1));
     return load(x);
   };
-  Bits<float> present[kMaxModalities], any_present = {};
-  for (int m = 0; m < M; ++m) {
-    present[m] = gather([&](int i) { return float(g.present[i][m]); }) > V(0.0f);
-    any_present = any_present | present[m];
-  }
+  const V zero(0.0f);
+  const Bits<float> some = gather([&](int i) { return float(g.some(i)); }) > zero;
   V belief[kMaxStages], p[kMaxStages], emission[kMaxStages], logit[kMaxStages];
   for (int j = 0; j < stages; ++j) {
     belief[j] = gather([&](int i) { return g.state(i)[g.model.belief.at + j]; });
     p[j] = exp(belief[j]);
-    emission[j] =
-        select(any_present, gather([&](int i) { return g.emission[i * g.stage_stride + j]; }), V(0.0f));
+    emission[j] = select(some, gather([&](int i) { return g.emission[i * g.stage_stride + j]; }), zero);
   }
   stage_step(stages, g.model.log_a, g.model.a, emission, belief, p);
   for (int l = 0; l < lanes; ++l)
@@ -392,24 +458,22 @@ void gate_lanes(Group& g, int first) {
       g.q.out.stage[g.row[first + l] * stages + j] = p[j][l];
     }
 
-  const V zero(0.0f);
-  V confidence[kMaxModalities], score[kMaxModalities], weight[kMaxModalities];
-  for (int m = 0; m < M; ++m) {
-    const float *scale = g.model.logit_scale + m * stages, *bias = g.model.logit_bias + m * stages;
+  for (int k = 0; k < g.experts(); ++k) {
+    const float *scale = g.model.logit_scale + k * stages, *bias = g.model.logit_bias + k * stages;
+    V log_precision = zero;
     for (int j = 0; j < stages; ++j) {
-      const V raw = gather([&](int i) { return g.logits_of(m)[i * g.stage_stride + j]; });
-      logit[j] = select(present[m], fma(raw, V(scale[j]), V(bias[j])), zero);
+      const float* raw = g.logits_of(k) + j;
+      logit[j] = fma(gather([&](int i) { return raw[i * g.stage_stride]; }), V(scale[j]), V(bias[j]));
+      log_precision = fma(p[j], gather([&](int i) { return raw[i * g.stage_stride + stages]; }), log_precision);
     }
     const Reliability<V> r = reliability(stages, logit, p);
-    confidence[m] = select(present[m], r.confidence, zero);
-    score[m] = r.log_odds * V(g.model.sharpness);
-  }
-  modality_weights(M, score, present, weight);
-  for (int m = 0; m < M; ++m)
+    const V precision = frame_precision(log_precision);
     for (int l = 0; l < lanes; ++l) {
-      g.q.out.weights[g.row[first + l] * M + m] = weight[m][l];
-      g.q.out.confidence[g.row[first + l] * M + m] = confidence[m][l];
+      const int i = first + l;
+      g.log_odds[i][k] = r.log_odds[l], g.confidence[i][k] = r.confidence[l];
+      g.precision[k * g.rows + i] = g.says(i, k) ? precision[l] : 0.0f;
     }
+  }
 }
 
 void gate(Group& g) {
@@ -424,60 +488,40 @@ void gate(Group& g) {
     return;
   }
   for (int i = 0; i < g.rows; ++i) {
-    const int64_t row = g.row[i];
-    int count = 0;
-    for (int m = 0; m < s.modalities; ++m) count += g.present[i][m];
-    for (int m = 0; m < s.modalities; ++m) {
-      g.q.out.weights[row * s.modalities + m] = g.present[i][m] ? 1.0f / float(count) : 0.0f;
-      g.q.out.confidence[row * s.modalities + m] = g.present[i][m] ? 0.5f : 0.0f;
+    for (int k = 0; k < g.experts(); ++k) {
+      g.log_odds[i][k] = 0, g.confidence[i][k] = 0.5f;
+      g.precision[k * g.rows + i] = g.says(i, k) ? 1.0f : 0.0f;
     }
-    g.q.out.stage[row] = 1.0f;
+    g.q.out.stage[g.row[i]] = 1.0f;
   }
 }
 
-// Value = LayerNorm(value), 0 where missing; fused = sum of weight * value.
-void fuse(Group& g) {
+// The experts' values, normed, 0 where they have nothing to say.
+void value(Group& g) {
   const Shape& s = g.model.shape;
   const int64_t dim = g.dim_stride;
   for (int m = 0; m < s.modalities; ++m)
-    product(g.model, g.model.modality[m].value, g.rows, g.encoded_of(m), dim, g.track(1 + m), dim);
-  for (int i = 0; i < g.rows; ++i) {
-    float* fused = g.track(0) + i * dim;
-    for (int64_t d = 0; d < dim; d += W) store(fused + d, V(0.0f));
-    for (int m = 0; m < s.modalities; ++m) {
-      float* x = g.track(1 + m) + i * dim;
-      if (!g.present[i][m]) {
+    product(g.model, g.model.modality[m].value, g.rows, g.encoded_of(m), dim, g.track(g.first() + m), dim);
+  if (s.joint) {
+    for (int i = 0; i < g.rows; ++i) {
+      float* to = g.side + i * g.side_stride;
+      for (int m = 0; m < s.modalities; ++m) {
+        const float* x = g.encoded_of(m) + i * dim;
+        for (int64_t d = 0; d < s.dim; ++d) to[m * s.dim + d] = g.present[i][m] ? x[d] : 0.0f;
+      }
+    }
+    product(g.model, g.model.joint[0], g.rows, g.side, g.side_stride, g.mixed, dim);
+    for (int i = 0; i < g.rows; ++i) map<silu>(g.mixed + i * dim, s.dim, g.mixed + i * dim);
+    product(g.model, g.model.joint[1], g.rows, g.mixed, dim, g.track(0), dim);
+  }
+  for (int k = 0; k < g.experts(); ++k)
+    for (int i = 0; i < g.rows; ++i) {
+      float* x = g.track(k) + i * dim;
+      if (!g.says(i, k))
         for (int64_t d = 0; d < dim; d += W) store(x + d, V(0.0f));
-        continue;
-      }
-      const Norm norm = {g.model.value_norm.weight + m * dim, g.model.value_norm.bias + m * dim};
-      const V weight(g.q.out.weights[g.row[i] * s.modalities + m]);
-      const Moments stats = s.value_norm ? moments(x, s.dim) : Moments{};
-      for (int64_t d = 0; d < dim; d += W) {
-        const V value = s.value_norm ? normed(x, stats, norm, d) : load(x + d);
-        store(fused + d, fma(weight, value, load(fused + d)));
-        store(x + d, value);
-      }
+      else if (s.value_norm)
+        layer_norm({g.model.value_norm.weight + k * dim, g.model.value_norm.bias + k * dim}, s.dim, x, x);
     }
-  }
-}
-
-// The precision of the fused frames, and of each modality alone.
-void weigh(Group& g) {
-  const Shape& s = g.model.shape;
-  for (int i = 0; i < g.rows; ++i) {
-    float own[kMaxModalities] = {}, total = 0;
-    const float* confidence = g.q.out.confidence + g.row[i] * s.modalities;
-    for_each_vector<W>(s.modalities, [&](int64_t m, auto at) {
-      at.write(own + m, frame_precision(at.read(confidence + m), V(g.model.sharpness)));
-    });
-    for (int m = 0; m < s.modalities; ++m) {
-      const float p = g.present[i][m] ? own[m] : 0.0f;
-      total += p;
-      g.precision[(1 + m) * g.rows + i] = p;
-    }
-    g.precision[i] = total;
-  }
 }
 
 // x += recall of the memory's averages, once this frame is in them.
@@ -485,8 +529,7 @@ void remember(Group& g) {
   const Model& model = g.model;
   const Shape& s = model.shape;
   const int64_t dim = g.dim_stride;
-  const int rows = (1 + s.modalities) * g.rows;
-  weigh(g);
+  const int rows = g.experts() * g.rows;
   for (int r = 0; r < rows; ++r) {
     float* sums = g.state(r % g.rows) + model.memory.array(r / g.rows * s.memory);
     const V precision(g.precision[r]);
@@ -495,36 +538,66 @@ void remember(Group& g) {
     for (int h = 0; h < s.memory; ++h) {
       float* sum = sums + h * model.memory.line();
       const V decay(model.decay[h]), weight = leaky_weight(decay, V(sum[s.dim]), precision);
-      const V scale = leaky_scale(V(model.prior[h]), weight);
-      sum[s.dim] = weight[0];
+      const V count = leaky_count(decay, V(sum[s.dim + 1]), precision);
+      const V scale = leaky_scale(V(model.prior[h]), weight, count, true);
       for_each_vector<W>(s.dim, [&](int64_t d, auto at) {
         const V next = leaky_sum(decay, at.read(sum + d), precision, at.read(x + d));
         at.write(sum + d, next);
         at.write(to + h * s.dim + d, next * scale);
       });
+      sum[s.dim] = weight[0], sum[s.dim + 1] = count[0];
     }
   }
   product(model, model.recall, rows, g.recalled, g.recalled_stride, g.tracks, dim, true);
 }
 
-// Blocks after the fusion, memory and head, on all tracks.
+// Row i's estimates, one of each expert `stride` apart, are weighed.
+void weigh(Group& g, int i, const float* estimates, int64_t stride) {
+  const Model& model = g.model;
+  const Shape& s = model.shape;
+  const int M = s.modalities, first = g.first();
+  const int64_t row = g.row[i];
+  bool counts[kMaxModalities];
+  for (int k = 0; k < g.experts(); ++k) counts[k] = k < first || g.present[i][k - first];
+  if (s.foreign) {
+    float p[kMaxStages], *belief = g.state(i) + model.foreign.at, *scaled = g.mixed;
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < s.targets; ++c) {
+        const int at = m * s.targets + c;
+        scaled[at] = model.own_gain[at] * estimates[(first + m) * stride + c] + model.own_shift[at];
+      }
+    foreign_step(M, s.targets, scaled, g.confidence[i] + first, counts + first, model.foreign_pace,
+                 model.foreign_log_a, model.foreign_a, belief, p);
+    for (int k = 0; k < g.experts(); ++k) {
+      const Reliability<float> r = doubted(g.log_odds[i][k], k < first ? 1 - p[0] : p[1 + k - first]);
+      g.confidence[i][k] = r.confidence, g.log_odds[i][k] = r.log_odds;
+    }
+  }
+  mix_experts(g.experts(), M, s.targets, model.sharpness, estimates, stride, g.log_odds[i], counts,
+              g.q.out.prediction + row * s.targets, g.q.out.weights + row * M);
+  for (int m = 0; m < M; ++m)
+    g.q.out.confidence[row * M + m] = counts[first + m] ? g.confidence[i][first + m] : 0.0f;
+}
+
+// Blocks after the fusion, memory and head, on all tracks; then the experts are weighed.
 void predict(Group& g) {
   const Model& model = g.model;
   const Shape& s = model.shape;
-  const int64_t dim = g.dim_stride;
-  const int tracks = 1 + s.modalities, rows = tracks * g.rows;
+  const int64_t dim = g.dim_stride, narrow = g.hidden_stride;
+  const int tracks = g.experts(), rows = tracks * g.rows;
   for (int b = 0; b < s.fused_blocks; ++b) temporal_block(g, model.fused[b], g.tracks, tracks);
   if (s.memory) remember(g);
   for (int r = 0; r < rows; ++r) layer_norm(model.norm, s.dim, g.tracks + r * dim, g.tracks + r * dim);
   product(model, model.head[0], rows, g.tracks, dim, g.mixed, dim);
   for (int r = 0; r < rows; ++r) map<silu>(g.mixed + r * dim, s.dim, g.mixed + r * dim);
-  product(model, model.head[1], rows, g.mixed, dim, g.hidden, g.hidden_stride);
-  for (int r = 0; r < rows; ++r) {
-    const int64_t row = g.row[r % g.rows];
-    const int m = r / g.rows - 1;
-    map<tanh>(g.hidden + r * g.hidden_stride, s.targets,
-              m < 0 ? g.q.out.prediction + row * s.targets
-                    : g.q.out.unimodal + (row * s.modalities + m) * s.targets);
+  product(model, model.head[1], rows, g.mixed, dim, g.hidden, narrow);
+  for (int r = 0; r < rows; ++r) map<tanh>(g.hidden + r * narrow, s.targets, g.hidden + r * narrow);
+  for (int i = 0; i < g.rows; ++i) {
+    for (int m = 0; m < s.modalities; ++m)
+      for (int c = 0; c < s.targets; ++c)
+        g.q.out.unimodal[(g.row[i] * s.modalities + m) * s.targets + c] =
+            g.hidden[((g.first() + m) * g.rows + i) * narrow + c];
+    weigh(g, i, g.hidden + i * narrow, g.rows * narrow);
   }
 }
 
@@ -536,12 +609,13 @@ void step_group(Group& g) {
     const Modality& of = model.modality[m];
     float* x = g.encoded_of(m);
     standardise(g, m);
+    if (s.reliability) measure_residual(g, m);
     product(model, of.project, g.rows, g.input, g.input_stride, x, dim);
     for (int b = 0; b < s.own_blocks; ++b) temporal_block(g, of.block[b], x);
     for (int i = 0; i < g.rows; ++i) layer_norm(of.norm, s.dim, x + i * dim, x + i * dim);
   }
   gate(g);
-  fuse(g);
+  value(g);
   predict(g);
   for (int i = 0; i < g.rows; ++i) ++g.q.frames[g.row[i]];
 }

@@ -448,9 +448,9 @@ class SAGE(nn.Module):
                 f"{type(state).__name__}"
             )
         x, known, mask = self._inputs(features, present, mask)
-        evidence = ordered_quality(quality, self.names, self.quality_dims, x[0], known)
         x, known, nonfinite = self._standardise(x, known, strict)
         x, known, still = self._moving(x, known, None if state is None else state.still)
+        evidence = ordered_quality(quality, self.names, self.quality_dims, x[0], known)
         encoded, history = self.encode(self._with_quality(x, evidence), mask, None if state is None else state.history)
         told = self._told(known, mask)
         found = self.fusion.represent(encoded, told, None if state is None else state.fusion, x, evidence)
@@ -501,9 +501,9 @@ class SAGE(nn.Module):
         if not isinstance(self.fusion, ReliabilityFusion):
             raise ValueError(f"fusion: expected one that has a reliability to assess, got {self.config['fusion']!r}")
         x, known, mask = self._inputs(features, present, mask)
-        evidence = ordered_quality(quality, self.names, self.quality_dims, x[0], known)
         x, known, _ = self._standardise(x, known)
         x, known, _ = self._moving(x, known, None)
+        evidence = ordered_quality(quality, self.names, self.quality_dims, x[0], known)
         encoded, _ = self.encode(x, mask)
         found = self.fusion.represent(encoded, self._told(known, mask), None, x, evidence)
         estimates, _, _ = self._estimate(found, mask, None)
