@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--frames", type=_pair, default=(250, 900), metavar="A,B", help="shortest and longest video")
     sub.add_argument("--difficulty", type=float, default=1.0, help="factor on the noise")
     sub.add_argument("--images", action="store_true", help="also write (empty) image files; missing faces have none")
+    sub.add_argument("--no-quality", action="store_true", help="leave out the quality of the recordings")
 
     sub = command(
         "import", "make a data set of a table (CSV or Parquet): a row a frame, columns of features and targets", _import
@@ -294,7 +295,7 @@ def _synth(args: argparse.Namespace) -> int:
 
     spec = write_dataset(
         args.out, seed=args.seed, train=args.train, validation=args.validation, test=args.test, frames=args.frames,
-        difficulty=args.difficulty, images=args.images,
+        difficulty=args.difficulty, images=args.images, quality=not args.no_quality,
     )  # fmt: skip
     sizes = ", ".join(f"{name} {dim}" for name, dim in spec.modalities.items())
     _say(f"{args.out}: {spec.train} training, {spec.validation} validation, {spec.test} test videos; {sizes}")

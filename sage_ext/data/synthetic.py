@@ -20,6 +20,21 @@ proportional to r / (1 - r).
 Two persons of one video (`_left`, `_right`) have each their own face and annotation and one audio track, which
 follows whoever speaks, or the mean of both; what it carries of the other person counts as noise variance.
 
+Quality, what a detector or a meter would have said of the recording; each is noisy, at times wrong, and none is v. Errors
+are drawn anew every half second and, besides, every frame (standard deviations in brackets, in this order):
+
+    detector_score   of a view: the logistic of 1/2 - log v (1.5, 1); in 5 % of the time, in spans of 1 to 3 s, that of
+                     another moment of the video
+    contrast         of a view: log g (0.2, 0.1)
+    voice_activity   of the audio: that somebody speaks (the stage's noise is low: with four stages and audio first,
+                     speaking or turn-taking), the logistic of 2 or -2 (1, 1); the wrong way round in 10 % of the time, in
+                     spans of 1 to 3 s
+    loudness         of the audio: log g (0.2, 0.1) and an offset of the video (0.5)
+
+They are unknown where the modality is absent and in 3 % of further spans. `remeasured` says what they would have been of
+features that were altered: what is added to the features, relative to their spread, adds to v, and what changes their
+power about the clip's mean changes g.
+
 How hard it is, as P on validation, the mean of seeds 0 to 2 (`python benchmarks/synthetic_difficulty.py`, one small
 causal network per row, none of this project's models): audio alone .45, visual alone .57, their average .63, one
 network of the sum of both .67, of both joined .71, of the sum weighted by the true inverse variances .79,
@@ -34,6 +49,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +70,20 @@ _SMOOTH = (18.0, 4.0)  # standard deviation in frames of the kernel behind affec
 _OFFSET, _LOUDNESS = 0.2, 0.2  # of a video, in the embedding; of a frame, as a factor on the latents (log)
 _GOOD, _MEDIUM, _POOR, _BURST = 0.3, 1.0, 3.5, 4.5  # noise standard deviations
 
+VIEW_QUALITY, SHARED_QUALITY = ("detector_score", "contrast"), ("voice_activity", "loudness")
+_SCORE_LEVEL, _SCORE_SLOPE = 0.5, 1.0  # logit of a score = level - slope log v
+_SCORE_ERRORS, _VOICE_ERRORS, _GAIN_ERRORS = (1.5, 1.0), (1.0, 1.0), (0.2, 0.1)  # that lasts, and of a frame
+_ERROR_FRAMES = 15  # that an error lasts
+_VOICE = 2.0  # logit of a voice
+_MICROPHONE = 0.5  # of a video, in the loudness
+_SCORE_WRONG, _VOICE_WRONG, _UNKNOWN = 0.05, 0.1, 0.03  # shares of the time
+_WRONG_FRAMES, _UNKNOWN_FRAMES = (30, 90), (10, 60)  # of a span
+_ADDED = 4.0  # noise variance in the latents for what is added to the features with the power that they have
+_VOICE_SHARE = 0.5  # of what that takes from a score, in voice_activity
+_FLOOR = 0.05  # of the power about the mean, relative to the clip's
+_LOGIT = 12.0  # beyond this a logistic is 0 or 1 in single precision
+_STILL = 1e-5  # spread of a feature, relative to the greatest, up to which it does not vary
+
 
 @dataclass(frozen=True)
 class SyntheticSpec:
@@ -69,6 +99,7 @@ class SyntheticSpec:
     modalities: Mapping[str, int] = field(default_factory=lambda: {"audio": 32, "visual": 64})
     images: bool = False
     centred: bool = False
+    quality: bool = True
 
 
 def write_dataset(
@@ -84,6 +115,7 @@ def write_dataset(
     modalities: Mapping[str, int] | None = None,
     images: bool = False,
     centred: bool = False,
+    quality: bool = True,
 ) -> SyntheticSpec:
     """Writes a data set below `root`, which must not exist or be empty. The same arguments give the same bytes.
 
@@ -97,6 +129,7 @@ def write_dataset(
                              instead of NaN rows, say where there is no face (for reader tests: one file a frame)
     centred                  zero is the middle of the embeddings (by default it is far out, as for real ones): a zeroed
                              modality then looks like an ordinary one
+    quality                  also writes quality; features, annotations and truth are the same without
 
     Layout as `affwild2` describes, and truth/<name>.npz, which training never reads: stage (T,), reliability (T, M),
     variance (T, M), latents (T, 2), noisy (T, M, 2), present (T, M), labels (T, 2, without the -5), modalities (M,).
@@ -113,6 +146,7 @@ def write_dataset(
         modalities={"audio": 32, "visual": 64} if modalities is None else dict(modalities),
         images=images,
         centred=centred,
+        quality=quality,
     )
     _check(spec)
     root = Path(os.path.abspath(root))
@@ -248,7 +282,13 @@ def _write(root: Path, spec: SyntheticSpec) -> None:
         (task / folder).mkdir(parents=True)
     for m in world.names:
         (root / "features" / m).mkdir(parents=True)
-        meta = {"shared": True} if m == SHARED else {"images": "cropped_aligned"} if spec.images else {}
+        meta: dict[str, Any] = {}
+        if m == SHARED:
+            meta["shared"] = True
+        elif spec.images:
+            meta["images"] = "cropped_aligned"
+        if spec.quality:
+            meta["quality"] = quality_names(m)
         (root / "features" / m / "meta.json").write_text(json.dumps({**meta, "about": "synthetic"}) + "\n")
     if spec.images:
         (root / "cropped_aligned").mkdir()
@@ -264,7 +304,8 @@ def _write(root: Path, spec: SyntheticSpec) -> None:
             frames = int(rng.integers(length[0], length[1] + 1))
             video = f"{split}-{index:03d}"
             names = [video] if persons == 1 else [f"{video}_left", f"{video}_right"]
-            _write_video(root, world, rng, video, names, frames, index)
+            errors = np.random.default_rng([spec.seed, number, index, 7]) if spec.quality else None
+            _write_video(root, world, rng, errors, video, names, frames, index)
             for name in names:
                 if split == "test":
                     sample.append((name, frames))
@@ -285,6 +326,8 @@ class _Track:
     seen: np.ndarray  # (T, 6) noisy latents
     variance: np.ndarray  # (T,) of the noise in them
     present: np.ndarray  # (T,) bool
+    log_gain: np.ndarray | None = None  # (T,) of the latents
+    quality: np.ndarray | None = None  # (T, Q) float32
 
 
 def _record(
@@ -300,13 +343,53 @@ def _record(
     seen = source + np.sqrt(variance)[:, None] * _noise(rng, frames)
     rows = world.maps[m](rng, loudness[:, None] * seen, stage)
     present = ~_spans(rng, frames, 0.04 if is_view else 0.01, (10, 80))
-    return _Track(rows, seen, variance, present)
+    return _Track(rows, seen, variance, present, np.log(loudness))
+
+
+def quality_names(modality: str) -> tuple[str, ...]:
+    """The columns of a modality's quality."""
+    return SHARED_QUALITY if modality == SHARED else VIEW_QUALITY
+
+
+def _measured(world: _World, rng: np.random.Generator, m: int, stage: np.ndarray, track: _Track) -> np.ndarray:
+    """(T, Q) float32 quality of a track, NaN where it is unknown. `stage` (T,): that it was recorded in."""
+    assert track.log_gain is not None
+    frames, log_gain = len(stage), track.log_gain
+    if world.names[m] == SHARED:
+        voice = world.noise[stage, m] <= _MEDIUM * world.spec.difficulty
+        voice ^= _spans(rng, frames, _VOICE_WRONG, _WRONG_FRAMES)
+        logit = np.where(voice, _VOICE, -_VOICE) + _errors(rng, frames, _VOICE_ERRORS)
+        log_gain = log_gain + _MICROPHONE * rng.standard_normal()
+    else:
+        logit = _SCORE_LEVEL - _SCORE_SLOPE * np.log(track.variance) + _errors(rng, frames, _SCORE_ERRORS)
+        wrong, other = _spans(rng, frames, _SCORE_WRONG, _WRONG_FRAMES), rng.integers(frames)
+        logit = np.where(wrong, np.roll(logit, other), logit)
+    quality = np.stack([_logistic(logit), log_gain + _errors(rng, frames, _GAIN_ERRORS)], axis=1)
+    quality[~track.present | _spans(rng, frames, _UNKNOWN, _UNKNOWN_FRAMES)] = np.nan
+    return quality.astype(np.float32)
+
+
+def _errors(rng: np.random.Generator, frames: int, deviations: tuple[float, float]) -> np.ndarray:
+    """(T,) errors: of half a second, and of a frame."""
+    lasting = np.repeat(rng.standard_normal(frames // _ERROR_FRAMES + 1), _ERROR_FRAMES)[:frames]
+    return deviations[0] * lasting + deviations[1] * rng.standard_normal(frames)
+
+
+def _logistic(logit: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(logit, -_LOGIT, _LOGIT)))
 
 
 def _write_video(
-    root: Path, world: _World, rng: np.random.Generator, video: str, names: list[str], frames: int, index: int
+    root: Path,
+    world: _World,
+    rng: np.random.Generator,
+    errors: np.random.Generator | None,
+    video: str,
+    names: list[str],
+    frames: int,
+    index: int,
 ) -> None:
-    """Features and truth of a video's one or two persons."""
+    """Features and truth of a video's one or two persons; also quality, where there are random `errors` for it."""
     first = world.stage_path(rng, frames)
     dialogue = world.spec.stages > 1
     stages = [first, np.where(first < 2, 1 - first, first) if dialogue else first][: len(names)]
@@ -319,13 +402,18 @@ def _write_video(
             heard = np.where(first < 2, 0, first) if dialogue else first  # that somebody speaks, not who
             mix = own[:, None] * latents[0] + (1 - own)[:, None] * latents[1]
             track = _record(world, rng, m, mix, heard, is_view=False)
+            if errors is not None:
+                track.quality = _measured(world, errors, m, heard, track)
             for person, share in enumerate((own, 1 - own)):
                 # own z + (1 - own) z' differs from z by (1 - own) (z' - z), of variance 2 (1 - own)^2
                 error = track.variance + 2 * (1 - share) ** 2
-                tracks[person].append(_Track(track.rows, track.seen, error, track.present))
+                tracks[person].append(replace(track, variance=error))
         else:
             for person, stage in enumerate(stages):
-                tracks[person].append(_record(world, rng, m, latents[person], stage, is_view=modality != SHARED))
+                track = _record(world, rng, m, latents[person], stage, is_view=modality != SHARED)
+                if errors is not None:
+                    track.quality = _measured(world, errors, m, stage, track)
+                tracks[person].append(track)
         for person, name in enumerate(names if modality != SHARED else [video]):
             _write_features(root, world.spec.images, modality, name, tracks[person][m], index)
     for person, name in enumerate(names):
@@ -347,12 +435,15 @@ def _write_video(
 def _write_features(root: Path, images: bool, modality: str, name: str, track: _Track, index: int) -> None:
     """Says where the modality is missing in one of the ways that the reader knows: images, a mask, NaN rows."""
     path = root / "features" / modality / f"{name}.npy"
-    rows, present = track.rows, track.present
+    rows, present, quality = track.rows, track.present, track.quality
     if index % 8 == 6 and modality != SHARED:  # as if the container's frame counter were off
         present[-2:] = False
         rows = rows[:-2]
     if index % 8 == 7 and modality == SHARED:
         rows = np.concatenate([rows, np.repeat(rows[-1:], 3, axis=0)])
+        quality = None if quality is None else np.concatenate([quality, np.repeat(quality[-1:], 3, axis=0)])
+    if quality is not None:
+        np.save(path.with_suffix(".quality.npy"), quality[: len(rows)])
     missing = np.flatnonzero(~present[: len(rows)])
     if images and modality != SHARED:
         rows[missing] = 0  # what many extractors write
@@ -389,7 +480,7 @@ def read_spec(root: str | os.PathLike) -> SyntheticSpec:
     path = Path(root) / "truth" / "spec.json"
     with parsing(path):
         values = json.loads(path.read_text())
-        return SyntheticSpec(**{**values, "frames": tuple(values["frames"])})
+        return SyntheticSpec(**{"quality": False, **values, "frames": tuple(values["frames"])})
 
 
 def has_truth(root: str | os.PathLike) -> bool:
@@ -417,6 +508,54 @@ class TruthClips(Sequence[Clip]):
         clip = self.data[index]  # IndexError at the end
         labels = read_truth(self.root, clip.name)["labels"]
         return replace(clip, labels=labels, valid=np.ones(len(labels), bool))
+
+
+# -------------------------------------------------------------------------------------------------------------- meter
+
+
+def remeasured(
+    names: Sequence[str], quality: np.ndarray, before: np.ndarray, after: np.ndarray, spread: np.ndarray
+) -> np.ndarray:
+    """What the quality of a clip would have been, had its features been altered before it was measured.
+
+    names    of the columns of quality; those that are none of VIEW_QUALITY and SHARED_QUALITY stay as they are
+    quality  (n, Q) floating point, NaN where unknown, which it stays
+    before   (n, D) features, in time order, and `after` (n, D) what they became
+    spread   (D,) standard deviations of the features over the clip; those that do not vary tell nothing
+
+    With a = mean_d ((after - before) / spread)^2, noise of the variance 4 a is added to the latents: the logit of
+    detector_score falls by log(1 + 4 a / v), v what the score itself says on average, that of voice_activity by half of
+    this; contrast and loudness rise by half the logarithm of the ratio of the powers about the clip's mean, both of
+    them over a floor. No new error is made, and where a row is what it was its quality is the same to the bit. Returns a
+    new array.
+    """
+    out = np.array(quality)
+    if out.ndim != 2 or out.shape[1] != len(names):
+        raise ValueError(f"quality: expected the shape (n, {len(names)}) of {', '.join(names)}, got {out.shape}")
+    varies = spread > _STILL * spread.max(initial=0)
+    if not (len(out) and varies.any()):
+        return out
+    mean, scale = before[:, varies].mean(axis=0, dtype=np.float64), spread[varies].astype(np.float64)
+    old, new = ((rows[:, varies] - mean) / scale for rows in (before, after))
+    added = np.mean((new - old) ** 2, axis=1)
+    louder = 0.5 * np.log((np.mean(new**2, axis=1) + _FLOOR) / (np.mean(old**2, axis=1) + _FLOOR))
+    for q, name in enumerate(names):
+        column = out[:, q].astype(np.float64)
+        if name in ("detector_score", "voice_activity"):
+            share = 1.0 if name == "detector_score" else _VOICE_SHARE
+            inside = np.clip(column, _logistic(np.array(-_LOGIT)), _logistic(np.array(_LOGIT)))
+            logit = np.log(inside / (1 - inside))
+            variance = np.exp((_SCORE_LEVEL - logit) / _SCORE_SLOPE)
+            column = _logistic(logit - share * _SCORE_SLOPE * np.log1p(_ADDED * added / variance))
+        elif name in ("contrast", "loudness"):
+            column = column + louder
+        out[:, q] = np.where((before == after).all(axis=1), out[:, q], column)
+    return out
+
+
+def meter(modality: str, quality: np.ndarray, before: np.ndarray, after: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """`remeasured` for a modality of a synthetic data set."""
+    return remeasured(quality_names(modality), quality, before, after, spread)
 
 
 # ------------------------------------------------------------------------------------------------------------- oracle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 import sage_ext.data.synthetic as synthetic
+from sage_ext import cli
 from sage_ext.data import AffWild2, SyntheticSpec, Windows, clip_tensors, oracle_predictions, write_dataset
 from sage_ext.data.affwild2 import read_annotation, read_sample
-from sage_ext.data.synthetic import STAGES, read_spec
+from sage_ext.data.synthetic import STAGES, read_spec, remeasured
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,183 @@ def test_training_needs_no_truth(root, tmp_path):
         assert windows[len(windows) - 1]["frame"].any()
 
 
+# ----------------------------------------------------------------------------------------------------------- quality
+def test_quality_leaves_the_rest_as_it_is(root, tmp_path):
+    """Without it, every other file has the same bytes; with it, it has a row for each row of the features."""
+    small = {"seed": 3, "train": 8, "validation": 4, "test": 2, "frames": (40, 70)}
+    spec = write_dataset(tmp_path / "with", **small)
+    without = write_dataset(tmp_path / "without", **small, quality=False)
+    assert (spec.quality, without.quality) == (True, False)
+    files = {path.relative_to(tmp_path / "without") for path in (tmp_path / "without").rglob("*") if path.is_file()}
+    for path in files:
+        if path.name not in ("meta.json", "spec.json"):
+            assert (tmp_path / "with" / path).read_bytes() == (tmp_path / "without" / path).read_bytes()
+    more = {path.relative_to(tmp_path / "with") for path in (tmp_path / "with").rglob("*") if path.is_file()} - files
+    features = {path for path in files if path.suffix == ".npy" and not path.name.endswith(".mask.npy")}
+    assert more == {path.with_suffix(".quality.npy") for path in features}
+    assert AffWild2(tmp_path / "without", "train").quality_dims == {}
+    for split in ("train", "validation", "test"):
+        data = AffWild2(tmp_path / "with", split)
+        assert data.quality_dims == {"audio": 2, "visual": 2}
+        names = {"audio": ("voice_activity", "loudness"), "visual": ("detector_score", "contrast")}
+        assert data.quality_columns == names
+    spec_file = tmp_path / "with" / "truth" / "spec.json"
+    values = json.loads(spec_file.read_text())
+    del values["quality"]  # of before there was any
+    spec_file.write_text(json.dumps(values))
+    assert read_spec(tmp_path / "with") == without
+
+
+def quality_of(clips, modality):
+    """(N, 2) quality, (N,) presence and variance, of the frames of all clips."""
+    items = [(item, list(item["features"]).index(modality)) for item in clips]
+    quality = np.concatenate([item["quality"][modality].numpy() for item, _ in items])
+    present, variance = (
+        np.concatenate([item["truth"][key][:, m] for item, m in items]) for key in ("present", "variance")
+    )
+    return quality, present, variance
+
+
+def test_quality_tells_of_the_noise_and_is_no_oracle(clips):
+    quality, present, variance = quality_of(clips["train"], "visual")
+    known = np.isfinite(quality).all(1)
+    assert not known[~present].any()
+    assert 0.93 < known[present].mean() < 0.995
+    score, variance = quality[known, 0].astype(np.float64), variance[known]
+    assert 0 < score.min() < 0.05
+    assert 0.95 < score.max() < 1
+    logit = np.log(score / (1 - score))
+    assert -0.85 < np.corrcoef(logit, np.log(variance))[0, 1] < -0.6
+    slope, level = np.polyfit(np.log(variance), logit, 1)
+    assert -1.1 < slope < -0.8  # of the whole time, 5 % of which is wrong
+    assert 0.3 < level < 0.7
+    error = logit - level - slope * np.log(variance)
+    assert 1.6 < error.std() < 2.1  # of 1.5 and 1 together, 1.80
+    occluded = np.isclose(variance, 4.5**2)
+    assert occluded.any()
+    assert quality[known, 1][occluded].mean() < quality[known, 1][~occluded].mean() - 0.8
+
+
+def test_a_score_errs_for_half_a_second():
+    """Its error keeps for 15 frames what is not the frame's own."""
+    errors = synthetic._errors(np.random.default_rng(0), 60_000, (1.5, 1.0)).reshape(-1, 15)
+    assert errors.var() == pytest.approx(1.5**2 + 1, rel=0.05)
+    assert np.mean(errors[:, 0] * errors[:, -1]) == pytest.approx(1.5**2, rel=0.1)
+    assert np.mean(errors[:-1, -1] * errors[1:, 0]) == pytest.approx(0, abs=0.15)
+
+
+def test_voice_activity_and_loudness(clips):
+    """Who speaks, or that turns are taken, in nine of ten frames; the loudness differs from video to video."""
+    alone = [item for item in clips["train"] if "_" not in item["name"]]
+    quality, present, _ = quality_of(alone, "audio")
+    stage = np.concatenate([item["truth"]["stage"] for item in alone])
+    known = np.isfinite(quality).all(1)
+    assert not known[~present].any()
+    voice = np.isin(stage, [0, 2])[known]
+    right = (quality[known, 0] > 0.5) == voice
+    assert 0.75 < right.mean() < 0.92  # 10 % wrong, and errors
+    means = [np.nanmean(item["quality"]["audio"][:, 1]) for item in alone]
+    assert 0.3 < np.std(means) < 0.9
+    silent = (stage == 3)[known]
+    assert np.median(quality[known, 1][silent]) > -3
+
+
+def test_both_persons_share_the_track_and_its_quality(clips):
+    left, right = (item for item in clips["train"] if item["name"] in ("train-001_left", "train-001_right"))
+    np.testing.assert_array_equal(left["quality"]["audio"], right["quality"]["audio"])
+    a, b = left["quality"]["visual"].numpy(), right["quality"]["visual"].numpy()
+    assert not np.array_equal(a, b, equal_nan=True)
+
+
+def recording(seed=0, n=400, dim=12):
+    rng = np.random.default_rng(seed)
+    before = (3 + rng.standard_normal((n, dim)) * np.linspace(0.5, 2, dim)).astype(np.float32)
+    before[:, 3] = 7  # never varies
+    score = rng.uniform(0.02, 0.98, (n, 1))
+    quality = np.concatenate([score, rng.standard_normal((n, 1))], 1).astype(np.float32)
+    quality[rng.random(quality.shape) < 0.1] = np.nan
+    return before, quality, before.std(0, dtype=np.float64)
+
+
+VIEW, SHARED = synthetic.VIEW_QUALITY, synthetic.SHARED_QUALITY
+
+
+@pytest.mark.parametrize("names", [VIEW, SHARED])
+def test_the_meter_reads_the_same_of_the_same(names):
+    before, quality, spread = recording()
+    quality[:3, 0] = [0, 1, 0.5]
+    again = remeasured(names, quality, before, before.copy(), spread)
+    np.testing.assert_array_equal(again, quality)
+    assert again is not quality
+    after = before.copy()
+    after[::2] += spread
+    half = remeasured(names, quality, before, after, spread)
+    np.testing.assert_array_equal(half[1::2], quality[1::2])
+    assert (half[::2] != quality[::2]).any()
+    np.testing.assert_array_equal(np.isnan(half), np.isnan(quality))
+    assert half[0, 0] == pytest.approx(0, abs=1e-5)
+    assert half.dtype == np.float32
+
+
+def test_the_meter_by_its_formula():
+    before, quality, spread = recording()
+    noise = np.random.default_rng(1).standard_normal(before.shape).astype(np.float32)
+    after = before + noise
+    varies = spread > 0
+    varies[3] = False
+    a = np.mean(((after - before)[:, varies] / spread[varies]) ** 2, axis=1)
+    centre = before[:, varies].mean(0, dtype=np.float64)
+    power = [np.mean(((x[:, varies] - centre) / spread[varies]) ** 2, axis=1) for x in (before, after)]
+    score = quality[:, 0].astype(np.float64)
+    v = np.exp(0.5 - np.log(score / (1 - score)))
+    for names, share in ((VIEW, 1.0), (SHARED, 0.5)):
+        out = remeasured(names, quality, before, after, spread)
+        logit = 0.5 - np.log(v) - share * (np.log(v + 4 * a) - np.log(v))
+        np.testing.assert_allclose(out[:, 0], 1 / (1 + np.exp(-logit)), rtol=1e-4)
+        moved = quality[:, 1] + 0.5 * np.log((power[1] + 0.05) / (power[0] + 0.05))
+        np.testing.assert_allclose(out[:, 1], moved, rtol=1e-4, atol=1e-5)
+
+
+def test_the_meter_goes_the_right_way():
+    """More noise, lower scores; louder, more; what does not vary tells nothing; other columns stay."""
+    before, quality, spread = recording()
+    noise = spread * np.random.default_rng(1).standard_normal(before.shape)
+    scores = [quality]
+    for level in (0.2, 0.5, 1.0, 3.0):
+        scores.append(remeasured(VIEW, quality, before, (before + level * noise).astype(np.float32), spread))
+    known = np.isfinite(quality[:, 0])
+    for less, more in itertools.pairwise(scores):
+        assert (more[known, 0] < less[known, 0]).all()
+    voice = remeasured(SHARED, quality, before, (before + noise).astype(np.float32), spread)
+    assert (voice[known, 0] > scores[3][known, 0]).all()
+    mean = before.mean(0)
+    for factor in (0.25, 4.0):
+        out = remeasured(SHARED, quality, before, mean + np.float32(factor) * (before - mean), spread)
+        moved = (out - quality)[np.isfinite(quality[:, 1]), 1]
+        assert (moved * np.log(factor) > 0).all()
+        assert abs(moved).max() <= np.log(4) + 1e-4
+    still = remeasured(VIEW, quality, before, np.repeat(mean[None], len(before), 0), spread)
+    assert np.isfinite(still[np.isfinite(quality)]).all()  # of no power: over the floor
+    after = before.copy()
+    after[:, 3] = 0
+    out = remeasured(VIEW, quality, before, after, spread)
+    np.testing.assert_allclose(out, quality, rtol=1e-5, atol=1e-6)
+    named = remeasured(("blur", "contrast"), quality, before, (before + noise).astype(np.float32), spread)
+    np.testing.assert_array_equal(named[:, 0], quality[:, 0])
+    with pytest.raises(ValueError, match=r"quality: expected the shape \(n, 1\) of blur, got \(400, 2\)"):
+        remeasured(("blur",), quality, before, before, spread)
+    assert remeasured(VIEW, quality[:0], before[:0], before[:0], spread).shape == (0, 2)
+
+
+def test_the_command_leaves_quality_out(tmp_path, capsys):
+    sizes = ("--train", "1", "--validation", "1", "--test", "0", "--frames", "20,30")
+    assert cli.main(["synth", str(tmp_path / "a"), *sizes]) == 0
+    assert cli.main(["synth", str(tmp_path / "b"), *sizes, "--no-quality"]) == 0
+    assert len(list((tmp_path / "a").rglob("*.quality.npy"))) == 4
+    assert not list((tmp_path / "b").rglob("*.quality.npy"))
+
+
+# ------------------------------------------------------------------------------------------------------------- bytes
 def test_same_arguments_same_bytes(tmp_path):
     small = {"train": 5, "validation": 4, "test": 2, "frames": (40, 70)}
 
