@@ -11,7 +11,7 @@ a modality, and (`apply_waveform`, `apply_images`) on sound and faces before fea
 What a corruption does depends on the condition, the clip's name, the seed and the arrays alone: not on the order of
 clips, the process or the machine. Severities of one corruption, and corruptions of one kind, share their random
 numbers, so that differences between them are not the luck of the draw. A frame that was absent stays absent, and
-corruptions neither see nor change it.
+corruptions neither see nor change it. Quality of clips that have it goes with rows that are moved, see `corrupted`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ _TAIL = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 Domain = Literal["feature", "waveform", "image"]
 Scopes = Literal["each", "each+all", "rotations"]
+# (modality, quality (n, Q), features before (n, D), after (n, D), their standard deviations before (D,)) -> (n, Q), the quality
+# that would have been measured of the features after
+Meter = Callable[[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -178,6 +181,7 @@ class Corruption:
     scopes       which modalities `conditions` lets fail: "each" alone, "each+all": also all at once, or "rotations":
                  all, in turn by stage: modality k of K fails in the stages s with s mod K = k
     donors       it needs other clips
+    moves        every row of the result is a row of the clip or of the donor, chosen whatever they hold: quality goes with it
     """
 
     name: str
@@ -188,6 +192,7 @@ class Corruption:
     domain: Domain = "feature"
     scopes: Scopes = "each"
     donors: bool = False
+    moves: bool = False
 
     def __post_init__(self) -> None:
         if len(self.levels) != len(SEVERITIES):
@@ -212,6 +217,7 @@ def corruption(
     domain: Domain = "feature",
     scopes: Scopes = "each",
     donors: bool = False,
+    moves: bool = False,
 ) -> Callable[[Callable[[Track], np.ndarray]], Callable[[Track], np.ndarray]]:
     """Decorator that adds a function of a `Track` to `CORRUPTIONS`; arguments as in `Corruption`.
 
@@ -221,7 +227,7 @@ def corruption(
     def register(function: Callable[[Track], np.ndarray]) -> Callable[[Track], np.ndarray]:
         if name in CORRUPTIONS:
             raise ValueError(f"name: expected one that no corruption has, got {name!r}")
-        CORRUPTIONS[name] = Corruption(name, about, tuple(levels), unit, function, domain, scopes, donors)
+        CORRUPTIONS[name] = Corruption(name, about, tuple(levels), unit, function, domain, scopes, donors, moves)
         return function
 
     return register
@@ -334,11 +340,32 @@ def apply(
     Raises TypeError for a wrong type or dtype; ValueError for a wrong shape or value, infinite features, a modality or
     donor that is not there.
     """
+    out, masks, _ = _applied(condition, features, present, {}, clip, seed, donor, {}, stage, fps, span, None)
+    return out, masks
+
+
+def _applied(
+    condition: Condition,
+    features: Mapping[str, Any],
+    present: Mapping[str, np.ndarray] | None,
+    quality: Mapping[str, np.ndarray],
+    clip: str,
+    seed: int,
+    donor: Mapping[str, Any] | None,
+    donor_quality: Mapping[str, np.ndarray],
+    stage: np.ndarray | None,
+    fps: float,
+    span: float | None,
+    meter: Meter | None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What `apply` gives, and the quality, for the modalities of which `quality` has it: (T_m, Q_m) float32, a row for each
+    row of the features; `donor_quality` (n, Q_m) has one for each row of the donor."""
     spec, key, stretch = _spec(condition, "feature"), _key(clip, seed), _stretch(fps, span)
     for argument, value in (("features", features), ("present", present), ("donor", donor)):
         if not isinstance(value, Mapping) and (value is not None or argument == "features"):
             raise TypeError(f"{argument}: expected a mapping from modality to array, got {type(value).__name__}")
     out = {name: _floating(f"features[{name!r}]", value, 2) for name, value in features.items()}
+    known = {name: np.array(rows, np.float32) for name, rows in quality.items()}
     for name in condition.modalities:
         if name not in out:
             raise ValueError(
@@ -362,7 +389,10 @@ def apply(
         if not np.isfinite(seen).all():
             row = int(where[np.argmax(~np.isfinite(seen).all(axis=1))])
             raise ValueError(f"features[{name!r}]: expected finite float32 values, got infinity in row {row}")
-        donors = (_donor(donor, name, rows.shape[1]),) if spec.donors else ()
+        donors: tuple[np.ndarray, ...] = ()
+        if spec.donors:
+            theirs, kept = _donor(donor, name, rows.shape[1])
+            donors = (theirs,)
         if len(where) == 0:
             continue
         here = None if spec.scopes != "rotations" or stage is None else stage[where].astype(np.int64)
@@ -373,7 +403,15 @@ def apply(
         gone = np.isnan(changed).any(axis=1)
         mask[where[gone]] = False
         rows[where] = np.where(gone[:, None], np.float32(0), changed)
-    return out, masks
+        if name in known:
+            measured = known[name][where]
+            if spec.moves:
+                others = (donor_quality[name][kept],) if spec.donors else ()
+                measured = _checked(spec, dataclasses.replace(track, rows=measured, donors=others))
+            elif meter is not None:
+                measured = meter(name, measured, seen, changed, track.moments()[1])
+            known[name][where] = np.where(gone[:, None], np.float32(np.nan), measured)
+    return out, masks, known
 
 
 def _stretch(fps: float, span: float | None) -> float:
@@ -392,9 +430,10 @@ def corrupted(
     stages: Mapping[str, np.ndarray] | None = None,
     span: float | None = None,
     donors: Sequence[Clip] = (),
+    meter: Meter | None = None,
 ) -> Sequence[Clip]:
-    """`clips` under `condition`: a sequence of the same length whose clips have their features and `present` replaced,
-    computed whenever a clip is asked for; labels and the modalities that do not fail are passed on.
+    """`clips` under `condition`: a sequence of the same length whose clips have their features, `present` and quality
+    replaced, computed whenever a clip is asked for; labels and the modalities that do not fail are passed on.
 
     A donor is drawn for each clip and modality among the clips of other videos (`_left` and `_right` of one video are
     no donors of each other: they share a track) that have that modality at all, by a hash of the names: which one
@@ -403,9 +442,14 @@ def corrupted(
     stages: clip name -> (T,) integers, the true stages where they are known (synthetic data: truth/<name>.npz). `span`: as
     in `apply`; the rate is the clip's own. `donors`: clips beside `clips` that may be donors too.
 
+    Quality goes with rows that are moved (frozen, foreign, misaligned) and is unknown in frames that become absent. Where
+    numbers are altered it stays, or is what `meter` says: a function of the modality, the quality of the present rows
+    (n, Q), NaN where unknown, their features before and after (n, D), NaN in rows that are lost, and the features'
+    standard deviations (D,) before.
+
     Raises ValueError where a donor is needed and all clips are of one video; on access what `apply` raises.
     """
-    return _Corrupted(clips, condition, operator.index(seed), stages, span, donors)
+    return _Corrupted(clips, condition, operator.index(seed), stages, span, donors, meter)
 
 
 class _Corrupted(Sequence[Clip]):
@@ -417,8 +461,10 @@ class _Corrupted(Sequence[Clip]):
         stages: Mapping[str, np.ndarray] | None,
         span: float | None,
         donors: Sequence[Clip],
+        meter: Meter | None,
     ):
         self._clips, self._condition, self._seed, self._stages, self._span = clips, condition, seed, stages, span
+        self._meter = meter
         self._needs_donor = _spec(condition, "feature").donors
         self._others = [(clips, i) for i in range(len(clips))] + [(donors, i) for i in range(len(donors))]
         self._names = [source[i].name for source, i in self._others] if self._needs_donor else []
@@ -437,34 +483,56 @@ class _Corrupted(Sequence[Clip]):
                 raise ValueError(
                     f"clips: expected the modality {name!r} in {clip.name}, got {', '.join(clip.features)}"
                 )
-        features, present = apply(
+        features = {name: clip.features[name][:] for name in names}
+        quality = {name: _beside(clip.quality[name], len(features[name])) for name in names if name in clip.quality}
+        donor: dict[str, np.ndarray] = {}
+        donor_quality: dict[str, np.ndarray] = {}
+        for name in names if self._needs_donor else ():
+            donor[name], measured = self._donor(clip.name, name)
+            if name in quality:
+                unknown = np.full((len(donor[name]), quality[name].shape[1]), np.nan, np.float32)
+                donor_quality[name] = unknown
+                if measured is not None and measured.shape == unknown.shape:
+                    donor_quality[name] = measured
+        features, present, quality = _applied(
             self._condition,
-            {name: clip.features[name][:] for name in names},
+            features,
             {name: clip.present[name] for name in names},
-            clip=clip.name,
-            seed=self._seed,
-            donor={name: self._donor(clip.name, name) for name in names} if self._needs_donor else None,
-            stage=None if self._stages is None else self._stages.get(clip.name),
-            fps=clip.fps,
-            span=self._span,
+            quality,
+            clip.name,
+            self._seed,
+            donor if self._needs_donor else None,
+            donor_quality,
+            None if self._stages is None else self._stages.get(clip.name),
+            clip.fps,
+            self._span,
+            self._meter,
         )
         return dataclasses.replace(
             clip,
             features={name: features.get(name, value) for name, value in clip.features.items()},
             present={name: present[name] if name in present else clip.present[name] for name in clip.features},
+            quality={name: quality.get(name, value) for name, value in clip.quality.items()},
         )
 
-    def _donor(self, clip: str, modality: str) -> np.ndarray:
-        """(n, D) the rows that another video's clip has."""
+    def _donor(self, clip: str, modality: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(n, D) the rows that another video's clip has, and (n, Q) their quality, if the clip has any."""
         others = [k for k, name in enumerate(self._names) if bare_name(name) != bare_name(clip)]
         for k in sorted(others, key=lambda k: donor_rank(clip, self._names[k], modality, self._seed)):
             source, place = self._others[k]
             other = source[place]
             rows = np.asarray(other.features[modality][: other.num_frames])
-            rows = rows[np.asarray(other.present[modality])[: len(rows)]]
-            if len(rows):
-                return rows
+            here = np.asarray(other.present[modality])[: len(rows)]
+            if here.any():
+                measured = other.quality.get(modality)
+                return rows[here], None if measured is None else _beside(measured, len(rows))[here]
         raise ValueError(f"clips: expected {modality!r} in a clip of another video than {clip}, got none")
+
+
+def _beside(quality: Any, count: int) -> np.ndarray:
+    """(count, Q) float32 quality of `count` rows of features, unknown beyond its end."""
+    known = np.asarray(quality[:count], dtype=np.float32)
+    return np.concatenate([known, np.full((count - len(known), known.shape[1]), np.nan, np.float32)])
 
 
 def apply_waveform(
@@ -611,14 +679,16 @@ def _chain(clip: str, seed: int, frames: int, stretch: float) -> np.ndarray:
     return np.cumsum(steps.astype(np.int64)) % STAGES
 
 
-def _donor(donor: Mapping[str, Any] | None, name: str, dim: int) -> np.ndarray:
+def _donor(donor: Mapping[str, Any] | None, name: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, dim) its rows, and which of those that were given they are."""
     if donor is None or name not in donor:
         raise ValueError(f"donor: expected another clip's rows of {name!r}, got none")
     rows = _floating(f"donor[{name!r}]", donor[name], 2)
-    rows = rows[~np.isnan(rows).any(axis=1)]
+    kept = ~np.isnan(rows).any(axis=1)
+    rows = rows[kept]
     if len(rows) == 0 or rows.shape[1] != dim or not np.isfinite(rows).all():
         raise ValueError(f"donor[{name!r}]: expected one or more finite rows of {dim} features, got {rows.shape}")
-    return rows
+    return rows, kept
 
 
 # ------------------------------------------------------------------------------------------------- corruptions: features
@@ -663,7 +733,9 @@ def _zeroed_spans(track: Track) -> np.ndarray:
     return _where(track.spans(track.level) >= 0, 0.0, track.rows)
 
 
-@corruption("frozen-spans", "spans in which the features stand still", _SPANS, "share of frames", scopes="each+all")
+@corruption(
+    "frozen-spans", "spans in which the features stand still", _SPANS, "share of frames", scopes="each+all", moves=True
+)
 def _frozen_spans(track: Track) -> np.ndarray:
     return _held(track, track.spans(track.level) >= 0)
 
@@ -675,7 +747,7 @@ def _missing_spans(track: Track) -> np.ndarray:
     return _where(track.spans(track.level) >= 0, np.nan, track.rows)
 
 
-@corruption("foreign-spans", "spans of another clip", _SPANS, "share of frames", donors=True)
+@corruption("foreign-spans", "spans of another clip", _SPANS, "share of frames", donors=True, moves=True)
 def _foreign_spans(track: Track) -> np.ndarray:
     return _where(track.spans(track.level) >= 0, track.foreign(), track.rows)
 
@@ -685,7 +757,7 @@ def _dead_zeroed(track: Track) -> np.ndarray:
     return _where(track.tail(track.level), 0.0, track.rows)
 
 
-@corruption("dead-frozen", "stands still from a moment on", _TAIL, "share of the clip, from its end")
+@corruption("dead-frozen", "stands still from a moment on", _TAIL, "share of the clip, from its end", moves=True)
 def _dead_frozen(track: Track) -> np.ndarray:
     return _held(track, track.tail(track.level))
 
@@ -710,12 +782,14 @@ def _missing(track: Track) -> np.ndarray:
     return _where(track.tail(track.level), np.nan, track.rows)
 
 
-@corruption("foreign", "another clip from a moment on", _TAIL, "share of the clip, from its end", donors=True)
+@corruption(
+    "foreign", "another clip from a moment on", _TAIL, "share of the clip, from its end", donors=True, moves=True
+)
 def _foreign(track: Track) -> np.ndarray:
     return _where(track.tail(track.level), track.foreign(), track.rows)
 
 
-@corruption("misaligned", "early or late by a while", (5, 10, 20, 40, 80), "frames at 30 a second")
+@corruption("misaligned", "early or late by a while", (5, 10, 20, 40, 80), "frames at 30 a second", moves=True)
 def _misaligned(track: Track) -> np.ndarray:
     shift = track.rows_for(track.level)
     if track.draws("direction").coins(1)[0] < 0:  # early: the first present row at or after t + shift
@@ -750,7 +824,15 @@ def _stage_zeroed(track: Track) -> np.ndarray:
     return _where(track.visits(track.level), 0.0, track.rows)
 
 
-@corruption("stage-foreign", "another clip in turn by stage", _TAIL, "share of visits", scopes="rotations", donors=True)
+@corruption(
+    "stage-foreign",
+    "another clip in turn by stage",
+    _TAIL,
+    "share of visits",
+    scopes="rotations",
+    donors=True,
+    moves=True,
+)
 def _stage_foreign(track: Track) -> np.ndarray:
     return _where(track.visits(track.level), track.foreign(), track.rows)
 
