@@ -85,6 +85,20 @@ _FLOOR = 0.05  # of the power about the mean, relative to the clip's
 _LOGIT = 12.0  # beyond this a logistic is 0 or 1 in single precision
 _STILL = 1e-5  # spread of a feature, relative to the greatest, up to which it does not vary
 
+VIEW_QUALITY, SHARED_QUALITY = ("detector_score", "contrast"), ("voice_activity", "loudness")
+_SCORE_LEVEL, _SCORE_SLOPE = 0.5, 1.0  # logit of a score = level - slope log v
+_SCORE_ERRORS, _VOICE_ERRORS, _GAIN_ERRORS = (1.5, 1.0), (1.0, 1.0), (0.2, 0.1)  # that lasts, and of a frame
+_ERROR_FRAMES = 15  # that an error lasts
+_VOICE = 2.0  # logit of a voice
+_MICROPHONE = 0.5  # of a video, in the loudness
+_SCORE_WRONG, _VOICE_WRONG, _UNKNOWN = 0.05, 0.1, 0.03  # shares of the time
+_WRONG_FRAMES, _UNKNOWN_FRAMES = (30, 90), (10, 60)  # of a span
+_ADDED = 4.0  # noise variance in the latents for what is added to the features with the power that they have
+_VOICE_SHARE = 0.5  # of what that takes from a score, in voice_activity
+_FLOOR = 0.05  # of the power about the mean, relative to the clip's
+_LOGIT = 12.0  # beyond this a logistic is 0 or 1 in single precision
+_STILL = 1e-5  # spread of a feature, relative to the greatest, up to which it does not vary
+
 
 @dataclass(frozen=True)
 class SyntheticSpec:
@@ -565,44 +579,6 @@ def remeasured(
 def meter(modality: str, quality: np.ndarray, before: np.ndarray, after: np.ndarray, spread: np.ndarray) -> np.ndarray:
     """`remeasured` for a modality of a synthetic data set."""
     return remeasured(quality_names(modality), quality, before, after, spread)
-
-
-class ToldClips(Sequence[Clip]):
-    """Clips of a synthetic data set whose quality is the truth: one column a modality, the log variance of the noise in the
-    latents that it saw. All else is as `clips` has it."""
-
-    def __init__(self, clips: AffWild2) -> None:
-        self.clips, self.quality_dims = clips, dict.fromkeys(clips.modalities, 1)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.clips, name)
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> Clip:  # type: ignore[override]
-        clip = self.clips[index]  # IndexError at the end
-        return told(self.clips.root, clip, clip)
-
-
-def told(root: str | os.PathLike, before: Clip, after: Clip) -> Clip:
-    """`after`, which is `before` as it was altered, with the true log noise variance of each frame for quality. An alteration
-    counts as noise of its power relative to that of the features."""
-    truth = read_truth(root, before.name)
-    quality = {}
-    for m, name in enumerate(str(x) for x in truth["modalities"]):
-        if name not in after.features:
-            continue
-        variance = truth["variance"][:, m].astype(np.float64)
-        rows, changed = (np.asarray(clip.features[name], np.float64) for clip in (before, after))
-        count = min(len(rows), len(changed), len(variance))
-        spread = np.nanstd(rows, axis=0)
-        varying = spread > 0
-        step = (changed[:count] - rows[:count])[:, varying] / spread[varying]
-        added = np.zeros(len(variance))
-        added[:count] = np.nan_to_num(np.square(step).mean(axis=1))
-        quality[name] = np.log(variance + added).astype(np.float32)[:, None]
-    return replace(after, quality=quality)
 
 
 # ------------------------------------------------------------------------------------------------------------- oracle

@@ -101,6 +101,7 @@ class ImportReport:
     groupings: dict[str, int]  # name -> number of groups
     ignored: dict[str, str]  # column -> why
     notes: list[str] = field(default_factory=list)
+    quality: dict[str, list[str]] = field(default_factory=dict)  # modality -> columns
 
     def text(self) -> str:
         videos = sum(split.videos for split in self.splits.values())
@@ -132,6 +133,8 @@ class ImportReport:
         lines += [*_grid(("split", "videos", "frames", "annotated"), splits, "lrrr"), ""]
         lines += [*_grid(("modality", "columns", "missing", "which"), modalities, "lrrl"), ""]
         lines += [*_grid(("target", "range", "annotated", "range is"), targets, "lrrl"), ""]
+        for name, columns in self.quality.items():
+            lines += _wrapped(f"quality of {name}: {first_few(columns, 12)}")
         if self.groupings:
             said = ", ".join(f"{name} ({counted(count, 'group')})" for name, count in self.groupings.items())
             lines += _wrapped(f"groupings: {said}")
@@ -187,6 +190,7 @@ def import_table(
     targets: Sequence[str] | None = None,
     modalities: Mapping[str, str | Sequence[str]] | Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str]] | None = None,
+    quality: Mapping[str, str | Sequence[str]] | None = None,
     group: str | Sequence[str] | None = None,
     split: str | None = None,
     ranges: Mapping[str, Sequence[float]] | None = None,
@@ -207,6 +211,8 @@ def import_table(
                 name and a separator (one of SEPARATORS). Default: all numeric columns whose names have a separator,
                 each a part of the modality that its name says before the first one
     columns     name -> columns or shell patterns of them, in place of `modalities`
+    quality     modality -> the beginning of the names of the columns that say how good its signal is, or several: these are its
+                quality and nobody's features
     group       columns of groups that a split must not tear apart, the first one here; default "group"
     split       the column that says train, validation or test; default "split"
     ranges      target -> (low, high) in its own units; default [-1, 1] for valence and arousal if that holds them, else
@@ -238,7 +244,7 @@ def import_table(
         "modalities": dict(modalities) if isinstance(modalities, Mapping) else modalities and list(modalities),
         "columns": columns and {name: list(patterns) for name, patterns in columns.items()}, "group": groups,
         "split": split, "ranges": ranges and {name: list(ends) for name, ends in ranges.items()}, "fps": fps,
-        "pieces": pieces,
+        "pieces": pieces, "quality": quality and {name: _beginnings(begin) for name, begin in quality.items()},
     }  # fmt: skip
     path, root = Path(table), Path(os.path.realpath(out))
     _check_out(root, overwrite)
@@ -246,6 +252,7 @@ def import_table(
     if unlabelled is not None:
         targets = [target.name for target in unlabelled if target.name in source.names]
     roles = _roles(source, video=video, time=time, frame=frame, targets=targets, groups=groups, split=split, fps=fps)
+    _take_quality(source, roles, quality or {})
     wanted = _wanted(source, roles, modalities, columns)
     work = _Import(source, roles, wanted, _read(source, roles, wanted))
     work.make(ranges or {}, pieces, unlabelled)
@@ -274,6 +281,7 @@ class _Roles:
     split: int | None
     fps: float | None
     of: dict[int, str]
+    quality: dict[str, list[int]] = field(default_factory=dict)  # by modality
 
 
 def _find(source: Source, option: str, name: str) -> int:
@@ -335,6 +343,30 @@ def _roles(
     if len(set(roles.groups)) != len(roles.groups):
         raise ValueError(f"group: expected different columns, got {', '.join(map(shown, groups))}")
     return roles
+
+
+def _beginnings(words: str | Sequence[str]) -> list[str]:
+    return [words] if isinstance(words, str) else list(words)
+
+
+def _take_quality(source: Source, roles: _Roles, quality: Mapping[str, str | Sequence[str]]) -> None:
+    """Gives the columns that begin so, and are nothing else yet, to a modality as its quality."""
+    free = {k: name for k, name in enumerate(source.names) if name and k not in roles.of}
+    for modality, words in quality.items():
+        begin = _beginnings(words)
+        numbers = [k for k, name in free.items() if name.startswith(tuple(begin))] if all(begin) else []
+        if not numbers:
+            said, others = " or ".join(map(repr, begin)), first_few(list(free.values()), 12)
+            raise ValueError(
+                f"quality: {modality!r:.60}: expected columns that begin with {said}, got none among {others}"
+            )
+        for k in numbers:
+            if roles.of.setdefault(k, f"quality of {modality}") != f"quality of {modality}":
+                name = shown(source.names[k])
+                raise ValueError(
+                    f"quality: expected a column of one modality, got {name} in {modality}, the {roles.of[k]} too"
+                )
+        roles.quality[modality] = numbers
 
 
 @dataclass
@@ -459,7 +491,7 @@ class _Read:
     videos: Videos
     clock: Times | None
     targets: list[Numbers]
-    features: dict[int, Numbers]
+    features: dict[int, Numbers]  # and quality
     groups: list[PerVideo]
     split: PerVideo | None
     others: list[PerVideo]  # columns without another role that say one thing of each video
@@ -479,6 +511,7 @@ def _read(source: Source, roles: _Roles, wanted: _Wanted) -> _Read:
     features = {
         k: Numbers(source, k, "f", strict=k in wanted.exact) for numbers in wanted.modalities.values() for k in numbers
     }
+    features |= {k: Numbers(source, k, "f", strict=True) for numbers in roles.quality.values() for k in numbers}
     groups = [PerVideo(source, k, "group") for k in roles.groups]
     split = None if roles.split is None else PerVideo(source, roles.split, "split")
     others = [
@@ -611,6 +644,9 @@ class _Import:
             words = sorted({part for k in numbers if (part := _part(self.name(k))) is not None})
             if chosen and not self.wanted.exact and len(words) > len(self.wanted.words[modality]):
                 self.notes.append(f"{modality}: its columns begin with {first_few(words, 8)}: is that meant?")
+        for modality in self.roles.quality:
+            if modality not in found:
+                raise ValueError(f"quality: expected modalities ({first_few(list(found), 12)}), got {modality!r:.60}")
         return found
 
     def _tells_apart(self, column: PerVideo) -> bool:
@@ -903,7 +939,7 @@ class _Import:
         groups = {name: len(set(groups.values())) for name, groups in self.groupings.items()}
         return ImportReport(
             out, self.source.path.name, len(self.read), frames, self.fps, splits, modalities, targets, groups, self.ignored,
-            self.notes,
+            self.notes, {name: [self.name(k) for k in numbers] for name, numbers in self.roles.quality.items()},
         )  # fmt: skip
 
     def column(self, number: int) -> np.ndarray:
@@ -991,23 +1027,27 @@ class _Import:
                         columns.append(map(repr, column.tolist()))
                     text.write("".join(f"{row}\n" for row in map(",".join, zip(*columns))))
         for modality, numbers in self.modalities.items():
-            save(
-                {"columns": [self.name(k) for k in numbers], "about": {"source": self.source.path.name}},
-                "features",
-                modality,
-                "meta.json",
-            )
+            quality = self.roles.quality.get(modality, [])
+            meta: dict[str, Any] = {"columns": [self.name(k) for k in numbers]}
+            if quality:
+                meta["quality"] = [self.name(k) for k in quality]
+            save({**meta, "about": {"source": self.source.path.name}}, "features", modality, "meta.json")
             for part in self.parts:
-                with open(place("features", modality, f"{part.name}.npy"), "xb") as file:
-                    shape = (len(part), len(numbers))
-                    header_ = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header_)
-                    for frames, rows, length in _blocks(part, len(numbers)):
-                        block = np.full((length, len(numbers)), np.nan, "<f4")
-                        for d, k in enumerate(numbers):
-                            block[frames, d] = self.column(k)[rows]
-                        file.write(block.data)
+                self._write_rows(place("features", modality, f"{part.name}.npy"), part, numbers)
+                if quality:
+                    self._write_rows(place("features", modality, f"{part.name}.quality.npy"), part, quality)
         return files
+
+    def _write_rows(self, path: Path, part: _Part, numbers: Sequence[int]) -> None:
+        """(frames, columns) float32, NaN where the table has no row or no number."""
+        with open(path, "xb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(part), len(numbers))}
+            np.lib.format.write_array_header_1_0(file, header)
+            for frames, rows, length in _blocks(part, len(numbers)):
+                block = np.full((length, len(numbers)), np.nan, "<f4")
+                for d, k in enumerate(numbers):
+                    block[frames, d] = self.column(k)[rows]
+                file.write(block.data)
 
 
 def _first_pieces(pieces: int) -> int:
@@ -1122,6 +1162,15 @@ def _modality_words(text: str) -> dict[str, list[str]] | list[str]:
     return found
 
 
+def _quality_words(text: str) -> dict[str, list[str]]:
+    found = _modality_words(text)
+    if isinstance(found, list) or not all("=" in word for word in _words(text)):
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=PREFIX or NAME=PREFIX+PREFIX, each once, separated by commas, got {text!r}"
+        )
+    return found
+
+
 def _range_words(text: str) -> tuple[str, tuple[float, float]]:
     name, mark, ends = text.rpartition("=")
     low, _, high = ends.partition(":")
@@ -1157,6 +1206,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "that begin with NAME_, NAME. or NAME: (default: every name before the first _ . or :)")  # fmt: skip
     parser.add_argument("--map", metavar="FILE", default=absent,
                         help='JSON {"modality": ["column", ...]}, names or patterns (* ? []), not with --modalities')  # fmt: skip
+    parser.add_argument("--quality", type=_quality_words, metavar="NAME=PREFIX,...", default=absent,
+                        help="columns that say how good a modality's signal is, by the beginning of their names: its quality, "
+                        "no features")  # fmt: skip
     parser.add_argument(
         "--video", metavar="NAME", default=absent, help="column that names each row's video (default: video)"
     )
@@ -1179,7 +1231,19 @@ def run(args: argparse.Namespace, **more: Any) -> str:
     """The command `sage-ext import`: what it prints. `more`: arguments of `import_table` that are not on the command line."""
     given = {
         name: getattr(args, name)
-        for name in ("targets", "modalities", "video", "time", "frame", "fps", "group", "split", "pieces", "overwrite")
+        for name in (
+            "targets",
+            "modalities",
+            "quality",
+            "video",
+            "time",
+            "frame",
+            "fps",
+            "group",
+            "split",
+            "pieces",
+            "overwrite",
+        )
         if hasattr(args, name)
     }
     if hasattr(args, "ranges"):

@@ -11,7 +11,7 @@ a modality, and (`apply_waveform`, `apply_images`) on sound and faces before fea
 What a corruption does depends on the condition, the clip's name, the seed and the arrays alone: not on the order of
 clips, the process or the machine. Severities of one corruption, and corruptions of one kind, share their random
 numbers, so that differences between them are not the luck of the draw. A frame that was absent stays absent, and
-corruptions neither see nor change it.
+corruptions neither see nor change it. Quality of clips that have it goes with rows that are moved, see `corrupted`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ _TAIL = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 Domain = Literal["feature", "waveform", "image"]
 Scopes = Literal["each", "each+all", "rotations"]
+# (modality, quality (n, Q), features before (n, D), after (n, D), their standard deviations before (D,)) -> (n, Q), the quality
+# that would have been measured of the features after
+Meter = Callable[[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -180,6 +183,7 @@ class Corruption:
     scopes       which modalities `conditions` lets fail: "each" alone, "each+all": also all at once, or "rotations":
                  all, in turn by stage: modality k of K fails in the stages s with s mod K = k
     donors       it needs other clips
+    moves        every row of the result is a row of the clip or of the donor, chosen whatever they hold: quality goes with it
     """
 
     name: str
@@ -338,36 +342,32 @@ def apply(
     Raises TypeError for a wrong type or dtype; ValueError for a wrong shape or value, infinite features, a modality or
     donor that is not there.
     """
-    return _apply(condition, features, present, clip, seed, donor, stage, fps, span)[:2]
+    out, masks, _ = _applied(condition, features, present, {}, clip, seed, donor, {}, stage, fps, span, None)
+    return out, masks
 
 
-class _Evidence(NamedTuple):
-    """Of the modalities that have quality: modality -> (T, Q) float32, and (n, Q) beside the donor's rows; see `corrupted`."""
-
-    quality: Mapping[str, np.ndarray]
-    donor: Mapping[str, np.ndarray]
-    meter: Meter | None
-
-
-def _apply(
+def _applied(
     condition: Condition,
     features: Mapping[str, Any],
     present: Mapping[str, np.ndarray] | None,
+    quality: Mapping[str, np.ndarray],
     clip: str,
     seed: int,
     donor: Mapping[str, Any] | None,
+    donor_quality: Mapping[str, np.ndarray],
     stage: np.ndarray | None,
     fps: float,
     span: float | None,
-    evidence: _Evidence | None = None,
+    meter: Meter | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """`apply`, and the quality of the same modalities."""
-    quality = {} if evidence is None else {name: rows.copy() for name, rows in evidence.quality.items()}
+    """What `apply` gives, and the quality, for the modalities of which `quality` has it: (T_m, Q_m) float32, a row for each
+    row of the features; `donor_quality` (n, Q_m) has one for each row of the donor."""
     spec, key, stretch = _spec(condition, "feature"), _key(clip, seed), _stretch(fps, span)
     for argument, value in (("features", features), ("present", present), ("donor", donor)):
         if not isinstance(value, Mapping) and (value is not None or argument == "features"):
             raise TypeError(f"{argument}: expected a mapping from modality to array, got {type(value).__name__}")
     out = {name: _floating(f"features[{name!r}]", value, 2) for name, value in features.items()}
+    known = {name: np.array(rows, np.float32) for name, rows in quality.items()}
     for name in condition.modalities:
         if name not in out:
             raise ValueError(
@@ -391,7 +391,10 @@ def _apply(
         if not np.isfinite(seen).all():
             row = int(where[np.argmax(~np.isfinite(seen).all(axis=1))])
             raise ValueError(f"features[{name!r}]: expected finite float32 values, got infinity in row {row}")
-        donors = (_donor(donor, name, rows.shape[1]),) if spec.donors else ()
+        donors: tuple[np.ndarray, ...] = ()
+        if spec.donors:
+            theirs, kept = _donor(donor, name, rows.shape[1])
+            donors = (theirs,)
         if len(where) == 0:
             continue
         here = None if spec.scopes != "rotations" or stage is None else stage[where].astype(np.int64)
@@ -402,15 +405,15 @@ def _apply(
         gone = np.isnan(changed).any(axis=1)
         mask[where[gone]] = False
         rows[where] = np.where(gone[:, None], np.float32(0), changed)
-        if evidence is not None and name in quality:
-            known = quality[name][where]
+        if name in known:
+            measured = known[name][where]
             if spec.moves:
-                beside = (evidence.donor[name],) if spec.donors else ()
-                known = spec.function(dataclasses.replace(track, rows=known, donors=beside))
-            elif evidence.meter is not None:
-                known = evidence.meter(name, known, seen, changed, seen.std(axis=0))
-            quality[name][where] = np.where(gone[:, None], np.float32(np.nan), known)
-    return out, masks, quality
+                others = (donor_quality[name][kept],) if spec.donors else ()
+                measured = _checked(spec, dataclasses.replace(track, rows=measured, donors=others))
+            elif meter is not None:
+                measured = meter(name, measured, seen, changed, track.moments()[1])
+            known[name][where] = np.where(gone[:, None], np.float32(np.nan), measured)
+    return out, masks, known
 
 
 def _stretch(fps: float, span: float | None) -> float:
@@ -431,8 +434,8 @@ def corrupted(
     donors: Sequence[Clip] = (),
     meter: Meter | None = None,
 ) -> Sequence[Clip]:
-    """`clips` under `condition`: a sequence of the same length whose clips have their features and `present` replaced,
-    computed whenever a clip is asked for; labels and the modalities that do not fail are passed on.
+    """`clips` under `condition`: a sequence of the same length whose clips have their features, `present` and quality
+    replaced, computed whenever a clip is asked for; labels and the modalities that do not fail are passed on.
 
     A donor is drawn for each clip and modality among the clips of other videos (`_left` and `_right` of one video are
     no donors of each other: they share a track) that have that modality at all, by a hash of the names: which one
@@ -441,10 +444,10 @@ def corrupted(
     stages: clip name -> (T,) integers, the true stages where they are known (synthetic data: truth/<name>.npz). `span`: as
     in `apply`; the rate is the clip's own. `donors`: clips beside `clips` that may be donors too.
 
-    Quality that clips have goes with rows that are put in others' places (a frozen picture keeps its score, a foreign voice
-    brings its own), is unknown where a frame becomes absent, and stays what it was where numbers are altered, unless
-    `meter` says what would have been measured: (modality, quality (n, Q), features before and after (n, D), their standard
-    deviations (D,)) -> (n, Q), of the present rows in time order.
+    Quality goes with rows that are moved (frozen, foreign, misaligned) and is unknown in frames that become absent. Where
+    numbers are altered it stays, or is what `meter` says: a function of the modality, the quality of the present rows
+    (n, Q), NaN where unknown, their features before and after (n, D), NaN in rows that are lost, and the features'
+    standard deviations (D,) before.
 
     Raises ValueError where a donor is needed and all clips are of one video; on access what `apply` raises.
     """
@@ -464,6 +467,7 @@ class _Corrupted(Sequence[Clip]):
     ):
         self._meter = meter
         self._clips, self._condition, self._seed, self._stages, self._span = clips, condition, seed, stages, span
+        self._meter = meter
         self._needs_donor = _spec(condition, "feature").donors
         self._others = [(clips, i) for i in range(len(clips))] + [(donors, i) for i in range(len(donors))]
         self._names = [source[i].name for source, i in self._others] if self._needs_donor else []
@@ -482,23 +486,30 @@ class _Corrupted(Sequence[Clip]):
                 raise ValueError(
                     f"clips: expected the modality {name!r} in {clip.name}, got {', '.join(clip.features)}"
                 )
-        donor = {name: self._donor(clip.name, name) for name in names} if self._needs_donor else {}
-        known = [name for name in names if name in clip.quality]
-        features, present, quality = _apply(
+        features = {name: clip.features[name][:] for name in names}
+        quality = {name: _beside(clip.quality[name], len(features[name])) for name in names if name in clip.quality}
+        donor: dict[str, np.ndarray] = {}
+        donor_quality: dict[str, np.ndarray] = {}
+        for name in names if self._needs_donor else ():
+            donor[name], measured = self._donor(clip.name, name)
+            if name in quality:
+                unknown = np.full((len(donor[name]), quality[name].shape[1]), np.nan, np.float32)
+                donor_quality[name] = unknown
+                if measured is not None and measured.shape == unknown.shape:
+                    donor_quality[name] = measured
+        features, present, quality = _applied(
             self._condition,
-            {name: clip.features[name][:] for name in names},
+            features,
             {name: clip.present[name] for name in names},
+            quality,
             clip.name,
             self._seed,
-            {name: rows for name, (rows, _) in donor.items()} or None,
+            donor if self._needs_donor else None,
+            donor_quality,
             None if self._stages is None else self._stages.get(clip.name),
             clip.fps,
             self._span,
-            _Evidence(
-                {name: _rows_of_quality(clip, name, clip.num_frames) for name in known},
-                {name: donor[name][1] for name in known if name in donor},
-                self._meter,
-            ),
+            self._meter,
         )
         return dataclasses.replace(
             clip,
@@ -507,27 +518,24 @@ class _Corrupted(Sequence[Clip]):
             quality={name: quality.get(name, value) for name, value in clip.quality.items()},
         )
 
-    def _donor(self, clip: str, modality: str) -> tuple[np.ndarray, np.ndarray]:
-        """(n, D) the rows that another video's clip has, and their quality (n, Q), Q = 0 without."""
+    def _donor(self, clip: str, modality: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(n, D) the rows that another video's clip has, and (n, Q) their quality, if the clip has any."""
         others = [k for k, name in enumerate(self._names) if bare_name(name) != bare_name(clip)]
         for k in sorted(others, key=lambda k: donor_rank(clip, self._names[k], modality, self._seed)):
             source, place = self._others[k]
             other = source[place]
             rows = np.asarray(other.features[modality][: other.num_frames])
-            there = np.asarray(other.present[modality])[: len(rows)]
-            if there.any():
-                return rows[there], _rows_of_quality(other, modality, len(rows))[there]
+            here = np.asarray(other.present[modality])[: len(rows)]
+            if here.any():
+                measured = other.quality.get(modality)
+                return rows[here], None if measured is None else _beside(measured, len(rows))[here]
         raise ValueError(f"clips: expected {modality!r} in a clip of another video than {clip}, got none")
 
 
-def _rows_of_quality(clip: Clip, modality: str, frames: int) -> np.ndarray:
-    """(frames, Q) float32, NaN where unknown; Q = 0 for a modality without."""
-    if modality not in clip.quality:
-        return np.zeros((frames, 0), np.float32)
-    given = np.array(clip.quality[modality][:frames], np.float32)
-    rows = np.full((frames, given.shape[1]), np.nan, np.float32)
-    rows[: len(given)] = given
-    return rows
+def _beside(quality: Any, count: int) -> np.ndarray:
+    """(count, Q) float32 quality of `count` rows of features, unknown beyond its end."""
+    known = np.asarray(quality[:count], dtype=np.float32)
+    return np.concatenate([known, np.full((count - len(known), known.shape[1]), np.nan, np.float32)])
 
 
 def apply_waveform(
@@ -674,14 +682,16 @@ def _chain(clip: str, seed: int, frames: int, stretch: float) -> np.ndarray:
     return np.cumsum(steps.astype(np.int64)) % STAGES
 
 
-def _donor(donor: Mapping[str, Any] | None, name: str, dim: int) -> np.ndarray:
+def _donor(donor: Mapping[str, Any] | None, name: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, dim) its rows, and which of those that were given they are."""
     if donor is None or name not in donor:
         raise ValueError(f"donor: expected another clip's rows of {name!r}, got none")
     rows = _floating(f"donor[{name!r}]", donor[name], 2)
-    rows = rows[~np.isnan(rows).any(axis=1)]
+    kept = ~np.isnan(rows).any(axis=1)
+    rows = rows[kept]
     if len(rows) == 0 or rows.shape[1] != dim or not np.isfinite(rows).all():
         raise ValueError(f"donor[{name!r}]: expected one or more finite rows of {dim} features, got {rows.shape}")
-    return rows
+    return rows, kept
 
 
 # ------------------------------------------------------------------------------------------------- corruptions: features

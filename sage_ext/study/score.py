@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..calibration import Evidence, calibrated_confidence, collect, diagrams, spearman
 from ..data.affwild2 import Clip
-from ..data.synthetic import CausalOracle, Oracle, TruthClips, meter, read_truth, told
+from ..data.synthetic import Oracle, TruthClips, meter, read_truth
 from ..data.windows import whole_clips
 from ..nn import ReliabilityFusion
 from ..training.evaluate import ClipPrediction, alike, clip_moments
@@ -80,14 +80,9 @@ def evaluate_sweep(sweep: Sweep) -> dict[str, str]:
     if sweep.condition is not None:
         stages = {name: truth["stage"] for name, truth in _truth(sweep.data).items()} if sweep.truth else None
         donors = donor_clips(sweep.part, sweep.modalities)
+        measure = meter if sweep.truth else None
         seen = corrupted(
-            clean,
-            sweep.condition,
-            sweep.seed,
-            stages=stages,
-            span=sweep.span,
-            donors=donors,
-            meter=meter if sweep.truth else None,
+            clean, sweep.condition, sweep.seed, stages=stages, span=sweep.span, donors=donors, meter=measure
         )
     errors: dict[str, str] = {}
     found.update(_score(sweep, clean, seen, missing(sweep, found), errors))

@@ -1124,3 +1124,68 @@ def test_numbers_are_not_kept_as_objects(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3 * 4 * rows * width  # float32 of all features; as objects of Python 14 times as much
+
+
+# -------------------------------------------------------------------------------------------------------------- quality
+def test_quality_is_no_feature(tmp_path):
+    """Of columns that begin so, also where a modality would take them; gaps and empty cells are NaN."""
+    columns = {
+        "video": ["a"] * 4 + ["b"] * 4,
+        "time": [0, 1, 2, 4] * 2,
+        "v_smile": [0.1, 0.2, 0.3, 0.4] * 2,
+        "v_score": [0.9, "", 0.7, 0.6] * 2,
+        "v_score_of_blur": [1, 2, 3, "NaN"] * 2,
+        "w_level": [-1, -2, -3, -4] * 2,
+        "voice_loud": [5, 6, 7, 8] * 2,
+        "stress": [1, 2, 3, 4, 5, 6, 7, 8],
+    }
+    for options in (
+        {},
+        {"modalities": {"v": "v_", "voice": "voice_"}},
+        {"columns": {"v": ["v_*"], "voice": ["voice_loud"]}},
+    ):
+        report, root = imported(tmp_path, columns, quality={"v": ["v_score"], "voice": "w_"}, overwrite=True, **options)
+        assert {name: m.columns for name, m in report.modalities.items()} == {"v": ["v_smile"], "voice": ["voice_loud"]}
+        assert report.quality == {"v": ["v_score", "v_score_of_blur"], "voice": ["w_level"]}
+        assert not report.ignored
+        assert "quality of v: v_score, v_score_of_blur\n" in report.text()
+        data = AffWild2(root, "train")
+        assert data.mismatches == []
+        assert data.quality_dims == {"v": 2, "voice": 1}
+        assert data.quality_columns == {"v": ("v_score", "v_score_of_blur"), "voice": ("w_level",)}
+        clip = data[0]
+        expected = np.array([[0.9, 1], [np.nan, 2], [0.7, 3], [np.nan, np.nan], [0.6, np.nan]], np.float32)
+        np.testing.assert_array_equal(clip.quality["v"][:], expected)
+        assert clip.present["v"].tolist() == [True, True, True, False, True]  # quality makes nothing absent
+    record = json.loads((root / MARK).read_text())
+    assert record["options"]["quality"] == {"v": ["v_score"], "voice": ["w_"]}
+    assert any(name.endswith("a.quality.npy") for name in record["files"])
+
+
+def test_wrong_quality(tmp_path):
+    columns = plain(x_q=[0.5] * 12, y_two=list(range(12)))
+    refused(
+        tmp_path, columns, r"quality: 'x': expected columns that begin with 'q_', got none among ", quality={"x": "q_"}
+    )
+    refused(tmp_path, columns, r"quality: expected modalities \(x, y\), got 'z'", quality={"z": "x_q"})
+    refused(tmp_path, columns, "quality: 'x': expected columns that begin with '', got none among", quality={"x": ""})
+    words = "quality: expected a column of one modality, got x_q in y, the quality of x too"
+    refused(tmp_path, columns, words, quality={"x": "x_q", "y": "x_"})
+    refused(
+        tmp_path, columns, "columns: 'x': expected features, got x_q, the quality of x",
+        quality={"x": "x_q"}, columns={"x": ["x_one", "x_q"]},
+    )  # fmt: skip
+    text = {**columns, "x_q": ["good"] * 12}
+    assert "table.csv:2: x_q: " in refused(tmp_path, text, "expected a number", quality={"x": "x_q"})
+
+
+def test_quality_on_the_command_line(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    path = rows_of(plain(x_q=[0.5] * 12), tmp_path / "table.csv")
+    out = ["--out", str(tmp_path / "data"), "--targets", "stress", "--quality"]
+    assert "quality of x: x_q" in run(parser.parse_args([str(path), *out, "x=x_q+x_r"]))
+    for words in ("x", "x=a_,y", "x="):
+        with pytest.raises(SystemExit):
+            parser.parse_args([str(path), *out, words])
+        assert "argument --quality: expected NAME=PREFIX" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import math
 import os
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter1d
 
 from sage_ext.data import AffWild2, Clip, clip_tensors, write_dataset
-from sage_ext.data.affwild2 import Resampled
+from sage_ext.data.affwild2 import Quality, Resampled
+from sage_ext.data.synthetic import meter
 from sage_ext.study import corruptions
 from sage_ext.study.corruptions import (
     CORRUPTIONS,
@@ -922,6 +924,135 @@ def test_only_what_fails_is_read():
     clip = Clip("v0", None, clip.valid, {**clip.features, "visual": Unreadable()}, clip.present, 40)
     bad = corrupted([clip], Condition("noise", 1, ("audio",)), 0)[0]
     assert bad.features["visual"] is clip.features["visual"]
+
+
+# -------------------------------------------------------------------------------------------------------------- quality
+
+MOVING = {"frozen-spans", "dead-frozen", "misaligned", "foreign-spans", "foreign", "stage-foreign"}
+
+
+def measured_clips(count: int = 4, frames: int = 90) -> list[Clip]:
+    """Clips whose quality says which row of which clip it is of, with absent frames and, in a clip, unknown ones."""
+    clips = []
+    for k in range(count):
+        rng = np.random.default_rng(k)
+        features = {name: (3 + rng.standard_normal((frames, 5))).astype(np.float32) for name in NAMES}
+        present = {name: rng.random(frames) > 0.1 for name in NAMES}
+        quality = {name: np.stack([np.full(frames, k), np.arange(frames)], 1).astype(np.float64) for name in NAMES}
+        if k == 0:
+            quality["audio"][7:12] = np.nan
+        clips.append(Clip(f"v{k}", None, np.ones(frames, bool), features, present, frames, quality=quality))
+    return clips
+
+
+@pytest.mark.parametrize("condition", conditions(NAMES, severities=(4,)), ids=an_id)
+def test_quality_goes_with_the_rows(condition):
+    """Beside every row that is some clip's row is the quality of that row; else it stays; absent rows have none."""
+    clips = measured_clips()
+    origin = {
+        name: {row.tobytes(): (k, i) for k, clip in enumerate(clips) for i, row in enumerate(clip.features[name])}
+        for name in NAMES
+    }
+    bare = corrupted([dataclasses.replace(clip, quality={}) for clip in clips], condition, 3)
+    moved = 0
+    for k, clip in enumerate(corrupted(clips, condition, 3)):
+        assert bare[k].quality == {}
+        for name in NAMES:
+            np.testing.assert_array_equal(clip.features[name], bare[k].features[name])  # the protocol's numbers
+            np.testing.assert_array_equal(clip.present[name], bare[k].present[name])
+            if name not in condition.modalities:
+                assert clip.quality[name] is clips[k].quality[name]
+                continue
+            there = clips[k].present[name]
+            expected = clips[k].quality[name].copy()
+            for i in np.flatnonzero(there):
+                if not clip.present[name][i]:
+                    expected[i] = np.nan
+                elif condition.corruption in MOVING:
+                    source, row = origin[name][clip.features[name][i].tobytes()]
+                    expected[i] = clips[source].quality[name][row]
+                    moved += (source, row) != (k, i)
+            np.testing.assert_array_equal(clip.quality[name], expected)
+            assert clip.quality[name].dtype == np.float32
+    assert bool(moved) == (condition.corruption in MOVING)
+    assert CORRUPTIONS[condition.corruption].moves == (condition.corruption in MOVING)
+
+
+def test_a_donor_without_quality_brings_none():
+    clips = measured_clips()
+    for other in ({}, {"audio": np.zeros((90, 3))}):
+        bad = corrupted([clips[0]], Condition("foreign", 3, ("audio",)), 0, donors=[
+            dataclasses.replace(clip, quality=other) for clip in clips[1:]
+        ])[0]  # fmt: skip
+        foreign = (bad.features["audio"] != clips[0].features["audio"]).any(1)
+        assert foreign.any()
+        assert np.isnan(bad.quality["audio"][foreign]).all()
+        np.testing.assert_array_equal(bad.quality["audio"][~foreign], clips[0].quality["audio"][~foreign])
+
+
+def test_quality_shorter_than_the_features_and_at_their_rate():
+    clip = measured_clips(1)[0]
+    rows = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    clip = dataclasses.replace(
+        clip,
+        features={"audio": Resampled(rows, 100.0)},
+        present={"audio": np.ones(90, bool)},
+        quality={"audio": Quality(rows[:200, :1], 100.0)},
+    )
+    bad = corrupted([clip], Condition("missing", 1, ("audio",)), 0)[0]
+    known = ~np.isnan(bad.quality["audio"][:, 0])
+    assert bad.quality["audio"].shape == (90, 1)
+    assert known.tolist() == [i < 60 for i in range(90)]
+    np.testing.assert_array_equal(bad.quality["audio"][:60], clip.quality["audio"][:])
+
+
+def test_a_meter_is_asked_where_numbers_are_altered():
+    """Of present rows alone, features before and after and their spread; what it says is the quality; it sees no row moved."""
+    clips, asked = measured_clips(), []
+
+    def meter(modality, quality, before, after, spread):
+        asked.append((modality, quality.copy(), before, after, spread))
+        return quality + 100
+
+    for condition in conditions(NAMES, severities=(4,)):
+        asked.clear()
+        clip, clean = corrupted(clips, condition, 3, meter=meter)[0], clips[0]
+        plain = corrupted(clips, condition, 3)[0]
+        assert [modality for modality, *_ in asked] == (
+            [] if condition.corruption in MOVING else list(condition.modalities)
+        )
+        for name in NAMES:
+            np.testing.assert_array_equal(clip.features[name], plain.features[name])
+        for name, quality, before, after, spread in asked:
+            there = clean.present[name]
+            np.testing.assert_array_equal(quality, clean.quality[name][there])
+            np.testing.assert_array_equal(before, clean.features[name][there])
+            np.testing.assert_allclose(spread, before.std(0, dtype=np.float64))
+            gone = ~clip.present[name][there]
+            np.testing.assert_array_equal(after[~gone], clip.features[name][there][~gone])
+            assert np.isnan(after[gone]).all()
+            expected = clean.quality[name].copy()
+            expected[there] += 100
+            expected[there & ~clip.present[name]] = np.nan
+            np.testing.assert_array_equal(clip.quality[name], expected)
+
+
+def test_the_meter_of_synthetic_data(dataset):
+    """A worse signal has lower scores, and what nothing happened to is the same to the bit."""
+    clips = AffWild2(dataset, "validation")
+    for name in ("dead-noise", "occluded", "drift"):
+        for condition in conditions(NAMES, [name], (4,))[:2]:
+            (modality,) = condition.modalities
+            lower, all_of_them = 0, 0
+            for before, after in zip(clips, corrupted(clips, condition, 0, meter=meter)):
+                old, new = before.quality[modality][:], after.quality[modality]
+                np.testing.assert_array_equal(np.isnan(new), np.isnan(old))
+                frames = len(old)
+                same = (np.asarray(before.features[modality])[:frames] == after.features[modality][:frames]).all(1)
+                np.testing.assert_array_equal(new[same], old[same])
+                known = ~same & np.isfinite(old[:, 0])
+                lower, all_of_them = lower + int((new[known, 0] < old[known, 0]).sum()), all_of_them + int(known.sum())
+            assert lower > 0.95 * all_of_them > 100
 
 
 # -------------------------------------------------------------------------------------------------- your own corruption

@@ -8,7 +8,7 @@ import torch
 from studies import rows_of
 
 from sage_ext.calibration import Evidence, diagrams
-from sage_ext.data.synthetic import CausalOracle, Oracle, TruthClips, oracle_predictions, read_truth, trusted_modalities
+from sage_ext.data.synthetic import Oracle, TruthClips, meter, oracle_predictions
 from sage_ext.study.corruptions import Condition, corrupted
 from sage_ext.study.plan import run_path
 from sage_ext.study.score import _diagrams, spoilt
@@ -26,7 +26,7 @@ def test_results_are_those_of_the_public_evaluation(finished, data):
     stages = {clip.name: np.load(data / "truth" / f"{clip.name}.npz")["stage"] for clip in clean}
     for method, condition in itertools.product(rates, conditions):
         run = Run.load(run_path(out, method, 1, rates[method]))
-        seen = clean if condition is None else corrupted(clean, condition, 1, stages=stages)
+        seen = clean if condition is None else corrupted(clean, condition, 1, stages=stages, meter=meter)
         clips = list(seen)
         said = {clip.name: run.predict(clip).prediction for clip in clips}
         found = score(said, clips)
