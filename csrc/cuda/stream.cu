@@ -1,15 +1,15 @@
 // One frame of SAGE for many streams in one launch (session.cu launches it, product.cuh multiplies).
 //
-// A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, fusion,
-// blocks on the fused frames and on each modality's alone, head. What passes between layers stays in shared memory; a
-// stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
+// A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, the experts'
+// values, blocks, memory and head on each of them; last the experts are weighed. What passes between layers stays in shared
+// memory; a stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
 //
-// Bytes: the matrices, once a block (1,168 KB float32, 584 KB bfloat16 with the default sizes), from L2; 34 KB of state and
-// 2.6 KB of input a stream. Floor: one multiprocessor takes some 64 bytes a cycle from L2, 11 us for the matrices in float32;
-// 33 barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
+// Every block reads all matrices once, from L2, and that is what a step waits for: one multiprocessor takes some 64 bytes a
+// cycle; barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
 #include "stream.cuh"
 #include "../math/activation.h"
+#include "../math/experts.h"
 #include "../math/frame.h"
 #include "../math/leaky_average.h"
 #include "../math/reliability_fusion.h"
@@ -73,7 +73,7 @@ struct Group {
         warp(int(threadIdx.x) / kWarp),
         warps(int(blockDim.x) / kWarp) {}
 
-  // Whether each modality is said to be present, and whether it is taken to be.
+  // Whether each modality is said to be present; and 1 where it is taken to be, with 2 where its frame counts.
   __device__ __forceinline__ int* given(int r) const {
     return reinterpret_cast<int*>(shared + q.at.given) + r * kMaxModalities;
   }
@@ -90,8 +90,21 @@ struct Group {
   }
   __device__ __forceinline__ bool live(int r) const { return now(r)[0] != 0; }
   __device__ __forceinline__ int64_t frame(int r) const { return now(r)[1]; }
+  // Whether the modality's frame counts, whatever the fusion is told.
+  __device__ __forceinline__ bool counted(int r, int m) const { return (present(r)[m] & 2) != 0; }
   __device__ __forceinline__ float* state(int r) const { return q.state + row(r) * model.row_floats; }
   __device__ __forceinline__ float* stages(int at, int r) const { return shared + at + r * kMaxStages; }
+  __device__ __forceinline__ float* logits(int k, int r) const {
+    return shared + q.at.logits + (k * R + r) * 2 * kMaxStages;
+  }
+  // The place of the first modality among the experts, and whether expert k's frame says anything.
+  __device__ __forceinline__ int first() const { return model.shape.joint ? 1 : 0; }
+  __device__ __forceinline__ bool says(int r, int k) const {
+    if (k >= first()) return present(r)[k - first()] != 0;
+    bool some = false;
+    for (int m = 0; m < model.shape.modalities; ++m) some = some || present(r)[m];
+    return some;
+  }
 
   // Inputs as they come, padded with zeros, kAhead a thread. They may lie in the host's memory, a microsecond away, so all
   // threads ask at once.
@@ -137,7 +150,7 @@ struct Group {
       ask(at, x), put(at, x);
   }
 
-  // Standardised input of each modality, zero where it is missing, and the two mean squares that typicality reads; as the
+  // Standardised input of each modality, zero where it is missing, and two of the mean squares that typicality reads; as the
   // CPU has it. A warp a (modality, stream).
   __device__ __forceinline__ void standardise() const {
     const Shape& s = model.shape;
@@ -167,10 +180,10 @@ struct Group {
       if (live(r) && !verdict.stuck)
         for (int d = lane; d < n; d += kWarp) last[d] = x[d];
       if (lane == 0) {
-        float* square = shared + q.at.square + r * 2 * kMaxModalities + 2 * m;
+        float* square = shared + q.at.square + r * kEnergies * kMaxModalities + kEnergies * m;
         square[0] = verdict.here ? sums.squares / float(n) : 0.0f;
         square[1] = (verdict.here ? sums.steps : blank) / float(n);
-        present(r)[m] = verdict.here || s.hide_missing;
+        present(r)[m] = verdict.here ? 3 : s.hide_missing ? 1 : 0;
         if (live(r)) {
           if (s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
           q.out.present[at * s.modalities + m] = verdict.here;
@@ -224,20 +237,36 @@ struct Group {
     }
   }
 
-  // The evidence that typicality gives, behind the learnt evidence; and its ring moves on by a frame. A lane a (modality,
-  // energy or energy of the step).
+  // The third mean square: of what is left of the standardised input outside the principal components. A warp a (modality,
+  // stream).
+  __device__ __forceinline__ void measure_residual(int i) const {
+    const int m = i / R, r = i % R, n = q.at.in_dim[m];
+    const float *x = shared + q.at.input[m] + r * tiled(n), *usual = shared + q.at.rebuilt[m] + r * tiled(n);
+    float squares = 0;
+    for (int d = lane; d < n; d += kWarp) {
+      const float left = x[d] - usual[d];
+      squares = fma(left, left, squares);
+    }
+    squares = lanes_sum<1, kWarp>(squares);
+    if (lane == 0)
+      shared[q.at.square + r * kEnergies * kMaxModalities + kEnergies * m + 2] = squares / float(n);
+  }
+
+  // The signs that typicality gives; and its ring moves on by a frame. A lane a (modality, energy).
   __device__ __forceinline__ void assess_typicality(int r) const {
     const Shape& s = model.shape;
-    const int pairs = 2 * s.modalities, m = lane / 2, kind = lane % 2, history = s.window - 1;
-    if (lane >= pairs) return;
+    const int all = kEnergies * s.modalities, m = lane / kEnergies, kind = lane % kEnergies;
+    const int history = s.window - 1;
+    if (lane >= all) return;
     float *energies = state(r) + model.energy.at + lane, *counts = state(r) + model.counted.at;
     const int start = history ? int(frame(r) % history) : 0, line = int(model.energy.line());
     const bool here = present(r)[m] != 0;
     bool counted = here;
-    if (kind) counted = here && history && counts[(start ? start - 1 : history - 1) * line + 2 * m] > 0;
+    if (kind == 1)
+      counted = here && history && counts[(start ? start - 1 : history - 1) * line + kEnergies * m] > 0;
     counts += lane;
     float energy = 0;
-    if (counted) energy = log_energy(shared[q.at.square + r * 2 * kMaxModalities + lane]);
+    if (counted) energy = log_energy(shared[q.at.square + r * kEnergies * kMaxModalities + lane]);
     const auto past = [&](int slot) {
       return EnergyWindow<float>{energies[slot * line], counts[slot * line]};
     };
@@ -246,23 +275,46 @@ struct Group {
     if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
     const Typicality<float> found =
         typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
-    put_evidence(r, m, int(s.evidence) + kind, found.signed_level);
-    put_evidence(r, m, int(s.evidence) + 2 + kind, found.level);
-  }
-  // Evidence lies twice: in rows of one modality, and of all together.
-  __device__ __forceinline__ void put_evidence(int r, int m, int n, float x) const {
-    const int width = int(model.shape.evidence) + kTypicality;
-    shared[q.at.evidence + (m * R + r) * q.at.width + n] = x;
-    shared[q.at.joint + r * q.at.joined + m * width + n] = x;
+    put_sign(r, m, kind, found.signed_level);
+    put_sign(r, m, kEnergies + kind, found.level);
   }
 
-  // Stage filter, confidences and weights of one stream: a lane a stage, then a lane a modality.
+  // The signs that quality gives, behind those of typicality; and its averages move on by a frame. A lane a column.
+  __device__ __forceinline__ void assess_quality(int r) const {
+    const Shape& s = model.shape;
+    const int Q = s.qualities();
+    for (int i = lane; i < Q; i += kWarp) {
+      int m = 0;
+      while (i >= s.quality_before(m + 1)) ++m;
+      const bool told = q.frame.quality && counted(r, m);
+      float* kept = state(r) + model.quality.at + 3 * i;
+      float sums[3] = {kept[0], kept[1], kept[2]};
+      const QualitySigns found =
+          quality_signs(told ? q.frame.quality[row(r) * Q + i] : 0.0f, told, model.quality_mean[i],
+                        model.quality_scale[i], model.quality_decay, sums);
+      if (live(r)) kept[0] = sums[0], kept[1] = sums[1], kept[2] = sums[2];
+      const int at = kTypicality + kQuality * (i - s.quality_before(m));
+      const bool here = present(r)[m] != 0;
+      put_sign(r, m, at, here ? found.now : 0.0f), put_sign(r, m, at + 1, here ? found.average : 0.0f);
+      put_sign(r, m, at + 2, here ? found.known : 0.0f);
+    }
+  }
+  // A sign lies in rows of one modality, of all together, and behind what is learnt.
+  __device__ __forceinline__ void put_sign(int r, int m, int n, float x) const {
+    const Shape& s = model.shape;
+    const int at = s.signs_before(m) + n;
+    shared[q.at.signs + (m * R + r) * q.at.width + n] = x;
+    shared[q.at.all_signs + r * q.at.spread + at] = x;
+    shared[q.at.joint + r * q.at.joined + s.modalities * int(s.evidence) + at] = x;
+  }
+
+  // Stage filter of one stream, a lane a stage; then confidences and precisions, a lane an expert.
   __device__ __forceinline__ void gate(int r) const {
     const Shape& s = model.shape;
-    const int M = s.modalities, S = s.stages;
-    const bool mine = lane < M && present(r)[lane < M ? lane : 0];
-    const unsigned all = __ballot_sync(kFull, mine);
-    float *now = stages(q.at.now, r), score = 0, weight = 0, confidence = 0;
+    const int M = s.modalities, K = s.experts(), S = s.stages;
+    const bool mine = lane < K, speaks = mine && says(r, lane);
+    const bool some = __ballot_sync(kFull, lane < M && present(r)[lane < M ? lane : 0]) != 0;
+    float *now = stages(q.at.now, r), log_odds = 0, confidence = 0.5f, precision = 1;
     if (s.reliability) {
       float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
       float* kept = state(r) + model.belief.at;
@@ -271,7 +323,7 @@ struct Group {
       __syncwarp();
       float next = -3e38f;
       if (inside) {
-        const float evidence = all ? stages(q.at.emission, r)[lane] : 0.0f;
+        const float evidence = some ? stages(q.at.emission, r)[lane] : 0.0f;
         next = stage_prior(S, model.log_a, model.a, belief, prior, lane) + evidence;
       }
       const float peak = AcrossWarp{}.max(next);
@@ -282,38 +334,72 @@ struct Group {
       }
       __syncwarp();
       if (mine) {
-        const Reliability<float> found = reliability(
-            S, static_cast<const float*>(stages(q.at.logits, lane * R + r)), static_cast<const float*>(now));
-        confidence = found.confidence, score = found.log_odds * model.sharpness;
+        const float* raw = logits(lane, r);
+        const Reliability<float> found = reliability(S, raw, static_cast<const float*>(now));
+        confidence = found.confidence, log_odds = found.log_odds;
+        float log_precision = 0;
+        for (int j = 0; j < S; ++j) log_precision = fma(now[j], raw[S + j], log_precision);
+        precision = frame_precision(log_precision);
       }
-    } else {
-      if (mine) confidence = 0.5f;
-      if (lane == 0) now[0] = 1.0f;
+    } else if (lane == 0) {
+      now[0] = 1.0f;
     }
-    modality_weights(1, &score, &mine, &weight, AcrossWarp{});
-    if (lane < M) shared[q.at.weight + r * kMaxModalities + lane] = weight;
-    if (s.memory) {
-      const float own = mine ? frame_precision(confidence, model.sharpness) : 0.0f;
-      const float total = lanes_sum<1, kWarp>(own);
-      if (lane < M) shared[q.at.precision + (1 + lane) * R + r] = own;
-      if (lane == 0) shared[q.at.precision + r] = total;
+    if (mine) {
+      shared[q.at.log_odds + lane * R + r] = log_odds;
+      shared[q.at.confidence + lane * R + r] = confidence;
+      shared[q.at.precision + lane * R + r] = speaks ? precision : 0.0f;
     }
-    if (!live(r)) return;
-    const int64_t at = row(r);
-    if (lane < M) q.out.weights[at * M + lane] = weight, q.out.confidence[at * M + lane] = confidence;
-    if (lane < S) q.out.stage[at * S + lane] = now[lane];
+    if (live(r) && lane < S) q.out.stage[row(r) * S + lane] = now[lane];
   }
 
-  // The value of one modality of a stream, normed, or zeros where it is missing.
+  // The value of one expert of a stream, normed, or zeros where it has nothing to say.
   __device__ __forceinline__ void value(int i) const {
     const Shape& s = model.shape;
-    const int m = i / R, r = i % R, dim = int(s.dim);
-    float* x = shared + q.at.tracks + (R + i) * q.at.dim;
-    if (!present(r)[m]) {
+    const int k = i / R, r = i % R, dim = int(s.dim);
+    float* x = shared + q.at.tracks + i * q.at.dim;
+    if (!says(r, k)) {
       for (int d = lane; d < dim; d += kWarp) x[d] = 0;
     } else if (s.value_norm) {
       const int64_t line = padded(dim);
-      layer_norm({model.value_norm.weight + m * line, model.value_norm.bias + m * line}, dim, lane, x);
+      layer_norm({model.value_norm.weight + k * line, model.value_norm.bias + k * line}, dim, lane, x);
+    }
+  }
+
+  // The experts' estimates of one stream, weighed. One thread.
+  __device__ __forceinline__ void weigh(int r) const {
+    const Shape& s = model.shape;
+    const int M = s.modalities, K = s.experts(), C = s.targets;
+    const int64_t at = row(r);
+    const float* said = shared + q.at.said + r * q.at.saying;
+    const int stride = R * q.at.saying;
+    bool there[kMaxModalities];
+    float odds[kMaxModalities], sure[kMaxModalities];
+    for (int k = 0; k < K; ++k) {
+      there[k] = k < first() || present(r)[k - first()];
+      odds[k] = shared[q.at.log_odds + k * R + r], sure[k] = shared[q.at.confidence + k * R + r];
+    }
+    if (s.foreign) {
+      float belief[kMaxStages], p[kMaxStages], *scaled = shared + q.at.scaled + r * tiled(M * C);
+      float* kept = state(r) + model.foreign.at;
+      for (int h = 0; h <= M; ++h) belief[h] = kept[h];
+      for (int m = 0; m < M; ++m)
+        for (int c = 0; c < C; ++c)
+          scaled[m * C + c] =
+              model.own_gain[m * C + c] * said[(first() + m) * stride + c] + model.own_shift[m * C + c];
+      foreign_step(M, C, scaled, sure + first(), there + first(), model.foreign_pace, model.foreign_log_a,
+                   model.foreign_a, belief, p);
+      for (int h = 0; h <= M && live(r); ++h) kept[h] = belief[h];
+      for (int k = 0; k < K; ++k) {
+        const Reliability<float> found = doubted(odds[k], k < first() ? 1 - p[0] : p[1 + k - first()]);
+        sure[k] = found.confidence, odds[k] = found.log_odds;
+      }
+    }
+    if (!live(r)) return;
+    mix_experts(K, M, C, model.sharpness, said, stride, odds, there, q.out.prediction + at * C,
+                q.out.weights + at * M);
+    for (int m = 0; m < M; ++m) {
+      q.out.confidence[at * M + m] = there[first() + m] ? sure[first() + m] : 0.0f;
+      for (int c = 0; c < C; ++c) q.out.unimodal[(at * M + m) * C + c] = said[(first() + m) * stride + c];
     }
   }
 
@@ -321,48 +407,47 @@ struct Group {
   __device__ __forceinline__ void remember(int i) const {
     const Shape& s = model.shape;
     const int r = i % R, dim = int(s.dim), line = int(model.memory.line());
-    float* sums = state(r) + model.memory.array(i / R * s.memory);
+    float* sums = state(r) + model.memory.array(i / R * s.memory);  // of expert i / R
     const float precision = shared[q.at.precision + i], *x = shared + q.at.tracks + i * q.at.dim;
     float* to = shared + q.at.recalled + i * q.at.recall;
     for (int h = 0; h < s.memory; ++h) {
-      float* kept = sums + h * line;  // the weighted sum, and behind it the sum of the weights
+      float* kept = sums + h * line;  // the weighted sum, and behind it the sum of the weights and the count
       const float decay = model.decay[h], weight = leaky_weight(decay, kept[dim], precision);
-      const float scale = leaky_scale(model.prior[h], weight);
+      const float count = leaky_count(decay, kept[dim + 1], precision);
+      const float scale = leaky_scale(model.prior[h], weight, count, true);
       for (int d = lane; d < dim; d += kWarp) {
         const float sum = leaky_sum(decay, kept[d], precision, x[d]);
         if (live(r)) kept[d] = sum;
         to[h * dim + d] = sum * scale;
       }
       __syncwarp();
-      if (lane == 0 && live(r)) kept[dim] = weight;
-    }
-  }
-
-  __device__ __forceinline__ void fuse() const {
-    const int M = model.shape.modalities, dim = q.at.dim;
-    float* tracks = shared + q.at.tracks;
-    for (int i = int(threadIdx.x); i < R * dim; i += int(blockDim.x)) {
-      float sum = 0;
-      for (int m = 0; m < M; ++m)
-        sum = fma(shared[q.at.weight + i / dim * kMaxModalities + m], tracks[(1 + m) * R * dim + i], sum);
-      tracks[i] = sum;
+      if (lane == 0 && live(r)) kept[dim] = weight, kept[dim + 1] = count;
     }
   }
 
   __device__ __forceinline__ void step() const {
     const Shape& s = model.shape;
-    const int M = s.modalities, dim = int(s.dim), stride = q.at.dim, tracks = 1 + M;
-    const int narrow = q.at.narrow;
+    const int M = s.modalities, K = s.experts(), dim = int(s.dim), stride = q.at.dim, first = this->first();
+    const int narrow = q.at.narrow, assessed = s.reliability ? M : 0, joint = s.joint ? 1 : 0;
     float *part = shared + q.at.part, *encoded = shared + q.at.encoded, *mixed = shared + q.at.mixed;
-    float *fused = shared + q.at.tracks, *hidden = shared + q.at.hidden;
+    float *tracks = shared + q.at.tracks, *hidden = shared + q.at.hidden;
     const auto encoded_of = [&](const Linear& f, int m) { return Job{&f, encoded + m * R * stride, stride}; };
 
     standardise();
     __syncthreads();
     product<T, R>(
-        part, M, R,
-        [&](int m) { return Job{&model.modality[m].project, shared + q.at.input[m], tiled(s.in_dim[m])}; },
-        [&](int m, int r, int n, float y) { encoded[(m * R + r) * stride + n] = y; });
+        part, M + assessed, R,
+        [&](int j) {
+          const int m = j % M;
+          return Job{j < M ? &model.modality[m].project : &model.modality[m].components,
+                     shared + q.at.input[m], tiled(s.in_dim[m])};
+        },
+        [&](int j, int r, int n, float y) {
+          if (j < M)
+            encoded[(j * R + r) * stride + n] = y;
+          else
+            shared[q.at.components + ((j - M) * R + r) * q.at.component + n] = y;
+        });
     for (int b = 0; b < s.own_blocks; ++b) {
       convolve(encoded, M * R, 0, [&](int m) -> const Block& { return model.modality[m].block[b]; });
       __syncthreads();
@@ -371,85 +456,104 @@ struct Group {
           [&](int m) { return Job{&model.modality[m].block[b].pointwise, mixed + m * R * stride, stride}; },
           [&](int m, int r, int n, float y) { encoded[(m * R + r) * stride + n] += y; });
     }
-    for (int i = warp; i < M * R; i += warps)
-      layer_norm(model.modality[i / R].norm, dim, lane, encoded + i * stride);
-    if (s.reliability)
-      for (int r = warp; r < R; r += warps) assess_typicality(r);
+    for (int i = warp; i < M * R; i += warps) {
+      const int m = i / R, r = i % R;
+      layer_norm(model.modality[m].norm, dim, lane, encoded + i * stride);
+      if (joint)
+        for (int d = lane; d < dim; d += kWarp)
+          shared[q.at.side + r * q.at.beside + m * dim + d] = present(r)[m] ? encoded[i * stride + d] : 0.0f;
+    }
     __syncthreads();
 
-    const int assessed = s.reliability ? M : 0;
+    // What is learnt of each modality, its usual part rebuilt, its value, and the joint expert's first layer.
     product<T, R>(
-        part, assessed + M, R,
+        part, 2 * assessed + M + joint, R,
         [&](int j) {
-          const int m = j < assessed ? j : j - assessed;
-          return encoded_of(j < assessed ? model.modality[m].evidence : model.modality[m].value, m);
+          if (j < assessed) return encoded_of(model.modality[j].evidence, j);
+          const int m = j - assessed;
+          if (m < assessed)
+            return Job{&model.modality[m].rebuild, shared + q.at.components + m * R * q.at.component,
+                       q.at.component};
+          const int k = m - assessed;
+          if (k < M) return encoded_of(model.modality[k].value, k);
+          return Job{&model.joint[0], shared + q.at.side, q.at.beside};
         },
         [&](int j, int r, int n, float y) {
+          const int m = j - assessed, k = m - assessed;
           if (j < assessed)
-            put_evidence(r, j, n, present(r)[j] ? gelu(y) : 0.0f);
+            shared[q.at.joint + r * q.at.joined + j * int(s.evidence) + n] = present(r)[j] ? gelu(y) : 0.0f;
+          else if (m < assessed)
+            shared[q.at.rebuilt[m] + r * tiled(s.in_dim[m]) + n] = y;
+          else if (k < M)
+            tracks[((first + k) * R + r) * stride + n] = y;
           else
-            fused[((1 + j - assessed) * R + r) * stride + n] = y;
+            mixed[r * stride + n] = silu(y);
         });
     if (s.reliability) {
-      product<T, R>(
-          part, M + 1, R,
-          [&](int m) {
-            return m < M ? Job{&model.modality[m].reliability[0], shared + q.at.evidence + m * R * q.at.width,
-                               q.at.width}
-                         : Job{&model.emission[0], shared + q.at.joint, q.at.joined};
-          },
-          [&](int m, int r, int n, float y) { hidden[(m * R + r) * narrow + n] = gelu(y); });
-      product<T, R>(
-          part, M + 1, R,
-          [&](int m) {
-            return Job{m < M ? &model.modality[m].reliability[1] : &model.emission[1],
-                       hidden + m * R * narrow, narrow};
-          },
-          [&](int m, int r, int n, float y) {
-            if (m < M)
-              stages(q.at.logits, m * R + r)[n] =
-                  fma(y, model.logit_scale[m * s.stages + n], model.logit_bias[m * s.stages + n]);
-            else
-              stages(q.at.emission, r)[n] = y;
-          });
+      for (int i = warp; i < M * R; i += warps) measure_residual(i);
+      __syncthreads();
+      for (int r = warp; r < R; r += warps) assess_typicality(r), assess_quality(r);
+      __syncthreads();
     }
-    for (int i = warp; i < R + M * R; i += warps) {
+    const int heads = s.reliability ? K + 1 : 0;
+    product<T, R>(
+        part, heads + joint, R,
+        [&](int j) {
+          if (j >= heads) return Job{&model.joint[1], mixed, stride};
+          if (j == K) return Job{&model.emission[0], shared + q.at.joint, q.at.joined};
+          if (j < first) return Job{&model.head_of[j][0], shared + q.at.all_signs, q.at.spread};
+          return Job{&model.head_of[j][0], shared + q.at.signs + (j - first) * R * q.at.width, q.at.width};
+        },
+        [&](int j, int r, int n, float y) {
+          if (j >= heads)
+            tracks[r * stride + n] = y;
+          else
+            hidden[(j * R + r) * narrow + n] = gelu(y);
+        });
+    if (s.reliability)
+      product<T, R>(
+          part, K + 1, R,
+          [&](int k) {
+            return Job{k < K ? &model.head_of[k][1] : &model.emission[1], hidden + k * R * narrow, narrow};
+          },
+          [&](int k, int r, int n, float y) {
+            if (k == K)
+              stages(q.at.emission, r)[n] = y;
+            else
+              logits(k, r)[n] = n < s.stages ? fma(y, model.logit_scale[k * s.stages + n],
+                                                   model.logit_bias[k * s.stages + n])
+                                             : y;
+          });
+    for (int i = warp; i < R + K * R; i += warps) {
       if (i < R)
         gate(i);
       else
         value(i - R);
     }
     __syncthreads();
-    fuse();
-    __syncthreads();
     for (int b = 0; b < s.fused_blocks; ++b) {
-      convolve(fused, tracks * R, 1, [&](int) -> const Block& { return model.fused[b]; });
+      convolve(tracks, K * R, 1, [&](int) -> const Block& { return model.fused[b]; });
       __syncthreads();
       product<T, track_rows(R)>(
-          part, 1, tracks * R, [&](int) { return Job{&model.fused[b].pointwise, mixed, stride}; },
-          [&](int, int i, int n, float y) { fused[i * stride + n] += y; });
+          part, 1, K * R, [&](int) { return Job{&model.fused[b].pointwise, mixed, stride}; },
+          [&](int, int i, int n, float y) { tracks[i * stride + n] += y; });
     }
     if (s.memory) {
-      for (int i = warp; i < tracks * R; i += warps) remember(i);
+      for (int i = warp; i < K * R; i += warps) remember(i);
       __syncthreads();
       product<T, track_rows(R)>(
-          part, 1, tracks * R, [&](int) { return Job{&model.recall, shared + q.at.recalled, q.at.recall}; },
-          [&](int, int i, int n, float y) { fused[i * stride + n] += y; });
+          part, 1, K * R, [&](int) { return Job{&model.recall, shared + q.at.recalled, q.at.recall}; },
+          [&](int, int i, int n, float y) { tracks[i * stride + n] += y; });
     }
-    for (int i = warp; i < tracks * R; i += warps) layer_norm(model.norm, dim, lane, fused + i * stride);
+    for (int i = warp; i < K * R; i += warps) layer_norm(model.norm, dim, lane, tracks + i * stride);
     __syncthreads();
     product<T, track_rows(R)>(
-        part, 1, tracks * R, [&](int) { return Job{&model.head[0], fused, stride}; },
+        part, 1, K * R, [&](int) { return Job{&model.head[0], tracks, stride}; },
         [&](int, int i, int n, float y) { mixed[i * stride + n] = silu(y); });
     product<T, track_rows(R)>(
-        part, 1, tracks * R, [&](int) { return Job{&model.head[1], mixed, stride}; },
-        [&](int, int i, int n, float y) {
-          const int r = i % R, m = i / R - 1;
-          if (!live(r)) return;
-          float* to =
-              m < 0 ? q.out.prediction + row(r) * s.targets : q.out.unimodal + (row(r) * M + m) * s.targets;
-          to[n] = tanh(y);
-        });
+        part, 1, K * R, [&](int) { return Job{&model.head[1], mixed, stride}; },
+        [&](int, int i, int n, float y) { shared[q.at.said + i * q.at.saying + n] = tanh(y); });
+    if (int(threadIdx.x) < R) weigh(int(threadIdx.x));
   }
 };
 
