@@ -65,7 +65,7 @@ int plan(Model& model) {
 
 StreamLayout lay_out(Model& model, int R) {
   const Shape& s = model.shape;
-  const int M = s.modalities;
+  const int M = s.modalities, K = s.experts();
   StreamLayout at = {};
   int64_t used = 0;
   const auto take = [&](int64_t rows, int64_t stride) {
@@ -74,20 +74,29 @@ StreamLayout lay_out(Model& model, int R) {
     if (used > (1 << 28)) throw std::invalid_argument("stream: the model is too large for one GPU block");
     return int(from);
   };
-  at.dim = tiled(s.dim), at.width = tiled(s.evidence + kTypicality);
-  at.joined = tiled(M * (s.evidence + kTypicality)), at.narrow = tiled(s.evidence);
-  at.modalities = M;
-  for (int m = 0; m < M; ++m) at.input[m] = take(R, s.in_dim[m]), at.in_dim[m] = int(s.in_dim[m]);
-  at.encoded = take(M * R, at.dim), at.mixed = take((1 + M) * R, at.dim),
-  at.tracks = take((1 + M) * R, at.dim);
-  at.evidence = take(M * R, at.width), at.joint = take(R, at.joined),
-  at.hidden = take((1 + M) * R, at.narrow);
-  at.recall = tiled(s.memory * s.dim), at.recalled = take((1 + M) * R, at.recall);
+  int64_t deepest = 0, most_signs = 0;
+  for (int m = 0; m < M; ++m) {
+    at.input[m] = take(R, s.in_dim[m]), at.in_dim[m] = int(s.in_dim[m]);
+    deepest = s.components(m) > deepest ? s.components(m) : deepest;
+    most_signs = s.signs(m) > most_signs ? s.signs(m) : most_signs;
+  }
+  if (!s.reliability) deepest = most_signs = 0;
+  at.modalities = M, at.qualities = s.qualities();
+  at.dim = tiled(s.dim), at.sided = tiled(s.joint ? M * s.dim : 0), at.deep = tiled(deepest);
+  at.told = tiled(most_signs), at.all_told = tiled(s.reliability && s.joint ? s.all_signs() : 0);
+  at.joined = tiled(s.reliability ? M * s.evidence + s.all_signs() : 0), at.narrow = tiled(s.evidence);
+  at.recall = tiled(s.memory * s.dim), at.targets = tiled(s.targets);
+  at.encoded = take(M * R, at.dim), at.mixed = take(K * R, at.dim), at.tracks = take(K * R, at.dim);
+  at.side = take(R, at.sided), at.components = take(M * R, at.deep);
+  at.signs = take(M * R, at.told), at.all_signs = take(R, at.all_told), at.joint = take(R, at.joined);
+  at.hidden = take((K + 1) * R, at.narrow), at.recalled = take(K * R, at.recall);
   at.zeroed = int(used);
-  at.logits = take(M * R, kMaxStages), at.emission = take(R, kMaxStages);
+  at.logits = take(K * R, 2 * kMaxStages), at.emission = take(R, kMaxStages);
   at.belief = take(R, kMaxStages), at.prior = take(R, kMaxStages), at.now = take(R, kMaxStages);
-  at.square = take(R, 2 * kMaxModalities), at.weight = take(R, kMaxModalities);
-  at.precision = take(1, (1 + M) * R);
+  at.square = take(R, kEnergies * kMaxModalities);
+  at.log_odds = take(R, kMaxModalities), at.confidence = take(R, kMaxModalities);
+  at.precision = take(1, K * R), at.estimates = take(K * R, at.targets);
+  at.quality = take(1, R * at.qualities);
   at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities), at.row = take(R, 4);
   int64_t most = 0;
   for (const Jobs& phase : phases(model)) {
@@ -145,6 +154,7 @@ class CudaSession final : public Session {
       q_.frames = there.take<int64_t>(rows), q_.counts = there.take<int64_t>(rows * counters());
       for (int m = 0; m < shape.modalities; ++m)
         staged_.features[m] = here.take<float>(rows * shape.in_dim[m]);
+      staged_.quality = here.take<float>(rows * shape.qualities());
       staged_.present = here.take<uint8_t>(rows * shape.modalities),
       staged_.active = here.take<uint8_t>(rows);
       for_each_output(shape, q_.out, [&](auto*& to, int64_t numbers) {
@@ -254,6 +264,7 @@ class CudaSession final : public Session {
     };
     for (int m = 0; m < s.modalities; ++m)
       from(q_.frame.features[m], frame.features[m], staged_.features[m], rows_ * s.in_dim[m]);
+    from(q_.frame.quality, frame.quality, staged_.quality, rows_ * s.qualities());
     from(q_.frame.present, frame.present, staged_.present, rows_ * s.modalities);
     from(q_.frame.active, frame.active, staged_.active, rows_);
     if (ordered) {  // after what the caller's stream is still to write

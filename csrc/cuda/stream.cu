@@ -1,7 +1,7 @@
 // One frame of SAGE for many streams in one launch (session.cu launches it, product.cuh multiplies).
 //
-// A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, fusion,
-// blocks on the fused frames and on each modality's alone, head. What passes between layers stays in shared memory; a
+// A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, the experts'
+// values, blocks, memory and head on all of them; last they are weighed. What passes between layers stays in shared memory; a
 // stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
 //
 // Bytes: the matrices, once a block (1,168 KB float32, 584 KB bfloat16 with the default sizes), from L2; 34 KB of state and
@@ -10,6 +10,7 @@
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
 #include "stream.cuh"
 #include "../math/activation.h"
+#include "../math/experts.h"
 #include "../math/frame.h"
 #include "../math/leaky_average.h"
 #include "../math/reliability_fusion.h"
@@ -47,7 +48,7 @@ __device__ __forceinline__ void layer_norm(const Norm& norm, int dim, int lane, 
   for (int d = lane; d < dim; d += kWarp) x[d] = normed(x[d], m, norm, d);
 }
 
-// A modality a lane: what modality_weights adds up and compares lies in the lanes of a warp.
+// An expert a lane: what modality_weights adds up and compares lies in the lanes of a warp.
 struct AcrossWarp {
   __device__ __forceinline__ float sum(float x) const { return lanes_sum<1, kWarp>(x); }
   __device__ __forceinline__ float max(float x) const {
@@ -73,7 +74,7 @@ struct Group {
         warp(int(threadIdx.x) / kWarp),
         warps(int(blockDim.x) / kWarp) {}
 
-  // Whether each modality is said to be present, and whether it is taken to be.
+  // Whether each modality is said to be present, from standardise() on whether its frame counts; whether it is taken to be there.
   __device__ __forceinline__ int* given(int r) const {
     return reinterpret_cast<int*>(shared + q.at.given) + r * kMaxModalities;
   }
@@ -92,6 +93,19 @@ struct Group {
   __device__ __forceinline__ int64_t frame(int r) const { return now(r)[1]; }
   __device__ __forceinline__ float* state(int r) const { return q.state + row(r) * model.row_floats; }
   __device__ __forceinline__ float* stages(int at, int r) const { return shared + at + r * kMaxStages; }
+  // Of expert k: the logits of its reliability, then those of a frame's log precision.
+  __device__ __forceinline__ float* logits(int k, int r) const {
+    return shared + q.at.logits + (k * R + r) * 2 * kMaxStages;
+  }
+  // The place of the first modality among the experts.
+  __device__ __forceinline__ int first() const { return model.shape.joint ? 1 : 0; }
+  // Whether expert k's frame says anything.
+  __device__ __forceinline__ bool says(int r, int k) const {
+    if (k >= first()) return present(r)[k - first()];
+    bool any = false;
+    for (int m = 0; m < q.at.modalities; ++m) any = any || present(r)[m];
+    return any;
+  }
 
   // Inputs as they come, padded with zeros, kAhead a thread. They may lie in the host's memory, a microsecond away, so all
   // threads ask at once.
@@ -123,6 +137,9 @@ struct Group {
       const int64_t flag = row(thread / kMaxModalities) * q.at.modalities + thread % kMaxModalities;
       given(0)[thread] = !q.frame.present || q.frame.present[flag];
     }
+    for (int i = thread; q.frame.quality && i < R * q.at.qualities; i += threads)
+      shared[q.at.quality + i] =
+          q.frame.quality[row(i / q.at.qualities) * q.at.qualities + i % q.at.qualities];
     if (thread < R) {
       const int64_t at = row(thread);
       now(thread)[0] = int64_t(blockIdx.x) * R + thread == at && (!q.frame.active || q.frame.active[at]);
@@ -137,8 +154,8 @@ struct Group {
       ask(at, x), put(at, x);
   }
 
-  // Standardised input of each modality, zero where it is missing, and the two mean squares that typicality reads; as the
-  // CPU has it. A warp a (modality, stream).
+  // Standardised input of each modality, zero where it is missing, and two of the mean squares that typicality reads; as
+  // the CPU has it. A warp a (modality, stream).
   __device__ __forceinline__ void standardise() const {
     const Shape& s = model.shape;
     for (int i = warp; i < s.modalities * R; i += warps) {
@@ -167,10 +184,10 @@ struct Group {
       if (live(r) && !verdict.stuck)
         for (int d = lane; d < n; d += kWarp) last[d] = x[d];
       if (lane == 0) {
-        float* square = shared + q.at.square + r * 2 * kMaxModalities + 2 * m;
+        float* square = shared + q.at.square + (r * kMaxModalities + m) * kEnergies;
         square[0] = verdict.here ? sums.squares / float(n) : 0.0f;
         square[1] = (verdict.here ? sums.steps : blank) / float(n);
-        present(r)[m] = verdict.here || s.hide_missing;
+        given(r)[m] = verdict.here, present(r)[m] = verdict.here || s.hide_missing;
         if (live(r)) {
           if (s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
           q.out.present[at * s.modalities + m] = verdict.here;
@@ -184,7 +201,7 @@ struct Group {
     }
   }
 
-  // mixed = silu(depthwise LayerNorm(x)) of `rows` rows, R streams each of some modalities or tracks, with the normed frame
+  // mixed = silu(depthwise LayerNorm(x)) of `rows` rows, R streams each of some modalities or experts, with the normed frame
   // kept in the ring in the place of the oldest. Some warps a row, each with some of the channels.
   template <class BlockOf>
   __device__ __forceinline__ void convolve(const float* from, int rows, int tracks,
@@ -224,97 +241,177 @@ struct Group {
     }
   }
 
-  // The evidence that typicality gives, behind the learnt evidence; and its ring moves on by a frame. A lane a (modality,
-  // energy or energy of the step).
-  __device__ __forceinline__ void assess_typicality(int r) const {
+  // The signs that typicality and quality give, and their parts of the state move on by a frame. Typicality: a lane a
+  // (modality, energy); the inputs are by now what is left of them outside the principal components. Quality: a lane a column.
+  __device__ __forceinline__ void assess(int r) const {
     const Shape& s = model.shape;
-    const int pairs = 2 * s.modalities, m = lane / 2, kind = lane % 2, history = s.window - 1;
-    if (lane >= pairs) return;
-    float *energies = state(r) + model.energy.at + lane, *counts = state(r) + model.counted.at;
-    const int start = history ? int(frame(r) % history) : 0, line = int(model.energy.line());
-    const bool here = present(r)[m] != 0;
-    bool counted = here;
-    if (kind) counted = here && history && counts[(start ? start - 1 : history - 1) * line + 2 * m] > 0;
-    counts += lane;
-    float energy = 0;
-    if (counted) energy = log_energy(shared[q.at.square + r * 2 * kMaxModalities + lane]);
-    const auto past = [&](int slot) {
-      return EnergyWindow<float>{energies[slot * line], counts[slot * line]};
-    };
-    const EnergyWindow<float> window =
-        sum_window(history, start, past, EnergyWindow<float>{energy, counted ? 1.0f : 0.0f});
-    if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
-    const Typicality<float> found =
-        typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
-    put_evidence(r, m, int(s.evidence) + kind, found.signed_level);
-    put_evidence(r, m, int(s.evidence) + 2 + kind, found.level);
+    const int m = lane / kEnergies, kind = lane % kEnergies, history = s.window - 1;
+    const bool mine = lane < kEnergies * s.modalities;
+    float square = mine ? shared[q.at.square + r * kEnergies * kMaxModalities + lane] : 0.0f;
+    for (int i = 0; i < s.modalities; ++i) {
+      const int n = int(s.in_dim[i]);
+      const float* left = shared + q.at.input[i] + r * tiled(n);
+      float sum = 0;
+#pragma unroll 4
+      for (int d = lane; d < n; d += kWarp) sum = fma(left[d], left[d], sum);
+      sum = lanes_sum<1, kWarp>(sum);
+      if (i == m && kind == 2) square = sum / float(n);
+    }
+    if (mine) {
+      float *energies = state(r) + model.energy.at + lane, *counts = state(r) + model.counted.at;
+      const int start = history ? int(frame(r) % history) : 0, line = int(model.energy.line());
+      const bool here = present(r)[m] != 0;
+      bool counted = here;
+      if (kind == 1)
+        counted = here && history && counts[(start ? start - 1 : history - 1) * line + kEnergies * m] > 0;
+      counts += lane;
+      const float energy = counted ? log_energy(square) : 0.0f;
+      const auto past = [&](int slot) {
+        return EnergyWindow<float>{energies[slot * line], counts[slot * line]};
+      };
+      const EnergyWindow<float> window =
+          sum_window(history, start, past, EnergyWindow<float>{energy, counted ? 1.0f : 0.0f});
+      const Typicality<float> found =
+          typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
+      put_sign(r, m, kind, found.signed_level), put_sign(r, m, kEnergies + kind, found.level);
+      if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
+    }
+    for (int c = lane; c < q.at.qualities; c += kWarp) {
+      int of = 0;
+      while (c >= s.quality_before(of + 1)) ++of;
+      float *kept = state(r) + model.quality.at + 3 * c, sums[3] = {kept[0], kept[1], kept[2]};
+      const bool told = q.frame.quality && given(r)[of];
+      const QualitySigns found =
+          quality_signs(told ? shared[q.at.quality + r * q.at.qualities + c] : 0.0f, told,
+                        model.quality_mean[c], model.quality_scale[c], model.quality_decay, sums);
+      if (live(r)) kept[0] = sums[0], kept[1] = sums[1], kept[2] = sums[2];
+      const int at = kTypicality + kQuality * (c - s.quality_before(of));
+      put_sign(r, of, at, found.now), put_sign(r, of, at + 1, found.average);
+      put_sign(r, of, at + 2, found.known);
+    }
   }
-  // Evidence lies twice: in rows of one modality, and of all together.
-  __device__ __forceinline__ void put_evidence(int r, int m, int n, float x) const {
-    const int width = int(model.shape.evidence) + kTypicality;
-    shared[q.at.evidence + (m * R + r) * q.at.width + n] = x;
-    shared[q.at.joint + r * q.at.joined + m * width + n] = x;
+  // Signs lie in a row of their modality, in one of all modalities for the joint expert, and behind what is learnt.
+  __device__ __forceinline__ void put_sign(int r, int m, int n, float x) const {
+    const Shape& s = model.shape;
+    const float sign = present(r)[m] ? x : 0.0f;
+    const int among_all = s.signs_before(m) + n;
+    shared[q.at.signs + (m * R + r) * q.at.told + n] = sign;
+    shared[q.at.joint + r * q.at.joined + s.modalities * int(s.evidence) + among_all] = sign;
+    if (s.joint) shared[q.at.all_signs + r * q.at.all_told + among_all] = sign;
   }
 
-  // Stage filter, confidences and weights of one stream: a lane a stage, then a lane a modality.
+  // One frame of a filter over S states, a lane each: the probabilities move on by this frame's evidence, into now(), and the
+  // log-belief in `kept`, a part of the state.
+  __device__ __forceinline__ void filter(int r, int S, const float* log_a, const float* a, float* kept,
+                                         float evidence) const {
+    float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
+    const bool inside = lane < S;
+    if (inside) belief[lane] = kept[lane], prior[lane] = exp(kept[lane]);
+    __syncwarp();
+    const float next = inside ? stage_prior(S, log_a, a, belief, prior, lane) + evidence : -3e38f;
+    const float peak = AcrossWarp{}.max(next);
+    const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
+    if (inside) {
+      stages(q.at.now, r)[lane] = e / total;
+      if (live(r)) kept[lane] = next - peak - log(total);
+    }
+    __syncwarp();
+  }
+
+  // Stage filter of one stream, confidence and precision of its experts: a lane a stage, then a lane an expert.
   __device__ __forceinline__ void gate(int r) const {
     const Shape& s = model.shape;
-    const int M = s.modalities, S = s.stages;
-    const bool mine = lane < M && present(r)[lane < M ? lane : 0];
-    const unsigned all = __ballot_sync(kFull, mine);
-    float *now = stages(q.at.now, r), score = 0, weight = 0, confidence = 0;
+    const int M = s.modalities, S = s.stages, K = s.experts();
+    const bool some = __ballot_sync(kFull, lane < M && present(r)[lane < M ? lane : 0]) != 0;
+    const bool tells = lane < first() ? some : lane < K && present(r)[lane < K ? lane - first() : 0];
+    float *now = stages(q.at.now, r), confidence = 0.5f, log_odds = 0, log_precision = 0;
     if (s.reliability) {
-      float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
-      float* kept = state(r) + model.belief.at;
-      const bool inside = lane < S;
-      if (inside) belief[lane] = kept[lane], prior[lane] = exp(kept[lane]);
-      __syncwarp();
-      float next = -3e38f;
-      if (inside) {
-        const float evidence = all ? stages(q.at.emission, r)[lane] : 0.0f;
-        next = stage_prior(S, model.log_a, model.a, belief, prior, lane) + evidence;
+      filter(r, S, model.log_a, model.a, state(r) + model.belief.at,
+             some && lane < S ? stages(q.at.emission, r)[lane] : 0.0f);
+      if (lane < K) {
+        const float* raw = logits(lane, r);
+        const Reliability<float> found = reliability(S, raw, static_cast<const float*>(now));
+        confidence = found.confidence, log_odds = found.log_odds;
+        for (int j = 0; j < S; ++j) log_precision = fma(now[j], raw[S + j], log_precision);
       }
-      const float peak = AcrossWarp{}.max(next);
-      const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
-      if (inside) {
-        now[lane] = e / total;
-        if (live(r)) kept[lane] = next - peak - log(total);
-      }
-      __syncwarp();
-      if (mine) {
-        const Reliability<float> found = reliability(
-            S, static_cast<const float*>(stages(q.at.logits, lane * R + r)), static_cast<const float*>(now));
-        confidence = found.confidence, score = found.log_odds * model.sharpness;
-      }
-    } else {
-      if (mine) confidence = 0.5f;
-      if (lane == 0) now[0] = 1.0f;
+    } else if (lane == 0) {
+      now[0] = 1.0f;
     }
-    modality_weights(1, &score, &mine, &weight, AcrossWarp{});
-    if (lane < M) shared[q.at.weight + r * kMaxModalities + lane] = weight;
-    if (s.memory) {
-      const float own = mine ? frame_precision(confidence, model.sharpness) : 0.0f;
-      const float total = lanes_sum<1, kWarp>(own);
-      if (lane < M) shared[q.at.precision + (1 + lane) * R + r] = own;
-      if (lane == 0) shared[q.at.precision + r] = total;
+    if (lane < K) {
+      shared[q.at.log_odds + r * kMaxModalities + lane] = log_odds;
+      shared[q.at.confidence + r * kMaxModalities + lane] = confidence;
+      shared[q.at.precision + lane * R + r] = tells ? frame_precision(log_precision) : 0.0f;
     }
-    if (!live(r)) return;
-    const int64_t at = row(r);
-    if (lane < M) q.out.weights[at * M + lane] = weight, q.out.confidence[at * M + lane] = confidence;
-    if (lane < S) q.out.stage[at * S + lane] = now[lane];
+    if (lane < S && live(r)) q.out.stage[row(r) * S + lane] = now[lane];
   }
 
-  // The value of one modality of a stream, normed, or zeros where it is missing.
+  // One stream's estimates are weighed: a lane an expert.
+  __device__ __forceinline__ void weigh(int r) const {
+    const Shape& s = model.shape;
+    const int M = s.modalities, C = s.targets, K = s.experts(), m = lane - first();
+    const bool inside = lane < K, counts = inside && (m < 0 || present(r)[m < 0 ? 0 : m]);
+    const int64_t at = row(r);
+    const auto estimate = [&](int k, int c) {
+      return shared[q.at.estimates + (k * R + r) * q.at.targets + c];
+    };
+    float confidence = inside ? shared[q.at.confidence + r * kMaxModalities + lane] : 0.0f;
+    float log_odds = inside ? shared[q.at.log_odds + r * kMaxModalities + lane] : 0.0f;
+    if (s.foreign) {
+      // Put to scale, in standard deviations of the targets.
+      const auto scaled = [&](int i, int c) {
+        return model.own_gain[i * C + c] * estimate(first() + i, c) + model.own_shift[i * C + c];
+      };
+      const auto trusted = [&](int i) {
+        return within_doubt(shared[q.at.confidence + r * kMaxModalities + first() + i]);
+      };
+      const int own = lane - 1;  // a lane a hypothesis: that all are mine, then that a modality is foreign
+      float evidence = 0;
+      for (int i = 0; i < M; ++i)
+        if (own >= 0 && own < M && own != i && present(r)[own] && present(r)[i])
+          evidence += foreign_evidence(trusted(own), trusted(i), C,
+                                       [&](int c) { return scaled(own, c) - scaled(i, c); });
+      filter(r, 1 + M, model.foreign_log_a, model.foreign_a, state(r) + model.foreign.at,
+             evidence / model.foreign_pace);
+      if (inside) {
+        const float* p = stages(q.at.now, r);
+        const Reliability<float> found = doubted(log_odds, m < 0 ? 1 - p[0] : p[1 + m]);
+        confidence = found.confidence, log_odds = found.log_odds;
+      }
+    }
+    float score = log_odds * model.sharpness, share = 0;
+    modality_weights(1, &score, &counts, &share, AcrossWarp{});
+    const float all = lanes_sum<1, kWarp>(inside && m >= 0 ? share : 0.0f);
+    if (inside && m >= 0 && live(r)) {
+      q.out.weights[at * M + m] = share_among(share, all);
+      q.out.confidence[at * M + m] = counts ? confidence : 0.0f;
+    }
+    for (int c = 0; c < C; ++c) {
+      const float sum = lanes_sum<1, kWarp>(inside ? share * estimate(lane, c) : 0.0f);
+      if (lane == 0 && live(r)) q.out.prediction[at * C + c] = sum;
+    }
+  }
+
+  // The value of one expert of a stream, normed, or zeros where it has nothing to say.
   __device__ __forceinline__ void value(int i) const {
     const Shape& s = model.shape;
-    const int m = i / R, r = i % R, dim = int(s.dim);
-    float* x = shared + q.at.tracks + (R + i) * q.at.dim;
-    if (!present(r)[m]) {
+    const int k = i / R, r = i % R, dim = int(s.dim);
+    float* x = shared + q.at.tracks + i * q.at.dim;
+    if (!says(r, k)) {
       for (int d = lane; d < dim; d += kWarp) x[d] = 0;
     } else if (s.value_norm) {
       const int64_t line = padded(dim);
-      layer_norm({model.value_norm.weight + m * line, model.value_norm.bias + m * line}, dim, lane, x);
+      layer_norm({model.value_norm.weight + k * line, model.value_norm.bias + k * line}, dim, lane, x);
     }
+  }
+
+  // Row i of the encoded modalities, normed; and its place beside the others, 0 where it is missing.
+  __device__ __forceinline__ void encode(int i) const {
+    const int m = i / R, r = i % R, dim = int(model.shape.dim);
+    float* x = shared + q.at.encoded + i * q.at.dim;
+    layer_norm(model.modality[m].norm, dim, lane, x);
+    if (!model.shape.joint) return;
+    float* to = shared + q.at.side + r * q.at.sided + m * dim;
+    for (int d = lane; d < dim; d += kWarp) to[d] = present(r)[m] ? x[d] : 0.0f;
   }
 
   // Row i of the tracks goes into its memory; the memory's averages side by side.
@@ -325,44 +422,44 @@ struct Group {
     const float precision = shared[q.at.precision + i], *x = shared + q.at.tracks + i * q.at.dim;
     float* to = shared + q.at.recalled + i * q.at.recall;
     for (int h = 0; h < s.memory; ++h) {
-      float* kept = sums + h * line;  // the weighted sum, and behind it the sum of the weights
+      float* kept = sums + h * line;  // the weighted sum, and behind it the sum of the weights and the count
       const float decay = model.decay[h], weight = leaky_weight(decay, kept[dim], precision);
-      const float scale = leaky_scale(model.prior[h], weight);
+      const float count = leaky_count(decay, kept[dim + 1], precision);
+      const float scale = leaky_scale(model.prior[h], weight, count, true);
       for (int d = lane; d < dim; d += kWarp) {
         const float sum = leaky_sum(decay, kept[d], precision, x[d]);
         if (live(r)) kept[d] = sum;
         to[h * dim + d] = sum * scale;
       }
       __syncwarp();
-      if (lane == 0 && live(r)) kept[dim] = weight;
-    }
-  }
-
-  __device__ __forceinline__ void fuse() const {
-    const int M = model.shape.modalities, dim = q.at.dim;
-    float* tracks = shared + q.at.tracks;
-    for (int i = int(threadIdx.x); i < R * dim; i += int(blockDim.x)) {
-      float sum = 0;
-      for (int m = 0; m < M; ++m)
-        sum = fma(shared[q.at.weight + i / dim * kMaxModalities + m], tracks[(1 + m) * R * dim + i], sum);
-      tracks[i] = sum;
+      if (lane == 0 && live(r)) kept[dim] = weight, kept[dim + 1] = count;
     }
   }
 
   __device__ __forceinline__ void step() const {
     const Shape& s = model.shape;
-    const int M = s.modalities, dim = int(s.dim), stride = q.at.dim, tracks = 1 + M;
-    const int narrow = q.at.narrow;
+    const int M = s.modalities, K = s.experts(), dim = int(s.dim), stride = q.at.dim;
+    const int narrow = q.at.narrow, assessed = s.reliability ? M : 0, heads = s.reliability ? K : 0;
+    const int joint = s.joint ? 1 : 0;
     float *part = shared + q.at.part, *encoded = shared + q.at.encoded, *mixed = shared + q.at.mixed;
-    float *fused = shared + q.at.tracks, *hidden = shared + q.at.hidden;
+    float *tracks = shared + q.at.tracks, *hidden = shared + q.at.hidden;
     const auto encoded_of = [&](const Linear& f, int m) { return Job{&f, encoded + m * R * stride, stride}; };
 
     standardise();
     __syncthreads();
     product<T, R>(
-        part, M, R,
-        [&](int m) { return Job{&model.modality[m].project, shared + q.at.input[m], tiled(s.in_dim[m])}; },
-        [&](int m, int r, int n, float y) { encoded[(m * R + r) * stride + n] = y; });
+        part, M + assessed, R,
+        [&](int j) {
+          const int m = j < M ? j : j - M;
+          return Job{j < M ? &model.modality[m].project : &model.modality[m].components,
+                     shared + q.at.input[m], tiled(s.in_dim[m])};
+        },
+        [&](int j, int r, int n, float y) {
+          if (j < M)
+            encoded[(j * R + r) * stride + n] = y;
+          else
+            shared[q.at.components + ((j - M) * R + r) * q.at.deep + n] = y;
+        });
     for (int b = 0; b < s.own_blocks; ++b) {
       convolve(encoded, M * R, 0, [&](int m) -> const Block& { return model.modality[m].block[b]; });
       __syncthreads();
@@ -371,85 +468,101 @@ struct Group {
           [&](int m) { return Job{&model.modality[m].block[b].pointwise, mixed + m * R * stride, stride}; },
           [&](int m, int r, int n, float y) { encoded[(m * R + r) * stride + n] += y; });
     }
-    for (int i = warp; i < M * R; i += warps)
-      layer_norm(model.modality[i / R].norm, dim, lane, encoded + i * stride);
-    if (s.reliability)
-      for (int r = warp; r < R; r += warps) assess_typicality(r);
+    for (int i = warp; i < M * R; i += warps) encode(i);
     __syncthreads();
 
-    const int assessed = s.reliability ? M : 0;
+    // Values; the joint expert's first layer; evidence, and what is left of the inputs outside their principal components.
     product<T, R>(
-        part, assessed + M, R,
+        part, M + joint + 2 * assessed, R,
         [&](int j) {
-          const int m = j < assessed ? j : j - assessed;
-          return encoded_of(j < assessed ? model.modality[m].evidence : model.modality[m].value, m);
+          if (j < M) return encoded_of(model.modality[j].value, j);
+          if ((j -= M) < joint) return Job{&model.joint[0], shared + q.at.side, q.at.sided};
+          if ((j -= joint) < assessed) return encoded_of(model.modality[j].evidence, j);
+          j -= assessed;
+          return Job{&model.modality[j].rebuild, shared + q.at.components + j * R * q.at.deep, q.at.deep};
         },
         [&](int j, int r, int n, float y) {
-          if (j < assessed)
-            put_evidence(r, j, n, present(r)[j] ? gelu(y) : 0.0f);
+          if (j < M)
+            tracks[((first() + j) * R + r) * stride + n] = y;
+          else if ((j -= M) < joint)
+            mixed[r * stride + n] = silu(y);
+          else if ((j -= joint) < assessed)
+            shared[q.at.joint + r * q.at.joined + j * int(s.evidence) + n] = present(r)[j] ? gelu(y) : 0.0f;
           else
-            fused[((1 + j - assessed) * R + r) * stride + n] = y;
+            shared[q.at.input[j - assessed] + r * tiled(s.in_dim[j - assessed]) + n] -= y;
         });
     if (s.reliability) {
-      product<T, R>(
-          part, M + 1, R,
-          [&](int m) {
-            return m < M ? Job{&model.modality[m].reliability[0], shared + q.at.evidence + m * R * q.at.width,
-                               q.at.width}
-                         : Job{&model.emission[0], shared + q.at.joint, q.at.joined};
-          },
-          [&](int m, int r, int n, float y) { hidden[(m * R + r) * narrow + n] = gelu(y); });
-      product<T, R>(
-          part, M + 1, R,
-          [&](int m) {
-            return Job{m < M ? &model.modality[m].reliability[1] : &model.emission[1],
-                       hidden + m * R * narrow, narrow};
-          },
-          [&](int m, int r, int n, float y) {
-            if (m < M)
-              stages(q.at.logits, m * R + r)[n] =
-                  fma(y, model.logit_scale[m * s.stages + n], model.logit_bias[m * s.stages + n]);
-            else
-              stages(q.at.emission, r)[n] = y;
-          });
+      for (int r = warp; r < R; r += warps) assess(r);
+      __syncthreads();
     }
-    for (int i = warp; i < R + M * R; i += warps) {
+    const int perceived = s.reliability ? K + 1 : 0;  // the heads, and the stages' emissions
+    product<T, R>(
+        part, perceived + joint, R,
+        [&](int j) {
+          if (j >= perceived) return Job{&model.joint[1], mixed, stride};
+          if (j == heads) return Job{&model.emission[0], shared + q.at.joint, q.at.joined};
+          const int m = j - first();
+          return m < 0 ? Job{&model.head_of[j][0], shared + q.at.all_signs, q.at.all_told}
+                       : Job{&model.head_of[j][0], shared + q.at.signs + m * R * q.at.told, q.at.told};
+        },
+        [&](int j, int r, int n, float y) {
+          if (j < perceived)
+            hidden[(j * R + r) * narrow + n] = gelu(y);
+          else
+            tracks[r * stride + n] = y;
+        });
+    if (s.reliability)
+      product<T, R>(
+          part, perceived, R,
+          [&](int j) {
+            return Job{j < heads ? &model.head_of[j][1] : &model.emission[1], hidden + j * R * narrow,
+                       narrow};
+          },
+          [&](int j, int r, int n, float y) {
+            if (j == heads)
+              stages(q.at.emission, r)[n] = y;
+            else if (n < s.stages)
+              logits(j, r)[n] =
+                  fma(y, model.logit_scale[j * s.stages + n], model.logit_bias[j * s.stages + n]);
+            else
+              logits(j, r)[n] = y;
+          });
+    for (int i = warp; i < R + K * R; i += warps) {
       if (i < R)
         gate(i);
       else
         value(i - R);
     }
     __syncthreads();
-    fuse();
-    __syncthreads();
+
     for (int b = 0; b < s.fused_blocks; ++b) {
-      convolve(fused, tracks * R, 1, [&](int) -> const Block& { return model.fused[b]; });
+      convolve(tracks, K * R, 1, [&](int) -> const Block& { return model.fused[b]; });
       __syncthreads();
       product<T, track_rows(R)>(
-          part, 1, tracks * R, [&](int) { return Job{&model.fused[b].pointwise, mixed, stride}; },
-          [&](int, int i, int n, float y) { fused[i * stride + n] += y; });
+          part, 1, K * R, [&](int) { return Job{&model.fused[b].pointwise, mixed, stride}; },
+          [&](int, int i, int n, float y) { tracks[i * stride + n] += y; });
     }
     if (s.memory) {
-      for (int i = warp; i < tracks * R; i += warps) remember(i);
+      for (int i = warp; i < K * R; i += warps) remember(i);
       __syncthreads();
       product<T, track_rows(R)>(
-          part, 1, tracks * R, [&](int) { return Job{&model.recall, shared + q.at.recalled, q.at.recall}; },
-          [&](int, int i, int n, float y) { fused[i * stride + n] += y; });
+          part, 1, K * R, [&](int) { return Job{&model.recall, shared + q.at.recalled, q.at.recall}; },
+          [&](int, int i, int n, float y) { tracks[i * stride + n] += y; });
     }
-    for (int i = warp; i < tracks * R; i += warps) layer_norm(model.norm, dim, lane, fused + i * stride);
+    for (int i = warp; i < K * R; i += warps) layer_norm(model.norm, dim, lane, tracks + i * stride);
     __syncthreads();
     product<T, track_rows(R)>(
-        part, 1, tracks * R, [&](int) { return Job{&model.head[0], fused, stride}; },
+        part, 1, K * R, [&](int) { return Job{&model.head[0], tracks, stride}; },
         [&](int, int i, int n, float y) { mixed[i * stride + n] = silu(y); });
     product<T, track_rows(R)>(
-        part, 1, tracks * R, [&](int) { return Job{&model.head[1], mixed, stride}; },
+        part, 1, K * R, [&](int) { return Job{&model.head[1], mixed, stride}; },
         [&](int, int i, int n, float y) {
-          const int r = i % R, m = i / R - 1;
-          if (!live(r)) return;
-          float* to =
-              m < 0 ? q.out.prediction + row(r) * s.targets : q.out.unimodal + (row(r) * M + m) * s.targets;
-          to[n] = tanh(y);
+          const int r = i % R, m = i / R - first();
+          const float estimate = tanh(y);
+          shared[q.at.estimates + i * q.at.targets + n] = estimate;
+          if (m >= 0 && live(r)) q.out.unimodal[(row(r) * M + m) * s.targets + n] = estimate;
         });
+    for (int r = warp; r < R; r += warps) weigh(r);
   }
 };
 
