@@ -4,9 +4,8 @@
 // values, blocks, memory and head on all of them; last they are weighed. What passes between layers stays in shared memory; a
 // stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
 //
-// Bytes: the matrices, once a block (1,168 KB float32, 584 KB bfloat16 with the default sizes), from L2; 34 KB of state and
-// 2.6 KB of input a stream. Floor: one multiprocessor takes some 64 bytes a cycle from L2, 11 us for the matrices in float32;
-// 33 barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
+// Every block reads all matrices once, from L2, and that is what a step waits for: one multiprocessor takes some 64 bytes a
+// cycle; barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
 #include "stream.cuh"
 #include "../math/activation.h"

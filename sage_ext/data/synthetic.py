@@ -581,6 +581,44 @@ def meter(modality: str, quality: np.ndarray, before: np.ndarray, after: np.ndar
     return remeasured(quality_names(modality), quality, before, after, spread)
 
 
+class ToldClips(Sequence[Clip]):
+    """Clips of a synthetic data set whose quality is the truth: one column a modality, the log variance of the noise in the
+    latents that it saw. All else is as `clips` has it."""
+
+    def __init__(self, clips: AffWild2) -> None:
+        self.clips, self.quality_dims = clips, dict.fromkeys(clips.modalities, 1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.clips, name)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:  # type: ignore[override]
+        clip = self.clips[index]  # IndexError at the end
+        return told(self.clips.root, clip, clip)
+
+
+def told(root: str | os.PathLike, before: Clip, after: Clip) -> Clip:
+    """`after`, which is `before` as it was altered, with the true log noise variance of each frame for quality. An alteration
+    counts as noise of its power relative to that of the features."""
+    truth = read_truth(root, before.name)
+    quality = {}
+    for m, name in enumerate(str(x) for x in truth["modalities"]):
+        if name not in after.features:
+            continue
+        variance = truth["variance"][:, m].astype(np.float64)
+        rows, changed = (np.asarray(clip.features[name], np.float64) for clip in (before, after))
+        count = min(len(rows), len(changed), len(variance))
+        spread = np.nanstd(rows, axis=0)
+        varying = spread > 0
+        step = (changed[:count] - rows[:count])[:, varying] / spread[varying]
+        added = np.zeros(len(variance))
+        added[:count] = np.nan_to_num(np.square(step).mean(axis=1))
+        quality[name] = np.log(variance + added).astype(np.float32)[:, None]
+    return replace(after, quality=quality)
+
+
 # ------------------------------------------------------------------------------------------------------------- oracle
 
 

@@ -44,9 +44,6 @@ _TAIL = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 Domain = Literal["feature", "waveform", "image"]
 Scopes = Literal["each", "each+all", "rotations"]
-# (modality, quality (n, Q), features before (n, D), after (n, D), their standard deviations before (D,)) -> (n, Q), the quality
-# that would have been measured of the features after
-Meter = Callable[[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
