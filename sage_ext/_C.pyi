@@ -72,8 +72,8 @@ max_averages: int
 max_memory: int  # half-lives
 max_blocks: int
 build_info: str
-# Of csrc/math/frame.h and csrc/stream/model.h: norm_eps, energy_floor, variance_floor, typicality_limit, confidence_margin,
-# log_precision_limit.
+# Of csrc/math/frame.h and csrc/stream/model.h: norm_eps, energy_floor, variance_floor, typicality_limit, log_precision_limit,
+# quality_halflife; of csrc/math/experts.h: foreign_margin.
 constants: dict[str, float]
 
 def isa() -> str: ...
@@ -102,7 +102,8 @@ class StreamSession:
     StreamOutput's tensors."""
 
     def step(
-        self, features: tuple[int, ...], present: int, active: int, outputs: tuple[int, ...], where: int, stream: int, /,
+        self, features: tuple[int, ...], quality: int, present: int, active: int, outputs: tuple[int, ...], where: int,
+        stream: int, /,
     ) -> None: ...  # fmt: skip
     def reset(self, which: int, count: int, outputs: tuple[int, ...], /) -> None: ...
     def read(self, which: int, count: int, state: int, frames: int, /) -> None: ...

@@ -7,6 +7,8 @@ docs/math.md derives each formula; names are the same there, here and in csrc/ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,26 +105,37 @@ def reliability_fusion(
 
 # --------------------------------------------------------------------------------- what a frame says about itself
 def typicality(
-    inputs: Features, mean: Tensor, var: Tensor, present: Present | None = None, *, window: int = 16
+    inputs: Features,
+    mean: Tensor,
+    var: Tensor,
+    present: Present | None = None,
+    *,
+    window: int = 16,
+    components: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """How usual a modality's energy and motion of the last `window` frames are: see `sage_ext.nn.Typicality`.
 
-    inputs: M whole sequences (B, T, d), also by name; mean, var: (M, 2) of the averaged log energy of a frame and of its
-    step from the frame before; present: (B, T, M), or (B, T) by name. Returns (B, T, M, 4): asinh of the two z-scores, and
-    their sizes.
+    inputs: M whole sequences (B, T, d), also by name; mean, var: (M, E) of the averaged log energy of a frame, of its step from
+    the frame before, and, with `components`, M matrices (k, d) of orthonormal rows or zeros, of what is left of it outside
+    them; present: (B, T, M), or (B, T) by name. Returns (B, T, M, 2 E): asinh of the E z-scores, and their sizes.
     """
     inputs, present = ordered_values(inputs, present)
     result = []
     for m, x in enumerate(inputs):
         here = torch.ones_like(x[..., 0], dtype=torch.bool) if present is None else present[..., m]
         x = torch.where(here[..., None], x, 0.0)
-        step = x - F.pad(x, (0, 0, 1, 0))[:, :-1]
-        counted = torch.stack([here, here & F.pad(here, (1, 0))[:, :-1]], -1)  # (B, T, 2); a step needs both its frames
+        parts = [x, x - F.pad(x, (0, 0, 1, 0))[:, :-1]]
+        counted = [here, here & F.pad(here, (1, 0))[:, :-1]]  # a step needs both its frames
+        if components is not None:
+            basis = components[m].to(x.dtype)
+            parts.append(x - torch.einsum("btd,kd,ke->bte", x, basis, basis))
+            counted.append(here)
+        counts = torch.stack(counted, -1)  # (B, T, E)
 
-        square = torch.stack([x.square().mean(-1), step.square().mean(-1)], -1)
-        energy = torch.where(counted, (square + CONSTANTS["energy_floor"]).log(), 0.0)
+        square = torch.stack([part.square().mean(-1) for part in parts], -1)
+        energy = torch.where(counts, (square + CONSTANTS["energy_floor"]).log(), 0.0)
         total = F.pad(energy, (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
-        count = F.pad(counted.to(x.dtype), (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
+        count = F.pad(counts.to(x.dtype), (0, 0, window - 1, 0)).unfold(1, window, 1).sum(-1)
 
         z = (total / count.clamp(min=1) - mean[m]) / var[m].clamp(min=CONSTANTS["variance_floor"]).sqrt()
         z = torch.where(here[..., None] & (count > 0), z, 0.0)

@@ -225,6 +225,8 @@ class StreamingSession:
 
     def _evidence(self, quality: Mapping[str, Array] | Sequence[Array | None], held: list[Array]) -> Tensor:
         """(batch_size, sum of quality_dims) on the CPU, NaN where unknown, checked."""
+        if not sum(self.quality_dims) and isinstance(quality, (Mapping, Sequence)) and len(quality):
+            raise ValueError("quality: expected None (the model was built without quality_dims), got some")
         if isinstance(quality, Mapping):
             if self.names is None:
                 raise TypeError("quality: expected a sequence, as this model's in_dims are one, got a mapping")
@@ -347,9 +349,11 @@ class StreamingSession:
             expected = f"whole numbers, of each modality at most {[int(n) for n in self._stuck_limit]}"
         else:
             good, expected = x.abs() < MAX_STATE, f"numbers within {MAX_STATE:g}"
-            if name in ("memory", "quality"):  # sums of values, then the sum of their weights, and their count
-                good = good & ((x >= 0) | (torch.arange(x.shape[-1]) < x.shape[-1] - 2))
-                expected += ", weights and counts not negative"
+            if name in ("memory", "quality"):  # sums of values, then the sum of their weights, and of the frames
+                sums, weight = x[..., :-2].double(), x[..., -2:-1].double()
+                averages = sums.abs() <= MAX_STATE * weight + 1 / MAX_STATE
+                good = good & torch.cat([averages, x[..., -2:] >= 0], -1)
+                expected += ", also as averages, and no weight or count below 0"
         if not bool(good.all()):
             raise ValueError(f"state[{name!r}]: expected {expected}, got {x[~good][0].item():g}")
 

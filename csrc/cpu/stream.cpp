@@ -240,12 +240,10 @@ int64_t cut_scratch(const Shape& s, float* base, Group* g) {
   const int64_t all = int64_t(s.modalities) * kGroup, tracks = int64_t(s.experts()) * kGroup;
   const int64_t recalled = padded(s.memory * s.dim), components = padded(s.reliability ? deepest : 0);
   const int64_t side = padded(s.joint ? s.modalities * s.dim : 0);
-  float* parts[] = {take(input, kGroup),      take(dim, all),
-                    take(dim, tracks),        take(dim, tracks),
-                    take(joint, kGroup),      take(narrow, tracks),
-                    take(stages, tracks),     take(stages, kGroup),
-                    take(recalled, tracks),   take(side, kGroup),
-                    take(components, kGroup), take(s.reliability ? input : 0, kGroup)};
+  float* parts[] = {take(input, kGroup),  take(dim, all),           take(dim, tracks),
+                    take(dim, tracks),    take(joint, kGroup),      take(narrow, tracks),
+                    take(stages, tracks), take(stages, kGroup),     take(recalled, tracks),
+                    take(side, kGroup),   take(components, kGroup), take(s.reliability ? input : 0, kGroup)};
   if (g) {
     g->input = parts[0], g->encoded = parts[1], g->mixed = parts[2], g->tracks = parts[3];
     g->joint = parts[4], g->hidden = parts[5], g->logits = parts[6], g->emission = parts[7];
@@ -390,8 +388,9 @@ void assess_quality(Group& g) {
     for (int m = 0, q = 0; m < s.modalities; ++m)
       for (int c = 0; c < s.quality_dim[m]; ++c, ++q) {
         const bool told = given && g.q.out.present[g.row[i] * s.modalities + m];
-        const QualitySigns found = quality_signs(told ? given[q] : 0.0f, told, g.model.quality_mean[q],
-                                                 g.model.quality_scale[q], g.model.quality_decay, sums + 3 * q);
+        const QualitySigns found =
+            quality_signs(told ? given[q] : 0.0f, told, g.model.quality_mean[q], g.model.quality_scale[q],
+                          g.model.quality_decay, sums + 3 * q);
         float* to = g.signs(i, m) + kTypicality + kQuality * c;
         to[0] = found.now, to[1] = found.average, to[2] = found.known;
       }
@@ -427,7 +426,8 @@ void assess(Group& g) {
     }
   }
   for (int k = 0; k < g.experts(); ++k)
-    perceive(g, g.model.head_of[k], k < g.first() ? g.signs(0, 0) : g.signs(0, k - g.first()), g.logits_of(k));
+    perceive(g, g.model.head_of[k], k < g.first() ? g.signs(0, 0) : g.signs(0, k - g.first()),
+             g.logits_of(k));
   perceive(g, g.model.emission, g.joint, g.emission);
 }
 
@@ -464,7 +464,8 @@ void gate_lanes(Group& g, int first) {
     for (int j = 0; j < stages; ++j) {
       const float* raw = g.logits_of(k) + j;
       logit[j] = fma(gather([&](int i) { return raw[i * g.stage_stride]; }), V(scale[j]), V(bias[j]));
-      log_precision = fma(p[j], gather([&](int i) { return raw[i * g.stage_stride + stages]; }), log_precision);
+      log_precision =
+          fma(p[j], gather([&](int i) { return raw[i * g.stage_stride + stages]; }), log_precision);
     }
     const Reliability<V> r = reliability(stages, logit, p);
     const V precision = frame_precision(log_precision);

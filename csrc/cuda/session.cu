@@ -74,30 +74,29 @@ StreamLayout lay_out(Model& model, int R) {
     if (used > (1 << 28)) throw std::invalid_argument("stream: the model is too large for one GPU block");
     return int(from);
   };
-  int64_t deepest = 0, widest = 0;
+  int64_t deepest = 0, most_signs = 0;
   for (int m = 0; m < M; ++m) {
-    if (s.components(m) > deepest) deepest = s.components(m);
-    if (s.signs(m) > widest) widest = s.signs(m);
+    at.input[m] = take(R, s.in_dim[m]), at.in_dim[m] = int(s.in_dim[m]);
+    deepest = s.components(m) > deepest ? s.components(m) : deepest;
+    most_signs = s.signs(m) > most_signs ? s.signs(m) : most_signs;
   }
-  const int assessed = s.reliability ? 1 : 0;
-  at.dim = tiled(s.dim), at.width = tiled(widest), at.spread = tiled(s.all_signs());
-  at.joined = tiled(M * s.evidence + s.all_signs()), at.narrow = tiled(s.evidence);
-  at.component = tiled(deepest), at.beside = tiled(M * s.dim), at.saying = tiled(s.targets);
-  at.modalities = M;
-  for (int m = 0; m < M; ++m) at.input[m] = take(R, s.in_dim[m]), at.in_dim[m] = int(s.in_dim[m]);
+  if (!s.reliability) deepest = most_signs = 0;
+  at.modalities = M, at.qualities = s.qualities();
+  at.dim = tiled(s.dim), at.sided = tiled(s.joint ? M * s.dim : 0), at.deep = tiled(deepest);
+  at.told = tiled(most_signs), at.all_told = tiled(s.reliability && s.joint ? s.all_signs() : 0);
+  at.joined = tiled(s.reliability ? M * s.evidence + s.all_signs() : 0), at.narrow = tiled(s.evidence);
+  at.recall = tiled(s.memory * s.dim), at.targets = tiled(s.targets);
   at.encoded = take(M * R, at.dim), at.mixed = take(K * R, at.dim), at.tracks = take(K * R, at.dim);
-  for (int m = 0; m < M; ++m) at.rebuilt[m] = take(assessed * R, s.in_dim[m]);
-  at.components = take(assessed * M * R, at.component);
-  at.side = take(s.joint ? R : 0, at.beside);
-  at.signs = take(assessed * M * R, at.width), at.all_signs = take(assessed * R, at.spread);
-  at.joint = take(assessed * R, at.joined), at.hidden = take(assessed * (1 + K) * R, at.narrow);
-  at.recall = tiled(s.memory * s.dim), at.recalled = take(K * R, at.recall);
+  at.side = take(R, at.sided), at.components = take(M * R, at.deep);
+  at.signs = take(M * R, at.told), at.all_signs = take(R, at.all_told), at.joint = take(R, at.joined);
+  at.hidden = take((K + 1) * R, at.narrow), at.recalled = take(K * R, at.recall);
   at.zeroed = int(used);
   at.logits = take(K * R, 2 * kMaxStages), at.emission = take(R, kMaxStages);
   at.belief = take(R, kMaxStages), at.prior = take(R, kMaxStages), at.now = take(R, kMaxStages);
   at.square = take(R, kEnergies * kMaxModalities);
-  at.log_odds = take(1, K * R), at.confidence = take(1, K * R), at.precision = take(1, K * R);
-  at.said = take(K * R, at.saying), at.scaled = take(R, M * s.targets);
+  at.log_odds = take(R, kMaxModalities), at.confidence = take(R, kMaxModalities);
+  at.precision = take(1, K * R), at.estimates = take(K * R, at.targets);
+  at.quality = take(1, R * at.qualities);
   at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities), at.row = take(R, 4);
   int64_t most = 0;
   for (const Jobs& phase : phases(model)) {

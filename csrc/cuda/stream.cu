@@ -1,8 +1,8 @@
 // One frame of SAGE for many streams in one launch (session.cu launches it, product.cuh multiplies).
 //
 // A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, the experts'
-// values, blocks, memory and head on each of them; last the experts are weighed. What passes between layers stays in shared
-// memory; a stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
+// values, blocks, memory and head on all of them; last they are weighed. What passes between layers stays in shared memory; a
+// stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
 //
 // Every block reads all matrices once, from L2, and that is what a step waits for: one multiprocessor takes some 64 bytes a
 // cycle; barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
@@ -47,7 +47,7 @@ __device__ __forceinline__ void layer_norm(const Norm& norm, int dim, int lane, 
   for (int d = lane; d < dim; d += kWarp) x[d] = normed(x[d], m, norm, d);
 }
 
-// A modality a lane: what modality_weights adds up and compares lies in the lanes of a warp.
+// An expert a lane: what modality_weights adds up and compares lies in the lanes of a warp.
 struct AcrossWarp {
   __device__ __forceinline__ float sum(float x) const { return lanes_sum<1, kWarp>(x); }
   __device__ __forceinline__ float max(float x) const {
@@ -73,7 +73,7 @@ struct Group {
         warp(int(threadIdx.x) / kWarp),
         warps(int(blockDim.x) / kWarp) {}
 
-  // Whether each modality is said to be present; and 1 where it is taken to be, with 2 where its frame counts.
+  // Whether each modality is said to be present, from standardise() on whether its frame counts; whether it is taken to be there.
   __device__ __forceinline__ int* given(int r) const {
     return reinterpret_cast<int*>(shared + q.at.given) + r * kMaxModalities;
   }
@@ -90,20 +90,20 @@ struct Group {
   }
   __device__ __forceinline__ bool live(int r) const { return now(r)[0] != 0; }
   __device__ __forceinline__ int64_t frame(int r) const { return now(r)[1]; }
-  // Whether the modality's frame counts, whatever the fusion is told.
-  __device__ __forceinline__ bool counted(int r, int m) const { return (present(r)[m] & 2) != 0; }
   __device__ __forceinline__ float* state(int r) const { return q.state + row(r) * model.row_floats; }
   __device__ __forceinline__ float* stages(int at, int r) const { return shared + at + r * kMaxStages; }
+  // Of expert k: the logits of its reliability, then those of a frame's log precision.
   __device__ __forceinline__ float* logits(int k, int r) const {
     return shared + q.at.logits + (k * R + r) * 2 * kMaxStages;
   }
-  // The place of the first modality among the experts, and whether expert k's frame says anything.
+  // The place of the first modality among the experts.
   __device__ __forceinline__ int first() const { return model.shape.joint ? 1 : 0; }
+  // Whether expert k's frame says anything.
   __device__ __forceinline__ bool says(int r, int k) const {
-    if (k >= first()) return present(r)[k - first()] != 0;
-    bool some = false;
-    for (int m = 0; m < model.shape.modalities; ++m) some = some || present(r)[m];
-    return some;
+    if (k >= first()) return present(r)[k - first()];
+    bool any = false;
+    for (int m = 0; m < q.at.modalities; ++m) any = any || present(r)[m];
+    return any;
   }
 
   // Inputs as they come, padded with zeros, kAhead a thread. They may lie in the host's memory, a microsecond away, so all
@@ -136,6 +136,9 @@ struct Group {
       const int64_t flag = row(thread / kMaxModalities) * q.at.modalities + thread % kMaxModalities;
       given(0)[thread] = !q.frame.present || q.frame.present[flag];
     }
+    for (int i = thread; q.frame.quality && i < R * q.at.qualities; i += threads)
+      shared[q.at.quality + i] =
+          q.frame.quality[row(i / q.at.qualities) * q.at.qualities + i % q.at.qualities];
     if (thread < R) {
       const int64_t at = row(thread);
       now(thread)[0] = int64_t(blockIdx.x) * R + thread == at && (!q.frame.active || q.frame.active[at]);
@@ -150,8 +153,8 @@ struct Group {
       ask(at, x), put(at, x);
   }
 
-  // Standardised input of each modality, zero where it is missing, and two of the mean squares that typicality reads; as the
-  // CPU has it. A warp a (modality, stream).
+  // Standardised input of each modality, zero where it is missing, and two of the mean squares that typicality reads; as
+  // the CPU has it. A warp a (modality, stream).
   __device__ __forceinline__ void standardise() const {
     const Shape& s = model.shape;
     for (int i = warp; i < s.modalities * R; i += warps) {
@@ -180,10 +183,10 @@ struct Group {
       if (live(r) && !verdict.stuck)
         for (int d = lane; d < n; d += kWarp) last[d] = x[d];
       if (lane == 0) {
-        float* square = shared + q.at.square + r * kEnergies * kMaxModalities + kEnergies * m;
+        float* square = shared + q.at.square + (r * kMaxModalities + m) * kEnergies;
         square[0] = verdict.here ? sums.squares / float(n) : 0.0f;
         square[1] = (verdict.here ? sums.steps : blank) / float(n);
-        present(r)[m] = verdict.here ? 3 : s.hide_missing ? 1 : 0;
+        given(r)[m] = verdict.here, present(r)[m] = verdict.here || s.hide_missing;
         if (live(r)) {
           if (s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
           q.out.present[at * s.modalities + m] = verdict.here;
@@ -197,7 +200,7 @@ struct Group {
     }
   }
 
-  // mixed = silu(depthwise LayerNorm(x)) of `rows` rows, R streams each of some modalities or tracks, with the normed frame
+  // mixed = silu(depthwise LayerNorm(x)) of `rows` rows, R streams each of some modalities or experts, with the normed frame
   // kept in the ring in the place of the oldest. Some warps a row, each with some of the channels.
   template <class BlockOf>
   __device__ __forceinline__ void convolve(const float* from, int rows, int tracks,
@@ -237,119 +240,154 @@ struct Group {
     }
   }
 
-  // The third mean square: of what is left of the standardised input outside the principal components. A warp a (modality,
-  // stream).
-  __device__ __forceinline__ void measure_residual(int i) const {
-    const int m = i / R, r = i % R, n = q.at.in_dim[m];
-    const float *x = shared + q.at.input[m] + r * tiled(n), *usual = shared + q.at.rebuilt[m] + r * tiled(n);
-    float squares = 0;
-    for (int d = lane; d < n; d += kWarp) {
-      const float left = x[d] - usual[d];
-      squares = fma(left, left, squares);
+  // The signs that typicality and quality give, and their parts of the state move on by a frame. Typicality: a lane a
+  // (modality, energy); the inputs are by now what is left of them outside the principal components. Quality: a lane a column.
+  __device__ __forceinline__ void assess(int r) const {
+    const Shape& s = model.shape;
+    const int m = lane / kEnergies, kind = lane % kEnergies, history = s.window - 1;
+    const bool mine = lane < kEnergies * s.modalities;
+    float square = mine ? shared[q.at.square + r * kEnergies * kMaxModalities + lane] : 0.0f;
+    for (int i = 0; i < s.modalities; ++i) {
+      const int n = int(s.in_dim[i]);
+      const float* left = shared + q.at.input[i] + r * tiled(n);
+      float sum = 0;
+#pragma unroll 4
+      for (int d = lane; d < n; d += kWarp) sum = fma(left[d], left[d], sum);
+      sum = lanes_sum<1, kWarp>(sum);
+      if (i == m && kind == 2) square = sum / float(n);
     }
-    squares = lanes_sum<1, kWarp>(squares);
-    if (lane == 0)
-      shared[q.at.square + r * kEnergies * kMaxModalities + kEnergies * m + 2] = squares / float(n);
-  }
-
-  // The signs that typicality gives; and its ring moves on by a frame. A lane a (modality, energy).
-  __device__ __forceinline__ void assess_typicality(int r) const {
-    const Shape& s = model.shape;
-    const int all = kEnergies * s.modalities, m = lane / kEnergies, kind = lane % kEnergies;
-    const int history = s.window - 1;
-    if (lane >= all) return;
-    float *energies = state(r) + model.energy.at + lane, *counts = state(r) + model.counted.at;
-    const int start = history ? int(frame(r) % history) : 0, line = int(model.energy.line());
-    const bool here = present(r)[m] != 0;
-    bool counted = here;
-    if (kind == 1)
-      counted = here && history && counts[(start ? start - 1 : history - 1) * line + kEnergies * m] > 0;
-    counts += lane;
-    float energy = 0;
-    if (counted) energy = log_energy(shared[q.at.square + r * kEnergies * kMaxModalities + lane]);
-    const auto past = [&](int slot) {
-      return EnergyWindow<float>{energies[slot * line], counts[slot * line]};
-    };
-    const EnergyWindow<float> window =
-        sum_window(history, start, past, EnergyWindow<float>{energy, counted ? 1.0f : 0.0f});
-    if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
-    const Typicality<float> found =
-        typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
-    put_sign(r, m, kind, found.signed_level);
-    put_sign(r, m, kEnergies + kind, found.level);
-  }
-
-  // The signs that quality gives, behind those of typicality; and its averages move on by a frame. A lane a column.
-  __device__ __forceinline__ void assess_quality(int r) const {
-    const Shape& s = model.shape;
-    const int Q = s.qualities();
-    for (int i = lane; i < Q; i += kWarp) {
-      int m = 0;
-      while (i >= s.quality_before(m + 1)) ++m;
-      const bool told = q.frame.quality && counted(r, m);
-      float* kept = state(r) + model.quality.at + 3 * i;
-      float sums[3] = {kept[0], kept[1], kept[2]};
-      const QualitySigns found =
-          quality_signs(told ? q.frame.quality[row(r) * Q + i] : 0.0f, told, model.quality_mean[i],
-                        model.quality_scale[i], model.quality_decay, sums);
-      if (live(r)) kept[0] = sums[0], kept[1] = sums[1], kept[2] = sums[2];
-      const int at = kTypicality + kQuality * (i - s.quality_before(m));
+    if (mine) {
+      float *energies = state(r) + model.energy.at + lane, *counts = state(r) + model.counted.at;
+      const int start = history ? int(frame(r) % history) : 0, line = int(model.energy.line());
       const bool here = present(r)[m] != 0;
-      put_sign(r, m, at, here ? found.now : 0.0f), put_sign(r, m, at + 1, here ? found.average : 0.0f);
-      put_sign(r, m, at + 2, here ? found.known : 0.0f);
+      bool counted = here;
+      if (kind == 1)
+        counted = here && history && counts[(start ? start - 1 : history - 1) * line + kEnergies * m] > 0;
+      counts += lane;
+      const float energy = counted ? log_energy(square) : 0.0f;
+      const auto past = [&](int slot) {
+        return EnergyWindow<float>{energies[slot * line], counts[slot * line]};
+      };
+      const EnergyWindow<float> window =
+          sum_window(history, start, past, EnergyWindow<float>{energy, counted ? 1.0f : 0.0f});
+      const Typicality<float> found =
+          typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
+      put_sign(r, m, kind, found.signed_level), put_sign(r, m, kEnergies + kind, found.level);
+      if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
+    }
+    for (int c = lane; c < q.at.qualities; c += kWarp) {
+      int of = 0;
+      while (c >= s.quality_before(of + 1)) ++of;
+      float *kept = state(r) + model.quality.at + 3 * c, sums[3] = {kept[0], kept[1], kept[2]};
+      const bool told = q.frame.quality && given(r)[of];
+      const QualitySigns found =
+          quality_signs(told ? shared[q.at.quality + r * q.at.qualities + c] : 0.0f, told,
+                        model.quality_mean[c], model.quality_scale[c], model.quality_decay, sums);
+      if (live(r)) kept[0] = sums[0], kept[1] = sums[1], kept[2] = sums[2];
+      const int at = kTypicality + kQuality * (c - s.quality_before(of));
+      put_sign(r, of, at, found.now), put_sign(r, of, at + 1, found.average);
+      put_sign(r, of, at + 2, found.known);
     }
   }
-  // A sign lies in rows of one modality, of all together, and behind what is learnt.
+  // Signs lie in a row of their modality, in one of all modalities for the joint expert, and behind what is learnt.
   __device__ __forceinline__ void put_sign(int r, int m, int n, float x) const {
     const Shape& s = model.shape;
-    const int at = s.signs_before(m) + n;
-    shared[q.at.signs + (m * R + r) * q.at.width + n] = x;
-    shared[q.at.all_signs + r * q.at.spread + at] = x;
-    shared[q.at.joint + r * q.at.joined + s.modalities * int(s.evidence) + at] = x;
+    const float sign = present(r)[m] ? x : 0.0f;
+    const int among_all = s.signs_before(m) + n;
+    shared[q.at.signs + (m * R + r) * q.at.told + n] = sign;
+    shared[q.at.joint + r * q.at.joined + s.modalities * int(s.evidence) + among_all] = sign;
+    if (s.joint) shared[q.at.all_signs + r * q.at.all_told + among_all] = sign;
   }
 
-  // Stage filter of one stream, a lane a stage; then confidences and precisions, a lane an expert.
+  // One frame of a filter over S states, a lane each: the probabilities move on by this frame's evidence, into now(), and the
+  // log-belief in `kept`, a part of the state.
+  __device__ __forceinline__ void filter(int r, int S, const float* log_a, const float* a, float* kept,
+                                         float evidence) const {
+    float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
+    const bool inside = lane < S;
+    if (inside) belief[lane] = kept[lane], prior[lane] = exp(kept[lane]);
+    __syncwarp();
+    const float next = inside ? stage_prior(S, log_a, a, belief, prior, lane) + evidence : -3e38f;
+    const float peak = AcrossWarp{}.max(next);
+    const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
+    if (inside) {
+      stages(q.at.now, r)[lane] = e / total;
+      if (live(r)) kept[lane] = next - peak - log(total);
+    }
+    __syncwarp();
+  }
+
+  // Stage filter of one stream, confidence and precision of its experts: a lane a stage, then a lane an expert.
   __device__ __forceinline__ void gate(int r) const {
     const Shape& s = model.shape;
-    const int M = s.modalities, K = s.experts(), S = s.stages;
-    const bool mine = lane < K, speaks = mine && says(r, lane);
+    const int M = s.modalities, S = s.stages, K = s.experts();
     const bool some = __ballot_sync(kFull, lane < M && present(r)[lane < M ? lane : 0]) != 0;
-    float *now = stages(q.at.now, r), log_odds = 0, confidence = 0.5f, precision = 1;
+    const bool tells = lane < first() ? some : lane < K && present(r)[lane < K ? lane - first() : 0];
+    float *now = stages(q.at.now, r), confidence = 0.5f, log_odds = 0, log_precision = 0;
     if (s.reliability) {
-      float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
-      float* kept = state(r) + model.belief.at;
-      const bool inside = lane < S;
-      if (inside) belief[lane] = kept[lane], prior[lane] = exp(kept[lane]);
-      __syncwarp();
-      float next = -3e38f;
-      if (inside) {
-        const float evidence = some ? stages(q.at.emission, r)[lane] : 0.0f;
-        next = stage_prior(S, model.log_a, model.a, belief, prior, lane) + evidence;
-      }
-      const float peak = AcrossWarp{}.max(next);
-      const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
-      if (inside) {
-        now[lane] = e / total;
-        if (live(r)) kept[lane] = next - peak - log(total);
-      }
-      __syncwarp();
-      if (mine) {
+      filter(r, S, model.log_a, model.a, state(r) + model.belief.at,
+             some && lane < S ? stages(q.at.emission, r)[lane] : 0.0f);
+      if (lane < K) {
         const float* raw = logits(lane, r);
         const Reliability<float> found = reliability(S, raw, static_cast<const float*>(now));
         confidence = found.confidence, log_odds = found.log_odds;
-        float log_precision = 0;
         for (int j = 0; j < S; ++j) log_precision = fma(now[j], raw[S + j], log_precision);
-        precision = frame_precision(log_precision);
       }
     } else if (lane == 0) {
       now[0] = 1.0f;
     }
-    if (mine) {
-      shared[q.at.log_odds + lane * R + r] = log_odds;
-      shared[q.at.confidence + lane * R + r] = confidence;
-      shared[q.at.precision + lane * R + r] = speaks ? precision : 0.0f;
+    if (lane < K) {
+      shared[q.at.log_odds + r * kMaxModalities + lane] = log_odds;
+      shared[q.at.confidence + r * kMaxModalities + lane] = confidence;
+      shared[q.at.precision + lane * R + r] = tells ? frame_precision(log_precision) : 0.0f;
     }
-    if (live(r) && lane < S) q.out.stage[row(r) * S + lane] = now[lane];
+    if (lane < S && live(r)) q.out.stage[row(r) * S + lane] = now[lane];
+  }
+
+  // One stream's estimates are weighed: a lane an expert.
+  __device__ __forceinline__ void weigh(int r) const {
+    const Shape& s = model.shape;
+    const int M = s.modalities, C = s.targets, K = s.experts(), m = lane - first();
+    const bool inside = lane < K, counts = inside && (m < 0 || present(r)[m < 0 ? 0 : m]);
+    const int64_t at = row(r);
+    const auto estimate = [&](int k, int c) {
+      return shared[q.at.estimates + (k * R + r) * q.at.targets + c];
+    };
+    float confidence = inside ? shared[q.at.confidence + r * kMaxModalities + lane] : 0.0f;
+    float log_odds = inside ? shared[q.at.log_odds + r * kMaxModalities + lane] : 0.0f;
+    if (s.foreign) {
+      // Put to scale, in standard deviations of the targets.
+      const auto scaled = [&](int i, int c) {
+        return model.own_gain[i * C + c] * estimate(first() + i, c) + model.own_shift[i * C + c];
+      };
+      const auto trusted = [&](int i) {
+        return within_doubt(shared[q.at.confidence + r * kMaxModalities + first() + i]);
+      };
+      const int own = lane - 1;  // a lane a hypothesis: that all are mine, then that a modality is foreign
+      float evidence = 0;
+      for (int i = 0; i < M; ++i)
+        if (own >= 0 && own < M && own != i && present(r)[own] && present(r)[i])
+          evidence += foreign_evidence(trusted(own), trusted(i), C,
+                                       [&](int c) { return scaled(own, c) - scaled(i, c); });
+      filter(r, 1 + M, model.foreign_log_a, model.foreign_a, state(r) + model.foreign.at,
+             evidence / model.foreign_pace);
+      if (inside) {
+        const float* p = stages(q.at.now, r);
+        const Reliability<float> found = doubted(log_odds, m < 0 ? 1 - p[0] : p[1 + m]);
+        confidence = found.confidence, log_odds = found.log_odds;
+      }
+    }
+    float score = log_odds * model.sharpness, share = 0;
+    modality_weights(1, &score, &counts, &share, AcrossWarp{});
+    const float all = lanes_sum<1, kWarp>(inside && m >= 0 ? share : 0.0f);
+    if (inside && m >= 0 && live(r)) {
+      q.out.weights[at * M + m] = share_among(share, all);
+      q.out.confidence[at * M + m] = counts ? confidence : 0.0f;
+    }
+    for (int c = 0; c < C; ++c) {
+      const float sum = lanes_sum<1, kWarp>(inside ? share * estimate(lane, c) : 0.0f);
+      if (lane == 0 && live(r)) q.out.prediction[at * C + c] = sum;
+    }
   }
 
   // The value of one expert of a stream, normed, or zeros where it has nothing to say.
@@ -365,49 +403,21 @@ struct Group {
     }
   }
 
-  // The experts' estimates of one stream, weighed. One thread.
-  __device__ __forceinline__ void weigh(int r) const {
-    const Shape& s = model.shape;
-    const int M = s.modalities, K = s.experts(), C = s.targets;
-    const int64_t at = row(r);
-    const float* said = shared + q.at.said + r * q.at.saying;
-    const int stride = R * q.at.saying;
-    bool there[kMaxModalities];
-    float odds[kMaxModalities], sure[kMaxModalities];
-    for (int k = 0; k < K; ++k) {
-      there[k] = k < first() || present(r)[k - first()];
-      odds[k] = shared[q.at.log_odds + k * R + r], sure[k] = shared[q.at.confidence + k * R + r];
-    }
-    if (s.foreign) {
-      float belief[kMaxStages], p[kMaxStages], *scaled = shared + q.at.scaled + r * tiled(M * C);
-      float* kept = state(r) + model.foreign.at;
-      for (int h = 0; h <= M; ++h) belief[h] = kept[h];
-      for (int m = 0; m < M; ++m)
-        for (int c = 0; c < C; ++c)
-          scaled[m * C + c] =
-              model.own_gain[m * C + c] * said[(first() + m) * stride + c] + model.own_shift[m * C + c];
-      foreign_step(M, C, scaled, sure + first(), there + first(), model.foreign_pace, model.foreign_log_a,
-                   model.foreign_a, belief, p);
-      for (int h = 0; h <= M && live(r); ++h) kept[h] = belief[h];
-      for (int k = 0; k < K; ++k) {
-        const Reliability<float> found = doubted(odds[k], k < first() ? 1 - p[0] : p[1 + k - first()]);
-        sure[k] = found.confidence, odds[k] = found.log_odds;
-      }
-    }
-    if (!live(r)) return;
-    mix_experts(K, M, C, model.sharpness, said, stride, odds, there, q.out.prediction + at * C,
-                q.out.weights + at * M);
-    for (int m = 0; m < M; ++m) {
-      q.out.confidence[at * M + m] = there[first() + m] ? sure[first() + m] : 0.0f;
-      for (int c = 0; c < C; ++c) q.out.unimodal[(at * M + m) * C + c] = said[(first() + m) * stride + c];
-    }
+  // Row i of the encoded modalities, normed; and its place beside the others, 0 where it is missing.
+  __device__ __forceinline__ void encode(int i) const {
+    const int m = i / R, r = i % R, dim = int(model.shape.dim);
+    float* x = shared + q.at.encoded + i * q.at.dim;
+    layer_norm(model.modality[m].norm, dim, lane, x);
+    if (!model.shape.joint) return;
+    float* to = shared + q.at.side + r * q.at.sided + m * dim;
+    for (int d = lane; d < dim; d += kWarp) to[d] = present(r)[m] ? x[d] : 0.0f;
   }
 
   // Row i of the tracks goes into its memory; the memory's averages side by side.
   __device__ __forceinline__ void remember(int i) const {
     const Shape& s = model.shape;
     const int r = i % R, dim = int(s.dim), line = int(model.memory.line());
-    float* sums = state(r) + model.memory.array(i / R * s.memory);  // of expert i / R
+    float* sums = state(r) + model.memory.array(i / R * s.memory);
     const float precision = shared[q.at.precision + i], *x = shared + q.at.tracks + i * q.at.dim;
     float* to = shared + q.at.recalled + i * q.at.recall;
     for (int h = 0; h < s.memory; ++h) {
@@ -427,8 +437,9 @@ struct Group {
 
   __device__ __forceinline__ void step() const {
     const Shape& s = model.shape;
-    const int M = s.modalities, K = s.experts(), dim = int(s.dim), stride = q.at.dim, first = this->first();
-    const int narrow = q.at.narrow, assessed = s.reliability ? M : 0, joint = s.joint ? 1 : 0;
+    const int M = s.modalities, K = s.experts(), dim = int(s.dim), stride = q.at.dim;
+    const int narrow = q.at.narrow, assessed = s.reliability ? M : 0, heads = s.reliability ? K : 0;
+    const int joint = s.joint ? 1 : 0;
     float *part = shared + q.at.part, *encoded = shared + q.at.encoded, *mixed = shared + q.at.mixed;
     float *tracks = shared + q.at.tracks, *hidden = shared + q.at.hidden;
     const auto encoded_of = [&](const Linear& f, int m) { return Job{&f, encoded + m * R * stride, stride}; };
@@ -438,7 +449,7 @@ struct Group {
     product<T, R>(
         part, M + assessed, R,
         [&](int j) {
-          const int m = j % M;
+          const int m = j < M ? j : j - M;
           return Job{j < M ? &model.modality[m].project : &model.modality[m].components,
                      shared + q.at.input[m], tiled(s.in_dim[m])};
         },
@@ -446,7 +457,7 @@ struct Group {
           if (j < M)
             encoded[(j * R + r) * stride + n] = y;
           else
-            shared[q.at.components + ((j - M) * R + r) * q.at.component + n] = y;
+            shared[q.at.components + ((j - M) * R + r) * q.at.deep + n] = y;
         });
     for (int b = 0; b < s.own_blocks; ++b) {
       convolve(encoded, M * R, 0, [&](int m) -> const Block& { return model.modality[m].block[b]; });
@@ -456,73 +467,64 @@ struct Group {
           [&](int m) { return Job{&model.modality[m].block[b].pointwise, mixed + m * R * stride, stride}; },
           [&](int m, int r, int n, float y) { encoded[(m * R + r) * stride + n] += y; });
     }
-    for (int i = warp; i < M * R; i += warps) {
-      const int m = i / R, r = i % R;
-      layer_norm(model.modality[m].norm, dim, lane, encoded + i * stride);
-      if (joint)
-        for (int d = lane; d < dim; d += kWarp)
-          shared[q.at.side + r * q.at.beside + m * dim + d] = present(r)[m] ? encoded[i * stride + d] : 0.0f;
-    }
+    for (int i = warp; i < M * R; i += warps) encode(i);
     __syncthreads();
 
-    // What is learnt of each modality, its usual part rebuilt, its value, and the joint expert's first layer.
+    // Values; the joint expert's first layer; evidence, and what is left of the inputs outside their principal components.
     product<T, R>(
-        part, 2 * assessed + M + joint, R,
+        part, M + joint + 2 * assessed, R,
         [&](int j) {
-          if (j < assessed) return encoded_of(model.modality[j].evidence, j);
-          const int m = j - assessed;
-          if (m < assessed)
-            return Job{&model.modality[m].rebuild, shared + q.at.components + m * R * q.at.component,
-                       q.at.component};
-          const int k = m - assessed;
-          if (k < M) return encoded_of(model.modality[k].value, k);
-          return Job{&model.joint[0], shared + q.at.side, q.at.beside};
+          if (j < M) return encoded_of(model.modality[j].value, j);
+          if ((j -= M) < joint) return Job{&model.joint[0], shared + q.at.side, q.at.sided};
+          if ((j -= joint) < assessed) return encoded_of(model.modality[j].evidence, j);
+          j -= assessed;
+          return Job{&model.modality[j].rebuild, shared + q.at.components + j * R * q.at.deep, q.at.deep};
         },
         [&](int j, int r, int n, float y) {
-          const int m = j - assessed, k = m - assessed;
-          if (j < assessed)
-            shared[q.at.joint + r * q.at.joined + j * int(s.evidence) + n] = present(r)[j] ? gelu(y) : 0.0f;
-          else if (m < assessed)
-            shared[q.at.rebuilt[m] + r * tiled(s.in_dim[m]) + n] = y;
-          else if (k < M)
-            tracks[((first + k) * R + r) * stride + n] = y;
-          else
+          if (j < M)
+            tracks[((first() + j) * R + r) * stride + n] = y;
+          else if ((j -= M) < joint)
             mixed[r * stride + n] = silu(y);
+          else if ((j -= joint) < assessed)
+            shared[q.at.joint + r * q.at.joined + j * int(s.evidence) + n] = present(r)[j] ? gelu(y) : 0.0f;
+          else
+            shared[q.at.input[j - assessed] + r * tiled(s.in_dim[j - assessed]) + n] -= y;
         });
     if (s.reliability) {
-      for (int i = warp; i < M * R; i += warps) measure_residual(i);
-      __syncthreads();
-      for (int r = warp; r < R; r += warps) assess_typicality(r), assess_quality(r);
+      for (int r = warp; r < R; r += warps) assess(r);
       __syncthreads();
     }
-    const int heads = s.reliability ? K + 1 : 0;
+    const int perceived = s.reliability ? K + 1 : 0;  // the heads, and the stages' emissions
     product<T, R>(
-        part, heads + joint, R,
+        part, perceived + joint, R,
         [&](int j) {
-          if (j >= heads) return Job{&model.joint[1], mixed, stride};
-          if (j == K) return Job{&model.emission[0], shared + q.at.joint, q.at.joined};
-          if (j < first) return Job{&model.head_of[j][0], shared + q.at.all_signs, q.at.spread};
-          return Job{&model.head_of[j][0], shared + q.at.signs + (j - first) * R * q.at.width, q.at.width};
+          if (j >= perceived) return Job{&model.joint[1], mixed, stride};
+          if (j == heads) return Job{&model.emission[0], shared + q.at.joint, q.at.joined};
+          const int m = j - first();
+          return m < 0 ? Job{&model.head_of[j][0], shared + q.at.all_signs, q.at.all_told}
+                       : Job{&model.head_of[j][0], shared + q.at.signs + m * R * q.at.told, q.at.told};
         },
         [&](int j, int r, int n, float y) {
-          if (j >= heads)
-            tracks[r * stride + n] = y;
-          else
+          if (j < perceived)
             hidden[(j * R + r) * narrow + n] = gelu(y);
+          else
+            tracks[r * stride + n] = y;
         });
     if (s.reliability)
       product<T, R>(
-          part, K + 1, R,
-          [&](int k) {
-            return Job{k < K ? &model.head_of[k][1] : &model.emission[1], hidden + k * R * narrow, narrow};
+          part, perceived, R,
+          [&](int j) {
+            return Job{j < heads ? &model.head_of[j][1] : &model.emission[1], hidden + j * R * narrow,
+                       narrow};
           },
-          [&](int k, int r, int n, float y) {
-            if (k == K)
+          [&](int j, int r, int n, float y) {
+            if (j == heads)
               stages(q.at.emission, r)[n] = y;
+            else if (n < s.stages)
+              logits(j, r)[n] =
+                  fma(y, model.logit_scale[j * s.stages + n], model.logit_bias[j * s.stages + n]);
             else
-              logits(k, r)[n] = n < s.stages ? fma(y, model.logit_scale[k * s.stages + n],
-                                                   model.logit_bias[k * s.stages + n])
-                                             : y;
+              logits(j, r)[n] = y;
           });
     for (int i = warp; i < R + K * R; i += warps) {
       if (i < R)
@@ -531,6 +533,7 @@ struct Group {
         value(i - R);
     }
     __syncthreads();
+
     for (int b = 0; b < s.fused_blocks; ++b) {
       convolve(tracks, K * R, 1, [&](int) -> const Block& { return model.fused[b]; });
       __syncthreads();
@@ -552,8 +555,13 @@ struct Group {
         [&](int, int i, int n, float y) { mixed[i * stride + n] = silu(y); });
     product<T, track_rows(R)>(
         part, 1, K * R, [&](int) { return Job{&model.head[1], mixed, stride}; },
-        [&](int, int i, int n, float y) { shared[q.at.said + i * q.at.saying + n] = tanh(y); });
-    if (int(threadIdx.x) < R) weigh(int(threadIdx.x));
+        [&](int, int i, int n, float y) {
+          const int r = i % R, m = i / R - first();
+          const float estimate = tanh(y);
+          shared[q.at.estimates + i * q.at.targets + n] = estimate;
+          if (m >= 0 && live(r)) q.out.unimodal[(row(r) * M + m) * s.targets + n] = estimate;
+        });
+    for (int r = warp; r < R; r += warps) weigh(r);
   }
 };
 

@@ -15,25 +15,29 @@ constexpr int kMostWarps = 16;
 // would not fit the registers.
 __host__ __device__ constexpr int track_rows(int R) { return R == 1 ? 3 : 6; }
 
-// Where things lie in a block's shared memory, in floats, behind the model. Row r of modality m or expert k is number
-// m R + r of its kind.
+// Where things lie in a block's shared memory, in floats, behind the model. Row r of modality m or expert k is number m R + r or
+// k R + r of its kind; K experts.
 struct StreamLayout {
-  int modalities, in_dim[kMaxModalities];
+  int modalities, in_dim[kMaxModalities], qualities;
   int input[kMaxModalities];        // R rows of tiled(in_dim) each, one modality behind the other
   int encoded, mixed, tracks, dim;  // rows of tiled(dim): M R, K R, K R
-  int rebuilt[kMaxModalities];      // as `input`
-  int components, component;        // rows of tiled(components): M R; that stride
-  int side, beside;                 // rows of tiled(M dim): R; that stride
-  int signs, all_signs, joint, hidden;  // rows of tiled(widest signs): M R, tiled(all signs): R, tiled(M evidence + signs): R,
-                                        // tiled(evidence): (1 + K) R
-  int width, spread, joined, narrow;     // those strides
-  int recalled, recall;                 // rows of tiled(memory dim): K R; that stride
-  int logits, emission, belief, prior, now;  // rows of 2 kMaxStages: K R; of kMaxStages: R each
-  int square;                                // rows of kEnergies kMaxModalities: R
-  int log_odds, confidence, precision;       // K R each
-  int said, saying, scaled;                  // rows of tiled(targets): K R; that stride; rows of M targets: R
-  int given, present, row;                   // int: rows of kMaxModalities, R each; (live, frame) int64: 2 R
-  int part;                                  // slices' sums
+  int side, sided;  // the encoded modalities side by side, rows of tiled(M dim): R; that stride
+  int components,
+      deep;         // on the principal components, rows of the most that a modality has: M R; that stride
+  int signs, told;  // rows of the most that one modality has: M R; that stride
+  int all_signs, all_told;  // those of all modalities: R; that stride
+  int joint, joined;        // what is learnt from all modalities, then the signs of all: R; that stride
+  int hidden, narrow;       // rows of tiled(evidence): (K + 1) R; that stride
+  int recalled, recall;     // rows of tiled(memory dim): K R; that stride
+  int logits;               // rows of 2 kMaxStages: K R
+  int emission, belief, prior, now;  // rows of kMaxStages: R each
+  int square;                        // rows of kEnergies kMaxModalities: R
+  int log_odds, confidence;          // rows of kMaxModalities: R each
+  int precision;                     // K R
+  int estimates, targets;            // rows of tiled(targets): K R; that stride
+  int quality;                       // R qualities
+  int given, present, row;           // int: rows of kMaxModalities, R each; (live, frame) int64: 2 R
+  int part;                          // slices' sums
   int zeroed, size;  // what lies before zeroed begins as zeros or inputs: what pads rows must be finite
 };
 

@@ -8,7 +8,8 @@
 
 namespace sage {
 
-constexpr double kForeignMargin = 0.02;  // confidence is kept this far from 0 and 1: no disagreement is beyond doubt
+constexpr double kForeignMargin =
+    0.02;  // confidence is kept this far from 0 and 1: no disagreement is beyond doubt
 
 // The log-likelihood ratio of "one of the two is foreign" against "both are mine", of one pair of estimates that explain the
 // shares r and t of the targets' variance; gap(c): their difference in standard deviations of target c.
@@ -24,20 +25,24 @@ SAGE_FN float foreign_evidence(float r, float t, int targets, const Gap& gap) {
   return sum / 2;
 }
 
+// As the filter takes a confidence.
+SAGE_FN float within_doubt(float confidence) {
+  const float margin = float(kForeignMargin);
+  return min(max(confidence, margin), 1 - margin);
+}
+
 // One frame of the filter over 1 + M hypotheses: belief and p, their log-probabilities and probabilities, move on. scaled (M,
 // targets): estimates put to scale; confidence (M); here (M): which modalities have something to say.
 SAGE_FN void foreign_step(int modalities, int targets, const float* scaled, const float* confidence,
                           const bool* here, float pace, const float* log_a, const float* a, float* belief,
                           float* p) {
   float emission[kMaxStages] = {}, r[kMaxModalities];
-  const float margin = float(kForeignMargin);
-  for (int m = 0; m < modalities; ++m) r[m] = min(max(confidence[m], margin), 1 - margin);
+  for (int m = 0; m < modalities; ++m) r[m] = within_doubt(confidence[m]);
   for (int m = 0; m < modalities; ++m)
     for (int n = 0; n < m; ++n) {
       if (!here[m] || !here[n]) continue;
-      const float told = foreign_evidence(r[m], r[n], targets, [&](int c) {
-        return scaled[m * targets + c] - scaled[n * targets + c];
-      });
+      const float told = foreign_evidence(
+          r[m], r[n], targets, [&](int c) { return scaled[m * targets + c] - scaled[n * targets + c]; });
       emission[1 + m] += told, emission[1 + n] += told;
     }
   for (int h = 1; h <= modalities; ++h) emission[h] /= pace;
@@ -51,6 +56,9 @@ SAGE_FN Reliability<float> doubted(float log_odds, float doubt) {
   const float left = r * (1 - doubt);
   return {left, log(max(left, tiny)) - log(max(n + r * doubt, tiny))};
 }
+
+// The share of one modality among all of them, which have `all` between them.
+SAGE_FN float share_among(float share, float all) { return all > 1.2e-38f ? share / all : 0.0f; }
 
 // prediction (targets) = sum of share times estimate over the experts that count; weights (M): the modalities' shares among
 // themselves. estimates: `targets` numbers of each expert, `stride` apart.
@@ -67,7 +75,7 @@ SAGE_FN void mix_experts(int experts, int modalities, int targets, float sharpne
   }
   const float* of_modality = share + (experts - modalities);
   for (int m = 0; m < modalities; ++m) own += of_modality[m];
-  for (int m = 0; m < modalities; ++m) weights[m] = own > 1.2e-38f ? of_modality[m] / own : 0.0f;
+  for (int m = 0; m < modalities; ++m) weights[m] = share_among(of_modality[m], own);
 }
 
 }  // namespace sage

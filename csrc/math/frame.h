@@ -9,11 +9,11 @@
 
 namespace sage {
 
-constexpr double kEnergyFloor = 1e-8;       // added to a mean square before its log
-constexpr double kVarianceFloor = 1e-6;     // the least variance that an average is held against
-constexpr double kTypicalityLimit = 4.0;    // of asinh of a z-score, and of the z-score of quality
-constexpr int kEnergies = 3;                // of a modality's frame: its own, that of its step, that of its residual
-constexpr double kQualityHalflife = 8.0;    // frames, of the average of quality
+constexpr double kEnergyFloor = 1e-8;     // added to a mean square before its log
+constexpr double kVarianceFloor = 1e-6;   // the least variance that an average is held against
+constexpr double kTypicalityLimit = 4.0;  // of asinh of a z-score, and of the z-score of quality
+constexpr int kEnergies = 3;  // of a modality's frame: its own, that of its step, that of its residual
+constexpr double kQualityHalflife = 8.0;  // frames, of the average of quality
 constexpr double kLogPrecisionLimit = 10.0;
 constexpr double kLargestSum = 3.4028235e38;  // of float32: a sum of squares above it has overflowed
 
@@ -106,10 +106,12 @@ struct QualitySigns {
   float now, average, known;
 };
 // sums: weighted sum, weight and count of the average, which move on by this frame.
-SAGE_FN QualitySigns quality_signs(float value, bool here, float mean, float scale, float decay, float* sums) {
+SAGE_FN QualitySigns quality_signs(float value, bool here, float mean, float scale, float decay,
+                                   float* sums) {
   const bool known = here && value - value == 0;  // false for NaN and Inf
   const float limit = float(kTypicalityLimit);
-  const float z = known ? min(max((value - mean) * scale, -limit), limit) : 0.0f, weight = known ? 1.0f : 0.0f;
+  const float z = known ? min(max((value - mean) * scale, -limit), limit) : 0.0f,
+              weight = known ? 1.0f : 0.0f;
   sums[0] = leaky_sum(decay, sums[0], weight, z);
   sums[1] = leaky_weight(decay, sums[1], weight);
   sums[2] = leaky_count(decay, sums[2], weight);

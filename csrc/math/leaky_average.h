@@ -11,6 +11,8 @@
 
 namespace sage {
 
+constexpr double kLeastDouble = 2.2250738585072014e-308, kLeastFloat = 1.17549435e-38;  // normal numbers
+
 // A precision that is not above 0 counts as 0; NaN stays.
 template <class V>
 SAGE_FN V leaky_precision(V precision) {
@@ -37,12 +39,13 @@ SAGE_FN V leaky_count(V decay, V count, V precision) {
   return fma(decay, count, select(precision <= V(T(0)), V(T(0)), V(T(1))));
 }
 
-// What turns a sum into an average: `prior` is absolute here, `prior pbar` in the formula above.
+// What turns a sum into an average: `prior` is absolute here, `prior pbar` in the formula above. After a long time of nothing
+// the count has run out before the weight: a total whose inverse would overflow counts as nothing.
 template <class V>
 SAGE_FN V leaky_scale(V prior, V weight) {
   using T = typename ScalarOf<V>::Type;
   const V total = prior + weight;
-  return select(total <= V(T(0)), V(T(0)), V(T(1)) / total);
+  return select(total < V(T(sizeof(T) == 8 ? kLeastDouble : kLeastFloat)), V(T(0)), V(T(1)) / total);
 }
 template <class V>
 SAGE_FN V leaky_scale(V prior, V weight, V count, bool relative) {

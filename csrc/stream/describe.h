@@ -147,7 +147,8 @@ class Description {
       const std::string index = std::to_string(m);
       Modality& to = model_.modality[m];
       visit_.linear("fusion.evidence." + index + ".0", s_.dim, E, evidence, to.evidence);
-      visit_.linear("fusion.typicality.rebuild_" + index, s_.components(m), s_.in_dim[m], evidence, to.rebuild);
+      visit_.linear("fusion.typicality.rebuild_" + index, s_.components(m), s_.in_dim[m], evidence,
+                    to.rebuild);
     }
     for (int k = 0; k < K; ++k) {
       const std::string head = "fusion.reliability." + std::to_string(k);

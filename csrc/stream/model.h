@@ -21,7 +21,7 @@ constexpr int64_t kPad =
 constexpr int kTypicality = 2 * kEnergies;  // numbers a modality that typicality says
 constexpr int kQuality = 3;                 // numbers that a column of quality says
 constexpr int kMaxComponents = 32;          // of a modality
-constexpr double kNormEps = 1e-5;  // of every LayerNorm
+constexpr double kNormEps = 1e-5;           // of every LayerNorm
 SAGE_FN int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 struct Shape {
@@ -40,10 +40,10 @@ struct Shape {
   bool
       hide_missing;  // the fusion is not told what is missing: a missing modality is a frame of zeros like any other
   bool bf16;         // matrices are kept as bfloat16
-  bool joint;     // an expert that sees all modalities, before those of each alone
+  bool joint;                       // an expert that sees all modalities, before those of each alone
   int quality_dim[kMaxModalities];  // columns of quality
-  bool foreign;   // streams may be somebody else's: a filter says so
-  int memory;  // averages of the precision-weighted memory; 0: none
+  bool foreign;                     // streams may be somebody else's: a filter says so
+  int memory;                       // averages of the precision-weighted memory; 0: none
   bool stuck;  // a modality that repeats its frame too often is missing; false: each may repeat for ever
 
   SAGE_FN int experts() const { return modalities + (joint ? 1 : 0); }
@@ -87,8 +87,9 @@ struct Block {
   const float *taps, *bias;  // (kernel, dim) oldest first; (dim)
   Linear pointwise;
   int64_t dilation, span;  // span = (kernel - 1) * dilation frames of history,
-  int64_t ring;  // from here on in a row's state. A block after the fusion has such a ring for each expert, one behind
-                 // the other
+  int64_t
+      ring;  // from here on in a row's state. A block after the fusion has such a ring for each expert, one behind
+             // the other
 };
 struct Modality {
   const float *mean, *scale;
@@ -107,7 +108,8 @@ struct alignas(16) Model {
   float typical_mean[kEnergies * kMaxModalities], typical_std[kEnergies * kMaxModalities];
   const float *quality_mean, *quality_scale;  // of the columns of all modalities
   float quality_decay;
-  Linear head_of[kMaxModalities][2];  // of each expert: signs -> logits of reliability, then of a frame's log precision
+  Linear head_of[kMaxModalities]
+                [2];  // of each expert: signs -> logits of reliability, then of a frame's log precision
   // (K, stages): a calibrated logit is scale * logit + bias
   float logit_scale[kMaxModalities * kMaxStages], logit_bias[kMaxModalities * kMaxStages];
   Linear emission[2];

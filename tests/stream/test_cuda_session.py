@@ -13,7 +13,23 @@ import pytest
 import test_session as on_cpu
 import torch
 from backends import CUDA, SIMT, SIMT_MODULE
-from test_session import CASES, DIMS, FIELDS, assert_close, assert_same, build, draw, frame, keep, offline, stack
+from test_session import (
+    CASES,
+    DIMS,
+    EVERYTHING,
+    FIELDS,
+    KINDS,
+    assert_close,
+    assert_same,
+    build,
+    draw,
+    frame,
+    keep,
+    offline,
+    rows_of,
+    stack,
+    told,
+)  # fmt: skip
 
 from sage_ext._ops import _door
 from sage_ext.models import SAGE
@@ -57,23 +73,27 @@ def test_steps_equal_the_offline_model(case, rows, device, request):
     dims, options = CASES[case]
     model, frames = build(dims, **options), 12
     features, present = draw(rows, frames, dims, seed=3)
-    found = []
+    quality, found = told(model, rows, frames), []
+    present[:, 7:9] = False  # nothing at all
     for _ in orders(request):
         session = model.stream(rows, device=device)
-        found.append(stack([keep(session.step(frame(features, t), present[:, t])) for t in range(frames)]))
+        steps = (session.step(frame(features, t), present[:, t], quality=frame(quality, t)) for t in range(frames))
+        found.append(stack([keep(out) for out in steps]))
         assert_same(found[0], found[-1])
     exact = copy.deepcopy(model).double()
-    whole = offline(exact, {k: v.double() for k, v in features.items()}, present)
+    x, sure = (None if of is None else {k: v.double() for k, v in of.items()} for of in (features, quality))
+    whole = offline(exact, x, present, sure)
     for field in FIELDS:
         torch.testing.assert_close(getattr(found[0], field).double(), getattr(whole, field).double(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
-def test_hundreds_of_frames_with_gaps_resets_pauses_and_broken_frames(fusion, device):
+@pytest.mark.parametrize("kind", KINDS)
+def test_hundreds_of_frames_with_gaps_resets_pauses_and_broken_frames(kind, device):
     """Against the offline model in float64 of each stretch between resets, frames in which the row paused taken out."""
     frames, rows = 300, 5
-    model = build(fusion=fusion)
+    model = build(**KINDS[kind])
     features, present = draw(rows, frames, seed=5)
+    quality = told(model, rows, frames)
     g = torch.Generator().manual_seed(6)
     active = torch.rand(frames, rows, generator=g) > 0.2
     resets = torch.rand(frames, rows, generator=g) < 1 / 90
@@ -85,13 +105,17 @@ def test_hundreds_of_frames_with_gaps_resets_pauses_and_broken_frames(fusion, de
         if resets[t].any():
             session.reset(resets[t])
         x = {k: v.masked_fill(broken[:, t, m, None], math.nan) for m, (k, v) in enumerate(frame(features, t).items())}
-        outs.append(keep(session.step(x, present[:, t], active[t])))
+        outs.append(keep(session.step(x, present[:, t], active[t], quality=frame(quality, t))))
     outs, exact, compared = stack(outs), copy.deepcopy(model).double(), 0
     for row in range(rows):
         for a, b in pairwise([0, *resets[:, row].nonzero().flatten().tolist(), frames]):
             index = a + active[a:b, row].nonzero().flatten()
             seen = present[None, row, index] & ~broken[None, row, index]
-            whole = offline(exact, {k: v[None, row, index].double() for k, v in features.items()}, seen)
+            x, sure = (
+                None if of is None else {k: v[None, row, index].double() for k, v in of.items()}
+                for of in (features, quality)
+            )
+            whole = offline(exact, x, seen, sure)
             for field in FIELDS:
                 got = getattr(outs, field)[row, index].double()
                 torch.testing.assert_close(got, getattr(whole, field)[0].double(), atol=1e-5, rtol=0)
@@ -107,8 +131,9 @@ def test_hundreds_of_frames_with_gaps_resets_pauses_and_broken_frames(fusion, de
 def test_bits_depend_on_neither_batch_nor_row(dtype, device, request):
     """7 streams: 4 to a block, 2 to a block in another order, each alone."""
     rows, frames, dims = 7, 12, {"audio": 19, "visual": 40}
-    model = build(dims, dim=70, num_targets=3)
+    model = build(dims, dim=70, num_targets=3, **EVERYTHING)
     features, present = draw(rows, frames, dims, seed=8)
+    quality = told(model, rows, frames)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
     together = model.stream(rows, dtype, device)
     if "simt" in request.node.name:
@@ -117,14 +142,15 @@ def test_bits_depend_on_neither_batch_nor_row(dtype, device, request):
     alone = [model.stream(1, dtype, device) for _ in range(rows)]
     for t in range(frames):
         active = torch.arange(rows) % 5 != t % 5
-        x, p = frame(features, t), present[:, t]
-        a = keep(together.step(x, p, active))
-        b = shuffled.step({k: v[order] for k, v in x.items()}, p[order], active[order])
+        x, p, sure = frame(features, t), present[:, t], frame(quality, t)
+        a = keep(together.step(x, p, active, quality=sure))
+        b = shuffled.step(rows_of(x, order), p[order], active[order], quality=rows_of(sure, order))
         assert_same(StreamOutput(*(v[order] for v in a)), b)
         for r in range(rows):
             if active[r]:
-                c = alone[r].step({k: v[r : r + 1] for k, v in x.items()}, p[r : r + 1])
-                assert_same(StreamOutput(*(v[r : r + 1] for v in a)), c)
+                one = slice(r, r + 1)
+                c = alone[r].step(rows_of(x, one), p[one], quality=rows_of(sure, one))
+                assert_same(StreamOutput(*(v[one] for v in a)), c)
     state = together.state_dict()
     for r in range(rows):
         assert all(
@@ -153,8 +179,8 @@ SHARED = [
     ("test_mode_dtype_and_inference_mode_do_not_matter", {}),
     ("test_later_changes_of_the_model_are_not_seen", {}),
     ("test_a_stream_moves_between_sessions_to_the_bit", {}),
-    ("test_state_is_that_of_the_offline_model", {"fusion": "reliability"}),
-    ("test_state_is_that_of_the_offline_model", {"fusion": "uniform"}),
+    *(("test_state_is_that_of_the_offline_model", {"kind": kind}) for kind in KINDS),
+    ("test_what_is_told_of_quality", {}),
     ("test_reset_begins_a_new_stream_in_its_rows_only", {}),
     *(
         ("test_errors_name_the_argument_and_move_nothing", dict(zip(("call", "error", "match"), e)))
@@ -172,19 +198,19 @@ def test_as_on_the_cpu(name, arguments, device, monkeypatch):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_stream_moves_between_cpu_and_gpu(dtype, device):
     """There and back while it runs, into sessions of other sizes: what the offline model computes."""
-    model = build()
+    model = build(**EVERYTHING)
     features, present = draw(1, 60)
-    sessions = [model.stream(3, dtype), model.stream(6, dtype, device)]
+    sessions, quality = [model.stream(3, dtype), model.stream(6, dtype, device)], told(model, 1, 60)
     stay, at, outs, kept = model.stream(1, dtype), 0, [], []
     for t in range(60):
         if t % 11 == 10:
             sessions[1 - at].load_state_dict(sessions[at].state_dict(2), 2)
             at = 1 - at
         n = sessions[at].batch_size
-        x = {k: v[:, t].expand(n, -1) for k, v in features.items()}
-        out = sessions[at].step(x, present[:, t].expand(n, -1))
+        x, sure = ({k: v[:, t].expand(n, -1) for k, v in of.items()} for of in (features, quality))
+        out = sessions[at].step(x, present[:, t].expand(n, -1), quality=sure)
         outs.append(StreamOutput(*(v[2:3].clone() for v in out)))
-        kept.append(keep(stay.step(frame(features, t), present[:, t])))
+        kept.append(keep(stay.step(frame(features, t), present[:, t], quality=frame(quality, t))))
     assert_close(stack(outs), stack(kept))
 
 
@@ -215,7 +241,7 @@ def test_inputs_may_lie_on_the_host_pinned_or_on_the_device(simt):
                 visual.flatten()
             )
             simt.upload(places[2], p.data_ptr(), rows * 2)
-            native._native.step(tuple(places[:2]), places[2], active.data_ptr(), native._targets, 0, 0)
+            native._native.step(tuple(places[:2]), 0, places[2], active.data_ptr(), native._targets, 0, 0)
             assert_same(plain.step({"audio": audio, "visual": visual}, p, active), native._output)
     finally:
         for place in places:

@@ -27,7 +27,8 @@ VARIANTS = [name for name, built, supported in _C.isa_variants() if built and su
 
 
 def build(dims=DIMS, seed=0, limits=None, **options):
-    """A model of random weights (no zeros left), with statistics fitted to `draw`; `limits`: a `stuck_limit` a modality."""
+    """A model of random weights (no zeros left), with statistics fitted to `draw`, and estimates put to some scale; `limits`: a
+    `stuck_limit` a modality."""
     torch.manual_seed(seed)
     options = {"dim": 20, "evidence_dim": 9, "stages": 3, **options}
     model = SAGE(dims, **options)
@@ -37,8 +38,12 @@ def build(dims=DIMS, seed=0, limits=None, **options):
         if hasattr(model.fusion, "bias"):
             model.fusion.bias.normal_(0, 0.3)
             model.fusion.log_temperature.normal_(0, 0.3)
+        model.own_gain.normal_(1, 0.3)
+        model.own_shift.normal_(0, 0.3)
+        model.target_variance.uniform_(0.1, 0.5)
     features, present = draw(4, 150, dims, seed=99, still=False)
-    model.fit_statistics([{"features": features, "present": present}])
+    quality = told(model, 4, 150, seed=98)
+    model.fit_statistics([{"features": features, "present": present, "quality": quality}])
     if limits is not None:
         model.stuck_limit.copy_(torch.tensor(limits))
     return model.eval()
@@ -57,8 +62,25 @@ def draw(batch, frames, dims=DIMS, seed=0, still=True):
     return features, (gaps > -0.6) & (torch.rand(batch, frames, len(dims), generator=g) > 0.1)
 
 
+def told(model, batch, frames, seed=0):
+    """Quality of every modality that has any, far from the usual at times, and unknown at times."""
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, columns in zip(model.names or (), model.quality_dims):
+        if columns:
+            x = 3.0 + torch.randn(batch, frames, columns, generator=g).cumsum(1)
+            x[torch.rand(x.shape, generator=g) < 0.1] = math.nan
+            x[torch.rand(x.shape, generator=g) < 0.02] = math.inf
+            found[name] = x.where((torch.rand(batch, frames, 1, generator=g) > 0.1), math.nan)
+    return found or None
+
+
 def frame(features, t):
-    return {k: v[:, t] for k, v in features.items()}
+    return None if features is None else {k: v[:, t] for k, v in features.items()}
+
+
+def rows_of(features, rows):
+    return {k: v[rows] for k, v in features.items()}
 
 
 def keep(out):
@@ -70,9 +92,9 @@ def stack(outs):
     return StreamOutput(*(torch.stack(x, 1) for x in zip(*outs)))
 
 
-def offline(model, features, present=None):
+def offline(model, features, present=None, quality=None):
     with torch.no_grad():
-        return model(features, present)
+        return model(features, present, quality=quality)
 
 
 def assert_close(out, whole, tol=1e-5):
@@ -103,6 +125,26 @@ CASES = {
     "never stuck": (DIMS, {"stuck": 0, "dim": 16}),
     "limits of their own": ({"a": 3, "b": 17, "c": 5}, {"limits": (2, 0, 5), "dim": 16}),
     "ablations": (DIMS, {"use_present": False, "fusion_options": {"filter_stages": False, "norm": False}}),
+    "no joint expert": (DIMS, {"joint": False}),
+    "uniform, no joint expert": (DIMS, {"fusion": "uniform", "joint": False}),
+    "uniform, not told what is missing": (DIMS, {"fusion": "uniform", "use_present": False}),
+    "seven modalities": ({f"m{i}": 1 + 5 * i for i in range(7)}, {"dim": 17, "evidence_dim": 6}),
+    "quality": (DIMS, {"quality_dims": {"audio": 2, "visual": 3}}),
+    "quality of one, not told what is missing": (
+        DIMS,
+        {"quality_dims": {"visual": 1}, "use_present": False, "dim": 16},
+    ),
+    "quality of forty columns": ({"a": 3, "b": 17, "c": 5}, {"quality_dims": {"a": 40, "c": 1}, "joint": False}),
+    "doubt": (DIMS, {"trust": {"audio": 0.3}}),
+    "doubt, no joint expert": ({"a": 3, "b": 17, "c": 5}, {"trust": {"a": 0.3, "c": 0.2}, "joint": False, "dim": 16}),
+    "doubt of seven": (
+        {f"m{i}": 3 + i for i in range(7)},
+        {"trust": {"m0": 0.1, "m6": 0.2}, "num_targets": 5, "dim": 16},
+    ),
+    "doubt, quality, not told what is missing": (
+        DIMS,
+        {"trust": {"audio": "may be foreign", "visual": 0.1}, "quality_dims": {"audio": 1}, "use_present": False},
+    ),
     "sequence of dims": ([4, 6], {}),
 }
 
@@ -117,21 +159,29 @@ def test_steps_equal_the_whole_call(case):
         model = build(dims, **options)
     else:
         model, features = SAGE(dims, dim=20).eval(), list(features.values())
-    session = model.stream(2)
+    present[:, 60:90] = False  # nothing at all
+    session, quality = model.stream(2), told(model, 2, 200)
     take = frame if isinstance(dims, dict) else lambda f, t: [v[:, t] for v in f]
-    outs = stack([keep(session.step(take(features, t), present[:, t])) for t in range(200)])
-    assert_close(outs, offline(model, features, present))
-    session.load_state_dict(session.state_dict([]), [])
+    outs = stack([
+        keep(session.step(take(features, t), present[:, t], quality=frame(quality, t))) for t in range(200)
+    ])  # fmt: skip
+    assert_close(outs, offline(model, features, present, quality))
+    session.load_state_dict(session.state_dict(), [0, 1])
+
+
+EVERYTHING = {"quality_dims": {"audio": 1, "visual": 2}, "trust": {"audio": 0.3}}
+KINDS = {"reliability": {}, "everything": EVERYTHING, "uniform": {"fusion": "uniform"}}
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
-@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
-def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, fusion, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, kind):
     """Against the offline model in float64 of each stretch between resets, frames in which the row paused taken out."""
     default = _C.isa()
     frames, rows = 5000, 3
-    model = build(fusion=fusion)
+    model = build(**KINDS[kind])
     features, present = draw(rows, frames, seed=5)
+    quality = told(model, rows, frames)
     g = torch.Generator().manual_seed(6)
     active = torch.rand(frames, rows, generator=g) > 0.2
     resets = torch.rand(frames, rows, generator=g) < 1 / 900
@@ -144,7 +194,7 @@ def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, fusion, monkeypat
         for t in range(frames):
             if resets[t].any():
                 session.reset(resets[t])
-            outs.append(keep(session.step(frame(features, t), present[:, t], active[t])))
+            outs.append(keep(session.step(frame(features, t), present[:, t], active[t], quality=frame(quality, t))))
     finally:
         _C.set_isa(default)
     outs, exact, compared = stack(outs), copy.deepcopy(model).double(), 0
@@ -152,9 +202,11 @@ def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, fusion, monkeypat
         borders = [0, *resets[:, row].nonzero().flatten().tolist(), frames]
         for a, b in itertools.pairwise(borders):
             index = a + active[a:b, row].nonzero().flatten()
-            whole = offline(
-                exact, {k: v[None, row, index].double() for k, v in features.items()}, present[None, row, index]
+            x, sure = (
+                None if of is None else {k: v[None, row, index].double() for k, v in of.items()}
+                for of in (features, quality)
             )
+            whole = offline(exact, x, present[None, row, index], sure)
             for field in FIELDS:
                 got = getattr(outs, field)[row, index].double()
                 torch.testing.assert_close(got, getattr(whole, field)[0].double(), atol=1e-5, rtol=0)
@@ -169,8 +221,9 @@ def test_five_thousand_frames_with_gaps_resets_and_pauses(isa, fusion, monkeypat
 def test_bits_depend_on_neither_batch_nor_row_nor_threads(isa, dtype):
     """27 rows: whole groups and tiles and their remainders; the same streams alone, and in another order, with two threads."""
     rows, frames, default, threads = 27, 40, _C.isa(), torch.get_num_threads()
-    model = build({"audio": 19, "visual": 40}, dim=70, num_targets=3)
+    model = build({"audio": 19, "visual": 40}, dim=70, num_targets=3, **EVERYTHING)
     features, present = draw(rows, frames, {"audio": 19, "visual": 40}, seed=8)
+    quality = told(model, rows, frames)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
     _C.set_isa(isa)
     try:
@@ -179,16 +232,17 @@ def test_bits_depend_on_neither_batch_nor_row_nor_threads(isa, dtype):
         alone = [model.stream(1, dtype) for _ in range(rows)]
         for t in range(frames):
             active = torch.arange(rows) % 5 != t % 5
-            x, p = frame(features, t), present[:, t]
+            x, p, sure = frame(features, t), present[:, t], frame(quality, t)
             torch.set_num_threads(1)
-            a = keep(together.step(x, p, active))
+            a = keep(together.step(x, p, active, quality=sure))
             torch.set_num_threads(2)
-            b = shuffled.step({k: v[order] for k, v in x.items()}, p[order], active[order])
+            b = shuffled.step(rows_of(x, order), p[order], active[order], quality=rows_of(sure, order))
             assert_same(StreamOutput(*(v[order] for v in a)), b)
             for r in range(rows):
                 if active[r]:
-                    c = alone[r].step({k: v[r : r + 1] for k, v in x.items()}, p[r : r + 1])
-                    assert_same(StreamOutput(*(v[r : r + 1] for v in a)), c)
+                    one = slice(r, r + 1)
+                    c = alone[r].step(rows_of(x, one), p[one], quality=rows_of(sure, one))
+                    assert_same(StreamOutput(*(v[one] for v in a)), c)
     finally:
         _C.set_isa(default)
         torch.set_num_threads(threads)
@@ -281,6 +335,9 @@ def with_rounded_matrices(model):
         for module in rounded.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.copy_(module.weight.bfloat16())
+        for name, buffer in rounded.named_buffers():
+            if ".components_" in name:
+                buffer.copy_(buffer.bfloat16())
     return rounded
 
 
@@ -345,6 +402,43 @@ def test_large_values_leave_the_state_finite_and_wash_out():
     torch.testing.assert_close(a.prediction, b.prediction, atol=1e-5, rtol=0)
 
 
+def test_nothing_for_so_long_that_the_memory_runs_out():
+    """The count of a memory is then 0 in float32 before the weight of precise frames is."""
+    model = build(memory=[0.5, 2.0])
+    with torch.no_grad():
+        for head in model.fusion.reliability:
+            head[-1].bias[3:] += 8.0
+    features, _ = draw(1, 450)
+    present = torch.zeros(1, 450, 2, dtype=torch.bool)
+    present[:, :10] = present[:, 440:] = True
+    session = model.stream()
+    outs = stack([keep(session.step(frame(features, t), present[:, t])) for t in range(450)])
+    assert_close(outs, offline(model, features, present))
+    whole = offline(copy.deepcopy(model).double(), {k: v.double() for k, v in features.items()}, present)
+    assert_close(outs, whole._replace(**{field: getattr(whole, field).float() for field in FIELDS}))
+
+
+def test_what_is_told_of_quality():
+    """By name or in order, as tensors or arrays; what is left out is unknown, as NaN is; a missing modality's is not read."""
+    model = build(quality_dims={"visual": 2})
+    features, present = draw(2, 12)
+    quality = told(model, 2, 12)["visual"]
+    known, unknown = ([model.stream(2) for _ in range(4)] for _ in range(2))
+    for t in range(12):
+        x, p, now = frame(features, t), present[:, t], quality[:, t]
+        wrong = now.masked_fill(~p[:, 1:], 7.0)
+        forms = ({"visual": now}, [None, now.contiguous()], {"visual": now.numpy()}, {"visual": wrong})
+        outs = [keep(s.step(x, p, quality=form)) for s, form in zip(known, forms)]
+        for out in outs:
+            assert_same(outs[0], out)
+        forms = (None, {}, [None, None], {"visual": torch.full((2, 2), math.nan)})
+        outs = [keep(s.step(x, p, quality=form)) for s, form in zip(unknown, forms)]
+        for out in outs:
+            assert_same(outs[0], out)
+    assert not torch.equal(known[0]._output.confidence, outs[0].confidence)
+    assert not unknown[0].state_dict()["quality"].any()
+
+
 def test_lazily_negated_features():
     model = build()
     features, _ = draw(2, 5)
@@ -381,18 +475,20 @@ TAMPERED = {
     "fused.0": ("numbers within 1e+30", [-1e38, 1e30]),
     "history.0": ("numbers within 1e+30", [3e38]),
     "last": ("numbers within 1e+30", [-1e38]),
-    "memory": ("weights not negative", [1e38]),
+    "foreign": ("probabilities that sum to 1", [1e10, 0.5, -50.0]),
+    "memory": ("no weight or count below 0", [1e38]),
+    "quality": ("no weight or count below 0", [1e38, -1.0]),
     "repeats": ("whole numbers, of each modality at most [8, 8]", [9.0, 0.5, -1.0]),
 }
 
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_state_that_no_step_leaves_is_refused(name):
-    model = build(stuck=8, memory=[8.0])
+    model = build(stuck=8, memory=[8.0], **EVERYTHING)
     session = model.stream(2)
     features, _ = draw(2, 3)
     for t in range(3):
-        session.step(frame(features, t))
+        session.step(frame(features, t), quality=frame(told(model, 2, 3), t))
     before = session.state_dict()
     message, values = TAMPERED[name]
     for value in [*values, math.nan, -math.inf]:
@@ -400,10 +496,11 @@ def test_a_state_that_no_step_leaves_is_refused(name):
         state[name].view(-1)[-2] = value
         with pytest.raises(ValueError, match=r"state\['" + re.escape(name) + r"'\]: .*" + re.escape(message)):
             session.load_state_dict(state)
-    if name == "memory":
-        state["memory"] = before["memory"].clone()
-        state["memory"][0, 0, 0, -1] = -1.0  # a weight
-        with pytest.raises(ValueError, match="weights not negative"):
+    for at, value in ((-1, -1.0), (-2, -1.0), (0, 1e20)) if name in ("memory", "quality") else ():
+        state[name] = before[name].clone()
+        state[name][(0,) * (state[name].dim() - 1)][-2] = 1e-15
+        state[name][(0,) * (state[name].dim() - 1)][at] = value  # a count, a weight, a sum of next to no weight
+        with pytest.raises(ValueError, match="also as averages, and no weight or count below 0"):
             session.load_state_dict(state)
     assert all(torch.equal(x, session.state_dict()[k]) for k, x in before.items())
 
@@ -411,12 +508,12 @@ def test_a_state_that_no_step_leaves_is_refused(name):
 @pytest.mark.parametrize("seed", range(8))
 def test_a_state_that_is_taken_never_becomes_nan(seed):
     """The largest and oddest numbers that load_state_dict takes, then frames of every size."""
-    model = build(stuck=3, memory=[2.0, 100.0], seed=seed)
+    model = build(stuck=3, memory=[2.0, 100.0], seed=seed, **EVERYTHING)
     session = model.stream(3)
     g = torch.Generator().manual_seed(seed)
     state = session.state_dict()
     for name, x in state.items():
-        if name == "belief":
+        if name in ("belief", "foreign"):
             x.copy_((1e3 * torch.rand(x.shape, generator=g)).log_softmax(-1))
         elif name == "counted":
             x.copy_(torch.rand(x.shape, generator=g) < 0.5)
@@ -430,11 +527,17 @@ def test_a_state_that_is_taken_never_becomes_nan(seed):
             x.copy_(torch.randint(0, 4, x.shape, generator=g))
         elif name != "frames":
             x.copy_(10.0 ** (60 * torch.rand(x.shape, generator=g) - 30.1))
-            x.mul_(torch.randn(x.shape, generator=g).sign() if name != "memory" else 1)
+            sums = x
+            if name in ("memory", "quality"):  # of averages of every size
+                x[..., -2:] *= torch.rand(x[..., -2:].shape, generator=g) > 0.1
+                sums = x[..., :-2]
+                sums.mul_(x[..., -2:-1]).clamp_(max=9e29)
+            sums.mul_(torch.randn(sums.shape, generator=g).sign())
     session.load_state_dict(state)
     for t in range(60):
         size = 10.0 ** (20 * torch.rand(3, 1, generator=g)) if t < 20 else torch.ones(3, 1)
-        out = session.step({k: size * torch.randn(3, d, generator=g) for k, d in DIMS.items()})
+        sure = {k: size * torch.randn(3, q, generator=g) for k, q in EVERYTHING["quality_dims"].items()}
+        out = session.step({k: size * torch.randn(3, d, generator=g) for k, d in DIMS.items()}, quality=sure)
         assert all(bool(x.isfinite().all()) for x in out), t
     state = session.state_dict()
     assert not any(bool(x.isnan().any()) for x in state.values())
@@ -554,23 +657,29 @@ def test_state_round_trip_is_exact_and_survives_saving(tmp_path):
         assert_same(a, other.step(frame(features, t), present[:, t]))
 
 
-@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
-def test_state_is_that_of_the_offline_model(fusion):
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_that_of_the_offline_model(kind):
     """The documented layout: part for part the SAGEState of the same frames."""
-    model = build(fusion=fusion)
+    model = build(**KINDS[kind])
     features, present = draw(2, 47)
-    session = model.stream(2)
+    session, quality = model.stream(2), told(model, 2, 47)
     for t in range(47):
-        session.step(frame(features, t), present[:, t])
-    state, whole = session.state_dict(), offline(model, features, present).state
+        session.step(frame(features, t), present[:, t], quality=frame(quality, t))
+    state, whole = session.state_dict(), offline(model, features, present, quality).state
     expected = {f"history.{i}": x for i, x in enumerate(whole.history)} | {
         f"fused.{i}": x for i, x in enumerate(whole.fused)
     }
     if whole.fusion is not None:
         expected |= whole.fusion._asdict()
-    expected |= {"repeats": whole.still[0].float(), "last": whole.still[1], "memory": whole.memory}
+    expected |= {
+        "repeats": whole.still[0].float(),
+        "last": whole.still[1],
+        "memory": whole.memory,
+        "foreign": whole.foreign,
+    }
+    expected = {name: x for name, x in expected.items() if x is not None}
     for name, x in expected.items():
-        rtol = 1e-4 if name == "memory" else 1e-5  # odds of a confidence that is rounded to float32
+        rtol = 1e-4 if name == "memory" else 1e-5  # precisions, exp of what is rounded to float32
         torch.testing.assert_close(state[name], x, atol=1e-5, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
     assert set(state) == {"frames", *expected}
 
@@ -745,6 +854,8 @@ ERRORS = [
     (lambda s, x, p: s.step(x, p[:, :1]), ValueError, r"present: expected \(2, 2\), got \(2, 1\)"),
     (lambda s, x, p: s.step(x, p, p), ValueError, r"active: expected \(2,\), got \(2, 2\)"),
     (lambda s, x, p: s.step(x, p, [True, True]), TypeError, "active: expected a bool .* got list"),
+    (lambda s, x, p: s.step(x, p, quality={"audio": x["audio"]}), ValueError, "quality: expected None .*without quality_dims"),
+    (lambda s, x, p: s.step(x, p, quality=1.0), TypeError, "quality: expected a mapping, a sequence or None, got float"),
     (lambda s, x, p: s.reset(2), ValueError, r"rows: expected indices in \[0, 2\), got \[2\]"),
     (lambda s, x, p: s.reset([-1]), ValueError, r"rows: expected indices in \[0, 2\), got \[-1\]"),
     (lambda s, x, p: s.reset(torch.tensor([True])), ValueError, r"rows: expected a bool tensor \(2,\)"),
@@ -781,6 +892,32 @@ def test_errors_name_the_argument_and_move_nothing(call, error, match):
     assert session.stats == stats
 
 
+QUALITY_ERRORS = [
+    ({"audio": torch.zeros(2, 1)}, ValueError, r"quality: expected some of \['visual'\].* got 'audio'"),
+    ([torch.zeros(2, 1), None], ValueError, r"quality\[audio\]: expected None \(no quality_dims\)"),
+    ([None], ValueError, "quality: expected an array or None for each of 2 modalities, got 1"),
+    ({"visual": torch.zeros(2, 1)}, ValueError, r"quality\[visual\]: expected \(2, 3\), got \(2, 1\)"),
+    ({"visual": torch.zeros(2, 3).double()}, TypeError, r"quality\[visual\]: expected a float32 .* got torch.float64"),
+    ({"visual": [[0.0] * 3] * 2}, TypeError, r"quality\[visual\]: expected a float32 .* got list"),
+    (torch.zeros(2, 3), TypeError, "quality: expected a mapping, a sequence or None, got Tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("quality", "error", "match"), QUALITY_ERRORS)
+def test_errors_name_the_quality_and_move_nothing(quality, error, match):
+    session = build(quality_dims={"visual": 3}).stream(2)
+    features, present = draw(2, 1)
+    before = session.state_dict()
+    with pytest.raises(error, match=match):
+        session.step(frame(features, 0), present[:, 0], quality=quality)
+    assert all(torch.equal(x, before[k]) for k, x in session.state_dict().items())
+
+
+def test_equal_weights_read_no_quality_here():
+    with pytest.raises(ValueError, match='model: expected fusion="reliability" to read quality'):
+        build(fusion="uniform", quality_dims={"audio": 1}).stream()
+
+
 def test_a_model_with_broken_weights_is_refused():
     model = build()
     with torch.no_grad():
@@ -811,7 +948,7 @@ NAMES = [
     (lambda t: swapped(t, "norm.weight", "norm.bias"), r"expected 'norm.weight' \(20\), got 'norm.bias' \(20\)"),
     (lambda t: swapped(t, "encoders.0.blocks.0.pointwise.weight", "fused_blocks.1.pointwise.weight"),
      r"expected 'encoders.0.blocks.0.pointwise.weight' \(20, 20\), got 'fused_blocks.1.pointwise.weight' \(20, 20\)"),
-    (lambda t: swapped(t, "fusion.typicality.mean", "fusion.typicality.std"), r"expected 'fusion.typicality.mean' \(2, 2\)"),
+    (lambda t: swapped(t, "fusion.typicality.mean", "fusion.typicality.std"), r"expected 'fusion.typicality.mean' \(2, 3\)"),
     (lambda t: [(n, x.T if n == "fusion.log_a" else x[:-1] if n == "memory.decay" else x) for n, x in t],
      r"expected 'memory.decay' \(3\), got 'memory.decay' \(2\)"),
     (lambda t: swapped(t, "stuck_limit", "memory.decay"), r"expected 'stuck_limit' \(2\), got 'memory.decay' \(3\)"),
@@ -832,14 +969,16 @@ def test_tensors_are_checked_by_name(change, match):
 
 def test_the_manifest_is_the_state_dict_and_what_is_folded():
     """Every tensor of the model is listed under its own name, or folded into one that is."""
-    model = build()
+    model = build(**EVERYTHING)
     names = {name for name, _ in _C.describe_stream(stream._shape(model, torch.float32))[0]}
     state, folded = set(model.state_dict()), set(stream._folded(model))
     assert names <= state | folded
     assert folded <= names
-    assert state - names == {
-        "fusion.typicality.var", "fusion.typicality.updates", "fusion.typicality.fitted", "fusion.log_temperature",
-        "fusion.transition", "fusion.sharpening", "memory.log_prior",
+    training = {name for name in state if name.startswith("frame_heads.") or name.endswith((".updates", ".fitted"))}
+    assert state - names - training == {
+        "fusion.typicality.var", "fusion.typicality.components_0", "fusion.typicality.components_1", "fusion.quality.var",
+        "fusion.log_temperature", "fusion.transition", "fusion.sharpening", "memory.log_prior", "own_gain", "own_shift",
+        "target_variance",
     }  # fmt: skip
 
 
