@@ -257,8 +257,8 @@ def _stream_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--input", default="-", metavar="FILE", help="file or named pipe to read; -: standard input")
     sub.add_argument(
         "--format", choices=("jsonl", "f32"), default="jsonl",
-        help="jsonl: an object a line, {modality: [numbers] or null, \"quality\": {modality: [numbers or null]}}; f32: raw little-endian float32, the modalities of a "
-        "frame one after another in the model's order, NaN where missing",
+        help='jsonl: an object a line, {modality: [numbers] or null, "quality": {modality: [numbers or null]}}; '
+        "f32: raw little-endian float32, the modalities of a frame one after another in the model's order, NaN where missing",
     )  # fmt: skip
     sub.add_argument("--follow", action="store_true", help="wait for more at the end of FILE, as tail -f does")
     sub.add_argument("--pace", type=float, metavar="FPS",

@@ -199,7 +199,7 @@ def batches(count=3, seed=0):
 
 def model(**options):
     torch.manual_seed(0)
-    built = SAGE({"audio": 5, "visual": 6}, dim=8, stages=2, kappa=KAPPA, **options)
+    built = SAGE({"audio": 5, "visual": 6}, dim=8, stages=2, **options)
     with torch.no_grad():
         for p in built.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -214,13 +214,25 @@ def test_collect_matches_forward():
     net.eval()
     with torch.no_grad():
         outputs = [net(b["features"], b["present"], b["frame"]) for b in data]
-    confidence = torch.cat([o.confidence.flatten(0, 1) for o in outputs])
-    mask = torch.cat([(b["present"] & b["valid"][..., None]).flatten(0, 1) for b in data])
-    error = torch.cat([(o.unimodal - b["labels"][:, :, None]).square().flatten(0, 1) for o, b in zip(outputs, data)])
+    confidence = torch.cat([o.expert_confidence.flatten(0, 1) for o in outputs])
+    flags = [torch.cat([b["frame"][..., None], b["present"]], -1) & b["valid"][..., None] for b in data]
+    mask = torch.cat([f.flatten(0, 1) for f in flags])  # the joint expert counts in every frame
+    error = torch.cat([(o.experts - b["labels"][:, :, None]).square().flatten(0, 1) for o, b in zip(outputs, data)])
     assert torch.equal(evidence.mask, mask)
     torch.testing.assert_close(calibrated_confidence(evidence.reliability, evidence.stage)[mask], confidence[mask])
     torch.testing.assert_close(evidence.squared_error[mask], error[mask])
     assert evidence.squared_error[mask].isfinite().all()
+    # Put to scale, an expert's error is what is left of the variance after regression.
+    scaled = collect(net, data, scale=True)
+    labels = torch.cat([b["labels"].flatten(0, 1) for b in data])
+    own = torch.cat([o.experts.flatten(0, 1) for o in outputs])
+    for k in range(3):
+        for c in range(2):
+            x, y = (v[mask[:, k]].double().numpy() for v in (own[:, k, c], labels[:, c]))
+            found = scaled.squared_error[mask[:, k], k, c].mean() * net.target_variance[c]
+            slope, level = np.polyfit(x, y, 1)
+            want = ((slope * x + level - y) ** 2).mean() if slope > 0 else y.var()
+            assert abs(float(found) - want) < 1e-5
 
 
 def test_calibrate_changes_the_model_and_says_by_how_much():
@@ -230,6 +242,7 @@ def test_calibrate_changes_the_model_and_says_by_how_much():
     report = calibrate(net, data, prior=1.0)
     assert torch.equal(net.fusion.bias, report.bias)
     assert torch.equal(net.fusion.log_temperature, report.log_temperature)
+    assert len(report.ece_after) == 3
     for before, after in zip(report.ece_before, report.ece_after):
         assert after < before / 2
     again = calibrate(net, data, prior=1.0)
@@ -237,12 +250,12 @@ def test_calibrate_changes_the_model_and_says_by_how_much():
     # What the model now says is what the report measured.
     net.eval()
     with torch.no_grad():
-        r = torch.cat([net(b["features"], b["present"], b["frame"]).confidence.flatten(0, 1) for b in data])
+        r = torch.cat([net(b["features"], b["present"], b["frame"]).expert_confidence.flatten(0, 1) for b in data])
     evidence = collect(net, data)
     for m, diagram in enumerate(report.after):
-        got = reliability_diagram(r[:, m], evidence.squared_error[:, m], evidence.mask[:, m], kappa=KAPPA)
+        got = reliability_diagram(r[:, m], evidence.squared_error[:, m], evidence.mask[:, m], kappa=None)
         torch.testing.assert_close(got.predicted, diagram.predicted, atol=1e-5, rtol=1e-5)
-    assert len(diagrams(evidence, report.log_temperature, report.bias, kappa=KAPPA)) == 2
+    assert len(diagrams(evidence, report.log_temperature, report.bias, kappa=None)) == 3
 
 
 def test_calibration_keeps_the_ranking_within_a_stage():
@@ -324,6 +337,7 @@ def test_calibration_keeps_the_ranking_within_a_stage():
             ValueError,
             "model: expected fusion='reliability', .*, got 'uniform'",
         ),
+        (lambda l, s, e: calibrate(model(), batches(), kappa=0.3), ValueError, "kappa: expected None"),
         (lambda l, s, e: calibrate(model(), []), ValueError, "batches: expected one or more, got none"),
     ],
 )

@@ -124,13 +124,15 @@ def register(name: str, title: str, note: str = "") -> Callable[[Peer], Peer]:
 def parameter_table(dim: int = 128, modalities: int = 2, *, length: int = 300) -> dict[str, int]:
     """{name of a fusion: its trainable parameters} for `modalities` features of size `dim`, as `SAGE` builds it;
     fusions that are not defined for so many modalities are left out. All else in the model is the same for all."""
+    from .sage import SAGE  # which reads this module's registry
+
     table = {}
     for name in fusion_names():
         cls = fusion_class(name)
         if cls.pairwise and modalities != 2:
             continue
-        options: dict[str, Any] = {"length": length} if cls.fixed_length else {}
-        table[name] = sum(p.numel() for p in cls([dim] * modalities, dim, **options).parameters())
+        fusion = SAGE([dim] * modalities, dim=dim, fusion=name, length=length).fusion
+        table[name] = sum(p.numel() for p in fusion.parameters())
     return table
 
 

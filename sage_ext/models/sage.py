@@ -128,8 +128,8 @@ class SAGE(nn.Module):
         evidence_dim: size of the learnt evidence a modality in `ReliabilityFusion`.
         quality_dims: how many numbers of quality each modality has, see `ReliabilityFusion`. A fusion without reliability gets
             them as further features of the modality (standardised, 0 where unknown) with a flag each that says if it is known.
-        trust: whose stream a modality's is, as a prior: a mapping name -> the share of time in which that modality's stream belongs
-            to somebody else than the labels, or "may be foreign" for .3. None: nobody doubts. See `ForeignFilter`; not used in
+        trust: whose stream a modality's is, as a prior: a mapping name -> the share of time in which that stream belongs to
+            somebody else than the labels, or "may be foreign" for .3. None: nobody doubts. See `ForeignFilter`; not used in
             training mode. It may be changed at any time (`set_trust`), and needs a calibrated model.
         joint: None: a joint expert where there are 2 to 7 modalities and the fusion weighs experts; False: none.
         fusion: "reliability", "uniform" (equal weights over the present modalities: the baseline), or a peer of
@@ -753,6 +753,8 @@ class SAGELoss(nn.Module):
         lead = tuple(output.unimodal.shape[:2])
         flags = ordered_present(present, self.names, lead, "(B, T)", output.unimodal, "the output")
         labels = labels.to(output.prediction.dtype)
+        if valid is not None:
+            labels = torch.where(valid.unsqueeze(-1), labels, 0.0)
         counted = join_flags(flags, valid, modalities)  # (B, T, M)
         prediction = 1 - functional.ccc(output.prediction, labels, valid).mean()
 

@@ -19,8 +19,8 @@ class ForeignFilter(nn.Module):
     Hypotheses: all streams are mine, or that of modality m, one of those with a prior above 0, is foreign. Two estimates of
     the same targets, put to scale, that explain the shares `r_m` and `r_n` of their variance by errors of their own, differ by
     `r_m + r_n - 2 r_m r_n` of that variance on average; if one of them is foreign, by `r_m + r_n`. So each pair of modalities
-    gives a log-likelihood ratio of two Gaussians for its squared difference, summed over targets, divided by `pace`, the number of
-    frames that bring as much as one independent observation; a hypothesis is told by the pairs that its modality is in.
+    gives a log-likelihood ratio of two Gaussians for its squared difference, summed over targets, divided by `pace`, the
+    number of frames that bring as much as one independent observation; a hypothesis is told by the pairs that its modality is in.
     `functional.stage_filter` accumulates it over time, with a visit of `dwell` frames on average.
 
     With two modalities both hypotheses have the same evidence, disagreement, and only the prior tells them apart.

@@ -155,6 +155,7 @@ class Fusion(nn.Module):
         check_int("dim", dim, 1)
         self.dim = dim
         self.quality_dims = [0] * len(self.in_dims)
+        self.typicality_dims: Sequence[int] | None = None  # sizes of `typicality_inputs`; None: any, or none given
 
     def extra_repr(self) -> str:
         dims = dict(zip(self.names, self.in_dims)) if self.names else self.in_dims
@@ -235,9 +236,12 @@ class Fusion(nn.Module):
                 f"{type(state).__name__}"
             )
         inputs = None
+        if typicality_inputs is None and self.typicality_dims is not None:
+            raise ValueError(f"typicality_inputs: expected features of sizes {self.typicality_dims}, got None")
         if typicality_inputs is not None:
             names = self.names if isinstance(typicality_inputs, Mapping) else None
-            inputs = ordered_features(typicality_inputs, names, [None] * len(x), "typicality_inputs")
+            dims = [None] * len(x) if self.typicality_dims is None else self.typicality_dims
+            inputs = ordered_features(typicality_inputs, names, dims, "typicality_inputs")
             lead, got = tuple(x[0].shape[:-1]), tuple(inputs[0].shape[:-1])
             if got != lead:
                 raise ValueError(f"typicality_inputs: expected leading shape {lead} (that of the features), got {got}")
@@ -457,17 +461,8 @@ class _WeightedFusion(Fusion):
         if known is not None and self.joint is not None:  # what it remembers is an estimate too
             present = self.expert_flags(known, torch.ones_like(known[..., 0]) if frame is None else frame)
         gate = self.gate if foreign is None else functools.partial(self.doubting_gate, foreign)
-        # Reliability is taught by its scores alone, never by the prediction, which teaches the sharpness: else the stage would
-        # learn to say what the targets are, by the choice of whom it lets speak.
-        fixed = assessed._replace(reliability=assessed.reliability.detach(), stage=assessed.stage.detach())
-        prediction, shares, confidence = gate(list(estimates.unbind(2)), fixed, present, False)
-        if assessed.reliability.requires_grad:
-            confidence = self.taught_confidence(assessed, present)
+        prediction, shares, confidence = gate(list(estimates.unbind(2)), assessed, present, False)
         return Mixed(prediction, shares, self._apart(shares)[0], confidence, assessed.stage)
-
-    def taught_confidence(self, assessed: Assessment, present: Tensor | None) -> Tensor:
-        """(B, T, K) the confidence that `gate` gives, with its gradients."""
-        raise NotImplementedError(f"{type(self).__name__} has no reliability to teach")
 
     def doubting_gate(
         self, foreign: Tensor, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
@@ -542,6 +537,7 @@ class ReliabilityFusion(_WeightedFusion):
         self.frame_precision = frame_precision
         self.quality_dims = quality_sizes(quality_dims, self.names, modalities)
 
+        self.typicality_dims = None if typicality_dims is None else list(typicality_dims)
         self.typicality = Typicality(modalities, dims=typicality_dims)
         self.quality = Quality(self.quality_dims) if sum(self.quality_dims) else None
         given = [self.typicality.features + QUALITY_FEATURES * q for q in self.quality_dims]
@@ -649,10 +645,6 @@ class ReliabilityFusion(_WeightedFusion):
             norm_weight=self.norm_weight if norm else None,
             norm_bias=self.norm_bias if norm else None,
         )
-
-    def taught_confidence(self, assessed: Assessment, present: Tensor | None) -> Tensor:
-        found = calibrated_confidence(assessed.reliability, assessed.stage, self.log_temperature, self.bias)
-        return found if present is None else torch.where(present, found, 0.0)
 
     def doubting_gate(
         self, foreign: Tensor, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool

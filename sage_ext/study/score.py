@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..calibration import Evidence, calibrated_confidence, collect, diagrams, spearman
 from ..data.affwild2 import Clip
-from ..data.synthetic import Oracle, TruthClips, meter, read_truth, told
+from ..data.synthetic import CausalOracle, Oracle, TruthClips, meter, read_truth, told
 from ..data.windows import whole_clips
 from ..nn import ReliabilityFusion
 from ..training.evaluate import ClipPrediction, alike, clip_moments

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from .._arguments import MAX_MODALITIES, check_int, check_number
 from ..data.affwild2 import AffWild2, Clip, disagreements, modality_names
-from ..data.synthetic import ToldClips, has_truth, meter
 from ..data.rates import FPS, default_frames, nearest, whole_frames
+from ..data.synthetic import ToldClips, has_truth, meter
 from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import Windows, collate
 from ..files import alone, naming, one_line, write_atomic

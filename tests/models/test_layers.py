@@ -26,7 +26,10 @@ def direct_memory(memory, x, precision):
     out = []
     for r, halflife in enumerate(memory.halflives):
         share = torch.where((gap >= 0) | (not memory.causal), 0.5 ** (gap.abs().double() / halflife), 0.0) * p[:, None]
-        out.append(share @ x / (memory.log_prior[r].double().exp() + share.sum(2, keepdim=True)))
+        total = share.sum(2, keepdim=True)
+        counted = torch.where(share > 0, share / p[:, None].clamp(min=1e-300), 0.0).sum(2, keepdim=True)
+        mean = total / counted.clamp(min=1e-300)  # precision of the frames that count
+        out.append(share @ x / (memory.log_prior[r].double().exp() * mean + total).clamp(min=1e-300))
     return torch.cat(out, -1) @ memory.mix.weight.double().T + memory.mix.bias.double()
 
 
@@ -59,10 +62,20 @@ def test_memory_holds_through_frames_without_precision():
     assert (x.grad[:, 20:] == 0).all()
 
 
+def test_memory_does_not_fade_where_all_frames_are_poor():
+    """Only how precise frames are against each other counts."""
+    torch.manual_seed(0)
+    memory = PrecisionMemory(4, (8.0, 32.0), True)
+    x, precision = torch.randn(2, 90, 4), 0.5 + torch.rand(2, 90)
+    torch.testing.assert_close(
+        memory(x, 1e-4 * precision, None)[0], memory(x, precision, None)[0], atol=1e-5, rtol=1e-4
+    )
+
+
 def test_memory_gradients():
     torch.manual_seed(0)
     memory = PrecisionMemory(3, (2.0, 9.0), True).double()
     x = torch.randn(2, 70, 3, dtype=torch.float64, requires_grad=True)
     precision = torch.rand(2, 70, dtype=torch.float64).requires_grad_()
-    sums = torch.rand(2, 2, 4, dtype=torch.float64).requires_grad_()
+    sums = (0.5 + torch.rand(2, 2, 5, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda *a: memory(*a)[0], (x, precision, sums), fast_mode=True)

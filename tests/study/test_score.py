@@ -8,7 +8,15 @@ import torch
 from studies import rows_of
 
 from sage_ext.calibration import Evidence, diagrams
-from sage_ext.data.synthetic import Oracle, TruthClips, meter, oracle_predictions
+from sage_ext.data.synthetic import (
+    CausalOracle,
+    Oracle,
+    TruthClips,
+    meter,
+    oracle_predictions,
+    read_truth,
+    trusted_modalities,
+)
 from sage_ext.study.corruptions import Condition, corrupted
 from sage_ext.study.plan import run_path
 from sage_ext.study.score import _diagrams, spoilt
@@ -112,12 +120,12 @@ def test_a_modality_without_a_frame_has_no_diagram():
         torch.rand(50, 3, generator=generator), mask,
     )  # fmt: skip
     temperature, bias = (0.3 * torch.randn(3, 2, generator=generator) for _ in range(2))
-    found = _diagrams(evidence, temperature, bias, 0.25)
+    found = _diagrams(evidence, temperature, bias)
     assert np.isnan(found[1]).all()
     whole = evidence._replace(mask=torch.ones_like(mask))
-    theirs = diagrams(whole._replace(mask=mask | torch.tensor([False, True, False])), temperature, bias, kappa=0.25)
+    theirs = diagrams(whole._replace(mask=mask | torch.tensor([False, True, False])), temperature, bias, kappa=None)
     for m in (0, 2):
         np.testing.assert_array_equal(found[m, 0], theirs[m].predicted)
         np.testing.assert_array_equal(found[m, 1], theirs[m].observed)
         assert found[m, 2].sum() == mask[:, m].sum()
-    assert np.isnan(_diagrams(evidence._replace(mask=mask & False), temperature, bias, 0.25)).all()
+    assert np.isnan(_diagrams(evidence._replace(mask=mask & False), temperature, bias)).all()

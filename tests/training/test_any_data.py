@@ -153,7 +153,7 @@ def test_compare_with_folds_of_groups(tmp_path, capsys):
     options = [
         "--methods", "sage,concat,sound-only", "--folds", "3", "--group", "person", "--seeds", "1", "--lr", "3e-3",
         "--corruptions", "noise,foreign", "--severities", "3", "--dim", "8", "--blocks", "2", "--stages", "2",
-        "--kappa", "0.3", "--max-steps", "6", "--window", "40", "--batch-size", "2", "--draws", "50", "--quiet",
+        "--reliability-rate", "3", "--max-steps", "6", "--window", "40", "--batch-size", "2", "--draws", "50", "--quiet",
     ]  # fmt: skip
     assert cli.main(["compare", "--data", str(root), "--out", str(out), *options]) == 0
     text = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_compare_with_folds_of_groups(tmp_path, capsys):
         assert sum(len(side) for side in sides) == 7
         scored += sides[2].names
         config = read_config(out / "runs" / "sage" / f"fold-{k}-seed-0-lr-0.003")
-        assert (config.kappa, config.stages, config.window) == (0.3, 2, 40.0)
+        assert (config.reliability_rate, config.stages, config.window) == (3.0, 2, 40.0)
         assert config.data == str(out / f"fold-{k}")
     assert sorted(scored) == sorted(groups)
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")}
