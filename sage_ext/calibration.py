@@ -95,9 +95,9 @@ def fit_calibration(
 ) -> tuple[Tensor, Tensor]:
     """Fit `log_temperature` and `bias`, (M, S) float32 each, by the proper score on held-out frames.
 
-    Minimises the mean over counted frames of `ReliabilityNLL(kappa)`, or without kappa of `ExplainedVarianceNLL`,
-    plus `prior / (2 n)` times the squared distance from identity (0, 0): the weight of `prior` frames, which decides where a stage hardly occurs. L-BFGS in float64 on
-    the CPU, deterministic; the score is never worse than at identity.
+    Minimises the mean over counted frames of `ReliabilityNLL(kappa)`, or without kappa of `ExplainedVarianceNLL`, plus
+    `prior / (2 n)` times the squared distance from identity (0, 0): the weight of `prior` frames, which decides where a stage
+    hardly occurs. L-BFGS in float64 on the CPU, deterministic; the score is never worse than at identity.
 
     Args:
         reliability: (*, M, S) raw logits, before any calibration.

@@ -525,7 +525,7 @@ class SAGE(nn.Module):
 
     def reads_quality(self, name: str) -> bool:
         """Whether quality of the modality `name` is an input."""
-        return bool(self.names) and name in self.names and self.quality_dims[self.names.index(name)] > 0
+        return self.names is not None and name in self.names and self.quality_dims[self.names.index(name)] > 0
 
     def _told(self, known: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """(B, T, M) what the fusion is told of `known`: all of it, or without `use_present` only what is padding."""
