@@ -587,7 +587,9 @@ class SAGE(nn.Module):
             if state is not None and state.memory is not None:
                 sums = state.memory.flatten(0, 1)
             limit = CONSTANTS["log_precision_limit"]
-            precision = found.log_precision.clamp(-limit, limit).exp()
+            # Taught by its own score alone. Were it taught by the prediction too, it would learn to say what the others see: an
+            # average can be made to follow anything by choosing what it counts.
+            precision = found.log_precision.detach().clamp(-limit, limit).exp()
             if found.known is not None:
                 precision = torch.where(found.known, precision, 0.0)
             kept, sums = self.memory(x, precision.transpose(1, 2).flatten(0, 1), sums)

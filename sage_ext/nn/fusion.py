@@ -457,8 +457,17 @@ class _WeightedFusion(Fusion):
         if known is not None and self.joint is not None:  # what it remembers is an estimate too
             present = self.expert_flags(known, torch.ones_like(known[..., 0]) if frame is None else frame)
         gate = self.gate if foreign is None else functools.partial(self.doubting_gate, foreign)
-        prediction, shares, confidence = gate(list(estimates.unbind(2)), assessed, present, False)
+        # Reliability is taught by its scores alone, never by the prediction, which teaches the sharpness: else the stage would
+        # learn to say what the targets are, by the choice of whom it lets speak.
+        fixed = assessed._replace(reliability=assessed.reliability.detach(), stage=assessed.stage.detach())
+        prediction, shares, confidence = gate(list(estimates.unbind(2)), fixed, present, False)
+        if assessed.reliability.requires_grad:
+            confidence = self.taught_confidence(assessed, present)
         return Mixed(prediction, shares, self._apart(shares)[0], confidence, assessed.stage)
+
+    def taught_confidence(self, assessed: Assessment, present: Tensor | None) -> Tensor:
+        """(B, T, K) the confidence that `gate` gives, with its gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no reliability to teach")
 
     def doubting_gate(
         self, foreign: Tensor, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
@@ -640,6 +649,10 @@ class ReliabilityFusion(_WeightedFusion):
             norm_weight=self.norm_weight if norm else None,
             norm_bias=self.norm_bias if norm else None,
         )
+
+    def taught_confidence(self, assessed: Assessment, present: Tensor | None) -> Tensor:
+        found = calibrated_confidence(assessed.reliability, assessed.stage, self.log_temperature, self.bias)
+        return found if present is None else torch.where(present, found, 0.0)
 
     def doubting_gate(
         self, foreign: Tensor, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
