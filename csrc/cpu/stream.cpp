@@ -351,14 +351,12 @@ void assess_typicality(Group& g) {
     float *energies = g.state(i) + g.model.energy.at, *counts = g.state(i) + g.model.counted.at;
     const int start = history ? int(g.q.frames[g.row[i]] % history) : 0;
     const float* before = counts + (start ? start - 1 : history - 1) * line;
-    // Whole vectors are read and written.
-    float here[padded(kEnergies * kMaxModalities)] = {}, counted[padded(kEnergies * kMaxModalities)] = {};
-    float square[padded(kEnergies * kMaxModalities)] = {};
+    float here[kEnergyLanes] = {}, counted[kEnergyLanes] = {}, square[kEnergyLanes] = {};
     for (int c = 0; c < all; ++c) {
       here[c] = counted[c] = g.present[i][c / kEnergies], square[c] = g.square[i][c];
       if (c % kEnergies == 1) counted[c] = here[c] > 0 && history && before[c - 1] > 0;
     }
-    float signed_level[padded(kEnergies * kMaxModalities)], level[padded(kEnergies * kMaxModalities)];
+    float signed_level[kEnergyLanes], level[kEnergyLanes];
     for (int c = 0; c < all; c += W) {
       const V count = load(counted + c);
       const V energy = select(count > V(0.0f), log_energy(load(square + c)), V(0.0f));

@@ -22,7 +22,8 @@ constexpr int kTypicality = 2 * kEnergies;  // numbers a modality that typicalit
 constexpr int kQuality = 3;                 // numbers that a column of quality says
 constexpr int kMaxComponents = 32;          // of a modality
 constexpr double kNormEps = 1e-5;           // of every LayerNorm
-SAGE_FN int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+SAGE_FN constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+constexpr int64_t kEnergyLanes = padded(kEnergies * kMaxModalities);  // whole vectors of energies
 
 struct Shape {
   int modalities;
@@ -105,7 +106,7 @@ struct alignas(16) Model {
   Norm value_norm;  // (K, dim), rows padded
   Linear joint[2];  // the joint expert's value
   // (M, energies): of the log energies
-  float typical_mean[kEnergies * kMaxModalities], typical_std[kEnergies * kMaxModalities];
+  float typical_mean[kEnergyLanes], typical_std[kEnergyLanes];
   const float *quality_mean, *quality_scale;  // of the columns of all modalities
   float quality_decay;
   Linear head_of[kMaxModalities]

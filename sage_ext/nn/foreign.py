@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._arguments import CONSTANTS
 
-MARGIN = 0.02  # confidence is kept this far from 0 and 1: nobody's disagreement is beyond doubt
+MARGIN = CONSTANTS["foreign_margin"]  # confidence is kept this far from 0 and 1: nobody's disagreement is beyond doubt
 
 
 class ForeignFilter(nn.Module):

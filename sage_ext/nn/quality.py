@@ -36,7 +36,7 @@ class Quality(nn.Module):
     def __init__(
         self,
         dims: Sequence[int],
-        halflife: float = 8.0,
+        halflife: float = CONSTANTS["quality_halflife"],
         clamp: float = CONSTANTS["typicality_limit"],
         momentum: float = 0.01,
     ) -> None:

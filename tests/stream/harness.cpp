@@ -80,8 +80,8 @@ bool same(const Estimates& a, const Estimates& b) {
 }
 
 void call(Session& session, const std::vector<std::vector<float>>& x, const uint8_t* present,
-          const uint8_t* active, Estimates& o) {
-  Frame frame = {{}, present, active};
+          const uint8_t* active, const float* quality, Estimates& o) {
+  Frame frame = {{}, quality, present, active};
   for (size_t m = 0; m < x.size(); ++m) frame.features[m] = x[m].data();
   session.step(frame, o.addresses(), {1, nullptr});
 }
@@ -95,9 +95,12 @@ int run(const char* name, const Shape& s, int stuck, int64_t rows, int threads) 
   std::unique_ptr<char[]> packed(new char[model.bytes]);
   pack(model, matrices, drawn.tensors(), packed.get(), packed.get());
   std::vector<float> state(rows * model.row_floats);
-  for (int64_t r = 0; r < rows && s.reliability; ++r)
+  for (int64_t r = 0; r < rows && s.reliability; ++r) {
     for (int j = 0; j < s.stages; ++j)
       state[r * model.row_floats + model.belief.at + j] = -std::log(float(s.stages));
+    for (int h = 0; h <= s.modalities && s.foreign; ++h)
+      state[r * model.row_floats + model.foreign.at + h] = model.foreign_initial[h];
+  }
   std::vector<int64_t> frames(rows), absent(rows * s.modalities), refused(rows * s.modalities);
   std::vector<std::vector<float>> scratch(threads);
   for (auto& one : scratch) one.resize(cpu::baseline::stream_scratch(s));
@@ -111,6 +114,9 @@ int run(const char* name, const Shape& s, int stuck, int64_t rows, int threads) 
       const bool still = m == 0 && t % 16 > 6;
       for (float& v : x[m]) v = still ? 0.25f : uniform() < 0.002 ? std::nanf("") : float(uniform() - 0.5);
     }
+    std::vector<float> quality(rows * s.qualities());
+    for (float& v : quality) v = uniform() < 0.2 ? std::nanf("") : float(uniform() - 0.5);
+    const float* told = s.qualities() && t % 5 ? quality.data() : nullptr;
     std::vector<uint8_t> present(rows * s.modalities), active(rows);
     for (auto& p : present) p = uniform() < 0.8;
     for (auto& a : active) a = uniform() < 0.8;
@@ -119,7 +125,8 @@ int run(const char* name, const Shape& s, int stuck, int64_t rows, int threads) 
       if (active[r]) order.push_back(r);
     Step q = {};
     for (int m = 0; m < s.modalities; ++m) q.features[m] = x[m].data();
-    q.present = present.data(), q.order = order.data(), q.state = state.data(), q.frames = frames.data();
+    q.quality = told, q.present = present.data(), q.order = order.data(), q.state = state.data(),
+    q.frames = frames.data();
     q.absent = absent.data(), q.refused = refused.data();
     q.out = ours.addresses();
     std::vector<std::thread> workers;
@@ -132,7 +139,7 @@ int run(const char* name, const Shape& s, int stuck, int64_t rows, int threads) 
     }
     for (auto& w : workers) w.join();
 
-    call(*session, x, present.data(), active.data(), theirs);
+    call(*session, x, present.data(), active.data(), told, theirs);
     if (!same(ours, theirs)) return std::printf("%s: frame %d differs\n", name, t), 1;
     for (float v : ours.prediction)
       if (!std::isfinite(v)) return std::printf("%s: frame %d is not finite\n", name, t), 1;
@@ -153,14 +160,16 @@ int run(const char* name, const Shape& s, int stuck, int64_t rows, int threads) 
 }
 
 Shape shape(int modalities, int64_t in_dim, int64_t dim, int stages, int64_t evidence, int kernel, int own,
-            int fused, bool reliability, bool bf16, int memory, bool stuck) {
+            int fused, bool reliability, bool bf16, int memory, bool stuck, bool joint = true,
+            int quality = 0, bool foreign = false) {
   Shape s = {};
   s.modalities = modalities;
   for (int m = 0; m < modalities; ++m) s.in_dim[m] = in_dim + m;
   s.dim = dim, s.targets = 2, s.own_blocks = own, s.fused_blocks = fused, s.kernel = kernel;
   s.reliability = reliability, s.stages = reliability ? stages : 1, s.evidence = reliability ? evidence : 0;
   s.window = reliability ? 16 : 1, s.value_norm = true, s.hide_missing = false, s.bf16 = bf16;
-  s.memory = memory, s.stuck = stuck;
+  s.memory = memory, s.stuck = stuck, s.joint = joint, s.foreign = foreign;
+  for (int m = 0; m < modalities; m += 2) s.quality_dim[m] = quality;
   return s;
 }
 
@@ -170,9 +179,10 @@ int main() {
   int wrong = 0;
   for (bool bf16 : {false, true}) {
     wrong += run("common", shape(2, 40, 64, 4, 32, 5, 2, 2, true, bf16, 3, true), 4, 29, 3);
-    wrong += run("odd", shape(3, 7, 19, 3, 5, 4, 1, 2, true, bf16, 2, true), 1, 14, 2);
-    wrong += run("small", shape(1, 1, 1, 1, 1, 1, 1, 0, true, bf16, 1, true), 2, 3, 2);
-    wrong += run("wide", shape(8, 3, 100, 16, 17, 2, 1, 1, true, bf16, 8, true), 3, 7, 2);
+    wrong += run("odd", shape(3, 7, 19, 3, 5, 4, 1, 2, true, bf16, 2, true, true, 2, true), 1, 14, 2);
+    wrong += run("small", shape(1, 1, 1, 1, 1, 1, 1, 0, true, bf16, 1, true, false, 1), 2, 3, 2);
+    wrong += run("wide", shape(8, 3, 100, 16, 17, 2, 1, 1, true, bf16, 8, true, false, 3, true), 3, 7, 2);
+    wrong += run("seven", shape(7, 3, 33, 16, 17, 2, 1, 1, true, bf16, 8, true, true, 1, true), 3, 7, 2);
     wrong += run("uniform", shape(2, 17, 48, 1, 0, 3, 1, 3, false, bf16, 0, false), 0, 13, 3);
   }
   return wrong;

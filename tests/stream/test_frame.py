@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from sage_ext import _C, reference
-from sage_ext.models import SAGE
-from sage_ext.nn import Typicality
+from sage_ext.nn import Quality, Typicality, foreign
 
 
 def draw(batch=3, frames=60, dims=(5, 9)):
@@ -22,15 +21,23 @@ def draw(batch=3, frames=60, dims=(5, 9)):
 
 @pytest.mark.parametrize("window", [2, 16, 100])
 @pytest.mark.parametrize("gaps", [False, True])
-def test_typicality_is_that_of_the_module(window, gaps):
+@pytest.mark.parametrize("residual", [False, True])
+def test_typicality_is_that_of_the_module(window, gaps, residual):
     inputs, present = draw()
-    module = Typicality(2, window).double().eval()
-    module.mean.normal_(generator=torch.Generator().manual_seed(1))
-    module.var.copy_(torch.tensor([[0.3, 2.0], [1e-9, 5.0]]))  # one below the floor
+    module = Typicality(2, window, dims=(5, 9) if residual else None).double().eval()
+    g = torch.Generator().manual_seed(1)
+    module.mean.normal_(generator=g)
+    module.var.copy_(torch.tensor([[0.3, 2.0, 1.0], [1e-9, 5.0, 0.1]])[:, : module.energies])  # one below the floor
+    components = None
+    if residual:
+        components = [module.get_buffer(f"components_{m}") for m in range(2)]
+        for basis in components:
+            basis[:3] = torch.linalg.qr(torch.randn(basis.shape[1], 3, generator=g, dtype=torch.float64)).Q.t()
     valid = present if gaps else None
     blanked = inputs if valid is None else [torch.where(valid[..., m, None], x, 0.0) for m, x in enumerate(inputs)]
     expected, _ = module(blanked, valid, None)
-    found = reference.typicality(inputs, module.mean, module.var, valid, window=window)
+    found = reference.typicality(inputs, module.mean, module.var, valid, window=window, components=components)
+    assert found.shape[-1] == module.features == (6 if residual else 4)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     assert found.abs().max() == _C.constants["typicality_limit"]
     if gaps:
@@ -43,28 +50,14 @@ def test_a_motionless_silence_is_as_unusual_as_can_be():
     assert level.tolist() == [[-limit, 0, limit, 0], *[[-limit, -limit, limit, limit]] * 2]  # no step into frame 0
 
 
-@pytest.mark.parametrize("fusion", ["reliability", "uniform"])
-@pytest.mark.parametrize("gaps", [False, True])
-def test_precision_is_that_of_the_model(fusion, gaps):
-    model = SAGE({"a": 3, "b": 4}, dim=8, fusion=fusion)
-    sharpness = 1.0
-    if fusion == "reliability":
-        model.fusion.sharpening.data.fill_(0.2)
-        sharpness = model.fusion.sharpness
-    confidence = torch.linspace(0, 1, 2 * 5 * 2).view(2, 5, 2)
-    known = torch.rand(2, 5, 2, generator=torch.Generator().manual_seed(0)) > 0.4 if gaps else None
-    with torch.no_grad():
-        found = reference.frame_precision(confidence, sharpness, known)
-        torch.testing.assert_close(found, model._precision(confidence, known), atol=0, rtol=1e-6)
-    assert found[..., 1:].sum(-1).allclose(found[..., 0])
-    assert found.max() <= 2 * torch.tensor(_C.constants["log_precision_limit"]).exp() * (1 + 1e-6)
-
-
 def test_the_constants_are_those_of_the_modules():
     """The modules take them from C++, or say the same."""
     module = Typicality(1)
-    assert module.clamp == _C.constants["typicality_limit"]
+    assert module.clamp == Quality([1]).clamp == _C.constants["typicality_limit"]
+    assert Quality([1]).halflife == _C.constants["quality_halflife"]
+    assert _C.constants["foreign_margin"] == foreign.MARGIN
     assert torch.nn.LayerNorm(1).eps == _C.constants["norm_eps"]
     assert sorted(_C.constants) == [
-        "confidence_margin", "energy_floor", "log_precision_limit", "norm_eps", "typicality_limit", "variance_floor"
+        "energy_floor", "foreign_margin", "log_precision_limit", "norm_eps", "quality_halflife", "typicality_limit",
+        "variance_floor",
     ]  # fmt: skip

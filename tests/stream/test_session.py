@@ -127,19 +127,12 @@ CASES = {
     "ablations": (DIMS, {"use_present": False, "fusion_options": {"filter_stages": False, "norm": False}}),
     "no joint expert": (DIMS, {"joint": False}),
     "uniform, no joint expert": (DIMS, {"fusion": "uniform", "joint": False}),
-    "uniform, not told what is missing": (DIMS, {"fusion": "uniform", "use_present": False}),
-    "seven modalities": ({f"m{i}": 1 + 5 * i for i in range(7)}, {"dim": 17, "evidence_dim": 6}),
     "quality": (DIMS, {"quality_dims": {"audio": 2, "visual": 3}}),
-    "quality of one, not told what is missing": (
-        DIMS,
-        {"quality_dims": {"visual": 1}, "use_present": False, "dim": 16},
-    ),
     "quality of forty columns": ({"a": 3, "b": 17, "c": 5}, {"quality_dims": {"a": 40, "c": 1}, "joint": False}),
-    "doubt": (DIMS, {"trust": {"audio": 0.3}}),
     "doubt, no joint expert": ({"a": 3, "b": 17, "c": 5}, {"trust": {"a": 0.3, "c": 0.2}, "joint": False, "dim": 16}),
     "doubt of seven": (
-        {f"m{i}": 3 + i for i in range(7)},
-        {"trust": {"m0": 0.1, "m6": 0.2}, "num_targets": 5, "dim": 16},
+        {f"m{i}": 2 + 5 * i for i in range(7)},
+        {"trust": {"m0": 0.1, "m6": 0.2}, "num_targets": 5, "dim": 17, "evidence_dim": 6},
     ),
     "doubt, quality, not told what is missing": (
         DIMS,
