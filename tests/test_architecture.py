@@ -46,12 +46,13 @@ INNER: dict[str, Layers] = {
     "training": (("checkpoint", "evaluate", "rehearsal", "progress"), ("trainer",), ("runs",), ("",)),
     "study": (
         ("",),
-        ("corruptions", "jobs", "methods", "statistics"),
+        ("controls", "corruptions", "jobs", "methods", "statistics"),
         ("plan",),
         ("results",),
         ("score",),
         ("report",),
         ("run",),
+        ("streams",),
     ),
 }
 KERNELS = ("_C", "_ops")

@@ -22,7 +22,7 @@ def test_the_streamed_clip_is_what_the_run_predicts(tmp_path):
     torch.manual_seed(0)
     for parameter in model.parameters():  # away from the start, where all stages are as likely
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    run = Run(root, model, list(sizes), VALENCE_AROUSAL, 30.0, {}, str(root), 300, 200, 0, 0, None, "cpu")
+    run = Run(root, model, list(sizes), VALENCE_AROUSAL, 30.0, {}, str(root), 300, 200, 0, 0, None, {}, False, "cpu")
     (clip,) = TruthClips(root)
     table = stream_clip(run, clip, lines=3)
     said = run.predict(clip)

@@ -34,8 +34,8 @@ class ClipPrediction:
     weights: Array  # (T, M)
     confidence: Array  # (T, M), probability
     stage: Array  # (T, S), rows sum to 1
-    experts: Array  # (T, K, C) the estimates that were weighed, see `SAGEOutput`
-    shares: Array  # (T, K)
+    experts: Array | None = None  # (T, K, C) the estimates that were weighed, see `SAGEOutput`
+    shares: Array | None = None  # (T, K)
 
 
 def predict_clip(

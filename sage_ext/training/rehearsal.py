@@ -5,7 +5,7 @@ training step some windows of the batch get failures, the same way for every met
 
     zero     the features are 0, and the presence mask does not tell
     freeze   the features stand still at the failure's first frame
-    noise    Gaussian noise is added at a signal-to-noise ratio drawn for the failure; in half of the failures an automatic
+    noise    Gaussian noise is added at a signal-to-noise ratio drawn for the failure; in some of the failures an automatic
              gain control then brings the power back to what it was
     swap     the features are another clip's at the same place in its window: plausible, but foreign
     drop     the modality is marked absent (its features are 0, as they are for any absent frame)
@@ -40,7 +40,6 @@ MILD = ("noise", "gain", "occlude", "offset")  # those that leave something of t
 GAIN = (1.5, 4.0)  # least and greatest factor of "gain", or its reciprocal
 OCCLUDED = (0.25, 1.0)  # least and greatest share of the features in "occlude"
 JITTER, JITTER_FRAMES = 0.2, 8  # of "occlude": standard deviations, and frames from knot to knot of the noise
-LEVELLED = 0.5  # share of "noise" behind a gain control
 OFFSET = 3.0  # standard deviations, at the most, at the end of "offset"
 
 
@@ -55,6 +54,7 @@ class Rehearsal:
                   150 frames at 30 a second, see `data.rates` for slower data
     snr_db        signal-to-noise ratio of "noise", (lowest, highest) in dB, drawn evenly; the signal's power is its
                   variance over the window's present frames, averaged over the channels that vary
+    levelled      share of "noise" behind a gain control
     kinds         relative frequency of each kind. Default: alike
     overlap       False: a frame keeps at least one modality that is present and has not failed, wherever it had one
                   besides the failing one; True: modalities fail independently of each other
@@ -69,13 +69,14 @@ class Rehearsal:
     spans: int = 3
     length: tuple[float, float] | None = None
     snr_db: tuple[float, float] = (-10.0, 10.0)
+    levelled: float = 0.5
     kinds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     overlap: bool = False
     together: float = 0.25
     unknown: float = 0.15
 
     def __post_init__(self) -> None:
-        for name in ("probability", "whole", "together", "unknown"):
+        for name in ("probability", "whole", "levelled", "together", "unknown"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)}")
         if self.spans < 1:
@@ -210,7 +211,7 @@ class Rehearsal:
         snr = self.snr_db[0] + (self.snr_db[1] - self.snr_db[0]) * _uniform(generator)
         scale = math.sqrt(_power(usual) / 10 ** (snr / 10))
         value = value + scale * torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        if _uniform(generator) < LEVELLED:
+        if _uniform(generator) < self.levelled:
             value = mean + (value - mean) / math.sqrt(1 + 1 / 10 ** (snr / 10))
         return value
 

@@ -209,7 +209,7 @@ def test_log_and_best(whole):
     assert rows[-1]["step"] == last["at"]["step"]
     assert last["at"]["done"] is True
     for row in rows:
-        total = row["loss_prediction"] + 0.5 * row["loss_unimodal"] + 0.1 * row["loss_reliability"]
+        total = row["loss_prediction"] + 0.5 * row["loss_unimodal"] + 0.3 * row["loss_reliability"]
         assert row["loss"] == pytest.approx(total, abs=1e-5)
         assert row["val_P"] == pytest.approx((row["val_CCC_V"] + row["val_CCC_A"]) / 2, abs=1e-7)
         assert row["best_P"] == max(r["val_P"] for r in rows if r["epoch"] <= row["epoch"])
@@ -438,7 +438,7 @@ def test_a_run_of_another_format_is_refused(tiny, tmp_path):
     stored = json.loads(path.read_text())
     del stored["format"]
     path.write_text(json.dumps(stored))
-    with pytest.raises(RunError, match=r"config.json: damaged \(expected the format 2, got that of another version"):
+    with pytest.raises(RunError, match=r"config.json: damaged \(expected the format 3, got that of another version"):
         read_config(tmp_path / "run")
 
 
