@@ -120,12 +120,13 @@ def confidence(results: Results, out: Path) -> Table:
                     told = evidence.mask[:, k]
                     if not bool(told.any()):
                         continue
-                    column = found.setdefault(name, {key: [] for key in ("weight", "share", "rho", "error")})
+                    column = found.setdefault(name, {key: [] for key in ("weight", "share", "rho", "error", "best")})
                     if name in run.names:
                         column["weight"].append(said.weights[clip.valid, run.names.index(name)].mean())
                     column["share"].append(said.shares[clip.valid, k].mean())
                     pair = torch.stack([stated[told, k], error[told, k]])
                     frames.setdefault(name, []).append(pair)
+                    column["best"].append(_at_best(said.experts[clip.valid, k], np.asarray(clip.labels)[clip.valid]))
                     column["rho"].append(spearman(pair[0], -pair[1]))
                     column["error"].append(_calibration_error(pair))
         for name, pairs in frames.items():
@@ -135,27 +136,34 @@ def confidence(results: Results, out: Path) -> Table:
     rows = []
     for name, column in found.items():
         stated, observed, error = np.mean(column["whole"], 0)
-        weight = f"{np.mean(column['weight']):.3f}" if column["weight"] else "-"
         rho = np.array(column["rho"])
+        rho = rho[np.isfinite(rho)]  # where the confidence does not move there is none
+        weight = float(np.mean(column["weight"])) if column["weight"] else "-"
         rows.append(
-            [
-                name, weight, *map(float, (np.mean(column["share"]), stated, observed, error, np.mean(column["error"]))),
-                f"{np.nanmean(rho):+.3f}" if np.isfinite(rho).any() else "-",
-                float(np.nanmean(np.abs(rho))) if np.isfinite(rho).any() else "-",
-            ]
-        )  # fmt: skip
+            [name, weight, float(np.mean(column["share"])), stated, observed, float(np.mean(column["best"])), error]
+        )
+        rows[-1].append(float(np.mean(column["error"])))
+        rows[-1] += [f"{rho.mean():+.3f}", float(np.abs(rho).mean())] if len(rho) else ["-", "-"]
     header = [
-        "", "weight", "share", "confidence stated", "observed", "calibration error", "the same within a video",
+        "", "weight", "share", "confidence stated", "observed", "at best", "calibration error", "the same within a video",
         "rank correlation", "its size",
     ]  # fmt: skip
     note = (
         "On held-out videos, mean over seeds. Weight: among the modalities. Share: of the expert in the estimate. Observed: "
         "the share of the targets' variance that the expert's own estimate explains, put to scale on the tuning split; below "
-        "0 where their mean would be better. Calibration error: of all frames together, and of each video by itself (15 "
-        "groups of equally many frames). Rank correlation: of the confidence with minus the frame's squared error, within a "
-        "video, mean over videos; its size: the mean of its absolute value."
+        "0 where their mean would be better. At best: put to scale on the held-out video itself, mean over videos. "
+        "Calibration error: of all frames together, and of each video by itself (15 groups of equally many frames). Rank "
+        "correlation: of the confidence with minus the frame's squared error, within a video, mean over videos; its size: "
+        "the mean of its absolute value."
     )
     return Table("SAGE's weights and confidence", header, rows, note)
+
+
+def _at_best(estimate: np.ndarray, labels: np.ndarray) -> float:
+    """The share of the labels' variance that estimates (T, C) explain after the best line of no falling slope: the squared
+    correlation, mean over targets."""
+    found = [np.corrcoef(p, y)[0, 1] if min(np.ptp(p), np.ptp(y)) > 0 else 0.0 for p, y in zip(estimate.T, labels.T)]
+    return float(np.mean(np.maximum(found, 0) ** 2))
 
 
 def _calibration_error(pair: torch.Tensor) -> float:

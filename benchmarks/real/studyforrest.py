@@ -246,7 +246,7 @@ def make_data(root: Path, out: Path, task: Task) -> list[str]:
         shutil.rmtree(data)
     report = import_table(
         table, data, video="run", time="t_s", targets=list(TARGETS), modalities=modalities, group="run",
-        ranges={name: (-1, 1) for name in TARGETS}, fps=1,
+        ranges=dict.fromkeys(TARGETS, (-1, 1)), fps=1,
     )  # fmt: skip
     said = [
         f"{data}: {report.frames:,} seconds; "
