@@ -19,6 +19,7 @@ from sage_ext.calibration import (
     spearman,
 )
 from sage_ext.data.windows import whole_clips
+from sage_ext.nn import ReliabilityFusion
 from sage_ext.report import Table
 from sage_ext.study.methods import REFERENCE, title
 from sage_ext.study.plan import CLEAN, Study, parts, run_path, scored_clips
@@ -113,8 +114,10 @@ def confidence(results: Results, out: Path) -> Table:
             run = Run.load(run_path(out, REFERENCE, seed, results.trained.rates[REFERENCE, part], part))
             for clip in scored_clips(part, study.modalities):
                 said, evidence = run.predict(clip), collect(run.model, [whole_clips([clip], run.names)])
-                fitted = (run.model.fusion.log_temperature, run.model.fusion.bias)
-                stated = calibrated_confidence(*(x.double() for x in (evidence.reliability, evidence.stage, *fitted)))
+                fusion = run.model.fusion
+                assert isinstance(fusion, ReliabilityFusion)
+                fitted = fusion.log_temperature.double(), fusion.bias.double()
+                stated = calibrated_confidence(evidence.reliability.double(), evidence.stage.double(), *fitted)
                 error = evidence.squared_error.double().mean(-1)  # of the estimate, put to scale on the tuning split
                 for k, name in enumerate(run.experts):
                     told = evidence.mask[:, k]
