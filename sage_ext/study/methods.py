@@ -51,6 +51,7 @@ VARIANTS = {
                "missing inputs are the mean frame, and look present"),
         Method("sage-no-norm", "SAGE, no norm", {"fusion_options": {"norm": False}}),
         Method("sage-no-memory", "SAGE, no memory", {"memory": ()}),
+        Method("sage-no-joint", "SAGE, no joint expert", {"joint": False}),
         Method("sage-no-stuck", "SAGE, stuck frames present", {"stuck": 0}),
         Method("can-plus", "CAN attention, SAGE's memory and stuck rule",
                {"fusion": "can", "peer_memory": True},

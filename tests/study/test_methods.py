@@ -35,7 +35,7 @@ def test_methods_are_configurations(name):
 
 def test_methods_are_the_studys():
     ablations = {f"sage-{name}" for name in ("one-stage", "no-calibration", "undetached", "no-filter", "no-mask",
-                                             "no-norm", "no-memory", "no-stuck")}  # fmt: skip
+                                             "no-norm", "no-memory", "no-stuck", "no-joint")}  # fmt: skip
     assert set(methods()) == {"sage", "uniform", "can-plus", "sage-told", *FUSIONS, *ablations}
     base = build_model(TrainConfig("x", dim=8), SIZES).config
     for name in ablations - {"sage-no-calibration"}:
@@ -43,7 +43,7 @@ def test_methods_are_the_studys():
         # What is missing is not told where presence is hidden: not by being stuck either.
         assert sum(config[key] != base[key] for key in base) == (2 if name == "sage-no-mask" else 1), name
     plus = build_model(TrainConfig("x", dim=8, **VARIANTS["can-plus"].overrides), SIZES).config
-    assert plus == {**base, "fusion": "can"}
+    assert plus == {**base, "fusion": "can", "joint": False}
     assert VARIANTS["sage-no-calibration"].overrides == {"reliability_weight": 0.0}
     assert VARIANTS["sage"].overrides == {}
 
