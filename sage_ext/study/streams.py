@@ -154,7 +154,7 @@ class Fifth(NamedTuple):
     """What was said of a modality in consecutive clips."""
 
     stated: float  # mean confidence
-    observed: float  # 1 - mean squared error / variance of the labels, mean over targets
+    observed: float  # 1 - mean squared error of its estimate, put to scale, / variance of the labels; mean over targets
     weight: float
     score: float  # P of the fused prediction
 
@@ -283,8 +283,9 @@ def slow_drift(
         header = ("drifting", "fifth", "offset", "confidence", "observed", "error", "weight", "P")
         note = (
             f"The modality's features move by 0 to {MOST:g} standard deviations from the first clip to the last. Confidence as "
-            "stated, and as the errors of the modality's own head show it (1 less their mean square over the labels' variance; "
-            "below 0 it is worse than the labels' mean, and confidence should be 0); its weight; P of the fused prediction. Mean "
+            "stated, and as the errors of the modality's own estimate, put to scale, show it (1 less their mean square over the "
+            "labels' variance; below 0 it is worse than the labels' mean, and confidence should be 0); its weight; P of the "
+            "fused prediction. Mean "
             f"over seeds ({study.seeds}). Target: the mean error is at most .10."
         )
         found.append(Table(f"Slow drift after training: {title(method)}", header, rows, note))
@@ -292,7 +293,7 @@ def slow_drift(
 
 
 def _by_fifth(run: Run, moved: Sequence[Clip], name: str, variance: Array) -> list[Fifth]:
-    said, place = _predicted(run, moved), run.names.index(name)
+    said, place = [run.put_to_scale(one) for one in _predicted(run, moved)], run.names.index(name)
     chosen = np.array_split(np.arange(len(moved)), FIFTHS)
     return [fifth([moved[i] for i in c], [said[i] for i in c], place, name, variance) for c in chosen if len(c)]
 

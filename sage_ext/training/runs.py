@@ -163,6 +163,12 @@ class Run:
             )
         return tuple(smooth) * len(self.targets) if len(smooth) == 1 else tuple(smooth)
 
+    def put_to_scale(self, said: ClipPrediction) -> ClipPrediction:
+        """`said` with each modality's own estimates as its confidence means them: see `SAGE.own_gain`."""
+        model, own = self.model, slice(-len(self.names), None)
+        gain, shift = model.own_gain[own].cpu().numpy(), model.own_shift[own].cpu().numpy()
+        return dataclasses.replace(said, unimodal=gain * said.unimodal + shift)
+
     def predict(self, clip: Clip, *, smooth: Sequence[int] = (1,), chunk: int = 3000) -> ClipPrediction:
         """`predict_clip`, then a centred mean filter of `smooth` frames on each target. On [-1, 1], see `data.targets`."""
         widths = self.widths(smooth)
