@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._arguments import CONSTANTS, arithmetic_dtype
 
 MAX_COMPONENTS = 32  # principal components of a modality
+SPARE, POWER = 8, 6  # columns more, and rounds, of the iteration that finds them
 EXPLAINED = 0.95  # share of a modality's variance that they hold, if so many do
 
 
@@ -135,7 +136,7 @@ class Typicality(nn.Module):
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
         """Set the statistics from (inputs, known) batches, exactly, and stop following training batches. With `dims` the
-        batches are iterated twice."""
+        batches are iterated several times."""
         if self.dims is not None:
             self._fit_components(batches)
         total = torch.zeros(
@@ -157,16 +158,38 @@ class Typicality(nn.Module):
         self.fitted.fill_(True)
 
     def _fit_components(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
+        """The first principal components, by block power iteration (Halko, Martinsson and Tropp 2011): what it holds grows with
+        the number of features, not with its square."""
         assert self.dims is not None
-        moments = [torch.zeros(d, d, dtype=torch.float64, device=self.mean.device) for d in self.dims]
-        for inputs, known in batches:
-            for m, v in enumerate(inputs):
-                rows = (v if known is None else v[known[..., m]]).flatten(0, -2).double()
-                moments[m] += rows.t() @ rows
-        for m, moment in enumerate(moments):
-            values, vectors = torch.linalg.eigh(moment)  # rising
-            share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum().clamp(min=1e-300)
+        generator = torch.Generator().manual_seed(0)
+        device = self.mean.device
+        bases = []
+        for m, d in enumerate(self.dims):
+            width = min(len(self.get_buffer(f"components_{m}")) + SPARE, d)
+            start = torch.randn(d, width, generator=generator, dtype=torch.float64).to(device)
+            bases.append(torch.linalg.qr(start).Q)
+        for _ in range(POWER if any(b.shape[0] > b.shape[1] for b in bases) else 0):
+            moved = [torch.zeros_like(b) for b in bases]
+            for m, rows in self._rows(batches):
+                moved[m] += rows.t() @ (rows @ bases[m])
+            bases = [torch.linalg.qr(y).Q for y in moved]
+        inner = [torch.zeros(b.shape[1], b.shape[1], dtype=torch.float64, device=device) for b in bases]
+        total = [torch.zeros((), dtype=torch.float64, device=device) for _ in bases]
+        for m, rows in self._rows(batches):
+            inside = rows @ bases[m]
+            inner[m] += inside.t() @ inside
+            total[m] += rows.square().sum()
+        for m, basis in enumerate(bases):
+            values, vectors = torch.linalg.eigh(inner[m])  # rising
+            share = values.flip(0).clamp(min=0).cumsum(0) / total[m].clamp(min=1e-300)
             components = self.get_buffer(f"components_{m}")
             count = min(int((share < EXPLAINED).sum()) + 1, len(components))
             components.zero_()
-            components[:count] = vectors.flip(1).t()[:count].to(components.dtype)
+            components[:count] = (basis @ vectors.flip(1)[:, :count]).t().to(components.dtype)
+
+    @staticmethod
+    def _rows(batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> Iterator[tuple[int, Tensor]]:
+        """Each modality's frames that count, (n, d) float64, batch by batch."""
+        for inputs, known in batches:
+            for m, v in enumerate(inputs):
+                yield m, (v if known is None else v[known[..., m]]).flatten(0, -2).double()
