@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -278,29 +279,55 @@ def finite_frames(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms, -1) <= LARGEST_NORM  # False for NaN
 
 
+def by_modality(argument: str, given: object, names: tuple[str, ...] | None, count: int, default: Any) -> list[Any]:
+    """One value for each of `count` modalities of a caller's mapping, in which those left out have the `default`, or sequence."""
+    if isinstance(given, Mapping):
+        if names is None:
+            raise TypeError(f"{argument}: expected a sequence (in_dims was one, without names), got a mapping")
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"{argument}: expected some of the modalities {list(names)}, got {unknown}")
+        return [given.get(name, default) for name in names]
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"{argument}: expected a mapping, a sequence or None, got {type(given).__name__}")
+    if len(given) != count:
+        raise ValueError(f"{argument}: expected a number for each of the {count} modalities, got {len(given)}")
+    return list(given)
+
+
 def quality_sizes(
     quality_dims: Mapping[str, int] | Sequence[int] | None, names: tuple[str, ...] | None, count: int
 ) -> list[int]:
-    """The columns of quality of each of `count` modalities, 0 for none, from a caller's mapping (modalities left out have none)
-    or sequence."""
-    if quality_dims is None:
-        return [0] * count
-    if isinstance(quality_dims, Mapping):
-        if names is None:
-            raise TypeError("quality_dims: expected a sequence (in_dims was one, without names), got a mapping")
-        unknown = [name for name in quality_dims if name not in names]
-        if unknown:
-            raise ValueError(f"quality_dims: expected some of the modalities {list(names)}, got {unknown}")
-        sizes = [quality_dims.get(name, 0) for name in names]
-    elif isinstance(quality_dims, Sequence) and not isinstance(quality_dims, str):
-        sizes = list(quality_dims)
-        if len(sizes) != count:
-            raise ValueError(f"quality_dims: expected a number for each of the {count} modalities, got {len(sizes)}")
-    else:
-        raise TypeError(f"quality_dims: expected a mapping, a sequence or None, got {type(quality_dims).__name__}")
+    """The columns of quality of each of `count` modalities, 0 for none."""
+    sizes = [0] * count if quality_dims is None else by_modality("quality_dims", quality_dims, names, count, 0)
     for m, size in enumerate(sizes):
         check_int(f"quality_dims[{names[m] if names else m}]", size, 0)
     return sizes
+
+
+def quality_by_modality(quality: object, names: tuple[str, ...] | None, sizes: Sequence[int]) -> list[Any]:
+    """A caller's quality of each modality, None where it is unknown or the modality, by its size, has none; its arrays are
+    still to be checked."""
+    if not sum(sizes) and isinstance(quality, (Mapping, Sequence)) and len(quality):
+        raise ValueError("quality: expected None (built without quality_dims), got some")
+    if quality is None:
+        return [None] * len(sizes)
+    if isinstance(quality, Mapping):
+        if names is None:
+            raise TypeError("quality: expected a sequence (in_dims was one, without names), got a mapping")
+        have = [name for name, size in zip(names, sizes) if size]
+        for name in quality:
+            if name not in have:
+                raise ValueError(f"quality: expected some of {have}, which have quality_dims, got {name!r}")
+        return [quality.get(name) for name in names]
+    if not isinstance(quality, Sequence):
+        raise TypeError(f"quality: expected a mapping, a sequence or None, got {type(quality).__name__}")
+    if sum(sizes) and len(quality) != len(sizes):
+        raise ValueError(f"quality: expected an array or None for each of {len(sizes)} modalities, got {len(quality)}")
+    for m, (size, x) in enumerate(zip(sizes, quality)):
+        if x is not None and not size:
+            raise ValueError(f"quality[{names[m] if names else m}]: expected None (no quality_dims), got an array")
+    return list(quality) or [None] * len(sizes)
 
 
 def ordered_quality(
@@ -314,34 +341,10 @@ def ordered_quality(
 
     like: features (B, T, d) or (N, d), to whose leading shape and device quality must fit; known (B, T, M): where a modality is
     missing its quality is unknown. Quality keeps its own dtype, float32 at least."""
+    given, lead, parts = quality_by_modality(quality, names, sizes), tuple(like.shape[:-1]), []
     if not sum(sizes):
-        if quality is not None and len(quality):
-            raise ValueError("quality: expected None (built without quality_dims), got some")
         return None
-    given: dict[int, Tensor] = {}
-    if isinstance(quality, Mapping):
-        if names is None:
-            raise TypeError("quality: expected a sequence (in_dims was one, without names), got a mapping")
-        have = [name for name, size in zip(names, sizes) if size]
-        for name in quality:
-            if name not in have:
-                raise ValueError(f"quality: expected some of {have}, which have quality_dims, got {name!r}")
-        given = {names.index(name): x for name, x in quality.items()}
-    elif isinstance(quality, Sequence):
-        if len(quality) != len(sizes):
-            raise ValueError(
-                f"quality: expected a tensor or None for each of {len(sizes)} modalities, got {len(quality)}"
-            )
-        given = {m: x for m, x in enumerate(quality) if x is not None}
-    elif quality is not None:
-        raise TypeError(f"quality: expected a mapping, a sequence or None, got {type(quality).__name__}")
-    lead, parts = tuple(like.shape[:-1]), []
-    for m, size in enumerate(sizes):
-        if not size:
-            if m in given:
-                raise ValueError(f"quality[{names[m] if names else m}]: expected None (no quality_dims), got a tensor")
-            continue
-        x = given.get(m)
+    for m, (size, x) in enumerate(zip(sizes, given)):
         if x is None:
             parts.append(torch.full((*lead, size), math.nan, device=like.device))
             continue

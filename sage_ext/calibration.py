@@ -339,21 +339,21 @@ def calibrate(
     """
     if kappa is not None:
         check_kappa(kappa)
-    place, fusion = _find(getattr(model, "_orig_mod", model))
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    place, fusion = _find(inner)
     if isinstance(place, SAGE) and kappa is not None:
         raise ValueError(f"kappa: expected None (a SAGE's confidence is a share of variance), got {kappa}")
     evidence = collect(model, batches, targets, head=head, scale=True)
     if not isinstance(place, SAGE) and kappa is None:
-        told = _own_head(getattr(model, "_orig_mod", model), fusion, head)
+        told = _own_head(inner, fusion, head)
         kappa = ReliabilityNLL().kappa if told is None else told.kappa
-    count = evidence.mask.shape[1]
-    before = diagrams(evidence, fusion.log_temperature[-count:], fusion.bias[-count:], kappa=kappa, bins=bins)
+    # Outside a SAGE nobody knows the joint expert's errors, and its calibration stays as it is.
+    kept = [buffer[-evidence.mask.shape[1] :] for buffer in (fusion.log_temperature, fusion.bias)]
+    before = diagrams(evidence, *kept, kappa=kappa, bins=bins)
     log_temperature, bias = fit_calibration(*evidence, kappa=kappa, prior=prior)
     with torch.no_grad():
-        fusion.log_temperature[-len(bias) :].copy_(
-            log_temperature
-        )  # outside a SAGE nobody knows the joint expert's errors
-        fusion.bias[-len(bias) :].copy_(bias)
+        kept[0].copy_(log_temperature)
+        kept[1].copy_(bias)
     after = diagrams(evidence, log_temperature, bias, kappa=kappa, bins=bins)
     return CalibrationReport(
         log_temperature,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from ._arguments import CONSTANTS, check_bool, check_int, finite_frames, nonfinite_error
+from ._arguments import CONSTANTS, check_bool, check_int, finite_frames, nonfinite_error, quality_by_modality
 from ._ops import _door
 
 __all__ = ["StreamOutput", "StreamStats", "StreamingSession"]
@@ -225,33 +225,14 @@ class StreamingSession:
 
     def _evidence(self, quality: Mapping[str, Array] | Sequence[Array | None], held: list[Array]) -> Tensor:
         """(batch_size, sum of quality_dims) on the CPU, NaN where unknown, checked."""
-        if not sum(self.quality_dims) and isinstance(quality, (Mapping, Sequence)) and len(quality):
-            raise ValueError("quality: expected None (the model was built without quality_dims), got some")
-        if isinstance(quality, Mapping):
-            if self.names is None:
-                raise TypeError("quality: expected a sequence, as this model's in_dims are one, got a mapping")
-            have = [name for name, q in zip(self.names, self.quality_dims) if q]
-            for name in quality:
-                if name not in have:
-                    raise ValueError(f"quality: expected some of {have}, which have quality_dims, got {name!r}")
-            given = [quality.get(name) for name in self.names]
-        elif isinstance(quality, Sequence):
-            if len(quality) != len(self.quality_dims):
-                raise ValueError(
-                    f"quality: expected an array or None for each of {len(self.quality_dims)} modalities, got {len(quality)}"
-                )
-            given = list(quality)
-        else:
-            raise TypeError(f"quality: expected a mapping, a sequence or None, got {type(quality).__name__}")
         parts = []
+        given = quality_by_modality(quality, self.names, self.quality_dims)
         for label, q, x in zip(self._labels, self.quality_dims, given):
             if x is None:
                 parts.append(torch.full((self.batch_size, q), math.nan))
-                continue
-            if not q:
-                raise ValueError(f"quality[{label}]: expected None (no quality_dims), got an array")
-            _address("quality", label, x, torch.float32, (self.batch_size, q), self.device, held)
-            parts.append(_tensor(x))
+            else:
+                _address("quality", label, x, torch.float32, (self.batch_size, q), self.device, held)
+                parts.append(_tensor(x))
         return torch.cat(parts, 1)
 
     def _ordered(self, present: Mapping[str, Array]) -> Tensor:

@@ -132,20 +132,14 @@ class Clip:
         return f"<Clip {self.name}: {self.num_frames} frames at {self.fps:g} a second, {known}; {sizes}>"
 
 
-class Resampled:
-    """Features of another rate on the frame clock, computed for the span that is sliced.
-
-    `rows` is (N, D) at `rate` rows a second, `mask` (N,) bool or None says which rows count; rows that hold NaN or
-    infinity do not. `resampled[a:b]` is (b - a, D) float32: frame t (0-based) is the mean of the rows that overlap [t/fps,
-    (t+1)/fps) s, weighted by the overlap; NaN where none of them counts. A row of the result does not depend on the
-    span.
-    """
+class _OnFrameClock:
+    """Rows, `step` of them a frame, read for the span of frames that is sliced; (frames, columns) float32."""
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, rows: np.ndarray, rate: float, fps: float = FPS, mask: np.ndarray | None = None):
-        self.rows, self.mask, self.step = rows, mask, rate / fps
-        self.shape = (math.ceil(_snap(len(rows) / self.step)), rows.shape[1])  # frames that overlap a row at all
+    def __init__(self, rows: np.ndarray, step: float) -> None:
+        self.rows, self.step = rows, step
+        self.shape = (math.ceil(_snap(len(rows) / step)), rows.shape[1])  # frames that overlap a row at all
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -154,8 +148,30 @@ class Resampled:
         if not isinstance(span, slice) or span.step not in (None, 1):
             raise TypeError(f"span: expected a slice of step 1, got {span!r}")
         start, stop, _ = span.indices(len(self))
-        if start >= stop:
-            return np.zeros((0, self.shape[1]), np.float32)
+        return self._read(start, stop) if start < stop else np.zeros((0, self.shape[1]), np.float32)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Of frames start < stop."""
+        raise NotImplementedError
+
+
+class Resampled(_OnFrameClock):
+    """Features of another rate on the frame clock, computed for the span that is sliced.
+
+    `rows` is (N, D) at `rate` rows a second, `mask` (N,) bool or None says which rows count; rows that hold NaN or
+    infinity do not. `resampled[a:b]` is (b - a, D) float32: frame t (0-based) is the mean of the rows that overlap [t/fps,
+    (t+1)/fps) s, weighted by the overlap; NaN where none of them counts. A row of the result does not depend on the
+    span.
+    """
+
+    def __init__(self, rows: np.ndarray, rate: float, fps: float = FPS, mask: np.ndarray | None = None):
+        super().__init__(rows, rate / fps)
+        self.mask = mask
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
         most = max(_BLOCK // (math.ceil(self.step) + 1), 1)
         parts = [self._span(a, min(a + most, stop)) for a in range(start, stop, most)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -183,11 +199,8 @@ class Resampled:
         mass = weight.sum(axis=1, keepdims=True)
         return np.divide(total, mass, out=np.full_like(total, np.nan), where=mass > 0).astype(np.float32)
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self[:], dtype=dtype)
 
-
-class Quality:
+class Quality(_OnFrameClock):
     """Quality on the frame clock, read for the span that is sliced.
 
     `rows` is (N, Q), at `rate` rows a second or, without one, a row a frame. `quality[a:b]` is (b - a, Q) float32: frame t
@@ -195,28 +208,16 @@ class Quality:
     is no finite number. It has the frames that `Resampled` makes of as many rows.
     """
 
-    dtype = np.dtype(np.float32)
-
     def __init__(self, rows: np.ndarray, rate: float | None = None, fps: float = FPS):
-        self.rows, self.step = rows, 1.0 if rate is None else rate / fps
-        self.shape = (math.ceil(_snap(len(rows) / self.step)), rows.shape[1])
+        super().__init__(rows, 1.0 if rate is None else rate / fps)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, span: slice) -> np.ndarray:
-        if not isinstance(span, slice) or span.step not in (None, 1):
-            raise TypeError(f"span: expected a slice of step 1, got {span!r}")
-        start, stop, _ = span.indices(len(self))
-        row = np.floor(_snap((np.arange(start, max(start, stop)) + 0.5) * self.step)).astype(np.int64)
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        row = np.floor(_snap((np.arange(start, stop) + 0.5) * self.step)).astype(np.int64)
         row = np.minimum(row, len(self.rows) - 1)
         with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32: infinite; a NaN that signals
             found = np.array(self.rows[row], dtype=np.float32)
         found[~np.isfinite(found)] = np.nan
         return found
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self[:], dtype=dtype)
 
 
 def finite_rows(rows: np.ndarray) -> np.ndarray:

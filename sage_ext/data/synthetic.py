@@ -85,20 +85,6 @@ _FLOOR = 0.05  # of the power about the mean, relative to the clip's
 _LOGIT = 12.0  # beyond this a logistic is 0 or 1 in single precision
 _STILL = 1e-5  # spread of a feature, relative to the greatest, up to which it does not vary
 
-VIEW_QUALITY, SHARED_QUALITY = ("detector_score", "contrast"), ("voice_activity", "loudness")
-_SCORE_LEVEL, _SCORE_SLOPE = 0.5, 1.0  # logit of a score = level - slope log v
-_SCORE_ERRORS, _VOICE_ERRORS, _GAIN_ERRORS = (1.5, 1.0), (1.0, 1.0), (0.2, 0.1)  # that lasts, and of a frame
-_ERROR_FRAMES = 15  # that an error lasts
-_VOICE = 2.0  # logit of a voice
-_MICROPHONE = 0.5  # of a video, in the loudness
-_SCORE_WRONG, _VOICE_WRONG, _UNKNOWN = 0.05, 0.1, 0.03  # shares of the time
-_WRONG_FRAMES, _UNKNOWN_FRAMES = (30, 90), (10, 60)  # of a span
-_ADDED = 4.0  # noise variance in the latents for what is added to the features with the power that they have
-_VOICE_SHARE = 0.5  # of what that takes from a score, in voice_activity
-_FLOOR = 0.05  # of the power about the mean, relative to the clip's
-_LOGIT = 12.0  # beyond this a logistic is 0 or 1 in single precision
-_STILL = 1e-5  # spread of a feature, relative to the greatest, up to which it does not vary
-
 
 @dataclass(frozen=True)
 class SyntheticSpec:

@@ -18,6 +18,7 @@ from .._arguments import (
     Present,
     QualityValues,
     blank_missing,
+    by_modality,
     check_bool,
     check_dropout,
     check_int,
@@ -635,19 +636,7 @@ def moved(features: Any, device: torch.device) -> Any:
 
 def ordered_trust(trust: Trust, names: tuple[str, ...] | None, count: int) -> list[float]:
     """The prior of each modality, 0 where a mapping leaves it out, checked."""
-    if isinstance(trust, Mapping):
-        if names is None:
-            raise TypeError("trust: expected a sequence (in_dims was one, without names), got a mapping")
-        unknown = [name for name in trust if name not in names]
-        if unknown:
-            raise ValueError(f"trust: expected some of the modalities {list(names)}, got {unknown}")
-        values: list[Any] = [trust.get(name, 0.0) for name in names]
-    elif isinstance(trust, Sequence) and not isinstance(trust, str):
-        values = list(trust)
-    else:
-        raise TypeError(f"trust: expected a mapping, a sequence or None, got {type(trust).__name__}")
-    if len(values) != count:
-        raise ValueError(f"trust: expected a number for each of the {count} modalities, got {len(values)}")
+    values = by_modality("trust", trust, names, count, 0.0)
     prior = [MAY_BE_FOREIGN if p == "may be foreign" else p for p in values]
     check_trust(prior)
     return [float(p) for p in prior]

@@ -399,6 +399,21 @@ class _WeightedFusion(Fusion):
         """`reliability_fusion` of these values, of what `assess_checked` said, and of `present` (B, T, K)."""
         raise NotImplementedError
 
+    def _weighed(
+        self,
+        values: list[Tensor],
+        reliability: Tensor,
+        stage: Tensor | None,
+        present: Tensor | None,
+        norm: bool,
+        **calibration: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`reliability_fusion`, with the experts' LayerNorm if `norm` asks for it (and they have one)."""
+        weight, bias = (self.norm_weight, self.norm_bias) if norm else (None, None)
+        return functional.reliability_fusion(
+            values, reliability, stage, present=present, norm_weight=weight, norm_bias=bias, **calibration
+        )
+
     def look(
         self,
         x: Sequence[Tensor],
@@ -634,17 +649,8 @@ class ReliabilityFusion(_WeightedFusion):
     def gate(
         self, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
     ) -> tuple[Tensor, ...]:
-        return functional.reliability_fusion(
-            values,
-            assessed.reliability,
-            assessed.stage,
-            log_temperature=self.log_temperature,
-            bias=self.bias,
-            sharpness=self.sharpness,
-            present=present,
-            norm_weight=self.norm_weight if norm else None,
-            norm_bias=self.norm_bias if norm else None,
-        )
+        calibration = {"log_temperature": self.log_temperature, "bias": self.bias, "sharpness": self.sharpness}
+        return self._weighed(values, assessed.reliability, assessed.stage, present, norm, **calibration)
 
     def doubting_gate(
         self, foreign: Tensor, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
@@ -662,18 +668,11 @@ class ReliabilityFusion(_WeightedFusion):
             hit = torch.cat([torch.ones_like(hit[:1]), hit])  # (K, M)
         further = torch.where(hit, -1e4, overall)
         stage = torch.cat([assessed.stage * foreign[..., :1], foreign[..., 1:]], -1)
-        return functional.reliability_fusion(
-            values,
-            torch.cat([calibrated, further], -1),
-            stage.to(calibrated.dtype),
-            sharpness=self.sharpness,
-            present=present,
-            norm_weight=self.norm_weight if norm else None,
-            norm_bias=self.norm_bias if norm else None,
-        )
+        logits = torch.cat([calibrated, further], -1)
+        return self._weighed(values, logits, stage.to(logits.dtype), present, norm, sharpness=self.sharpness)
 
     def fit_inputs(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None, Tensor | None]]) -> None:
-        self.typicality.fit(_Taken(batches, slice(0, 2)))
+        self.typicality.fit(batches)
         if self.quality is not None:
             self.quality.fit(quality for _, _, quality in batches)
 
@@ -690,16 +689,6 @@ class ReliabilityFusion(_WeightedFusion):
                 yield given.features, given.known
 
         self.typicality.fit(prepared())
-
-
-class _Taken:
-    """A part of each item of something that may be iterated over again."""
-
-    def __init__(self, items: Iterable[tuple[Any, ...]], part: slice) -> None:
-        self.items, self.part = items, part
-
-    def __iter__(self) -> Iterator[Any]:
-        return (item[self.part] for item in self.items)
 
 
 def _mlp(width: int, hidden: int, bias: Tensor, scale: float) -> nn.Sequential:
@@ -738,10 +727,4 @@ class UniformFusion(_WeightedFusion):
     def gate(
         self, values: list[Tensor], assessed: Assessment, present: Tensor | None, norm: bool
     ) -> tuple[Tensor, ...]:
-        return functional.reliability_fusion(
-            values,
-            assessed.reliability,
-            present=present,
-            norm_weight=self.norm_weight if norm else None,
-            norm_bias=self.norm_bias if norm else None,
-        )
+        return self._weighed(values, assessed.reliability, None, present, norm)

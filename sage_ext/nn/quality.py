@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional
 from .._arguments import CONSTANTS
+from .moments import RunningMoments
 
 QUALITY_FEATURES = 3  # a column: its z-score now, its average of late, and whether it is known now
 
 
-class Quality(nn.Module):
+class Quality(RunningMoments):
     """What the reliability path reads of a modality's quality: a detector's score, a level, a signal-to-noise ratio ...
 
     Each of the Q columns of each modality gives three numbers: its z-score against the training data, clamped to +-`clamp`;
@@ -28,11 +29,6 @@ class Quality(nn.Module):
         dims: Q of each modality, 0 for none.
     """
 
-    mean: Tensor  # (sum of dims,)
-    var: Tensor  # (sum of dims,)
-    updates: Tensor  # (sum of dims,) batches seen by the momentum rule
-    fitted: Tensor  # () bool
-
     def __init__(
         self,
         dims: Sequence[int],
@@ -40,13 +36,8 @@ class Quality(nn.Module):
         clamp: float = CONSTANTS["typicality_limit"],
         momentum: float = 0.01,
     ) -> None:
-        super().__init__()
-        self.dims, self.halflife, self.clamp, self.momentum = tuple(dims), halflife, clamp, momentum
-        count = sum(self.dims)
-        self.register_buffer("mean", torch.zeros(count))
-        self.register_buffer("var", torch.ones(count))
-        self.register_buffer("updates", torch.zeros(count))
-        self.register_buffer("fitted", torch.tensor(False))
+        super().__init__([sum(dims)], momentum)
+        self.dims, self.halflife, self.clamp = tuple(dims), halflife, clamp
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, halflife={self.halflife}, clamp={self.clamp}, momentum={self.momentum}"
@@ -75,35 +66,9 @@ class Quality(nn.Module):
         return [part.flatten(2) for part in features.split(self.dims, 2)], sums.reshape(batch, count, 3)
 
     @torch.no_grad()
-    def _follow(self, quality: Tensor, known: Tensor) -> None:
-        count = known.sum((0, 1)).to(self.mean.dtype)
-        share = 1.0 / count.clamp(min=1)
-        mean = torch.where(known, quality, 0.0).sum((0, 1)) * share
-        var = torch.where(known, (quality - mean).square(), 0.0).sum((0, 1)) * share
-        moves = (count > 0) & ~self.fitted
-        self.updates.add_(moves)
-        rate = torch.where(moves, (1.0 / self.updates.clamp(min=1)).clamp(min=self.momentum), 0.0)
-        gap = mean - self.mean
-        self.var.lerp_((var + (1 - rate) * gap * gap).to(self.var.dtype), rate.to(self.var.dtype))
-        self.mean.add_((rate * gap).to(self.mean.dtype))
-
-    @torch.no_grad()
     def fit(self, batches: Iterable[Tensor | None]) -> None:
         """Set the statistics from batches of quality (B, T, sum of dims), NaN where unknown (None: nothing is known), exactly,
         and stop following training batches. A column that is never known keeps mean 0 and variance 1."""
-        total = torch.zeros(3, sum(self.dims), dtype=torch.float64, device=self.mean.device)  # n, mean, M2
-        for quality in batches:
-            if quality is None:
-                continue
-            known = quality.isfinite()
-            count = known.sum((0, 1)).double()
-            rows = torch.where(known, quality, 0.0).double()
-            mean = rows.sum((0, 1)) / count.clamp(min=1)
-            m2 = torch.where(known, (rows - mean).square(), 0.0).sum((0, 1))
-            joint = total[0] + count
-            gap, share = mean - total[1], count / joint.clamp(min=1)
-            total = torch.stack([joint, total[1] + gap * share, total[2] + m2 + gap * gap * total[0] * share])
+        total = self._gather((quality, quality.isfinite()) for quality in batches if quality is not None)
         seen = total[0] > 0
-        self.mean.copy_(torch.where(seen, total[1], 0.0))
-        self.var.copy_(torch.where(seen, total[2] / total[0].clamp(min=1), 1.0))
-        self.fitted.fill_(True)
+        self._set_moments(torch.where(seen, total[1], 0.0), torch.where(seen, total[2] / total[0].clamp(min=1), 1.0))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._arguments import CONSTANTS, arithmetic_dtype
+from .moments import RunningMoments
 
 MAX_COMPONENTS = 32  # principal components of a modality
 SPARE, POWER = 8, 6  # columns more, and rounds, of the iteration that finds them
@@ -20,7 +22,7 @@ def typicality_features(energies: int) -> int:
     return 2 * energies
 
 
-class Typicality(nn.Module):
+class Typicality(RunningMoments):
     """How usual a modality's recent energy, motion and residual are, against the training data.
 
     Per frame and modality the log energies `log(mean(x^2) + 1e-8)` of the frame, of its difference from the frame before, and,
@@ -36,11 +38,6 @@ class Typicality(nn.Module):
     the residual is the frame.
     """
 
-    mean: Tensor  # (M, E)
-    var: Tensor  # (M, E)
-    updates: Tensor  # (M, E) batches seen by the momentum rule
-    fitted: Tensor  # () bool
-
     def __init__(
         self,
         modalities: int,
@@ -49,15 +46,11 @@ class Typicality(nn.Module):
         momentum: float = 0.01,
         dims: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        self.modalities, self.window, self.clamp, self.momentum = modalities, window, clamp, momentum
-        self.dims = None if dims is None else tuple(dims)
         self.energies = 2 if dims is None else 3
+        super().__init__([modalities, self.energies], momentum)
+        self.modalities, self.window, self.clamp = modalities, window, clamp
+        self.dims = None if dims is None else tuple(dims)
         self.features = typicality_features(self.energies)
-        self.register_buffer("mean", torch.zeros(modalities, self.energies))
-        self.register_buffer("var", torch.ones(modalities, self.energies))
-        self.register_buffer("updates", torch.zeros(modalities, self.energies))
-        self.register_buffer("fitted", torch.tensor(False))
         for m, d in enumerate(self.dims or ()):
             # Rows are orthonormal, or zero where fewer components hold enough.
             self.register_buffer(f"components_{m}", torch.zeros(min(MAX_COMPONENTS, max(d - 1, 1)), d))
@@ -120,44 +113,18 @@ class Typicality(nn.Module):
         z = torch.where(exists, (average - mean) / std, 0.0).asinh().clamp(-self.clamp, self.clamp)
         return torch.cat([z, z.abs()], -1), tail
 
-    def _follow(self, average: Tensor, exists: Tensor) -> None:
-        with torch.no_grad():
-            count = exists.sum((0, 1)).to(average.dtype)  # (M, E)
-            share = 1.0 / count.clamp(min=1)
-            mean = torch.where(exists, average, 0.0).sum((0, 1)) * share
-            var = torch.where(exists, (average - mean).square(), 0.0).sum((0, 1)) * share
-            moves = (count > 0) & ~self.fitted
-            self.updates.add_(moves)
-            rate = torch.where(moves, (1.0 / self.updates.clamp(min=1)).clamp(min=self.momentum), 0.0)
-            gap = mean - self.mean
-            self.var.lerp_((var + (1 - rate) * gap * gap).to(self.var.dtype), rate.to(self.var.dtype))
-            self.mean.add_((rate * gap).to(self.mean.dtype))
-
     @torch.no_grad()
-    def fit(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
-        """Set the statistics from (inputs, known) batches, exactly, and stop following training batches. With `dims` the
-        batches are iterated several times."""
+    def fit(self, batches: Iterable[tuple[Any, ...]]) -> None:
+        """Set the statistics from batches that begin with (inputs, known), exactly, and stop following training batches. With
+        `dims` the batches are iterated several times."""
         if self.dims is not None:
             self._fit_components(batches)
-        total = torch.zeros(
-            3, self.modalities, self.energies, dtype=torch.float64, device=self.mean.device
-        )  # n, mean, M2
-        for inputs, known in batches:
-            average, exists, _ = self.averages(inputs, known, None)
-            average = average.double()
-            count = exists.sum((0, 1)).double()
-            mean = torch.where(exists, average, 0.0).sum((0, 1)) / count.clamp(min=1)
-            m2 = torch.where(exists, (average - mean).square(), 0.0).sum((0, 1))
-            joint = total[0] + count
-            gap, share = mean - total[1], count / joint.clamp(min=1)
-            total = torch.stack([joint, total[1] + gap * share, total[2] + m2 + gap * gap * total[0] * share])
+        total = self._gather(self.averages(inputs, known, None)[:2] for inputs, known, *_ in batches)
         if not bool((total[0] >= 2).all()):
             raise ValueError(f"batches: expected at least two frames of every modality, got {total[0].tolist()}")
-        self.mean.copy_(total[1])
-        self.var.copy_(total[2] / total[0])
-        self.fitted.fill_(True)
+        self._set_moments(total[1], total[2] / total[0])
 
-    def _fit_components(self, batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> None:
+    def _fit_components(self, batches: Iterable[tuple[Any, ...]]) -> None:
         """The first principal components, by block power iteration (Halko, Martinsson and Tropp 2011): what it holds grows with
         the number of features, not with its square."""
         assert self.dims is not None
@@ -188,8 +155,8 @@ class Typicality(nn.Module):
             components[:count] = (basis @ vectors.flip(1)[:, :count]).t().to(components.dtype)
 
     @staticmethod
-    def _rows(batches: Iterable[tuple[Sequence[Tensor], Tensor | None]]) -> Iterator[tuple[int, Tensor]]:
+    def _rows(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Tensor]]:
         """Each modality's frames that count, (n, d) float64, batch by batch."""
-        for inputs, known in batches:
+        for inputs, known, *_ in batches:
             for m, v in enumerate(inputs):
                 yield m, (v if known is None else v[known[..., m]]).flatten(0, -2).double()

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,16 @@ def _calibrate(run: Run) -> dict[str, Any] | None:
     if not isinstance(run.model.fusion, ReliabilityFusion):
         return None
     data = run.open(None, "validation")
-    collect(run.model, (whole_clips([clip], run.names) for clip in data), scale=True)
-    clips = [collect(run.model, [whole_clips([clip], run.names)]) for clip in data]
-    whole, halves = join(clips), [join(clips[i::2]) for i in range(2)] if len(clips) > 1 else []
+    lengths: list[int] = []
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for clip in data:
+            lengths.append(clip.num_frames)
+            yield whole_clips([clip], run.names)
+
+    whole = collect(run.model, batches(), scale=True)
+    clips = [Evidence(*parts) for parts in zip(*(column.split(lengths) for column in whole))]
+    halves = [join(clips[i::2]) for i in range(2)] if len(clips) > 1 else []
     temperature, bias = fit_calibration(*whole, kappa=None)
     zero = torch.zeros_like(bias)
     result: dict[str, Any] = {
