@@ -45,7 +45,7 @@ def finished(study: Study, out: Path, baselines: Mapping[str, Mapping[str, np.nd
             tuned = [np.mean([result(s, rate)["P"] for s in range(study.tuning_seeds)]) for rate in study.rates]
             rate = rates[method, part] = study.rates[int(np.argmax(tuned))]
             results.update({(method, part, s): result(s, rate) for s in range(study.seeds)})
-    held = gather(study, out, found, [None], Trained(rates, results), oracle=False)
+    held = gather(study, out, found, [None], Trained(rates, results))
     clips = [clip for part in found for clip in scored_clips(part, study.modalities)]
     moments = dict(held.moments)
     for name, predicted in baselines.items():

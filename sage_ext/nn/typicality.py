@@ -13,7 +13,8 @@ from .._arguments import CONSTANTS, arithmetic_dtype
 from .moments import RunningMoments
 
 MAX_COMPONENTS = 32  # principal components of a modality
-SPARE, POWER = 8, 6  # columns more, and rounds, of the iteration that finds them
+EXACT = 1024  # up to so many features they are exact, from all second moments; above, from an iteration:
+SPARE, POWER = 8, 6  # of so many columns more, in so many rounds
 EXPLAINED = 0.95  # share of a modality's variance that they hold, if so many do
 
 
@@ -125,24 +126,26 @@ class Typicality(RunningMoments):
         self._set_moments(total[1], total[2] / total[0])
 
     def _fit_components(self, batches: Iterable[tuple[Any, ...]]) -> None:
-        """The first principal components, by block power iteration (Halko, Martinsson and Tropp 2011): what it holds grows with
-        the number of features, not with its square."""
+        """The first principal components: exactly, in one pass through the data, or by block power iteration (Halko, Martinsson
+        and Tropp 2011), where the square of the number of features is too much to hold."""
         assert self.dims is not None
         generator = torch.Generator().manual_seed(0)
         device = self.mean.device
         bases = []
         for m, d in enumerate(self.dims):
-            width = min(len(self.get_buffer(f"components_{m}")) + SPARE, d)
+            width = d if d <= EXACT else len(self.get_buffer(f"components_{m}")) + SPARE
             start = torch.randn(d, width, generator=generator, dtype=torch.float64).to(device)
             bases.append(torch.linalg.qr(start).Q)
-        for _ in range(POWER if any(b.shape[0] > b.shape[1] for b in bases) else 0):
-            moved = [torch.zeros_like(b) for b in bases]
-            for m, rows in self._rows(batches):
+        narrow = [m for m, d in enumerate(self.dims) if d > EXACT]
+        for _ in range(POWER if narrow else 0):
+            moved = {m: torch.zeros_like(bases[m]) for m in narrow}
+            for m, rows in self._rows(batches, narrow):
                 moved[m] += rows.t() @ (rows @ bases[m])
-            bases = [torch.linalg.qr(y).Q for y in moved]
+            for m, y in moved.items():
+                bases[m] = torch.linalg.qr(y).Q
         inner = [torch.zeros(b.shape[1], b.shape[1], dtype=torch.float64, device=device) for b in bases]
         total = [torch.zeros((), dtype=torch.float64, device=device) for _ in bases]
-        for m, rows in self._rows(batches):
+        for m, rows in self._rows(batches, range(len(bases))):
             inside = rows @ bases[m]
             inner[m] += inside.t() @ inside
             total[m] += rows.square().sum()
@@ -155,8 +158,9 @@ class Typicality(RunningMoments):
             components[:count] = (basis @ vectors.flip(1)[:, :count]).t().to(components.dtype)
 
     @staticmethod
-    def _rows(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Tensor]]:
-        """Each modality's frames that count, (n, d) float64, batch by batch."""
+    def _rows(batches: Iterable[tuple[Any, ...]], modalities: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Of each of `modalities` the frames that count, (n, d) float64, batch by batch."""
         for inputs, known, *_ in batches:
-            for m, v in enumerate(inputs):
+            for m in modalities:
+                v = inputs[m]
                 yield m, (v if known is None else v[known[..., m]]).flatten(0, -2).double()

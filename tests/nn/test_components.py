@@ -12,8 +12,13 @@ def rows(dim, rank, count, seed=0):
     return torch.randn(count, rank, generator=g) @ shape + 0.05 * torch.randn(count, dim, generator=g)
 
 
+@pytest.mark.parametrize("iterated", [False, True])
 @pytest.mark.parametrize(("dim", "rank"), [(1, 1), (2, 1), (7, 3), (40, 6), (300, 12)])
-def test_components_are_those_of_the_covariance(dim, rank):
+def test_components_are_those_of_the_covariance(dim, rank, iterated, monkeypatch):
+    if iterated:
+        if dim <= 40:
+            pytest.skip("as many features as columns of the iteration")
+        monkeypatch.setattr("sage_ext.nn.typicality.EXACT", 0)
     x = rows(dim, rank, 4000)
     typicality = Typicality(1, dims=(dim,))
     typicality.fit([([part.unflatten(0, (4, -1))], None) for part in x.split(1000)])
