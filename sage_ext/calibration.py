@@ -202,8 +202,9 @@ def reliability_diagram(
 
 
 def expected_calibration_error(diagram: ReliabilityDiagram) -> float:
-    """Mean over bins, by frames, of |mean confidence - observed reliability|: 0 is perfect, 1 the worst; NaN without frames."""
-    gap = (diagram.predicted - diagram.observed).abs()
+    """Mean over bins, by frames, of |mean confidence - observed reliability|: 0 is perfect, 1 the worst; NaN without frames.
+    An observed share of variance below 0 counts as 0: an estimate worse than the mean is to have no confidence at all."""
+    gap = (diagram.predicted - diagram.observed.clamp(min=0)).abs()
     return float((gap * diagram.frames).sum() / diagram.frames.sum())
 
 

@@ -44,6 +44,7 @@ network of the sum of both .67, of both joined .71, of the sum weighted by the t
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -490,10 +491,18 @@ def has_truth(root: str | os.PathLike) -> bool:
 
 
 def read_truth(root: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
-    """What truth/ holds of the clip `name`, see `write_dataset`."""
+    """What truth/ holds of the clip `name`, see `write_dataset`. The arrays are read-only."""
     path = Path(root) / "truth" / f"{name}.npz"
+    return dict(_truth(path, path.stat().st_mtime_ns if path.exists() else 0))
+
+
+@functools.lru_cache(maxsize=512)  # a study asks for the same clips under every condition
+def _truth(path: Path, changed: int) -> dict[str, np.ndarray]:
     with parsing(path), np.load(path) as data:
-        return {key: data[key] for key in data.files}
+        found = {key: data[key] for key in data.files}
+    for array in found.values():
+        array.setflags(write=False)
+    return found
 
 
 def trusted_modalities(root: str | os.PathLike) -> list[frozenset[str]]:

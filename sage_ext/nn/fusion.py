@@ -346,6 +346,7 @@ class _WeightedFusion(Fusion):
     tracks_modalities = True
     default_memory = (8.0, 32.0, 128.0)
     default_stuck = 8
+    detach_weights = False  # see ReliabilityFusion
 
     def __init__(self, in_dims: Mapping[str, int] | Sequence[int], dim: int, norm: bool, joint: bool) -> None:
         super().__init__(in_dims, dim)
@@ -476,7 +477,13 @@ class _WeightedFusion(Fusion):
         if known is not None and self.joint is not None:  # what it remembers is an estimate too
             present = self.expert_flags(known, torch.ones_like(known[..., 0]) if frame is None else frame)
         gate = self.gate if foreign is None else functools.partial(self.doubting_gate, foreign)
-        prediction, shares, confidence = gate(list(estimates.unbind(2)), assessed, present, False)
+        values, apart = list(estimates.unbind(2)), self.training and self.detach_weights
+        taken = assessed
+        if apart:
+            taken = assessed._replace(reliability=assessed.reliability.detach(), stage=assessed.stage.detach())
+        prediction, shares, confidence = gate(values, taken, present, False)
+        if apart:  # the same numbers once more, for their own score
+            confidence = gate([v.detach() for v in values], assessed, present, False)[2]
         return Mixed(prediction, shares, self._apart(shares)[0], confidence, assessed.stage)
 
     def doubting_gate(
@@ -506,6 +513,8 @@ class ReliabilityFusion(_WeightedFusion):
         evidence_dim: size of the learnt evidence a modality.
         norm: LayerNorm with affine on each modality's values.
         detach_evidence: stop the reliability path's gradient at the features.
+        detach_weights: in `SAGE`, stop the prediction's gradient at the confidences that weigh the experts: their own score
+            alone teaches them. A prediction wants the weights of experts whose errors go together, not what each knows.
         filter_stages: False: the stage posterior of a frame is the softmax of its own emissions (uniform in a frame
             without evidence), and there is no transition to learn.
         quality_dims: how many numbers of quality each modality has: a mapping name -> Q_m, in which modalities may be left out,
@@ -537,6 +546,7 @@ class ReliabilityFusion(_WeightedFusion):
         evidence_dim: int = 32,
         norm: bool = True,
         detach_evidence: bool = True,
+        detach_weights: bool = True,
         filter_stages: bool = True,
         quality_dims: Mapping[str, int] | Sequence[int] | None = None,
         joint: bool = False,
@@ -548,7 +558,8 @@ class ReliabilityFusion(_WeightedFusion):
         check_int("evidence_dim", evidence_dim, 1)
         check_bool("frame_precision", frame_precision)
         modalities = len(self.in_dims)
-        self.stages, self.evidence_dim, self.detach_evidence = stages, evidence_dim, detach_evidence
+        self.stages, self.evidence_dim = stages, evidence_dim
+        self.detach_evidence, self.detach_weights = detach_evidence, detach_weights
         self.frame_precision = frame_precision
         self.quality_dims = quality_sizes(quality_dims, self.names, modalities)
 
@@ -586,7 +597,8 @@ class ReliabilityFusion(_WeightedFusion):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, stages={self.stages}, evidence_dim={self.evidence_dim}, "
-            f"detach_evidence={self.detach_evidence}, filter_stages={self.transition is not None}, "
+            f"detach_evidence={self.detach_evidence}, detach_weights={self.detach_weights}, "
+            f"filter_stages={self.transition is not None}, "
             f"quality_dims={self.quality_dims}, frame_precision={self.frame_precision}"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -561,27 +561,45 @@ def _calibration(scores: Scores) -> list[Table]:
         [
             name,
             *(_number(_calibration_under(scores, name, failing, when)) for failing in (True, False) for when in (0, 1)),
+            _number(_judged(scores, name)),
         ]
         for name in _kinds(scores)
     ]
     if rows:
-        header = ["", "failing, before", "failing, after", "sound, before", "sound, after"]
-        text = "The modality that fails, and the one that does not (none where all fail); mean over the conditions."
+        header = ["", "failing, before", "failing, after", "sound, before", "sound, after", "judged"]
+        text = (
+            "The modality that fails, and the one that does not (none where all fail); mean over the conditions. Judged: the "
+            "share of the failing modality's frames in which the model takes it to be there. In the others (it is absent, or "
+            "repeats itself) confidence is 0, and so is what it explains: they count with an error of 0."
+        )
         out.append(Table("Calibration error by corruption", header, rows, text))
     return out
 
 
+def _failing(scores: Scores, kind: str, failing: bool) -> Iterator[tuple[np.ndarray, float]]:
+    """Of each condition of a kind, seed, and modality that fails (or that does not): its diagrams (2, 3, K), before and after
+    fitting, and the share of its frames that they are of."""
+    names, results = scores.results.modalities, scores.results
+    for k in scores.groups[kind][0]:
+        condition = results.conditions[k]
+        assert condition is not None
+        for i, name in enumerate(names):
+            if (name in condition.modalities) != failing:
+                continue
+            for n in range(results.fits):
+                found, clean = (scores.confidence[n, j]["diagram"][:, i] for j in (k, 0))
+                yield found, float(np.nansum(found[0, 2]) / max(np.nansum(clean[0, 2]), 1))
+
+
 def _calibration_under(scores: Scores, kind: str, failing: bool, when: int) -> float:
     """Calibration error of the modalities that fail, or of the others, in a kind's conditions, before (0) or after (1)
-    fitting; NaN where there is none."""
-    names, found = scores.results.modalities, list[float]()
-    for k in scores.groups[kind][0]:
-        condition = scores.results.conditions[k]
-        assert condition is not None
-        which = [i for i, m in enumerate(names) if (m in condition.modalities) == failing]
-        for n in range(scores.results.fits):
-            error = calibration_error(scores.confidence[n, k]["diagram"])[when]
-            found += [error[i] for i in which if not np.isnan(error[i])]
+    fitting; NaN where there is none, and where none is ever taken to be there."""
+    found = [judged * calibration_error(diagram)[when] for diagram, judged in _failing(scores, kind, failing) if judged]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _judged(scores: Scores, kind: str) -> float:
+    found = [judged for _, judged in _failing(scores, kind, True)]
     return float(np.mean(found)) if found else float("nan")
 
 

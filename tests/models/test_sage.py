@@ -677,6 +677,23 @@ def test_estimates_teach_nothing_of_reliability():
     assert not [n for n in touched if not n.startswith(path)]
 
 
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_prediction_teaches_confidence_only_where_asked(detach):
+    model = build(dropout=0.0, fusion_options={"detach_weights": detach})
+    features, present = draw()
+    outs = []
+    for training in (False, True):
+        model.train(training)
+        model.zero_grad()
+        outs.append(model(features, present))
+        outs[-1].prediction.square().sum().backward()
+        touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        path = [n for n in touched if n.startswith(("fusion.reliability", "fusion.evidence", "fusion.emission"))]
+        assert bool(path) == (not detach or not training)
+        assert "fusion.sharpening" in touched
+    close(*outs)  # what is stated and weighed is the same
+
+
 def test_every_parameter_learns():
     model = build().train()
     features, present = draw()

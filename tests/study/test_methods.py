@@ -44,7 +44,10 @@ def test_methods_are_the_studys():
         assert sum(config[key] != base[key] for key in base) == (2 if name == "sage-no-mask" else 1), name
     plus = build_model(TrainConfig("x", dim=8, **VARIANTS["can-plus"].overrides), SIZES).config
     assert plus == {**base, "fusion": "can", "joint": False}
-    assert VARIANTS["sage-no-calibration"].overrides == {"reliability_weight": 0.0}
+    assert VARIANTS["sage-no-calibration"].overrides == {
+        "reliability_weight": 0.0,
+        "fusion_options": {"detach_weights": False},  # else nothing would teach the weights
+    }
     assert VARIANTS["sage"].overrides == {}
 
 
