@@ -294,8 +294,9 @@ class SAGE(nn.Module):
     def extra_repr(self) -> str:
         return f"causal={self.causal}"
 
-    def set_trust(self, trust: Trust | None) -> None:
-        """Which modality's stream may belong to somebody else, see `trust` above. A state from before does not fit."""
+    def set_trust(self, trust: Trust | None, pace: float = PACE, dwell: float = DWELL) -> None:
+        """Which modality's stream may belong to somebody else, see `trust` above; `pace` and `dwell`, in frames, are those of
+        `ForeignFilter` (`Run.load` knows the rate). A state from before does not fit."""
         self.config["trust"], self.foreign = None, None
         if trust is None:
             return
@@ -304,7 +305,7 @@ class SAGE(nn.Module):
                 f"trust: expected None with fusion={self.config['fusion']!r}, which doubts nobody, got {trust!r}"
             )
         prior = ordered_trust(trust, self.names, len(self.in_dims))
-        self.foreign = ForeignFilter(prior, PACE, DWELL).to(self.own_gain.device)
+        self.foreign = ForeignFilter(prior, pace, dwell).to(self.own_gain.device)
         self.config["trust"] = dict(zip(self.names, prior)) if self.names else prior
 
     def reliability_parameters(self) -> Iterator[nn.Parameter]:

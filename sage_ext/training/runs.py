@@ -28,11 +28,12 @@ from ..calibration import (
     reliability_diagram,
 )
 from ..data.affwild2 import AffWild2, Clip, write_submission
+from ..data.rates import default_frames
 from ..data.synthetic import ToldClips
 from ..data.targets import VALENCE_AROUSAL, Targets, described, make_targets, unscaled
 from ..data.windows import whole_clips
 from ..files import alone, replacing, write_atomic
-from ..models.sage import SAGE, Trust
+from ..models.sage import DWELL, PACE, SAGE, Trust
 from ..nn import ReliabilityFusion
 from ..report import Picture, Table, plot_clip, plot_reliability, plot_training, read_log, write_report
 from .checkpoint import load_checkpoint, reading, save_checkpoint
@@ -101,7 +102,7 @@ class Run:
                 config.told,
             )
         if trust is not None:
-            model.set_trust(trust)
+            model.set_trust(trust, *(default_frames(frames, fps) for frames in (PACE, DWELL)))
         return cls(path, model.to(device).eval(), *parts, device)
 
     def open(

@@ -73,6 +73,11 @@ def test_it_learns(trained, capsys, tmp_path):
         (name, list(map(float, r))) for name, r in targets.items()
     ]
     assert run.fps == fps
+    doubting = Run.load(path, trust={run.names[0]: 0.3}).model.foreign
+    assert (doubting.pace, doubting.dwell) == (
+        max(fps, 7.5),
+        60 * max(fps, 7.5),
+    )  # a second, a minute; longer below 7.5 a second
     assert (run.window, run.hop) == (75, 50)
     assert run.model.config["memory"] == [2.0, 8.0, 32.0]
     assert read_config(path).window is None

@@ -194,7 +194,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("SAGE_TEST_KILLS", 16)) // 8))
+@pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("SAGE_TEST_KILLS", 8)) // 8))
 def test_killed_many_times(data, tmp_path, seed):
     _kill_and_resume(data, tmp_path, kills=8, seed=seed)
 
