@@ -180,6 +180,11 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("epochs", int, "at most"),
     ("max_steps", int, "steps at most"),
     ("patience", int, "epochs without a better validation P before stopping"),
+    (
+        "keep",
+        str,
+        "weights of the epoch with the best validation P, or the last: where few videos would choose it by chance",
+    ),
     ("grad_clip", float, "largest gradient norm"),
     ("unimodal_weight", float, "of the unimodal heads' loss"),
     ("reliability_weight", float, "of the scores that train confidence"),

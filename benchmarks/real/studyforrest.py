@@ -259,6 +259,7 @@ def study_of(data: Path, task: Task, args: argparse.Namespace) -> Study:
     modalities = tuple(AffWild2(data, "train").modalities)
     runs = sum(len(AffWild2(data, split)) for split in ("train", "validation"))
     train = {"epochs": 1000, "dim": 32, "batch_size": 8, "max_steps": args.max_steps or (100 if args.quick else 700)}
+    train["keep"] = "last"  # the tuning split is one run: chosen by it, the epoch is a matter of chance
     if task.has_quality and task.quality == "all":
         train["quality"] = True
     return Study(

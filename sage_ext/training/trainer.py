@@ -3,7 +3,8 @@
     RUN/config.json         the configuration and the data set's shape; a run is continued only with the same
     RUN/log.csv             one row an epoch
     RUN/last.safetensors    everything a continuation needs, as of the last checkpoint
-    RUN/best.safetensors    the weights of the best validation P, with the configuration to rebuild the model
+    RUN/best.safetensors    the weights of the best validation P (the last ones if `keep` says so), with the configuration to
+                            rebuild the model
 
 Whatever happens in an epoch is a function of the configuration, the data and the last checkpoint: the order of the
 windows and the rehearsed failures are drawn from generators seeded by (seed, epoch) and (seed, step), dropout from the
@@ -112,6 +113,9 @@ class TrainConfig:
     epochs: int = 30
     max_steps: int | None = None  # stop (and end the cosine) here if the epochs would take longer
     patience: int = 10  # epochs without a better validation P before stopping
+    keep: str = (
+        "best"  # whose weights: the epoch with the best validation P, or the "last", which `patience` then never ends
+    )
     grad_clip: float = 1.0  # largest gradient norm
     unimodal_weight: float = 0.5  # of 1 - CCC of the unimodal predictions, their mean
     reliability_weight: float = 0.3  # of the scores that train confidence
@@ -144,6 +148,8 @@ class TrainConfig:
             raise ValueError(f"hop: expected at most the window ({self.window:g} s), got {self.hop:g} s")
         if self.max_steps is not None:
             check_int("max_steps", self.max_steps, 1)
+        if self.keep not in ("best", "last"):
+            raise ValueError(f"keep: expected best or last, got {self.keep!r}")
         for name in ("lr", "grad_clip", "reliability_rate"):
             check_number(name, getattr(self, name), "> 0 and finite", lambda x: 0 < x < math.inf)
         for name in ("weight_decay", "unimodal_weight", "reliability_weight"):
@@ -474,7 +480,7 @@ class Training:
         assert self.moments is not None
         running = scores(ccc_from_moments(self.moments).tolist(), self.targets)
         loss = (self.loss_sum / max(self.position, 1)).tolist()
-        better = val["P"] > self.best["P"]
+        better = val["P"] > self.best["P"] or self.config.keep == "last"
         if better:
             model = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
             self.best = {"P": val["P"], "epoch": self.epoch, "step": self.step, "scores": found, "model": model}

@@ -254,6 +254,20 @@ def test_early_stopping_waits_for_patience(data, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")["epoch"] == 1
 
 
+def test_the_last_epoch_is_kept_where_asked(tiny, tmp_path):
+    run = tmp_path / "run"
+    best = quiet(dataclasses.replace(tiny, keep="last", patience=1), run)
+    rows = [dict(zip(trainer.COLUMNS, line.split(","))) for line in (run / "log.csv").read_text().splitlines()[1:]]
+    assert len(rows) == tiny.epochs
+    assert best["epoch"] == tiny.epochs - 1
+    assert rows[-1]["val_P"] == rows[-1]["best_P"]
+    assert best["scores"]["fused"]["P"] == pytest.approx(float(rows[-1]["val_P"]), abs=1e-8)
+    kept, last = (load_checkpoint(run / name)["model"] for name in ("best.safetensors", "last.safetensors"))
+    assert all(kept[name].equal(last[name]) for name in last)
+    with pytest.raises(ValueError, match="keep: expected best or last, got 'first'"):
+        dataclasses.replace(tiny, keep="first")
+
+
 def test_max_steps_ends_inside_an_epoch(tiny, tmp_path):
     quiet(dataclasses.replace(tiny, max_steps=8), tmp_path / "run")
     last = load_checkpoint(tmp_path / "run" / "last.safetensors")
