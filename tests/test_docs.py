@@ -37,8 +37,6 @@ NOT_RUN = {
     ("README.md", "sage-ext compare"): "trains for minutes; tests/study/test_run.py runs small studies",
     ("CONTRIBUTING.md", "make"): "minutes each; the targets are looked up",
     ("docs/real-data.md", "python"): "the film is no part of the project",
-    ("docs/study.md", "sage-ext import"): "the film is no part of the project",
-    ("docs/study.md", "sage-ext check"): "the film is no part of the project",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
     ("docs/study.md", "python benchmarks/streams.py"): "trains for an hour; tests/study/test_streams.py runs it small",
 }
