@@ -259,6 +259,14 @@ void launch(const Call& call, void (*kernel)(P...), dim3 grid, int threads, size
   if (error != cudaSuccess) raise(call, error);
 }
 
+// Of the call's device; a query that does not wait for it.
+inline int multiprocessors(const Call& call) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, call.device);
+  if (error != cudaSuccess) raise(call, error);
+  return count;
+}
+
 // Blocks in x for `work` of them: the grid's limit is far above any tensor that fits a device, but not above any int64.
 inline unsigned grid_x(const Call& call, int64_t work) {
   if (work > 0x7fffffff) raise(call, cudaErrorInvalidConfiguration);

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   const int64_t begin = int64_t(blockIdx.x) * chunk_rows,
                 end = begin + chunk_rows < forward.rows ? begin + chunk_rows : forward.rows;
   for (int64_t base = begin + warp * kRows; base < end; base += kBackwardWarps * kRows) {
-    const Gate<A> gate(forward, tables, base, end);
+    const Gate<A> gate(forward, tables, GateLane(forward, base, end));
     A grad_weight = given(params.grad_weights, gate, M);
 #pragma unroll 1
     for (int slot = 0; slot < kRows && base + slot < end; ++slot) {
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
   for (int64_t base = begin; base < end; base += kBackwardWarps) {
     const int64_t row = base + warp;
     if (row < end) {  // the same for a whole warp
-      const Gate<A> gate(forward, tables, row, row + 1);
+      const Gate<A> gate(forward, tables, GateLane(forward, row, row + 1));
       A grad_weight = given(params.grad_weights, gate, M);
       for (int m = 0; m < M; ++m) {
         const A weight = __shfl_sync(kFull, gate.weight, gate.lane_of(0, m));
