@@ -139,7 +139,8 @@ class Kernel:
 
 LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*$")
 REGISTER = re.compile(r"(?<![\w.])R(\d+)(\.64)?\b")
-NO_RESULT = tuple("ST RED BRA EXIT BAR MEMBAR ISETP FSETP DSETP NOP BSSY BSYNC WARPSYNC CALL RET VOTE".split())
+NO_RESULT = ("ST", "RED", "BRA", "EXIT", "BAR", "MEMBAR", "ISETP", "FSETP", "DSETP", "NOP", "BSSY", "BSYNC", "WARPSYNC", "CALL",
+             "RET", "VOTE")  # fmt: skip
 
 
 def _width(op: str) -> int:
@@ -281,21 +282,13 @@ BEGIN, END = "<!-- made by tests/cuda/sass.py -->", "<!-- end -->"
 
 
 def table() -> Iterator[str]:
-    titles = [
-        "kernel",
-        "registers",
-        "warps",
-        "in flight: a lane / a multiprocessor",
-        "instructions of the loop",
-        "code",
-    ]
-    yield f"| {' | '.join(titles)} |"
+    flight = "in flight: a lane / a multiprocessor"
+    yield f"| kernel | registers | warps | {flight} | instructions of the loop | code |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for found in map(look, HOT):
-        yield (
-            f"| {found.hot.title} | {found.usage.registers} | {found.warps} | "
-            f"{found.flight} B / {found.flight * 32 * found.warps / 1024:.0f} KB | {len(found.hot_loop)} | {found.kilobytes:.0f} KB |"
-        )
+        whole = found.flight * 32 * found.warps / 1024
+        cells = [found.hot.title, found.usage.registers, found.warps, f"{found.flight} B / {whole:.0f} KB"]
+        yield "| " + " | ".join(map(str, [*cells, len(found.hot_loop), f"{found.kilobytes:.0f} KB"])) + " |"
 
 
 def main() -> int:
