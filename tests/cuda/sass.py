@@ -208,7 +208,8 @@ def bytes_in_flight(instructions: list[Instruction], least: int = 8) -> int:
 # ------------------------------------------------------------------------------------------------------------ hot kernels
 @dataclass(frozen=True)
 class Hot:
-    """A kernel that users wait for: its title in the table, its file, a pattern in its mangled name, threads of a block.
+    """A kernel that users wait for: its title in the table, its file, a pattern in its mangled name, threads of a block, and
+    the instruction that tells its main loop from others.
 
     What is asked of it: `flight`, the bytes that a lane has under way in a loop (loads narrower than `least` bytes do not
     count); `warps`, those a multiprocessor has registers for; `code`, the most kilobytes of code.
@@ -218,6 +219,7 @@ class Hot:
     file: str
     pattern: str
     threads: int
+    holds: str
     flight: int
     warps: int
     code: int
@@ -225,13 +227,41 @@ class Hot:
 
 
 FORWARD, BACKWARD = "reliability_fusion_forward.cu", "reliability_fusion_backward.cu"
+FILTER = "stage_filter.cu"
 HOT = [
-    Hot("fusion, float32, D 256", FORWARD, "fusion_kernelIfLi16E(Li4ELb1ELb1)?E", 128, 96, 16, 56),
-    Hot("fusion, float32, D 128", FORWARD, "fusion_kernelIfLi16ELi2ELb1ELb1E", 128, 64, 16, 56),
-    Hot("fusion, float32, D 512", FORWARD, "fusion_kernelIfLi32ELi4ELb1ELb1E", 128, 96, 16, 56),
-    Hot("fusion, bfloat16, D 256", FORWARD, "fusion_kernelI13__nv_bfloat16Li8E(Li4ELb1ELb1)?E", 128, 128, 12, 56),
-    Hot("fusion, bfloat16, D 128", FORWARD, "fusion_kernelI13__nv_bfloat16Li8ELi2ELb1ELb1E", 128, 64, 12, 56),
-    Hot("fusion, bfloat16, other D to 256", FORWARD, "fusion_kernelI13__nv_bfloat16Li8ELi4ELb1ELb0E", 128, 96, 12, 56),
+    Hot("fusion, float32, D 256", FORWARD, "fusion_kernelIfLi16E(Li4ELb1ELb1)?E", 128, "SHFL", 96, 16, 56),
+    Hot("fusion, float32, D 128", FORWARD, "fusion_kernelIfLi16ELi2ELb1ELb1E", 128, "SHFL", 64, 16, 56),
+    Hot("fusion, float32, D 512", FORWARD, "fusion_kernelIfLi32ELi4ELb1ELb1E", 128, "SHFL", 96, 16, 56),
+    Hot(
+        "fusion, bfloat16, D 256", FORWARD, "fusion_kernelI13__nv_bfloat16Li8E(Li4ELb1ELb1)?E", 128, "SHFL", 128, 12, 56
+    ),
+    Hot("fusion, bfloat16, D 128", FORWARD, "fusion_kernelI13__nv_bfloat16Li8ELi2ELb1ELb1E", 128, "SHFL", 64, 12, 56),
+    Hot(
+        "fusion, bfloat16, other D to 256",
+        FORWARD,
+        "fusion_kernelI13__nv_bfloat16Li8ELi4ELb1ELb0E",
+        128,
+        "SHFL",
+        96,
+        12,
+        56,
+    ),
+    Hot("stage_filter, S 4", FILTER, r"filter_kernelIfLi4E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 64, least=4),
+    Hot(
+        "stage_filter, S 4, backward follows",
+        FILTER,
+        r"filter_kernelIfLi4ELNS1_4PassE0ELb1E",
+        32,
+        "SHFL",
+        32,
+        8,
+        64,
+        least=4,
+    ),
+    Hot("stage_filter, S 16", FILTER, r"filter_kernelIfLi16E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 100, least=4),
+    Hot(
+        "stage_filter backward, S 4", FILTER, r"gradient_kernelIfLi4E(LNS1_4PassE0E)?E", 32, "SHFL", 64, 8, 80, least=4
+    ),
 ]
 
 
@@ -250,9 +280,10 @@ class Compiled:
 
     @property
     def hot_loop(self) -> range:
-        """The shortest of the loops with the most bytes in flight."""
+        """The shortest of the main loops with the most bytes in flight."""
+        main = [l for l in self.kernel.loops() if any(i.op.startswith(self.hot.holds) for i in self.kernel.part(l))]
         flight = lambda loop: bytes_in_flight(self.kernel.part(loop), self.hot.least)  # noqa: E731
-        return max(self.kernel.loops(), key=lambda loop: (flight(loop), -len(loop)), default=range(0))
+        return max(main, key=lambda loop: (flight(loop), -len(loop)), default=range(0))
 
     @property
     def flight(self) -> int:
