@@ -227,7 +227,7 @@ class Hot:
 
 
 FORWARD, BACKWARD = "reliability_fusion_forward.cu", "reliability_fusion_backward.cu"
-FILTER = "stage_filter.cu"
+FILTER, CCC = "stage_filter.cu", "ccc.cu"
 HOT = [
     Hot("fusion, float32, D 256", FORWARD, "fusion_kernelIfLi16E(Li4ELb1ELb1)?E", 128, "SHFL", 96, 16, 56),
     Hot("fusion, float32, D 128", FORWARD, "fusion_kernelIfLi16ELi2ELb1ELb1E", 128, "SHFL", 64, 16, 56),
@@ -259,6 +259,10 @@ HOT = [
         least=4,
     ),
     Hot("stage_filter, S 16", FILTER, r"filter_kernelIfLi16E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 100, least=4),
+    Hot("ccc, float32, 2 channels", CCC, r"ccc_flat_kernelIfLi2EL(b0|NS_4MaskE0)E", 256, "DFMA", 128, 24, 32),
+    Hot("ccc, a mask a frame", CCC, r"ccc_flat_kernelIfLi2EL(b1|NS_4MaskE1)E", 256, "DFMA", 128, 16, 32),
+    Hot("ccc, merging chunks", CCC, r"ccc_merge_kernelIfE", 256, "nothing", 128, 24, 16),
+    Hot("ccc backward", CCC, r"flat_gradient_kernelIfLi2E(LNS_4MaskE0E)?E", 256, "nothing", 128, 24, 24),
     Hot(
         "stage_filter backward, S 4", FILTER, r"gradient_kernelIfLi4E(LNS1_4PassE0E)?E", 32, "SHFL", 64, 8, 80, least=4
     ),
@@ -280,10 +284,10 @@ class Compiled:
 
     @property
     def hot_loop(self) -> range:
-        """The shortest of the main loops with the most bytes in flight."""
+        """The shortest of the main loops with the most bytes in flight, or the whole code if nothing is repeated."""
         main = [l for l in self.kernel.loops() if any(i.op.startswith(self.hot.holds) for i in self.kernel.part(l))]
         flight = lambda loop: bytes_in_flight(self.kernel.part(loop), self.hot.least)  # noqa: E731
-        return max(main, key=lambda loop: (flight(loop), -len(loop)), default=range(0))
+        return max(main, key=lambda loop: (flight(loop), -len(loop)), default=range(len(self.kernel.instructions)))
 
     @property
     def flight(self) -> int:
