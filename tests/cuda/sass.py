@@ -246,6 +246,18 @@ HOT = [
         12,
         56,
     ),
+    Hot("fusion backward, float32, D 256", BACKWARD, "gradient_kernelIfLi2ELi2E(Lb1ELb1)?E", 128, "SHFL", 96, 12, 80),
+    Hot("fusion backward, float32, other D", BACKWARD, "gradient_kernelIfLi2ELi2ELb1ELb0E", 128, "SHFL", 96, 12, 80),
+    Hot(
+        "fusion backward, bfloat16, D 256",
+        BACKWARD,
+        "gradient_kernelI13__nv_bfloat16Li2ELi1E(Lb1ELb1)?E",
+        128,
+        "SHFL",
+        96,
+        12,
+        80,
+    ),
     Hot("stage_filter, S 4", FILTER, r"filter_kernelIfLi4E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 64, least=4),
     Hot(
         "stage_filter, S 4, backward follows",
