@@ -212,7 +212,8 @@ class Hot:
     the instruction that tells its main loop from others.
 
     What is asked of it: `flight`, the bytes that a lane has under way in a loop (loads narrower than `least` bytes do not
-    count); `warps`, those a multiprocessor has registers for; `code`, the most kilobytes of code.
+    count); `warps`, those a multiprocessor has registers for; `code`, the most kilobytes of code;
+    `narrow`, the most loads of 2 bytes in the loop (a mask's two bytes are its vector).
     """
 
     title: str
@@ -224,6 +225,7 @@ class Hot:
     warps: int
     code: int
     least: int = 8
+    narrow: int = 0
 
 
 FORWARD, BACKWARD = "reliability_fusion_forward.cu", "reliability_fusion_backward.cu"
@@ -272,7 +274,7 @@ HOT = [
     ),
     Hot("stage_filter, S 16", FILTER, r"filter_kernelIfLi16E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 100, least=4),
     Hot("ccc, float32, 2 channels", CCC, r"ccc_flat_kernelIfLi2EL(b0|NS_4MaskE0)E", 256, "DFMA", 128, 24, 32),
-    Hot("ccc, a mask a frame", CCC, r"ccc_flat_kernelIfLi2EL(b1|NS_4MaskE1)E", 256, "DFMA", 128, 16, 32),
+    Hot("ccc, a mask a frame", CCC, r"ccc_flat_kernelIfLi2EL(b1|NS_4MaskE1)E", 256, "DFMA", 128, 16, 32, narrow=4),
     Hot("ccc, merging chunks", CCC, r"ccc_merge_kernelIfE", 256, "nothing", 128, 24, 16),
     Hot("ccc backward", CCC, r"flat_gradient_kernelIfLi2E(LNS_4MaskE0E)?E", 256, "nothing", 128, 24, 24),
     Hot(

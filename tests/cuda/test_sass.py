@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(NVCC is None or NVDISASM is None, reason="no nvc
 def test_hot_kernels(hot: Hot):
     found = look(hot)
     assert found.flight >= hot.flight, f"{found.flight} bytes in flight a lane"
-    assert found.narrow_loads == 0
+    assert found.narrow_loads <= hot.narrow
     assert found.warps >= hot.warps, f"{found.usage.registers} registers leave room for {found.warps} warps"
     assert found.kilobytes <= hot.code
     assert not found.usage.stack
