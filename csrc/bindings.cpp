@@ -368,8 +368,7 @@ struct Lists : sage::stream::Visitor {
     add(tensors, name, shape);
   }
   void numbers(const std::string& name, sage::stream::Extents shape, float*) { add(tensors, name, shape); }
-  void linear(const std::string& name, int64_t inputs, int64_t outputs, sage::stream::Phase,
-              sage::stream::Linear&) {
+  void linear(const std::string& name, int64_t inputs, int64_t outputs, sage::stream::Linear&) {
     add(tensors, name + ".weight", {outputs, inputs}), add(tensors, name + ".bias", {outputs});
   }
   void state(const std::string& name, sage::stream::Extents shape, sage::stream::Part*, int) {

@@ -1,14 +1,18 @@
-// One frame of SAGE for many streams in one launch (session.cu launches it, product.cuh multiplies).
+// One frame of SAGE for many streams in one launch (session.cu plans and launches it, product.cuh multiplies).
 //
 // A block takes R streams through the whole model: standardise, project, temporal blocks, evidence, stage filter, the experts'
-// values, blocks, memory and head on all of them; last they are weighed. What passes between layers stays in shared memory; a
-// stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h).
+// values, blocks, memory and head on all of them; last they are weighed. That is a loop over a table of phases, each something
+// that happens to every row and then products of matrices, so there is one piece of code for all of it: a step runs once through
+// whatever it runs through, and code that has to be fetched for that is waited for.
+//
+// A stream's rings lie in global memory, rows laid out as on the CPU (csrc/stream/model.h). What a step reads of a row's state, it
+// reads before anything else, while the inputs are on their way from the host's memory; what passes between phases stays in
+// shared memory; the state is written where it has been worked out and never read after that.
 //
 // Every block reads all matrices once, from L2, and that is what a step waits for: one multiprocessor takes some 64 bytes a
 // cycle; barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
 #include "stream.cuh"
-#include "../math/activation.h"
 #include "../math/experts.h"
 #include "../math/frame.h"
 #include "../math/leaky_average.h"
@@ -28,8 +32,10 @@ struct Moments {
 };
 __device__ __forceinline__ Moments moments(const float* x, int dim, int lane) {
   float s = 0, drift = 0, ss = 0;
+#pragma unroll 2
   for (int d = lane; d < dim; d += kWarp) s += x[d];
   const float mean = lanes_sum<1, kWarp>(s) / float(dim);
+#pragma unroll 2
   for (int d = lane; d < dim; d += kWarp) {
     const float c = x[d] - mean;
     drift += c;
@@ -44,6 +50,7 @@ __device__ __forceinline__ float normed(float x, const Moments& m, const Norm& n
 }
 __device__ __forceinline__ void layer_norm(const Norm& norm, int dim, int lane, float* x) {
   const Moments m = moments(x, dim, lane);
+#pragma unroll 2
   for (int d = lane; d < dim; d += kWarp) x[d] = normed(x[d], m, norm, d);
 }
 
@@ -73,7 +80,8 @@ struct Group {
         warp(int(threadIdx.x) / kWarp),
         warps(int(blockDim.x) / kWarp) {}
 
-  // Whether each modality is said to be present, from standardise() on whether its frame counts; whether it is taken to be there.
+  // Whether each modality is said to be present; from standardise() on 1 where its frame counts, below 0 where it would but
+  // for what it holds. Whether it is taken to be there.
   __device__ __forceinline__ int* given(int r) const {
     return reinterpret_cast<int*>(shared + q.at.given) + r * kMaxModalities;
   }
@@ -90,7 +98,14 @@ struct Group {
   }
   __device__ __forceinline__ bool live(int r) const { return now(r)[0] != 0; }
   __device__ __forceinline__ int64_t frame(int r) const { return now(r)[1]; }
+  // The row's state, to be written; what was read of it, behind the rings, by the same places.
   __device__ __forceinline__ float* state(int r) const { return q.state + row(r) * model.row_floats; }
+  __device__ __forceinline__ const float* kept(int r) const {
+    return shared + q.at.rest + r * q.at.rests - q.at.from;
+  }
+  __device__ __forceinline__ int64_t* counts(int r) const {
+    return reinterpret_cast<int64_t*>(shared + q.at.counts) + r * (1 + 2 * q.at.modalities);
+  }
   __device__ __forceinline__ float* stages(int at, int r) const { return shared + at + r * kMaxStages; }
   // Of expert k: the logits of its reliability, then those of a frame's log precision.
   __device__ __forceinline__ float* logits(int k, int r) const {
@@ -115,9 +130,13 @@ struct Group {
       x[k] = 0;
       if (i >= q.at.encoded) continue;
       int m = 0;
+#pragma unroll 1
       while (m + 1 < q.at.modalities && i >= q.at.input[m + 1]) ++m;
-      const int n = q.at.in_dim[m], wide = tiled(n), r = (i - q.at.input[m]) / wide,
-                d = (i - q.at.input[m]) % wide;
+      const int n = q.at.in_dim[m], wide = tiled(n);
+      int r = 0, d = i - q.at.input[m];
+#pragma unroll
+      for (int next = 1; next < R; ++next)
+        if (d >= wide) d -= wide, ++r;
       if (d < n) x[k] = q.frame.features[m][row(r) * n + d];
     }
   }
@@ -126,31 +145,97 @@ struct Group {
     for (int k = 0; k < kAhead; ++k)
       if (begin + k * int(blockDim.x) < q.at.encoded) shared[begin + k * int(blockDim.x)] = x[k];
   }
+  __device__ __forceinline__ float quality(int i) const {
+    int r = 0;
+#pragma unroll
+    for (int next = 1; next < R; ++next)
+      if (i >= q.at.qualities) i -= q.at.qualities, ++r;
+    return q.frame.quality[row(r) * q.at.qualities + i];
+  }
 
-  // The model, the inputs and the flags into shared memory; zeros elsewhere.
+  // The plan, the inputs and flags, and what is read of the state into shared memory; zeros elsewhere. What comes from the
+  // host is asked for before anything is waited for.
   __device__ __forceinline__ void begin() const {
-    const int thread = int(threadIdx.x), threads = int(blockDim.x);
-    float x[kAhead];
+    const int thread = int(threadIdx.x), threads = int(blockDim.x), M = q.at.modalities;
+    const int of = thread / kMaxModalities, m = thread % kMaxModalities;
+    const bool told = q.frame.quality && thread < R * q.at.qualities;
+    float x[kAhead], sign = 0;
+    uint8_t here = 1, active = 1;
     ask(thread, x);
-    if (thread < R * kMaxModalities && thread % kMaxModalities < q.at.modalities) {
-      const int64_t flag = row(thread / kMaxModalities) * q.at.modalities + thread % kMaxModalities;
-      given(0)[thread] = !q.frame.present || q.frame.present[flag];
+    if (of < R && m < M && q.frame.present) here = q.frame.present[row(of) * M + m];
+    if (thread < R && q.frame.active) active = q.frame.active[row(thread)];
+    if (told) sign = quality(thread);
+
+    int64_t frames[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) frames[r] = q.frames[row(r)];
+    for (int i = thread; i < q.plan_bytes / 16; i += threads)
+      reinterpret_cast<uint4*>(shared_memory<unsigned char>())[i] = static_cast<const uint4*>(q.plan)[i];
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const uint4* from = reinterpret_cast<const uint4*>(state(r) + q.at.from);
+      uint4* to = reinterpret_cast<uint4*>(shared + q.at.rest + r * q.at.rests);
+#pragma unroll 2
+      for (int i = thread; i < q.at.rests / 4; i += threads) to[i] = from[i];
+      if (thread < 1 + 2 * M) counts(r)[thread] = q.counts[row(r) * (1 + 2 * M) + thread];
     }
-    for (int i = thread; q.frame.quality && i < R * q.at.qualities; i += threads)
-      shared[q.at.quality + i] =
-          q.frame.quality[row(i / q.at.qualities) * q.at.qualities + i % q.at.qualities];
-    if (thread < R) {
-      const int64_t at = row(thread);
-      now(thread)[0] = int64_t(blockIdx.x) * R + thread == at && (!q.frame.active || q.frame.active[at]);
-      now(thread)[1] = q.frames[at];
-    }
-    for (int i = thread; i < int(sizeof(Model) / sizeof(uint4)); i += threads)
-      reinterpret_cast<uint4*>(shared_memory<unsigned char>())[i] =
-          reinterpret_cast<const uint4*>(q.model)[i];
+    recall_frames(frames);
     for (int i = q.at.encoded + thread; i < q.at.zeroed; i += threads) shared[i] = 0;
+
     put(thread, x);
+    if (of < R && m < M) given(of)[m] = here;
+    if (thread < R) {
+      now(thread)[0] = int64_t(blockIdx.x) * R + thread == row(thread) && active;
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        if (thread == r) now(r)[1] = frames[r];
+    }
+    if (told) shared[q.at.quality + thread] = sign;
+#pragma unroll 1
     for (int at = thread + kAhead * threads; at < q.at.encoded; at += kAhead * threads)
       ask(at, x), put(at, x);
+#pragma unroll 1
+    for (int at = thread + threads; q.frame.quality && at < R * q.at.qualities; at += threads)
+      shared[q.at.quality + at] = quality(at);
+  }
+
+  // What the convolutions' taps say of the frames before this one: all taps but the last.
+  __device__ __forceinline__ void recall_frames(const int64_t (&frames)[R]) const {
+    const Shape& s = model.shape;
+    const int taps = s.kernel - 1, dim = int(s.dim), own = s.own_blocks;
+    const int64_t line = padded(dim);
+    float* to = shared + q.at.past;
+    int i = warp;
+#pragma unroll 1
+    for (int b = 0; b < own + s.fused_blocks; ++b) {
+      const int rows = (b < own ? s.modalities : s.experts()) * R;
+#pragma unroll 1
+      for (; i < rows << q.at.past_bits; i += warps) {
+        const int at = i >> q.at.past_bits, k = at / R, r = at % R;
+        const Block& block = b < own ? model.modality[k].block[b] : model.fused[b - own];
+        const float* ring = state(r) + block.ring + (b < own ? 0 : k) * block.span * line;
+        int64_t frame = frames[0];
+#pragma unroll
+        for (int n = 1; n < R; ++n) frame = r == n ? frames[n] : frame;
+        const int span = int(block.span), dilation = int(block.dilation), start = q.rings[b].slot(frame);
+        const int stride = kWarp << q.at.past_bits;
+#pragma unroll 1
+        for (int d = (i & ((1 << q.at.past_bits) - 1)) * kWarp + lane; d < dim; d += stride) {
+          float sum = block.bias[d];
+          int slot = start;
+#pragma unroll 4
+          for (int tap = 0; tap < taps; ++tap) {
+            sum = fma(ring[slot * line + d], block.taps[tap * line + d], sum);
+            slot += dilation;
+            slot = slot >= span ? slot - span : slot;
+          }
+          to[at * q.at.dim + d] = sum;
+        }
+      }
+      i -= rows << q.at.past_bits;
+      to += rows * q.at.dim;
+    }
   }
 
   // Standardised input of each modality, zero where it is missing, and two of the mean squares that typicality reads; as
@@ -161,13 +246,13 @@ struct Group {
       const int m = i / R, r = i % R;
       const Modality& from = model.modality[m];
       const int n = int(s.in_dim[m]);
-      const int64_t at = row(r);
-      float *x = shared + q.at.input[m] + r * tiled(n), *last = state(r) + model.last[m].at;
+      float* x = shared + q.at.input[m] + r * tiled(n);
+      const float* last = kept(r) + model.last[m].at;
       const bool told = live(r) && given(r)[m];
-      const float repeats = s.stuck ? state(r)[model.repeats.at + m] : 0.0f;
+      const float repeats = s.stuck ? kept(r)[model.repeats.at + m] : 0.0f;
       FrameSums<float> sums = {0, 0, 0};
       float blank = 0;  // the step's squares if the frame turns out not to count
-#pragma unroll 8
+#pragma unroll 4
       for (int d = lane; d < n; d += kWarp) {
         const float before = last[d], v = told ? (x[d] - from.mean[d]) * from.scale[d] : 0.0f;
         sums.add(v, before);
@@ -178,64 +263,47 @@ struct Group {
               lanes_sum<1, kWarp>(sums.moved)};
       blank = lanes_sum<1, kWarp>(blank);
       const FrameVerdict verdict = judge_frame(told, sums.squares, sums.moved, repeats, model.stuck_limit[m]);
-      if (!verdict.here)
-        for (int d = lane; d < n; d += kWarp) x[d] = 0;
-      if (live(r) && !verdict.stuck)
-        for (int d = lane; d < n; d += kWarp) last[d] = x[d];
+      const bool keep = live(r) && !verdict.stuck;
+#pragma unroll 2
+      for (int d = lane; d < n; d += kWarp) {
+        const float v = verdict.here ? x[d] : 0.0f;
+        if (keep) state(r)[model.last[m].at + d] = v;
+        x[d] = v;
+      }
       if (lane == 0) {
         float* square = shared + q.at.square + (r * kMaxModalities + m) * kEnergies;
         square[0] = verdict.here ? sums.squares / float(n) : 0.0f;
         square[1] = (verdict.here ? sums.steps : blank) / float(n);
-        given(r)[m] = verdict.here, present(r)[m] = verdict.here || s.hide_missing;
-        if (live(r)) {
-          if (s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
-          q.out.present[at * s.modalities + m] = verdict.here;
-        }
-        if (live(r) && !verdict.here) {
-          int64_t* counts = q.counts + at * (1 + 2 * s.modalities);
-          ++counts[1 + m];
-          counts[1 + s.modalities + m] += told && !verdict.stuck;
-        }
+        given(r)[m] = verdict.here ? 1 : told && !verdict.stuck ? -1 : 0;
+        present(r)[m] = verdict.here || s.hide_missing;
+        if (live(r) && s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
       }
     }
   }
 
-  // mixed = silu(depthwise LayerNorm(x)) of `rows` rows, R streams each of some modalities or experts, with the normed frame
-  // kept in the ring in the place of the oldest. Some warps a row, each with some of the channels.
-  template <class BlockOf>
-  __device__ __forceinline__ void convolve(const float* from, int rows, int tracks,
-                                           const BlockOf& block_of) const {
+  // mixed = silu(depthwise LayerNorm(x)) of all rows, R streams each of all modalities or, after the fusion, of all experts, with
+  // the normed frame kept in the ring in the place of the oldest. Some warps a row, each with some of the channels.
+  __device__ __forceinline__ void convolve(int b, bool fused) const {
     const Shape& s = model.shape;
-    const int dim = int(s.dim), stride = q.at.dim, taps = s.kernel - 1;
-    const int share = rows < warps ? warps / rows : 1;
-    for (int i = warp; i < rows * share; i += warps) {
-      const int at = i / share, r = at % R;
-      const Block& block = block_of(at / R);
-      const float* x = from + at * stride;
-      float* y = shared + q.at.mixed + at * stride;
-      const int64_t line = padded(dim);
-      float* ring = state(r) + block.ring + (tracks ? at / R : 0) * block.span * line;
-      const int64_t start = block.span ? frame(r) % block.span : 0;
-      const auto past = [&](int d) {  // of the sum over taps
-        float sum = block.bias[d];
-        int64_t slot = start;
-#pragma unroll 4
-        for (int tap = 0; tap < taps; ++tap) {
-          sum = fma(ring[slot * line + d], block.taps[tap * line + d], sum);
-          slot += block.dilation;
-          slot = slot >= block.span ? slot - block.span : slot;
-        }
-        return sum;
-      };
-      int d = i % share * kWarp + lane;
-      float sum = d < dim ? past(d) : 0.0f;  // on its way while the moments are taken
+    const int dim = int(s.dim), taps = s.kernel - 1, M = s.modalities;
+    const int rows = (fused ? s.experts() : M) * R, share = fused ? q.at.fused_bits : q.at.own_bits;
+    const float* past =
+        shared + q.at.past + (fused ? s.own_blocks * M + b * s.experts() : b * M) * R * q.at.dim;
+    const Ring& place = q.rings[fused ? s.own_blocks + b : b];
+    const int64_t line = padded(dim);
+#pragma unroll 1
+    for (int i = warp; i < rows << share; i += warps) {
+      const int at = i >> share, k = at / R, r = at % R;
+      const Block& block = fused ? model.fused[b] : model.modality[k].block[b];
+      const float* x = shared + (fused ? q.at.tracks : q.at.encoded) + at * q.at.dim;
+      float* y = shared + q.at.mixed + at * q.at.dim;
+      float* ring = state(r) + block.ring + ((fused ? k : 0) * block.span + place.slot(frame(r))) * line;
       const Moments m = moments(x, dim, lane);
-      while (d < dim) {
+#pragma unroll 1
+      for (int d = (i & ((1 << share) - 1)) * kWarp + lane; d < dim; d += kWarp << share) {
         const float h = normed(x[d], m, block.norm, d);
-        y[d] = silu(fma(h, block.taps[taps * line + d], sum));
-        if (block.span && live(r)) ring[start * line + d] = h;
-        d += share * kWarp;
-        if (d < dim) sum = past(d);
+        y[d] = silu(fma(h, block.taps[taps * line + d], past[at * q.at.dim + d]));
+        if (block.span && live(r)) ring[d] = h;
       }
     }
   }
@@ -257,8 +325,8 @@ struct Group {
       if (i == m && kind == 2) square = sum / float(n);
     }
     if (mine) {
-      float *energies = state(r) + model.energy.at + lane, *counts = state(r) + model.counted.at;
-      const int start = history ? int(frame(r) % history) : 0, line = int(model.energy.line());
+      const float *energies = kept(r) + model.energy.at + lane, *counts = kept(r) + model.counted.at;
+      const int start = history ? q.energies.slot(frame(r)) : 0, line = int(model.energy.line());
       const bool here = present(r)[m] != 0;
       bool counted = here;
       if (kind == 1)
@@ -273,17 +341,25 @@ struct Group {
       const Typicality<float> found =
           typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
       put_sign(r, m, kind, found.signed_level), put_sign(r, m, kEnergies + kind, found.level);
-      if (history && live(r)) energies[start * line] = energy, counts[start * line] = counted;
+      if (history && live(r)) {
+        state(r)[model.energy.at + start * line + lane] = energy;
+        state(r)[model.counted.at + start * line + lane] = counted;
+      }
     }
+#pragma unroll 1
     for (int c = lane; c < q.at.qualities; c += kWarp) {
       int of = 0;
-      while (c >= s.quality_before(of + 1)) ++of;
-      float *kept = state(r) + model.quality.at + 3 * c, sums[3] = {kept[0], kept[1], kept[2]};
-      const bool told = q.frame.quality && given(r)[of];
+#pragma unroll 1
+      for (int before = s.quality_dim[0]; c >= before; before += s.quality_dim[of]) ++of;
+      const int64_t at_sums = model.quality.at + 3 * c;
+      float sums[3] = {kept(r)[at_sums], kept(r)[at_sums + 1], kept(r)[at_sums + 2]};
+      const bool told = q.frame.quality && given(r)[of] > 0;
       const QualitySigns found =
           quality_signs(told ? shared[q.at.quality + r * q.at.qualities + c] : 0.0f, told,
                         model.quality_mean[c], model.quality_scale[c], model.quality_decay, sums);
-      if (live(r)) kept[0] = sums[0], kept[1] = sums[1], kept[2] = sums[2];
+#pragma unroll
+      for (int n = 0; n < 3; ++n)
+        if (live(r)) state(r)[at_sums + n] = sums[n];
       const int at = kTypicality + kQuality * (c - s.quality_before(of));
       put_sign(r, of, at, found.now), put_sign(r, of, at + 1, found.average);
       put_sign(r, of, at + 2, found.known);
@@ -300,19 +376,20 @@ struct Group {
   }
 
   // One frame of a filter over S states, a lane each: the probabilities move on by this frame's evidence, into now(), and the
-  // log-belief in `kept`, a part of the state.
-  __device__ __forceinline__ void filter(int r, int S, const float* log_a, const float* a, float* kept,
+  // log-belief at `part` of the state.
+  __device__ __forceinline__ void filter(int r, int S, const float* log_a, const float* a, int64_t part,
                                          float evidence) const {
-    float *belief = stages(q.at.belief, r), *prior = stages(q.at.prior, r);
+    const float* belief = kept(r) + part;
+    float* prior = stages(q.at.prior, r);
     const bool inside = lane < S;
-    if (inside) belief[lane] = kept[lane], prior[lane] = exp(kept[lane]);
+    if (inside) prior[lane] = exp(belief[lane]);
     __syncwarp();
     const float next = inside ? stage_prior(S, log_a, a, belief, prior, lane) + evidence : -3e38f;
     const float peak = AcrossWarp{}.max(next);
     const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
     if (inside) {
       stages(q.at.now, r)[lane] = e / total;
-      if (live(r)) kept[lane] = next - peak - log(total);
+      if (live(r)) state(r)[part + lane] = next - peak - log(total);
     }
     __syncwarp();
   }
@@ -325,12 +402,17 @@ struct Group {
     const bool tells = lane < first() ? some : lane < K && present(r)[lane < K ? lane - first() : 0];
     float *now = stages(q.at.now, r), confidence = 0.5f, log_odds = 0, log_precision = 0;
     if (s.reliability) {
-      filter(r, S, model.log_a, model.a, state(r) + model.belief.at,
+      filter(r, S, model.log_a, model.a, model.belief.at,
              some && lane < S ? stages(q.at.emission, r)[lane] : 0.0f);
       if (lane < K) {
-        const float* raw = logits(lane, r);
-        const Reliability<float> found = reliability(S, raw, static_cast<const float*>(now));
+        float* raw = logits(lane, r);
+#pragma unroll 1
+        for (int j = 0; j < S; ++j)
+          raw[j] = fma(raw[j], model.logit_scale[lane * S + j], model.logit_bias[lane * S + j]);
+        const Reliability<float> found =
+            reliability(S, static_cast<const float*>(raw), static_cast<const float*>(now));
         confidence = found.confidence, log_odds = found.log_odds;
+#pragma unroll 1
         for (int j = 0; j < S; ++j) log_precision = fma(now[j], raw[S + j], log_precision);
       }
     } else if (lane == 0) {
@@ -348,7 +430,7 @@ struct Group {
   __device__ __forceinline__ void weigh(int r) const {
     const Shape& s = model.shape;
     const int M = s.modalities, C = s.targets, K = s.experts(), m = lane - first();
-    const bool inside = lane < K, counts = inside && (m < 0 || present(r)[m < 0 ? 0 : m]);
+    const bool inside = lane < K, speaks = inside && (m < 0 || present(r)[m < 0 ? 0 : m]);
     const int64_t at = row(r);
     const auto estimate = [&](int k, int c) {
       return shared[q.at.estimates + (k * R + r) * q.at.targets + c];
@@ -369,8 +451,7 @@ struct Group {
         if (own >= 0 && own < M && own != i && present(r)[own] && present(r)[i])
           evidence += foreign_evidence(trusted(own), trusted(i), C,
                                        [&](int c) { return scaled(own, c) - scaled(i, c); });
-      filter(r, 1 + M, model.foreign_log_a, model.foreign_a, state(r) + model.foreign.at,
-             evidence / model.foreign_pace);
+      filter(r, 1 + M, model.foreign_log_a, model.foreign_a, model.foreign.at, evidence / model.foreign_pace);
       if (inside) {
         const float* p = stages(q.at.now, r);
         const Reliability<float> found = doubted(log_odds, m < 0 ? 1 - p[0] : p[1 + m]);
@@ -378,16 +459,26 @@ struct Group {
       }
     }
     float score = log_odds * model.sharpness, share = 0;
-    modality_weights(1, &score, &counts, &share, AcrossWarp{});
+    modality_weights(1, &score, &speaks, &share, AcrossWarp{});
     const float all = lanes_sum<1, kWarp>(inside && m >= 0 ? share : 0.0f);
     if (inside && m >= 0 && live(r)) {
       q.out.weights[at * M + m] = share_among(share, all);
-      q.out.confidence[at * M + m] = counts ? confidence : 0.0f;
+      q.out.confidence[at * M + m] = speaks ? confidence : 0.0f;
     }
+#pragma unroll 1
     for (int c = 0; c < C; ++c) {
       const float sum = lanes_sum<1, kWarp>(inside ? share * estimate(lane, c) : 0.0f);
       if (lane == 0 && live(r)) q.out.prediction[at * C + c] = sum;
     }
+    if (!inside || m < 0 || !live(r)) return;
+#pragma unroll 1
+    for (int c = 0; c < C; ++c) q.out.unimodal[(at * M + m) * C + c] = estimate(lane, c);
+    const bool here = given(r)[m] > 0;
+    q.out.present[at * M + m] = here;
+    int64_t* count = q.counts + at * (1 + 2 * M);
+    if (!here) count[1 + m] = counts(r)[1 + m] + 1;
+    if (given(r)[m] < 0) count[1 + M + m] = counts(r)[1 + M + m] + 1;
+    if (m == 0) count[0] = counts(r)[0] + 1, q.frames[at] = frame(r) + 1;
   }
 
   // The value of one expert of a stream, normed, or zeros where it has nothing to say.
@@ -417,150 +508,87 @@ struct Group {
   __device__ __forceinline__ void remember(int i) const {
     const Shape& s = model.shape;
     const int r = i % R, dim = int(s.dim), line = int(model.memory.line());
-    float* sums = state(r) + model.memory.array(i / R * s.memory);
+    const int64_t sums = model.memory.array(i / R * s.memory);
     const float precision = shared[q.at.precision + i], *x = shared + q.at.tracks + i * q.at.dim;
     float* to = shared + q.at.recalled + i * q.at.recall;
+#pragma unroll 1
     for (int h = 0; h < s.memory; ++h) {
-      float* kept = sums + h * line;  // the weighted sum, and behind it the sum of the weights and the count
-      const float decay = model.decay[h], weight = leaky_weight(decay, kept[dim], precision);
-      const float count = leaky_count(decay, kept[dim + 1], precision);
+      // The weighted sum, and behind it the sum of the weights and the count.
+      const float* before = kept(r) + sums + h * line;
+      float* after = state(r) + sums + h * line;
+      const float decay = model.decay[h], weight = leaky_weight(decay, before[dim], precision);
+      const float count = leaky_count(decay, before[dim + 1], precision);
       const float scale = leaky_scale(model.prior[h], weight, count, true);
+#pragma unroll 2
       for (int d = lane; d < dim; d += kWarp) {
-        const float sum = leaky_sum(decay, kept[d], precision, x[d]);
-        if (live(r)) kept[d] = sum;
+        const float sum = leaky_sum(decay, before[d], precision, x[d]);
+        if (live(r)) after[d] = sum;
         to[h * dim + d] = sum * scale;
       }
-      __syncwarp();
-      if (lane == 0 && live(r)) kept[dim] = weight, kept[dim + 1] = count;
+      if (lane == 0 && live(r)) after[dim] = weight, after[dim + 1] = count;
     }
   }
 
-  __device__ __forceinline__ void step() const {
-    const Shape& s = model.shape;
-    const int M = s.modalities, K = s.experts(), dim = int(s.dim), stride = q.at.dim;
-    const int narrow = q.at.narrow, assessed = s.reliability ? M : 0, heads = s.reliability ? K : 0;
-    const int joint = s.joint ? 1 : 0;
-    float *part = shared + q.at.part, *encoded = shared + q.at.encoded, *mixed = shared + q.at.mixed;
-    float *tracks = shared + q.at.tracks, *hidden = shared + q.at.hidden;
-    const auto encoded_of = [&](const Linear& f, int m) { return Job{&f, encoded + m * R * stride, stride}; };
-
-    standardise();
-    __syncthreads();
-    product<T, R>(
-        part, M + assessed, R,
-        [&](int j) {
-          const int m = j < M ? j : j - M;
-          return Job{j < M ? &model.modality[m].project : &model.modality[m].components,
-                     shared + q.at.input[m], tiled(s.in_dim[m])};
-        },
-        [&](int j, int r, int n, float y) {
-          if (j < M)
-            encoded[(j * R + r) * stride + n] = y;
+  // What comes before a phase's products.
+  __device__ __forceinline__ void prepare(const Phase& phase) const {
+    const int MR = model.shape.modalities * R, KR = model.shape.experts() * R;
+    switch (phase.before) {
+      case Before::nothing:
+        return;
+      case Before::standardise:
+        standardise();
+        break;
+      case Before::own_block:
+      case Before::fused_block:
+        convolve(phase.index, phase.before == Before::fused_block);
+        break;
+      case Before::encode:
+        for (int i = warp; i < MR; i += warps) encode(i);
+        break;
+      case Before::assess:
+        for (int r = warp; r < R; r += warps) assess(r);
+        break;
+      case Before::gate:
+        for (int i = warp; i < R + KR; i += warps) {
+          if (i < R)
+            gate(i);
           else
-            shared[q.at.components + ((j - M) * R + r) * q.at.deep + n] = y;
-        });
-    for (int b = 0; b < s.own_blocks; ++b) {
-      convolve(encoded, M * R, 0, [&](int m) -> const Block& { return model.modality[m].block[b]; });
-      __syncthreads();
-      product<T, R>(
-          part, M, R,
-          [&](int m) { return Job{&model.modality[m].block[b].pointwise, mixed + m * R * stride, stride}; },
-          [&](int m, int r, int n, float y) { encoded[(m * R + r) * stride + n] += y; });
+            value(i - R);
+        }
+        break;
+      case Before::remember:
+        for (int i = warp; i < KR; i += warps) remember(i);
+        break;
+      case Before::norm:
+        for (int i = warp; i < KR; i += warps)
+          layer_norm(model.norm, int(model.shape.dim), lane, shared + q.at.tracks + i * q.at.dim);
+        break;
     }
-    for (int i = warp; i < M * R; i += warps) encode(i);
     __syncthreads();
+  }
 
-    // Values; the joint expert's first layer; evidence, and what is left of the inputs outside their principal components.
-    product<T, R>(
-        part, M + joint + 2 * assessed, R,
-        [&](int j) {
-          if (j < M) return encoded_of(model.modality[j].value, j);
-          if ((j -= M) < joint) return Job{&model.joint[0], shared + q.at.side, q.at.sided};
-          if ((j -= joint) < assessed) return encoded_of(model.modality[j].evidence, j);
-          j -= assessed;
-          return Job{&model.modality[j].rebuild, shared + q.at.components + j * R * q.at.deep, q.at.deep};
-        },
-        [&](int j, int r, int n, float y) {
-          if (j < M)
-            tracks[((first() + j) * R + r) * stride + n] = y;
-          else if ((j -= M) < joint)
-            mixed[r * stride + n] = silu(y);
-          else if ((j -= joint) < assessed)
-            shared[q.at.joint + r * q.at.joined + j * int(s.evidence) + n] = present(r)[j] ? gelu(y) : 0.0f;
-          else
-            shared[q.at.input[j - assessed] + r * tiled(s.in_dim[j - assessed]) + n] -= y;
-        });
-    if (s.reliability) {
-      for (int r = warp; r < R; r += warps) assess(r);
-      __syncthreads();
+  __device__ __forceinline__ void step(const Phase* phases) const {
+    float* part = shared + q.at.part;
+    const Job* jobs = reinterpret_cast<const Job*>(phases + q.phases);
+#pragma unroll 1
+    for (int p = 0; p < q.phases; ++p) {
+      const Phase phase = phases[p];
+      prepare(phase);
+      if (!phase.jobs) continue;
+      const int rows = (phase.tracks ? model.shape.experts() : 1) * R;
+      const int Q = phase.tracks ? track_rows(R) : R;
+#pragma unroll 1
+      for (int first = 0; first < rows; first += Q) {
+        if (phase.tracks)
+          multiply<T, track_rows(R)>(shared, part, jobs, phase.jobs, first, rows);
+        else
+          multiply<T, R>(shared, part, jobs, phase.jobs, first, rows);
+        __syncthreads();
+        finish(shared, part, jobs, phase.jobs, Q, first, rows);
+        __syncthreads();
+      }
+      jobs += phase.jobs;
     }
-    const int perceived = s.reliability ? K + 1 : 0;  // the heads, and the stages' emissions
-    product<T, R>(
-        part, perceived + joint, R,
-        [&](int j) {
-          if (j >= perceived) return Job{&model.joint[1], mixed, stride};
-          if (j == heads) return Job{&model.emission[0], shared + q.at.joint, q.at.joined};
-          const int m = j - first();
-          return m < 0 ? Job{&model.head_of[j][0], shared + q.at.all_signs, q.at.all_told}
-                       : Job{&model.head_of[j][0], shared + q.at.signs + m * R * q.at.told, q.at.told};
-        },
-        [&](int j, int r, int n, float y) {
-          if (j < perceived)
-            hidden[(j * R + r) * narrow + n] = gelu(y);
-          else
-            tracks[r * stride + n] = y;
-        });
-    if (s.reliability)
-      product<T, R>(
-          part, perceived, R,
-          [&](int j) {
-            return Job{j < heads ? &model.head_of[j][1] : &model.emission[1], hidden + j * R * narrow,
-                       narrow};
-          },
-          [&](int j, int r, int n, float y) {
-            if (j == heads)
-              stages(q.at.emission, r)[n] = y;
-            else if (n < s.stages)
-              logits(j, r)[n] =
-                  fma(y, model.logit_scale[j * s.stages + n], model.logit_bias[j * s.stages + n]);
-            else
-              logits(j, r)[n] = y;
-          });
-    for (int i = warp; i < R + K * R; i += warps) {
-      if (i < R)
-        gate(i);
-      else
-        value(i - R);
-    }
-    __syncthreads();
-
-    for (int b = 0; b < s.fused_blocks; ++b) {
-      convolve(tracks, K * R, 1, [&](int) -> const Block& { return model.fused[b]; });
-      __syncthreads();
-      product<T, track_rows(R)>(
-          part, 1, K * R, [&](int) { return Job{&model.fused[b].pointwise, mixed, stride}; },
-          [&](int, int i, int n, float y) { tracks[i * stride + n] += y; });
-    }
-    if (s.memory) {
-      for (int i = warp; i < K * R; i += warps) remember(i);
-      __syncthreads();
-      product<T, track_rows(R)>(
-          part, 1, K * R, [&](int) { return Job{&model.recall, shared + q.at.recalled, q.at.recall}; },
-          [&](int, int i, int n, float y) { tracks[i * stride + n] += y; });
-    }
-    for (int i = warp; i < K * R; i += warps) layer_norm(model.norm, dim, lane, tracks + i * stride);
-    __syncthreads();
-    product<T, track_rows(R)>(
-        part, 1, K * R, [&](int) { return Job{&model.head[0], tracks, stride}; },
-        [&](int, int i, int n, float y) { mixed[i * stride + n] = silu(y); });
-    product<T, track_rows(R)>(
-        part, 1, K * R, [&](int) { return Job{&model.head[1], mixed, stride}; },
-        [&](int, int i, int n, float y) {
-          const int r = i % R, m = i / R - first();
-          const float estimate = tanh(y);
-          shared[q.at.estimates + i * q.at.targets + n] = estimate;
-          if (m >= 0 && live(r)) q.out.unimodal[(row(r) * M + m) * s.targets + n] = estimate;
-        });
     for (int r = warp; r < R; r += warps) weigh(r);
   }
 };
@@ -569,17 +597,11 @@ template <class T, int R>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     stream_kernel(const __grid_constant__ StreamLaunch q) {
   unsigned char* memory = shared_memory<unsigned char>();
-  const int thread = int(threadIdx.x);
   const Group<T, R> group(q, *reinterpret_cast<const Model*>(memory),
-                          reinterpret_cast<float*>(memory + sizeof(Model)));
+                          reinterpret_cast<float*>(memory + q.plan_bytes));
   group.begin();
   __syncthreads();
-  group.step();
-  if (thread < R && group.live(thread)) {
-    const int64_t row = group.row(thread);
-    ++q.frames[row];
-    ++q.counts[row * (1 + 2 * group.model.shape.modalities)];
-  }
+  group.step(reinterpret_cast<const Phase*>(memory + sizeof(Model)));
 }
 
 template <class T>

@@ -67,7 +67,7 @@ struct Packer : Visitor {
     for (const int64_t n : shape) count *= n;
     if (from) std::memcpy(to, from, size_t(count) * sizeof(float));
   }
-  void linear(const std::string& name, int64_t inputs, int64_t outputs, Phase, Linear& to) {
+  void linear(const std::string& name, int64_t inputs, int64_t outputs, Linear& to) {
     to.inputs = inputs, to.outputs = outputs;
     const float* from = take(name + ".weight", {outputs, inputs});
     const size_t at = room(matrices.bytes(bf16, inputs, outputs));
