@@ -54,6 +54,9 @@ StreamLayout lay_out(const Model& model, int R) {
     most_signs = s.signs(m) > most_signs ? s.signs(m) : most_signs;
   }
   if (!s.reliability) deepest = most_signs = 0;
+  for (int m = 0; m < M; ++m)
+    at.signs_before[m] = s.signs_before(m), at.quality_before[m] = s.quality_before(m);
+  while ((1 << at.stage_bits) < s.stages) ++at.stage_bits;
   at.modalities = M, at.qualities = s.qualities();
   at.dim = tiled(s.dim), at.sided = tiled(s.joint ? M * s.dim : 0), at.deep = tiled(deepest);
   at.told = tiled(most_signs), at.all_told = tiled(s.reliability && s.joint ? s.all_signs() : 0);
@@ -62,6 +65,7 @@ StreamLayout lay_out(const Model& model, int R) {
   at.encoded = take(M * R, at.dim), at.mixed = take(K * R, at.dim), at.tracks = take(K * R, at.dim);
   at.side = take(R, at.sided), at.components = take(M * R, at.deep);
   at.signs = take(M * R, at.told), at.all_signs = take(R, at.all_told), at.joint = take(R, at.joined);
+  at.learnt = at.joint + M * int(s.evidence);
   at.hidden = take((K + 1) * R, at.narrow), at.recalled = take(K * R, at.recall);
   at.zeroed = int(used);
   at.logits = take(K * R, 2 * kMaxStages), at.emission = take(R, kMaxStages);
@@ -74,7 +78,7 @@ StreamLayout lay_out(const Model& model, int R) {
   const int64_t from = s.reliability ? model.belief.at : model.last[0].at;
   at.from = int(from), at.rests = int(model.row_floats - from), at.rest = take(R, at.rests);
   at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities);
-  at.row = take(R, 4), at.counts = take(1, R * 2 * (1 + 2 * M));
+  at.row = take(R, 8), at.counts = take(1, R * 2 * (1 + 2 * M));
   at.size = int(used);
   return at;
 }
@@ -150,6 +154,7 @@ class Plan {
     add(model.head[0], tracks, mixed, Activation::silu);
     begin(Before::nothing, 0, true);
     add(model.head[1], mixed, row(at.estimates, at.targets), Activation::tanh);
+    begin(Before::weigh);
     share_out(s, R);
   }
 
@@ -344,7 +349,7 @@ class CudaSession final : public Session {
       blocks_ = {R, plan.warps, bytes};
       if ((rows_ + R - 1) / R <= processors) break;
     }
-    q_.rows = rows_;
+    q_.rows = rows_, q_.row_floats = model_.row_floats;
     const Shape& s = model_.shape;
     for (int b = 0; b < s.own_blocks + s.fused_blocks; ++b) {
       const int64_t span = int64_t(s.kernel - 1) << b;

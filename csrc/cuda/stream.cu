@@ -24,44 +24,75 @@ namespace {
 
 using namespace sage::stream;
 
+constexpr int kNow = 4;    // numbers of a stream that now() has
 constexpr int kAhead = 4;  // inputs that a thread has on their way from the host
 
 // ---------------------------------------------------------------------------------------------------- one warp's row
+struct OneStage {
+  float x;
+  __device__ __forceinline__ float operator[](int) const { return x; }
+};
+
 struct Moments {
   float mean, rstd;
 };
+// The sums of two numbers over the warp, by one piece of code for all that ask.
+struct Two {
+  float a, b;
+};
+[[gnu::noinline]] __device__ Two warp_sums(float a, float b) {
+#pragma unroll
+  for (int o = 1; o < kWarp; o *= 2) {
+    const float x = __shfl_xor_sync(kFull, a, o), y = __shfl_xor_sync(kFull, b, o);
+    a += x, b += y;
+  }
+  return {a, b};
+}
+__device__ __forceinline__ float warp_sum(float x) { return warp_sums(x, 0.0f).a; }
+
 __device__ __forceinline__ Moments moments(const float* x, int dim, int lane) {
   float s = 0, drift = 0, ss = 0;
 #pragma unroll 2
   for (int d = lane; d < dim; d += kWarp) s += x[d];
-  const float mean = lanes_sum<1, kWarp>(s) / float(dim);
+  const float mean = warp_sum(s) / float(dim);
 #pragma unroll 2
   for (int d = lane; d < dim; d += kWarp) {
     const float c = x[d] - mean;
     drift += c;
     ss = fma(c, c, ss);
   }
-  const NormMoments<float> m =
-      norm_moments(mean, lanes_sum<1, kWarp>(drift), lanes_sum<1, kWarp>(ss), float(dim), float(kNormEps));
+  const Two sums = warp_sums(drift, ss);
+  const NormMoments<float> m = norm_moments(mean, sums.a, sums.b, float(dim), float(kNormEps));
   return {m.mean, m.rstd};
-}
-__device__ __forceinline__ float normed(float x, const Moments& m, const Norm& norm, int d) {
-  return fma((x - m.mean) * m.rstd, norm.weight[d], norm.bias[d]);
-}
-__device__ __forceinline__ void layer_norm(const Norm& norm, int dim, int lane, float* x) {
-  const Moments m = moments(x, dim, lane);
-#pragma unroll 2
-  for (int d = lane; d < dim; d += kWarp) x[d] = normed(x[d], m, norm, d);
 }
 
 // An expert a lane: what modality_weights adds up and compares lies in the lanes of a warp.
 struct AcrossWarp {
-  __device__ __forceinline__ float sum(float x) const { return lanes_sum<1, kWarp>(x); }
+  __device__ __forceinline__ float sum(float x) const { return warp_sum(x); }
   __device__ __forceinline__ float max(float x) const {
 #pragma unroll
     for (int o = 1; o < kWarp; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
     return x;
   }
+};
+
+// A stage a lane, `width` (a power of two) neighbouring lanes for an expert's: what reliability() adds up.
+struct AcrossStages {
+  static constexpr int first = 0, step = 1;
+  int width;
+  bool inside;  // whether this lane has a stage
+  __device__ __forceinline__ int count(int) const { return inside; }
+  __device__ __forceinline__ float sum(float x) const {
+#pragma unroll 1
+    for (int o = 1; o < width; o *= 2) x += __shfl_xor_sync(kFull, x, o);
+    return x;
+  }
+  __device__ __forceinline__ float max(float x) const {
+#pragma unroll 1
+    for (int o = 1; o < width; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
+    return x;
+  }
+  __device__ __forceinline__ bool any(bool x) const { return __any_sync(kFull, x); }
 };
 
 // --------------------------------------------------------------------------------------------------------- the frame
@@ -88,18 +119,20 @@ struct Group {
   __device__ __forceinline__ int* present(int r) const {
     return reinterpret_cast<int*>(shared + q.at.present) + r * kMaxModalities;
   }
-  // Of stream r: its row (one past the last repeats it), whether it moves in this call, its frames so far.
-  __device__ __forceinline__ int64_t row(int r) const {
+  // Of stream r, as begin() finds them: its row (one past the last repeats it), where its state lies, its frames so far, and
+  // whether it moves in this call.
+  __device__ __forceinline__ int64_t& now(int r, int what) const {
+    return reinterpret_cast<int64_t*>(shared + q.at.row)[kNow * r + what];
+  }
+  __device__ __forceinline__ int64_t place(int r) const {
     const int64_t row = int64_t(blockIdx.x) * R + r;
     return row < q.rows ? row : q.rows - 1;
   }
-  __device__ __forceinline__ int64_t* now(int r) const {
-    return reinterpret_cast<int64_t*>(shared + q.at.row) + 2 * r;
-  }
-  __device__ __forceinline__ bool live(int r) const { return now(r)[0] != 0; }
-  __device__ __forceinline__ int64_t frame(int r) const { return now(r)[1]; }
-  // The row's state, to be written; what was read of it, behind the rings, by the same places.
-  __device__ __forceinline__ float* state(int r) const { return q.state + row(r) * model.row_floats; }
+  __device__ __forceinline__ int64_t row(int r) const { return now(r, 0); }
+  __device__ __forceinline__ float* state(int r) const { return q.state + now(r, 1); }
+  __device__ __forceinline__ int64_t frame(int r) const { return now(r, 2); }
+  __device__ __forceinline__ bool live(int r) const { return now(r, 3) != 0; }
+  // What was read of the state, behind the rings, by the places that it has there.
   __device__ __forceinline__ const float* kept(int r) const {
     return shared + q.at.rest + r * q.at.rests - q.at.from;
   }
@@ -117,6 +150,7 @@ struct Group {
   __device__ __forceinline__ bool says(int r, int k) const {
     if (k >= first()) return present(r)[k - first()];
     bool any = false;
+#pragma unroll 1
     for (int m = 0; m < q.at.modalities; ++m) any = any || present(r)[m];
     return any;
   }
@@ -137,7 +171,7 @@ struct Group {
 #pragma unroll
       for (int next = 1; next < R; ++next)
         if (d >= wide) d -= wide, ++r;
-      if (d < n) x[k] = q.frame.features[m][row(r) * n + d];
+      if (d < n) x[k] = q.frame.features[m][place(r) * n + d];
     }
   }
   __device__ __forceinline__ void put(int begin, const float (&x)[kAhead]) const {
@@ -150,61 +184,65 @@ struct Group {
 #pragma unroll
     for (int next = 1; next < R; ++next)
       if (i >= q.at.qualities) i -= q.at.qualities, ++r;
-    return q.frame.quality[row(r) * q.at.qualities + i];
+    return q.frame.quality[place(r) * q.at.qualities + i];
   }
 
   // The plan, the inputs and flags, and what is read of the state into shared memory; zeros elsewhere. What comes from the
   // host is asked for before anything is waited for.
   __device__ __forceinline__ void begin() const {
     const int thread = int(threadIdx.x), threads = int(blockDim.x), M = q.at.modalities;
-    const int of = thread / kMaxModalities, m = thread % kMaxModalities;
-    const bool told = q.frame.quality && thread < R * q.at.qualities;
-    float x[kAhead], sign = 0;
-    uint8_t here = 1, active = 1;
-    ask(thread, x);
-    if (of < R && m < M && q.frame.present) here = q.frame.present[row(of) * M + m];
-    if (thread < R && q.frame.active) active = q.frame.active[row(thread)];
-    if (told) sign = quality(thread);
-
-    int64_t frames[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) frames[r] = q.frames[row(r)];
+    bool first = true;
+#pragma unroll 1
+    for (int at = thread; first || at < q.at.encoded; at += kAhead * threads, first = false) {
+      float x[kAhead];
+      ask(at, x);
+      if (first) {
+        const int of = thread / kMaxModalities, m = thread % kMaxModalities;
+        uint8_t here = 1, active = 1;
+        float sign = 0;
+        if (of < R && m < M && q.frame.present) here = q.frame.present[place(of) * M + m];
+        if (thread < R && q.frame.active) active = q.frame.active[place(thread)];
+        if (q.frame.quality && thread < R * q.at.qualities) sign = quality(thread);
+        meanwhile();
+        if (of < R && m < M) given(of)[m] = here;
+        if (thread < R) now(thread, 3) = int64_t(blockIdx.x) * R + thread == place(thread) && active;
+        if (thread < R * q.at.qualities) shared[q.at.quality + thread] = sign;
+      }
+      put(at, x);
+    }
+#pragma unroll 1
+    for (int i = thread + threads; q.frame.quality && i < R * q.at.qualities; i += threads)
+      shared[q.at.quality + i] = quality(i);
+  }
+  // What lies on the device, while the host's numbers are on their way.
+  __device__ __forceinline__ void meanwhile() const {
+    const int thread = int(threadIdx.x), threads = int(blockDim.x), counters = 1 + 2 * q.at.modalities;
+    if (thread < R) {
+      const int64_t row = place(thread);
+      now(thread, 0) = row, now(thread, 1) = row * q.row_floats, now(thread, 2) = q.frames[row];
+    }
+#pragma unroll 4
     for (int i = thread; i < q.plan_bytes / 16; i += threads)
       reinterpret_cast<uint4*>(shared_memory<unsigned char>())[i] = static_cast<const uint4*>(q.plan)[i];
     __syncthreads();
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < R; ++r) {
       const uint4* from = reinterpret_cast<const uint4*>(state(r) + q.at.from);
       uint4* to = reinterpret_cast<uint4*>(shared + q.at.rest + r * q.at.rests);
 #pragma unroll 2
       for (int i = thread; i < q.at.rests / 4; i += threads) to[i] = from[i];
-      if (thread < 1 + 2 * M) counts(r)[thread] = q.counts[row(r) * (1 + 2 * M) + thread];
+      if (thread < counters) counts(r)[thread] = q.counts[row(r) * counters + thread];
     }
-    recall_frames(frames);
+    recall_frames();
+#pragma unroll 1
     for (int i = q.at.encoded + thread; i < q.at.zeroed; i += threads) shared[i] = 0;
-
-    put(thread, x);
-    if (of < R && m < M) given(of)[m] = here;
-    if (thread < R) {
-      now(thread)[0] = int64_t(blockIdx.x) * R + thread == row(thread) && active;
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-        if (thread == r) now(r)[1] = frames[r];
-    }
-    if (told) shared[q.at.quality + thread] = sign;
-#pragma unroll 1
-    for (int at = thread + kAhead * threads; at < q.at.encoded; at += kAhead * threads)
-      ask(at, x), put(at, x);
-#pragma unroll 1
-    for (int at = thread + threads; q.frame.quality && at < R * q.at.qualities; at += threads)
-      shared[q.at.quality + at] = quality(at);
   }
 
   // What the convolutions' taps say of the frames before this one: all taps but the last.
-  __device__ __forceinline__ void recall_frames(const int64_t (&frames)[R]) const {
+  __device__ __forceinline__ void recall_frames() const {
     const Shape& s = model.shape;
     const int taps = s.kernel - 1, dim = int(s.dim), own = s.own_blocks;
-    const int64_t line = padded(dim);
+    const int line = int(padded(dim));
     float* to = shared + q.at.past;
     int i = warp;
 #pragma unroll 1
@@ -215,10 +253,7 @@ struct Group {
         const int at = i >> q.at.past_bits, k = at / R, r = at % R;
         const Block& block = b < own ? model.modality[k].block[b] : model.fused[b - own];
         const float* ring = state(r) + block.ring + (b < own ? 0 : k) * block.span * line;
-        int64_t frame = frames[0];
-#pragma unroll
-        for (int n = 1; n < R; ++n) frame = r == n ? frames[n] : frame;
-        const int span = int(block.span), dilation = int(block.dilation), start = q.rings[b].slot(frame);
+        const int span = int(block.span), dilation = int(block.dilation), start = q.rings[b].slot(frame(r));
         const int stride = kWarp << q.at.past_bits;
 #pragma unroll 1
         for (int d = (i & ((1 << q.at.past_bits) - 1)) * kWarp + lane; d < dim; d += stride) {
@@ -259,9 +294,9 @@ struct Group {
         blank = fma(before, before, blank);
         x[d] = v;
       }
-      sums = {lanes_sum<1, kWarp>(sums.squares), lanes_sum<1, kWarp>(sums.steps),
-              lanes_sum<1, kWarp>(sums.moved)};
-      blank = lanes_sum<1, kWarp>(blank);
+      const Two energies = warp_sums(sums.squares, sums.steps), others = warp_sums(sums.moved, blank);
+      sums = {energies.a, energies.b, others.a};
+      blank = others.b;
       const FrameVerdict verdict = judge_frame(told, sums.squares, sums.moved, repeats, model.stuck_limit[m]);
       const bool keep = live(r) && !verdict.stuck;
 #pragma unroll 2
@@ -281,29 +316,53 @@ struct Group {
     }
   }
 
-  // mixed = silu(depthwise LayerNorm(x)) of all rows, R streams each of all modalities or, after the fusion, of all experts, with
-  // the normed frame kept in the ring in the place of the oldest. Some warps a row, each with some of the channels.
-  __device__ __forceinline__ void convolve(int b, bool fused) const {
+  // LayerNorm of every row of the modalities or the experts, and what is particular to each of its places:
+  // - before a block, mixed = silu(depthwise LayerNorm(x)), and the normed frame goes into the ring in the place of the oldest;
+  //   some warps a row, each with some of the channels. Elsewhere x itself is normed, a warp a row;
+  // - the encoded modalities besides go side by side, zeros for a missing one;
+  // - the value of an expert that has nothing to say is zeros.
+  // From the item `first` on, an item a warp.
+  __device__ __forceinline__ void norm_rows(const Phase& phase, int first_item) const {
     const Shape& s = model.shape;
-    const int dim = int(s.dim), taps = s.kernel - 1, M = s.modalities;
-    const int rows = (fused ? s.experts() : M) * R, share = fused ? q.at.fused_bits : q.at.own_bits;
+    const Before why = phase.before;
+    const bool fused = why == Before::fused_block, blocks = fused || why == Before::own_block;
+    const bool of_modalities = why == Before::own_block || why == Before::encode;
+    const int dim = int(s.dim), taps = s.kernel - 1, M = s.modalities, K = s.experts(), b = phase.index;
+    const int share = fused ? q.at.fused_bits : blocks ? q.at.own_bits : 0;
+    const int line = int(padded(dim)), rows = (of_modalities ? M : K) * R;
     const float* past =
-        shared + q.at.past + (fused ? s.own_blocks * M + b * s.experts() : b * M) * R * q.at.dim;
+        shared + q.at.past + ((fused ? s.own_blocks * M : 0) + b * (of_modalities ? M : K)) * R * q.at.dim;
     const Ring& place = q.rings[fused ? s.own_blocks + b : b];
-    const int64_t line = padded(dim);
 #pragma unroll 1
-    for (int i = warp; i < rows << share; i += warps) {
-      const int at = i >> share, k = at / R, r = at % R;
-      const Block& block = fused ? model.fused[b] : model.modality[k].block[b];
-      const float* x = shared + (fused ? q.at.tracks : q.at.encoded) + at * q.at.dim;
-      float* y = shared + q.at.mixed + at * q.at.dim;
-      float* ring = state(r) + block.ring + ((fused ? k : 0) * block.span + place.slot(frame(r))) * line;
+    for (int i = first_item; i < rows << share; i += warps) {
+      const int at = i >> share, k = at / R, r = at % R, step = kWarp << share;
+      const Block& block = fused ? model.fused[b] : model.modality[of_modalities ? k : 0].block[b];
+      float* x = shared + (of_modalities ? q.at.encoded : q.at.tracks) + at * q.at.dim;
+      int d = (i & ((1 << share) - 1)) * kWarp + lane;
+      Norm norm = blocks ? block.norm : of_modalities ? model.modality[k].norm : model.norm;
+      if (why == Before::gate) {
+        if (!says(r, k)) {
+          for (; d < dim; d += step) x[d] = 0;
+          continue;
+        }
+        if (!s.value_norm) continue;
+        norm = {model.value_norm.weight + k * line, model.value_norm.bias + k * line};
+      }
+      const bool here = of_modalities && present(r)[k];
+      float* y = blocks ? shared + q.at.mixed + at * q.at.dim : x;
+      float* aside =
+          why == Before::encode && s.joint ? shared + q.at.side + r * q.at.sided + k * dim : nullptr;
+      float* ring = blocks && block.span && live(r)
+                        ? state(r) + block.ring + ((fused ? k : 0) * block.span + place.slot(frame(r))) * line
+                        : nullptr;
       const Moments m = moments(x, dim, lane);
 #pragma unroll 1
-      for (int d = (i & ((1 << share) - 1)) * kWarp + lane; d < dim; d += kWarp << share) {
-        const float h = normed(x[d], m, block.norm, d);
-        y[d] = silu(fma(h, block.taps[taps * line + d], past[at * q.at.dim + d]));
-        if (block.span && live(r)) ring[d] = h;
+      for (; d < dim; d += step) {
+        float h = fma((x[d] - m.mean) * m.rstd, norm.weight[d], norm.bias[d]);
+        if (ring) ring[d] = h;
+        if (aside) aside[d] = here ? h : 0.0f;
+        if (blocks) h = silu(fma(h, block.taps[taps * line + d], past[at * q.at.dim + d]));
+        y[d] = h;
       }
     }
   }
@@ -321,7 +380,7 @@ struct Group {
       float sum = 0;
 #pragma unroll 4
       for (int d = lane; d < n; d += kWarp) sum = fma(left[d], left[d], sum);
-      sum = lanes_sum<1, kWarp>(sum);
+      sum = warp_sum(sum);
       if (i == m && kind == 2) square = sum / float(n);
     }
     if (mine) {
@@ -350,7 +409,7 @@ struct Group {
     for (int c = lane; c < q.at.qualities; c += kWarp) {
       int of = 0;
 #pragma unroll 1
-      for (int before = s.quality_dim[0]; c >= before; before += s.quality_dim[of]) ++of;
+      while (of + 1 < s.modalities && c >= q.at.quality_before[of + 1]) ++of;
       const int64_t at_sums = model.quality.at + 3 * c;
       float sums[3] = {kept(r)[at_sums], kept(r)[at_sums + 1], kept(r)[at_sums + 2]};
       const bool told = q.frame.quality && given(r)[of] > 0;
@@ -360,22 +419,21 @@ struct Group {
 #pragma unroll
       for (int n = 0; n < 3; ++n)
         if (live(r)) state(r)[at_sums + n] = sums[n];
-      const int at = kTypicality + kQuality * (c - s.quality_before(of));
+      const int at = kTypicality + kQuality * (c - q.at.quality_before[of]);
       put_sign(r, of, at, found.now), put_sign(r, of, at + 1, found.average);
       put_sign(r, of, at + 2, found.known);
     }
   }
   // Signs lie in a row of their modality, in one of all modalities for the joint expert, and behind what is learnt.
   __device__ __forceinline__ void put_sign(int r, int m, int n, float x) const {
-    const Shape& s = model.shape;
     const float sign = present(r)[m] ? x : 0.0f;
-    const int among_all = s.signs_before(m) + n;
+    const int among_all = q.at.signs_before[m] + n;
     shared[q.at.signs + (m * R + r) * q.at.told + n] = sign;
-    shared[q.at.joint + r * q.at.joined + s.modalities * int(s.evidence) + among_all] = sign;
-    if (s.joint) shared[q.at.all_signs + r * q.at.all_told + among_all] = sign;
+    shared[q.at.learnt + r * q.at.joined + among_all] = sign;
+    if (q.at.all_told) shared[q.at.all_signs + r * q.at.all_told + among_all] = sign;
   }
 
-  // One frame of a filter over S states, a lane each: the probabilities move on by this frame's evidence, into now(), and the
+  // One frame of a filter over S states, a lane each: the probabilities move on by this frame's evidence, into at.now, and the
   // log-belief at `part` of the state.
   __device__ __forceinline__ void filter(int r, int S, const float* log_a, const float* a, int64_t part,
                                          float evidence) const {
@@ -384,9 +442,9 @@ struct Group {
     const bool inside = lane < S;
     if (inside) prior[lane] = exp(belief[lane]);
     __syncwarp();
-    const float next = inside ? stage_prior(S, log_a, a, belief, prior, lane) + evidence : -3e38f;
+    const float next = inside ? stage_prior<0>(S, log_a, a, belief, prior, lane) + evidence : -3e38f;
     const float peak = AcrossWarp{}.max(next);
-    const float e = inside ? exp(next - peak) : 0.0f, total = lanes_sum<1, kWarp>(e);
+    const float e = inside ? exp(next - peak) : 0.0f, total = warp_sum(e);
     if (inside) {
       stages(q.at.now, r)[lane] = e / total;
       if (live(r)) state(r)[part + lane] = next - peak - log(total);
@@ -394,83 +452,92 @@ struct Group {
     __syncwarp();
   }
 
-  // Stage filter of one stream, confidence and precision of its experts: a lane a stage, then a lane an expert.
-  __device__ __forceinline__ void gate(int r) const {
+  // Confidence, its log-odds and the precision of the experts of a stream, from what the filter over stages says: as many lanes
+  // an expert as there are stages, or a few more, so that one warp has several experts at a time.
+  __device__ __forceinline__ void rate(int r) const {
     const Shape& s = model.shape;
-    const int M = s.modalities, S = s.stages, K = s.experts();
-    const bool some = __ballot_sync(kFull, lane < M && present(r)[lane < M ? lane : 0]) != 0;
-    const bool tells = lane < first() ? some : lane < K && present(r)[lane < K ? lane - first() : 0];
-    float *now = stages(q.at.now, r), confidence = 0.5f, log_odds = 0, log_precision = 0;
-    if (s.reliability) {
-      filter(r, S, model.log_a, model.a, model.belief.at,
-             some && lane < S ? stages(q.at.emission, r)[lane] : 0.0f);
-      if (lane < K) {
-        float* raw = logits(lane, r);
+    const int S = s.stages, K = s.experts(), bits = q.at.stage_bits, j = lane & ((1 << bits) - 1);
+    const AcrossStages stages_of = {1 << bits, j < S};
+    const float p = j < S ? stages(q.at.now, r)[j] : 0.0f;
 #pragma unroll 1
-        for (int j = 0; j < S; ++j)
-          raw[j] = fma(raw[j], model.logit_scale[lane * S + j], model.logit_bias[lane * S + j]);
-        const Reliability<float> found =
-            reliability(S, static_cast<const float*>(raw), static_cast<const float*>(now));
-        confidence = found.confidence, log_odds = found.log_odds;
-#pragma unroll 1
-        for (int j = 0; j < S; ++j) log_precision = fma(now[j], raw[S + j], log_precision);
+    for (int first_expert = 0; first_expert < K; first_expert += kWarp >> bits) {
+      const int k = first_expert + (lane >> bits);
+      float logit = 0, log_precision = 0;
+      if (s.reliability && k < K && j < S) {
+        const float* raw = logits(k, r);
+        logit = fma(raw[j], model.logit_scale[k * S + j], model.logit_bias[k * S + j]);
+        log_precision = p * raw[S + j];
       }
-    } else if (lane == 0) {
-      now[0] = 1.0f;
+      Reliability<float> found = {0.5f, 0.0f};
+      if (s.reliability) found = reliability<float>(S, OneStage{logit}, OneStage{p}, stages_of);
+      log_precision = stages_of.sum(log_precision);
+      if (k >= K || j) continue;
+      shared[q.at.log_odds + r * kMaxModalities + k] = found.log_odds;
+      shared[q.at.confidence + r * kMaxModalities + k] = found.confidence;
+      shared[q.at.precision + k * R + r] = says(r, k) ? frame_precision(log_precision) : 0.0f;
     }
-    if (lane < K) {
-      shared[q.at.log_odds + r * kMaxModalities + lane] = log_odds;
-      shared[q.at.confidence + r * kMaxModalities + lane] = confidence;
-      shared[q.at.precision + lane * R + r] = tells ? frame_precision(log_precision) : 0.0f;
-    }
-    if (lane < S && live(r)) q.out.stage[row(r) * S + lane] = now[lane];
   }
-
-  // One stream's estimates are weighed: a lane an expert.
-  __device__ __forceinline__ void weigh(int r) const {
+  // The two filters of a stream. First that over stages, from which come confidence and precision of its experts; at the end,
+  // over whose streams they are, and the estimates are weighed.
+  __device__ __forceinline__ void judge(int r, bool last) const {
     const Shape& s = model.shape;
-    const int M = s.modalities, C = s.targets, K = s.experts(), m = lane - first();
-    const bool inside = lane < K, speaks = inside && (m < 0 || present(r)[m < 0 ? 0 : m]);
-    const int64_t at = row(r);
+    const int M = s.modalities, S = s.stages, K = s.experts(), C = s.targets, m = lane - first();
+    const bool inside = lane < K;
     const auto estimate = [&](int k, int c) {
       return shared[q.at.estimates + (k * R + r) * q.at.targets + c];
     };
-    float confidence = inside ? shared[q.at.confidence + r * kMaxModalities + lane] : 0.0f;
-    float log_odds = inside ? shared[q.at.log_odds + r * kMaxModalities + lane] : 0.0f;
-    if (s.foreign) {
-      // Put to scale, in standard deviations of the targets.
-      const auto scaled = [&](int i, int c) {
-        return model.own_gain[i * C + c] * estimate(first() + i, c) + model.own_shift[i * C + c];
-      };
-      const auto trusted = [&](int i) {
-        return within_doubt(shared[q.at.confidence + r * kMaxModalities + first() + i]);
-      };
-      const int own = lane - 1;  // a lane a hypothesis: that all are mine, then that a modality is foreign
-      float evidence = 0;
-      for (int i = 0; i < M; ++i)
-        if (own >= 0 && own < M && own != i && present(r)[own] && present(r)[i])
-          evidence += foreign_evidence(trusted(own), trusted(i), C,
-                                       [&](int c) { return scaled(own, c) - scaled(i, c); });
-      filter(r, 1 + M, model.foreign_log_a, model.foreign_a, model.foreign.at, evidence / model.foreign_pace);
-      if (inside) {
-        const float* p = stages(q.at.now, r);
-        const Reliability<float> found = doubted(log_odds, m < 0 ? 1 - p[0] : p[1 + m]);
-        confidence = found.confidence, log_odds = found.log_odds;
+    float confidence = 0, log_odds = 0, evidence = 0;
+    if (last) {
+      confidence = inside ? shared[q.at.confidence + r * kMaxModalities + lane] : 0.0f;
+      log_odds = inside ? shared[q.at.log_odds + r * kMaxModalities + lane] : 0.0f;
+      if (s.foreign) {
+        // Put to scale, in standard deviations of the targets.
+        const auto scaled = [&](int i, int c) {
+          return model.own_gain[i * C + c] * estimate(first() + i, c) + model.own_shift[i * C + c];
+        };
+        const auto trusted = [&](int i) {
+          return within_doubt(shared[q.at.confidence + r * kMaxModalities + first() + i]);
+        };
+        const int own = lane - 1;  // a lane a hypothesis: that all are mine, then that a modality is foreign
+#pragma unroll 1
+        for (int i = 0; i < M; ++i)
+          if (own >= 0 && own < M && own != i && present(r)[own] && present(r)[i])
+            evidence += foreign_evidence(trusted(own), trusted(i), C,
+                                         [&](int c) { return scaled(own, c) - scaled(i, c); });
+        evidence = evidence / model.foreign_pace;
       }
+    } else {
+      const bool some = __ballot_sync(kFull, lane < M && present(r)[lane < M ? lane : 0]) != 0;
+      if (some && lane < S && s.reliability) evidence = stages(q.at.emission, r)[lane];
     }
+    if (last ? s.foreign : s.reliability)
+      filter(r, last ? 1 + M : S, last ? model.foreign_log_a : model.log_a, last ? model.foreign_a : model.a,
+             last ? model.foreign.at : model.belief.at, evidence);
+
+    float* p = stages(q.at.now, r);
+    if (!last) {
+      if (!s.reliability && lane == 0) p[0] = 1.0f;
+      rate(r);
+      if (lane < S && live(r)) q.out.stage[row(r) * S + lane] = s.reliability ? p[lane] : 1.0f;
+      return;
+    }
+    if (s.foreign && inside) {
+      const Reliability<float> found = doubted(log_odds, m < 0 ? 1 - p[0] : p[1 + m]);
+      confidence = found.confidence, log_odds = found.log_odds;
+    }
+    const bool speaks = inside && (m < 0 || present(r)[m < 0 ? 0 : m]);
     float score = log_odds * model.sharpness, share = 0;
     modality_weights(1, &score, &speaks, &share, AcrossWarp{});
-    const float all = lanes_sum<1, kWarp>(inside && m >= 0 ? share : 0.0f);
-    if (inside && m >= 0 && live(r)) {
-      q.out.weights[at * M + m] = share_among(share, all);
-      q.out.confidence[at * M + m] = speaks ? confidence : 0.0f;
-    }
+    const float all = warp_sum(inside && m >= 0 ? share : 0.0f);
+    const int64_t at = row(r);
 #pragma unroll 1
     for (int c = 0; c < C; ++c) {
-      const float sum = lanes_sum<1, kWarp>(inside ? share * estimate(lane, c) : 0.0f);
+      const float sum = warp_sum(inside ? share * estimate(lane, c) : 0.0f);
       if (lane == 0 && live(r)) q.out.prediction[at * C + c] = sum;
     }
     if (!inside || m < 0 || !live(r)) return;
+    q.out.weights[at * M + m] = share_among(share, all);
+    q.out.confidence[at * M + m] = speaks ? confidence : 0.0f;
 #pragma unroll 1
     for (int c = 0; c < C; ++c) q.out.unimodal[(at * M + m) * C + c] = estimate(lane, c);
     const bool here = given(r)[m] > 0;
@@ -479,29 +546,6 @@ struct Group {
     if (!here) count[1 + m] = counts(r)[1 + m] + 1;
     if (given(r)[m] < 0) count[1 + M + m] = counts(r)[1 + M + m] + 1;
     if (m == 0) count[0] = counts(r)[0] + 1, q.frames[at] = frame(r) + 1;
-  }
-
-  // The value of one expert of a stream, normed, or zeros where it has nothing to say.
-  __device__ __forceinline__ void value(int i) const {
-    const Shape& s = model.shape;
-    const int k = i / R, r = i % R, dim = int(s.dim);
-    float* x = shared + q.at.tracks + i * q.at.dim;
-    if (!says(r, k)) {
-      for (int d = lane; d < dim; d += kWarp) x[d] = 0;
-    } else if (s.value_norm) {
-      const int64_t line = padded(dim);
-      layer_norm({model.value_norm.weight + k * line, model.value_norm.bias + k * line}, dim, lane, x);
-    }
-  }
-
-  // Row i of the encoded modalities, normed; and its place beside the others, 0 where it is missing.
-  __device__ __forceinline__ void encode(int i) const {
-    const int m = i / R, r = i % R, dim = int(model.shape.dim);
-    float* x = shared + q.at.encoded + i * q.at.dim;
-    layer_norm(model.modality[m].norm, dim, lane, x);
-    if (!model.shape.joint) return;
-    float* to = shared + q.at.side + r * q.at.sided + m * dim;
-    for (int d = lane; d < dim; d += kWarp) to[d] = present(r)[m] ? x[d] : 0.0f;
   }
 
   // Row i of the tracks goes into its memory; the memory's averages side by side.
@@ -531,38 +575,27 @@ struct Group {
 
   // What comes before a phase's products.
   __device__ __forceinline__ void prepare(const Phase& phase) const {
-    const int MR = model.shape.modalities * R, KR = model.shape.experts() * R;
+    int item = warp;
     switch (phase.before) {
       case Before::nothing:
         return;
       case Before::standardise:
         standardise();
         break;
-      case Before::own_block:
-      case Before::fused_block:
-        convolve(phase.index, phase.before == Before::fused_block);
-        break;
-      case Before::encode:
-        for (int i = warp; i < MR; i += warps) encode(i);
-        break;
       case Before::assess:
         for (int r = warp; r < R; r += warps) assess(r);
         break;
-      case Before::gate:
-        for (int i = warp; i < R + KR; i += warps) {
-          if (i < R)
-            gate(i);
-          else
-            value(i - R);
-        }
-        break;
       case Before::remember:
-        for (int i = warp; i < KR; i += warps) remember(i);
+        for (int i = warp; i < model.shape.experts() * R; i += warps) remember(i);
         break;
-      case Before::norm:
-        for (int i = warp; i < KR; i += warps)
-          layer_norm(model.norm, int(model.shape.dim), lane, shared + q.at.tracks + i * q.at.dim);
-        break;
+      case Before::gate:
+      case Before::weigh:
+        for (; item < R; item += warps) judge(item, phase.before == Before::weigh);
+        item -= R;
+        if (phase.before == Before::weigh) break;
+        [[fallthrough]];
+      default:
+        norm_rows(phase, item);
     }
     __syncthreads();
   }
@@ -589,7 +622,6 @@ struct Group {
       }
       jobs += phase.jobs;
     }
-    for (int r = warp; r < R; r += warps) weigh(r);
   }
 };
 

@@ -26,7 +26,8 @@ enum class Before : int {
   gate,
   fused_block,
   remember,
-  norm
+  norm,
+  weigh
 };
 struct Phase {
   Before before;
@@ -58,8 +59,9 @@ struct StreamLayout {
   int components,
       deep;         // on the principal components, rows of the most that a modality has: M R; that stride
   int signs, told;  // rows of the most that one modality has: M R; that stride
-  int all_signs, all_told;   // those of all modalities: R; that stride
-  int joint, joined;         // what is learnt from all modalities, then the signs of all: R; that stride
+  int all_signs, all_told;  // those of all modalities: R; that stride
+  int joint, joined,
+      learnt;  // what is learnt from all modalities, then, from `learnt` on, the signs of all: R; that stride
   int hidden, narrow;        // rows of tiled(evidence): (K + 1) R; that stride
   int recalled, recall;      // rows of tiled(memory dim): K R; that stride
   int logits;                // rows of 2 kMaxStages: K R
@@ -72,16 +74,19 @@ struct StreamLayout {
   int past;  // what the convolutions say of the frames before, rows of dim: M R of each block before the fusion, then K R
   int rest, rests, from;  // a row's state behind the rings: R; its floats; where it begins in the row
   int given, present;     // int: rows of kMaxModalities, R each
-  int row, counts;        // int64: (live, frame), rows of 1 + 2 M counters; R each
+  int row, counts;        // int64: see Group::now; rows of 1 + 2 M counters; R each
   int part;               // slices' sums
   int zeroed, size;       // what lies before zeroed begins as zeros or inputs: what pads rows must be finite
   // Warps that share a row: 2^these. Of a convolution before the fusion, after it, and of the frames before.
   int own_bits, fused_bits, past_bits;
+  int stage_bits;  // lanes of an expert, one a stage: 2^this
+  int signs_before[kMaxModalities], quality_before[kMaxModalities];  // of the modalities before
 };
 
 struct StreamLaunch {
   const void* plan;  // the Model, `phases` Phases, the Jobs of all of them: plan_bytes, in whole 16 bytes
   int plan_bytes, phases;
+  int64_t row_floats;  // of a row's state
   Frame frame;
   Outputs out;
   float* state;
