@@ -12,6 +12,7 @@
 // Every block reads all matrices once, from L2, and that is what a step waits for: one multiprocessor takes some 64 bytes a
 // cycle; barriers with what lies between them, some 0.15 us each, come on top. The inputs are read from, and the estimates
 // written to, the host's pinned memory by the kernel itself: one launch, no copies.
+#define SAGE_SHORT_CODE  // csrc/math/scalar.h
 #include "stream.cuh"
 #include "../math/experts.h"
 #include "../math/frame.h"
@@ -24,8 +25,32 @@ namespace {
 
 using namespace sage::stream;
 
-constexpr int kNow = 4;    // numbers of a stream that now() has
-constexpr int kAhead = 4;  // inputs that a thread has on their way from the host
+constexpr int kNow = 4;   // numbers of a stream that now() has
+constexpr int kTaps = 4;  // frames of a ring that a thread asks for at once
+
+// ------------------------------------------------------------------------------------------ global to shared memory
+// So many bytes, aligned to as many, on their way: no register is held, and nothing waits until wait_fetched<N>(), for all but
+// the last N groups; fetched_here() ends a group.
+template <int Bytes>
+__device__ __forceinline__ void fetch(void* to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  const unsigned at = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(Bytes) : "memory");
+#else
+  memcpy(to, from, Bytes);
+#endif
+}
+__device__ __forceinline__ void fetched_here() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int Groups>
+__device__ __forceinline__ void wait_fetched() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------- one warp's row
 struct OneStage {
@@ -49,6 +74,11 @@ struct Two {
   return {a, b};
 }
 __device__ __forceinline__ float warp_sum(float x) { return warp_sums(x, 0.0f).a; }
+[[gnu::noinline]] __device__ float warp_max(float x) {
+#pragma unroll
+  for (int o = 1; o < kWarp; o *= 2) x = max(x, __shfl_xor_sync(kFull, x, o));
+  return x;
+}
 
 __device__ __forceinline__ Moments moments(const float* x, int dim, int lane) {
   float s = 0, drift = 0, ss = 0;
@@ -69,11 +99,7 @@ __device__ __forceinline__ Moments moments(const float* x, int dim, int lane) {
 // An expert a lane: what modality_weights adds up and compares lies in the lanes of a warp.
 struct AcrossWarp {
   __device__ __forceinline__ float sum(float x) const { return warp_sum(x); }
-  __device__ __forceinline__ float max(float x) const {
-#pragma unroll
-    for (int o = 1; o < kWarp; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
-    return x;
-  }
+  __device__ __forceinline__ float max(float x) const { return warp_max(x); }
 };
 
 // A stage a lane, `width` (a power of two) neighbouring lanes for an expert's: what reliability() adds up.
@@ -155,87 +181,65 @@ struct Group {
     return any;
   }
 
-  // Inputs as they come, padded with zeros, kAhead a thread. They may lie in the host's memory, a microsecond away, so all
-  // threads ask at once.
-  __device__ __forceinline__ void ask(int begin, float (&x)[kAhead]) const {
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int i = begin + k * int(blockDim.x);
-      x[k] = 0;
-      if (i >= q.at.encoded) continue;
-      int m = 0;
+  // Inputs as they come, padded with zeros.
+  __device__ __forceinline__ void ask() const {
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < q.at.encoded; i += int(blockDim.x)) {
+      int m = 0, r = 0;
 #pragma unroll 1
       while (m + 1 < q.at.modalities && i >= q.at.input[m + 1]) ++m;
       const int n = q.at.in_dim[m], wide = tiled(n);
-      int r = 0, d = i - q.at.input[m];
-#pragma unroll
-      for (int next = 1; next < R; ++next)
-        if (d >= wide) d -= wide, ++r;
-      if (d < n) x[k] = q.frame.features[m][place(r) * n + d];
+      int d = i - q.at.input[m];
+#pragma unroll 1
+      for (; d >= wide; d -= wide) ++r;
+      if (d < n)
+        fetch<4>(shared + i, q.frame.features[m] + place(r) * n + d);
+      else
+        shared[i] = 0;
     }
-  }
-  __device__ __forceinline__ void put(int begin, const float (&x)[kAhead]) const {
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (begin + k * int(blockDim.x) < q.at.encoded) shared[begin + k * int(blockDim.x)] = x[k];
-  }
-  __device__ __forceinline__ float quality(int i) const {
-    int r = 0;
-#pragma unroll
-    for (int next = 1; next < R; ++next)
-      if (i >= q.at.qualities) i -= q.at.qualities, ++r;
-    return q.frame.quality[place(r) * q.at.qualities + i];
   }
 
-  // The plan, the inputs and flags, and what is read of the state into shared memory; zeros elsewhere. What comes from the
-  // host is asked for before anything is waited for.
+  // The plan, the inputs and flags, and what is read of the state into shared memory; zeros elsewhere. The inputs may lie in
+  // the host's memory, a microsecond away: all are asked for before any is waited for.
   __device__ __forceinline__ void begin() const {
-    const int thread = int(threadIdx.x), threads = int(blockDim.x), M = q.at.modalities;
-    bool first = true;
+    const int thread = int(threadIdx.x), threads = int(blockDim.x), M = q.at.modalities, counters = 1 + 2 * M;
+    unsigned char* memory = shared_memory<unsigned char>();
 #pragma unroll 1
-    for (int at = thread; first || at < q.at.encoded; at += kAhead * threads, first = false) {
-      float x[kAhead];
-      ask(at, x);
-      if (first) {
-        const int of = thread / kMaxModalities, m = thread % kMaxModalities;
-        uint8_t here = 1, active = 1;
-        float sign = 0;
-        if (of < R && m < M && q.frame.present) here = q.frame.present[place(of) * M + m];
-        if (thread < R && q.frame.active) active = q.frame.active[place(thread)];
-        if (q.frame.quality && thread < R * q.at.qualities) sign = quality(thread);
-        meanwhile();
-        if (of < R && m < M) given(of)[m] = here;
-        if (thread < R) now(thread, 3) = int64_t(blockIdx.x) * R + thread == place(thread) && active;
-        if (thread < R * q.at.qualities) shared[q.at.quality + thread] = sign;
-      }
-      put(at, x);
-    }
-#pragma unroll 1
-    for (int i = thread + threads; q.frame.quality && i < R * q.at.qualities; i += threads)
-      shared[q.at.quality + i] = quality(i);
-  }
-  // What lies on the device, while the host's numbers are on their way.
-  __device__ __forceinline__ void meanwhile() const {
-    const int thread = int(threadIdx.x), threads = int(blockDim.x), counters = 1 + 2 * q.at.modalities;
-    if (thread < R) {
-      const int64_t row = place(thread);
-      now(thread, 0) = row, now(thread, 1) = row * q.row_floats, now(thread, 2) = q.frames[row];
-    }
-#pragma unroll 4
-    for (int i = thread; i < q.plan_bytes / 16; i += threads)
-      reinterpret_cast<uint4*>(shared_memory<unsigned char>())[i] = static_cast<const uint4*>(q.plan)[i];
-    __syncthreads();
+    for (int i = thread * 16; i < q.plan_bytes; i += threads * 16)
+      fetch<16>(memory + i, static_cast<const char*>(q.plan) + i);
+    fetched_here();
+    ask();
+    const int of = thread / kMaxModalities, m = thread % kMaxModalities;
+    uint8_t here = 1, active = 1;
+    int64_t frame = 0;
+    if (of < R && m < M && q.frame.present) here = q.frame.present[place(of) * M + m];
+    if (thread < R && q.frame.active) active = q.frame.active[place(thread)];
+    if (thread < R) frame = q.frames[place(thread)];
 #pragma unroll 1
     for (int r = 0; r < R; ++r) {
-      const uint4* from = reinterpret_cast<const uint4*>(state(r) + q.at.from);
-      uint4* to = reinterpret_cast<uint4*>(shared + q.at.rest + r * q.at.rests);
-#pragma unroll 2
-      for (int i = thread; i < q.at.rests / 4; i += threads) to[i] = from[i];
-      if (thread < counters) counts(r)[thread] = q.counts[row(r) * counters + thread];
+      const int64_t row = place(r);
+#pragma unroll 1
+      for (int i = thread * 4; i < q.at.rests; i += threads * 4)
+        fetch<16>(shared + q.at.rest + r * q.at.rests + i, q.state + row * q.row_floats + q.at.from + i);
+#pragma unroll 1
+      for (int i = thread; q.frame.quality && i < q.at.qualities; i += threads)
+        fetch<4>(shared + q.at.quality + r * q.at.qualities + i, q.frame.quality + row * q.at.qualities + i);
+      if (thread < counters) fetch<8>(counts(r) + thread, q.counts + row * counters + thread);
     }
-    recall_frames();
+    fetched_here();
 #pragma unroll 1
     for (int i = q.at.encoded + thread; i < q.at.zeroed; i += threads) shared[i] = 0;
+    if (thread < R) {
+      const int64_t row = place(thread);
+      now(thread, 0) = row, now(thread, 1) = row * q.row_floats, now(thread, 2) = frame;
+    }
+    wait_fetched<1>();
+    __syncthreads();
+    recall_frames();
+    if (of < R && m < M) given(of)[m] = here;
+    if (thread < R) now(thread, 3) = int64_t(blockIdx.x) * R + thread == place(thread) && active;
+    wait_fetched<0>();
+    __syncthreads();
   }
 
   // What the convolutions' taps say of the frames before this one: all taps but the last.
@@ -259,11 +263,20 @@ struct Group {
         for (int d = (i & ((1 << q.at.past_bits) - 1)) * kWarp + lane; d < dim; d += stride) {
           float sum = block.bias[d];
           int slot = start;
-#pragma unroll 4
-          for (int tap = 0; tap < taps; ++tap) {
-            sum = fma(ring[slot * line + d], block.taps[tap * line + d], sum);
-            slot += dilation;
-            slot = slot >= span ? slot - span : slot;
+#pragma unroll 1
+          for (int tap = 0; tap < taps; tap += kTaps) {
+            float frames[kTaps], weights[kTaps];
+#pragma unroll
+            for (int n = 0; n < kTaps; ++n) {
+              frames[n] = weights[n] = 0;
+              if (tap + n < taps)
+                frames[n] = ring[slot * line + d], weights[n] = block.taps[(tap + n) * line + d];
+              slot += dilation;
+              slot = slot >= span ? slot - span : slot;
+            }
+#pragma unroll
+            for (int n = 0; n < kTaps; ++n)
+              if (tap + n < taps) sum = fma(frames[n], weights[n], sum);
           }
           to[at * q.at.dim + d] = sum;
         }
@@ -287,7 +300,7 @@ struct Group {
       const float repeats = s.stuck ? kept(r)[model.repeats.at + m] : 0.0f;
       FrameSums<float> sums = {0, 0, 0};
       float blank = 0;  // the step's squares if the frame turns out not to count
-#pragma unroll 4
+#pragma unroll 2
       for (int d = lane; d < n; d += kWarp) {
         const float before = last[d], v = told ? (x[d] - from.mean[d]) * from.scale[d] : 0.0f;
         sums.add(v, before);
@@ -378,7 +391,7 @@ struct Group {
       const int n = int(s.in_dim[i]);
       const float* left = shared + q.at.input[i] + r * tiled(n);
       float sum = 0;
-#pragma unroll 4
+#pragma unroll 2
       for (int d = lane; d < n; d += kWarp) sum = fma(left[d], left[d], sum);
       sum = warp_sum(sum);
       if (i == m && kind == 2) square = sum / float(n);
@@ -632,7 +645,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
   const Group<T, R> group(q, *reinterpret_cast<const Model*>(memory),
                           reinterpret_cast<float*>(memory + q.plan_bytes));
   group.begin();
-  __syncthreads();
   group.step(reinterpret_cast<const Phase*>(memory + sizeof(Model)));
 }
 

@@ -64,6 +64,9 @@ template <int Most = kMaxStages, class V, class Matrix>
 SAGE_FN V stage_prior(int stages, const Matrix* log_a, const Matrix* a, const V* belief, const V* p, int j) {
   using T = typename ScalarOf<V>::Type;
   V sum = p[0] * V(a[j]);
+#if defined(SAGE_SHORT_CODE)
+#pragma unroll 1
+#endif
   for (int i = 1; i < stages; ++i) sum = fma(p[i], V(a[i * stages + j]), sum);
   V prior = log(sum);
   const auto lost = sum < V(T(kSafeSum));
