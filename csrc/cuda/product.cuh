@@ -88,7 +88,7 @@ __device__ __forceinline__ void load_tile(const T* at, int64_t step, float (&w)[
 template <class T, int Q>
 __device__ __forceinline__ void multiply(float* shared, float* part, const Job* jobs, int count, int first,
                                          int rows) {
-  constexpr int P = kVector<T> / kTile;
+  constexpr int P = kVector<T> / kTile, kTiles = Q <= 3 ? 2 : 1;  // tiles whose weights are asked for at once
   const int lane = int(threadIdx.x) % kWarp, warps = int(blockDim.x) / kWarp;
   int task = int(threadIdx.x) / kWarp;
 #pragma unroll 1
@@ -116,19 +116,25 @@ __device__ __forceinline__ void multiply(float* shared, float* part, const Job* 
 #pragma unroll
       for (int q = 0; q < Q; ++q)
         x[q] = shared + f.x + (first + q < rows ? first + q : rows - 1) * f.x_stride;
-#pragma unroll(Q <= 3 ? 2 : 1)
-      for (int k = begin; k < end; k += kTile) {
-        float w[kTile][kTile];
-        load_tile<T>(at, step, w);
-        at += step * (kTile / P);
+#pragma unroll 1
+      for (int k = begin; k < end; k += kTiles * kTile) {
+        float w[kTiles][kTile][kTile];
 #pragma unroll
-        for (int q = 0; q < Q; ++q) {
-          float v[kTile];
-          load_vector<float>(x[q] + k, kTile, true, v);
+        for (int t = 0; t < kTiles; ++t)
+          if (t == 0 || k + t * kTile < end) load_tile<T>(at + t * step * (kTile / P), step, w[t]);
+        at += step * (kTiles * kTile / P);
 #pragma unroll
-          for (int i = 0; i < kTile; ++i)
+        for (int t = 0; t < kTiles; ++t) {
+          if (t && k + t * kTile >= end) break;
 #pragma unroll
-            for (int n = 0; n < kTile; ++n) sum[q][n] = fma(w[i][n], v[i], sum[q][n]);
+          for (int q = 0; q < Q; ++q) {
+            float v[kTile];
+            load_vector<float>(x[q] + k + t * kTile, kTile, true, v);
+#pragma unroll
+            for (int i = 0; i < kTile; ++i)
+#pragma unroll
+              for (int n = 0; n < kTile; ++n) sum[q][n] = fma(w[t][i][n], v[i], sum[q][n]);
+          }
         }
       }
 #pragma unroll

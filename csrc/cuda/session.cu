@@ -41,6 +41,7 @@ StreamLayout lay_out(const Model& model, int R) {
   const int M = s.modalities, K = s.experts();
   StreamLayout at = {};
   int64_t used = 0;
+  if (model.row_floats > kMostFloats) too_large();
   const auto take = [&](int64_t rows, int64_t stride) {
     const int64_t from = used;
     used += rows * tiled(stride);
@@ -78,7 +79,7 @@ StreamLayout lay_out(const Model& model, int R) {
   const int64_t from = s.reliability ? model.belief.at : model.last[0].at;
   at.from = int(from), at.rests = int(model.row_floats - from), at.rest = take(R, at.rests);
   at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities);
-  at.row = take(R, 8), at.counts = take(1, R * 2 * (1 + 2 * M));
+  at.slots = take(R, kSlots), at.row = take(R, 8), at.counts = take(1, R * 2 * (1 + 2 * M));
   at.size = int(used);
   return at;
 }
@@ -269,7 +270,8 @@ class CudaSession final : public Session {
       for_each_output(shape, q_.out, [&](auto*& to, int64_t numbers) {
         to = here.take<std::remove_reference_t<decltype(*to)>>(rows * numbers);
       });
-      row_ = {here.take<float>(model_.row_floats), here.take<int64_t>(1)};
+      const int64_t lent = rows < kLent ? rows : kLent;
+      lent_ = {here.take<float>(lent * model_.row_floats), here.take<int64_t>(lent)};
     };
     Pieces there = {nullptr}, here = {nullptr};
     lay(there, here);
@@ -355,37 +357,35 @@ class CudaSession final : public Session {
       const int64_t span = int64_t(s.kernel - 1) << b;
       if (span) q_.rings[b] = Ring(span);
     }
-    if (s.window > 1) q_.energies = Ring(s.window - 1);
+    if (s.window > 1) q_.rings[kMaxBlocks] = Ring(s.window - 1);
   }
 
-  // Where the kernel reads `from`: there, if the device can, else from a copy in pinned memory.
-  const void* reach(const void* from, const void* staged, int64_t bytes, bool& ordered) const {
-    if (!from) return nullptr;
-    cudaPointerAttributes found;
-    check(cudaPointerGetAttributes(&found, from));
-    if (found.type == cudaMemoryTypeUnregistered) {
-      std::memcpy(const_cast<void*>(staged), from, size_t(bytes));
-      return staged;
-    }
-    if (found.type == cudaMemoryTypeDevice && found.device != call_.device)
-      throw std::invalid_argument("stream: an input lies on another GPU");
-    ordered = ordered || found.type != cudaMemoryTypeHost;
-    return found.devicePointer;
+  // Where the kernel reads `from`, which lies on the device or else on the host: there, if the device can, else from a copy in
+  // pinned memory. To ask whether the host's memory is pinned takes as long as to copy some kilobytes.
+  const void* reach(const void* from, bool on_device, const void* staged, int64_t bytes) const {
+    constexpr int64_t kCopied = 16384;
+    if (!from || on_device) return from;
+    cudaPointerAttributes found = {};
+    if (bytes > kCopied) check(cudaPointerGetAttributes(&found, from));
+    if (found.type == cudaMemoryTypeHost) return found.devicePointer;
+    std::memcpy(const_cast<void*>(staged), from, size_t(bytes));
+    return staged;
   }
 
   void run(const Frame& frame, const Outputs& outputs, Exec exec) override {
     const Shape& s = model_.shape;
     const DeviceGuard guard(call_.device);
-    bool ordered = false;
+    int bit = 0;
     const auto from = [&](const auto*& to, const auto* given, const auto* staged, int64_t numbers) {
-      to = static_cast<decltype(given)>(reach(given, staged, numbers * int64_t(sizeof *given), ordered));
+      const bool on_device = frame.on_device >> bit++ & 1;
+      to = static_cast<decltype(given)>(reach(given, on_device, staged, numbers * int64_t(sizeof *given)));
     };
     for (int m = 0; m < s.modalities; ++m)
       from(q_.frame.features[m], frame.features[m], staged_.features[m], rows_ * s.in_dim[m]);
     from(q_.frame.quality, frame.quality, staged_.quality, rows_ * s.qualities());
     from(q_.frame.present, frame.present, staged_.present, rows_ * s.modalities);
     from(q_.frame.active, frame.active, staged_.active, rows_);
-    if (ordered) {  // after what the caller's stream is still to write
+    if (frame.on_device) {  // after what the caller's stream is still to write
       check(cudaEventRecord(event_.get(), static_cast<cudaStream_t>(exec.stream)));
       check(cudaStreamWaitEvent(stream_.get(), event_.get(), 0));
     }
@@ -400,29 +400,35 @@ class CudaSession final : public Session {
       std::memcpy(to[i++], staged, size_t(rows_ * numbers) * sizeof *staged);
     });
   }
-  Row lend(int64_t row) override {
+  // All rows under way before any is waited for.
+  void lend(const int64_t* which, int64_t count, bool filled, Row* rows) override {
     const DeviceGuard guard(call_.device);
-    copy(row_.state, q_.state + row * model_.row_floats, size_t(model_.row_floats) * 4,
-         cudaMemcpyDeviceToHost);
-    copy(row_.frames, q_.frames + row, 8, cudaMemcpyDeviceToHost);
-    settle();
-    return row_;
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = {lent_.state + i * model_.row_floats, lent_.frames + i};
+      if (filled) continue;
+      copy(rows[i].state, q_.state + which[i] * model_.row_floats, row_bytes(), cudaMemcpyDeviceToHost);
+      copy(rows[i].frames, q_.frames + which[i], 8, cudaMemcpyDeviceToHost);
+    }
+    if (!filled) settle();
   }
-  void take_back(int64_t row) override {
+  void take_back(const int64_t* which, int64_t count) override {
     const DeviceGuard guard(call_.device);
-    copy(q_.state + row * model_.row_floats, row_.state, size_t(model_.row_floats) * 4,
-         cudaMemcpyHostToDevice);
-    copy(q_.frames + row, row_.frames, 8, cudaMemcpyHostToDevice);
+    for (int64_t i = 0; i < count; ++i) {
+      copy(q_.state + which[i] * model_.row_floats, lent_.state + i * model_.row_floats, row_bytes(),
+           cudaMemcpyHostToDevice);
+      copy(q_.frames + which[i], lent_.frames + i, 8, cudaMemcpyHostToDevice);
+    }
     settle();
-    blank(row, q_.out);
+    for (int64_t i = 0; i < count; ++i) blank(which[i], q_.out);
   }
+  size_t row_bytes() const { return size_t(model_.row_floats) * sizeof(float); }
 
   Call call_;
   StreamLaunch q_ = {};
   StreamBlocks blocks_ = {};
   char* packed_ = nullptr;
   Frame staged_ = {};  // pinned copies of inputs; outputs are pinned in q_.out
-  Row row_ = {};       // a pinned copy of one row's state
+  Row lent_ = {};      // a pinned copy of some rows' state
   Held<char*, FreeDevice> device_;
   Held<char*, FreeHost> host_;
   Held<cudaStream_t, FreeStream> stream_;

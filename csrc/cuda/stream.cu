@@ -102,22 +102,30 @@ struct AcrossWarp {
   __device__ __forceinline__ float max(float x) const { return warp_max(x); }
 };
 
+[[gnu::noinline]] __device__ bool any_of(const int* flags, int count) {
+  int found = 0;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) found |= flags[i];
+  return found != 0;
+}
+[[gnu::noinline]] __device__ float stages_sum(float x, int width) {
+#pragma unroll 1
+  for (int o = 1; o < width; o *= 2) x += __shfl_xor_sync(kFull, x, o);
+  return x;
+}
+[[gnu::noinline]] __device__ float stages_max(float x, int width) {
+#pragma unroll 1
+  for (int o = 1; o < width; o *= 2) x = max(x, __shfl_xor_sync(kFull, x, o));
+  return x;
+}
 // A stage a lane, `width` (a power of two) neighbouring lanes for an expert's: what reliability() adds up.
 struct AcrossStages {
   static constexpr int first = 0, step = 1;
   int width;
   bool inside;  // whether this lane has a stage
   __device__ __forceinline__ int count(int) const { return inside; }
-  __device__ __forceinline__ float sum(float x) const {
-#pragma unroll 1
-    for (int o = 1; o < width; o *= 2) x += __shfl_xor_sync(kFull, x, o);
-    return x;
-  }
-  __device__ __forceinline__ float max(float x) const {
-#pragma unroll 1
-    for (int o = 1; o < width; o *= 2) x = sage::max(x, __shfl_xor_sync(kFull, x, o));
-    return x;
-  }
+  __device__ __forceinline__ float sum(float x) const { return stages_sum(x, width); }
+  __device__ __forceinline__ float max(float x) const { return stages_max(x, width); }
   __device__ __forceinline__ bool any(bool x) const { return __any_sync(kFull, x); }
 };
 
@@ -157,6 +165,10 @@ struct Group {
   __device__ __forceinline__ int64_t row(int r) const { return now(r, 0); }
   __device__ __forceinline__ float* state(int r) const { return q.state + now(r, 1); }
   __device__ __forceinline__ int64_t frame(int r) const { return now(r, 2); }
+  // The place of this frame in the ring of each block and, kMaxBlocks, in typicality's window.
+  __device__ __forceinline__ int& slot(int r, int ring) const {
+    return reinterpret_cast<int*>(shared + q.at.slots)[r * kSlots + ring];
+  }
   __device__ __forceinline__ bool live(int r) const { return now(r, 3) != 0; }
   // What was read of the state, behind the rings, by the places that it has there.
   __device__ __forceinline__ const float* kept(int r) const {
@@ -174,11 +186,7 @@ struct Group {
   __device__ __forceinline__ int first() const { return model.shape.joint ? 1 : 0; }
   // Whether expert k's frame says anything.
   __device__ __forceinline__ bool says(int r, int k) const {
-    if (k >= first()) return present(r)[k - first()];
-    bool any = false;
-#pragma unroll 1
-    for (int m = 0; m < q.at.modalities; ++m) any = any || present(r)[m];
-    return any;
+    return k >= first() ? present(r)[k - first()] != 0 : any_of(present(r), q.at.modalities);
   }
 
   // Inputs as they come, padded with zeros.
@@ -214,7 +222,7 @@ struct Group {
     int64_t frame = 0;
     if (of < R && m < M && q.frame.present) here = q.frame.present[place(of) * M + m];
     if (thread < R && q.frame.active) active = q.frame.active[place(thread)];
-    if (thread < R) frame = q.frames[place(thread)];
+    if (thread < R * kSlots) frame = q.frames[place(thread / kSlots)];
 #pragma unroll 1
     for (int r = 0; r < R; ++r) {
       const int64_t row = place(r);
@@ -229,9 +237,10 @@ struct Group {
     fetched_here();
 #pragma unroll 1
     for (int i = q.at.encoded + thread; i < q.at.zeroed; i += threads) shared[i] = 0;
-    if (thread < R) {
-      const int64_t row = place(thread);
-      now(thread, 0) = row, now(thread, 1) = row * q.row_floats, now(thread, 2) = frame;
+    if (thread < R * kSlots) {
+      const int r = thread / kSlots, ring = thread % kSlots;
+      if (ring <= kMaxBlocks) slot(r, ring) = q.rings[ring].slot(frame);
+      if (ring == 0) now(r, 0) = place(r), now(r, 1) = place(r) * q.row_floats, now(r, 2) = frame;
     }
     wait_fetched<1>();
     __syncthreads();
@@ -256,8 +265,8 @@ struct Group {
       for (; i < rows << q.at.past_bits; i += warps) {
         const int at = i >> q.at.past_bits, k = at / R, r = at % R;
         const Block& block = b < own ? model.modality[k].block[b] : model.fused[b - own];
-        const float* ring = state(r) + block.ring + (b < own ? 0 : k) * block.span * line;
-        const int span = int(block.span), dilation = int(block.dilation), start = q.rings[b].slot(frame(r));
+        const float* ring = state(r) + int(block.ring) + (b < own ? 0 : k) * int(block.span) * line;
+        const int span = int(block.span), dilation = int(block.dilation), start = slot(r, b);
         const int stride = kWarp << q.at.past_bits;
 #pragma unroll 1
         for (int d = (i & ((1 << q.at.past_bits) - 1)) * kWarp + lane; d < dim; d += stride) {
@@ -295,9 +304,10 @@ struct Group {
       const Modality& from = model.modality[m];
       const int n = int(s.in_dim[m]);
       float* x = shared + q.at.input[m] + r * tiled(n);
-      const float* last = kept(r) + model.last[m].at;
-      const bool told = live(r) && given(r)[m];
-      const float repeats = s.stuck ? kept(r)[model.repeats.at + m] : 0.0f;
+      const bool moves = live(r);
+      const float* last = kept(r) + int(model.last[m].at);
+      const bool told = moves && given(r)[m];
+      const float repeats = s.stuck ? kept(r)[int(model.repeats.at) + m] : 0.0f;
       FrameSums<float> sums = {0, 0, 0};
       float blank = 0;  // the step's squares if the frame turns out not to count
 #pragma unroll 2
@@ -311,11 +321,11 @@ struct Group {
       sums = {energies.a, energies.b, others.a};
       blank = others.b;
       const FrameVerdict verdict = judge_frame(told, sums.squares, sums.moved, repeats, model.stuck_limit[m]);
-      const bool keep = live(r) && !verdict.stuck;
-#pragma unroll 2
+      const bool keep = moves && !verdict.stuck;
+#pragma unroll 1
       for (int d = lane; d < n; d += kWarp) {
         const float v = verdict.here ? x[d] : 0.0f;
-        if (keep) state(r)[model.last[m].at + d] = v;
+        if (keep) state(r)[int(model.last[m].at) + d] = v;
         x[d] = v;
       }
       if (lane == 0) {
@@ -324,7 +334,7 @@ struct Group {
         square[1] = (verdict.here ? sums.steps : blank) / float(n);
         given(r)[m] = verdict.here ? 1 : told && !verdict.stuck ? -1 : 0;
         present(r)[m] = verdict.here || s.hide_missing;
-        if (live(r) && s.stuck) state(r)[model.repeats.at + m] = verdict.repeats;
+        if (moves && s.stuck) state(r)[int(model.repeats.at) + m] = verdict.repeats;
       }
     }
   }
@@ -345,7 +355,7 @@ struct Group {
     const int line = int(padded(dim)), rows = (of_modalities ? M : K) * R;
     const float* past =
         shared + q.at.past + ((fused ? s.own_blocks * M : 0) + b * (of_modalities ? M : K)) * R * q.at.dim;
-    const Ring& place = q.rings[fused ? s.own_blocks + b : b];
+    const int ring_of = fused ? s.own_blocks + b : b;
 #pragma unroll 1
     for (int i = first_item; i < rows << share; i += warps) {
       const int at = i >> share, k = at / R, r = at % R, step = kWarp << share;
@@ -365,9 +375,10 @@ struct Group {
       float* y = blocks ? shared + q.at.mixed + at * q.at.dim : x;
       float* aside =
           why == Before::encode && s.joint ? shared + q.at.side + r * q.at.sided + k * dim : nullptr;
-      float* ring = blocks && block.span && live(r)
-                        ? state(r) + block.ring + ((fused ? k : 0) * block.span + place.slot(frame(r))) * line
-                        : nullptr;
+      float* ring =
+          blocks && block.span && live(r)
+              ? state(r) + int(block.ring) + ((fused ? k : 0) * int(block.span) + slot(r, ring_of)) * line
+              : nullptr;
       const Moments m = moments(x, dim, lane);
 #pragma unroll 1
       for (; d < dim; d += step) {
@@ -397,8 +408,9 @@ struct Group {
       if (i == m && kind == 2) square = sum / float(n);
     }
     if (mine) {
-      const float *energies = kept(r) + model.energy.at + lane, *counts = kept(r) + model.counted.at;
-      const int start = history ? q.energies.slot(frame(r)) : 0, line = int(model.energy.line());
+      const float *energies = kept(r) + int(model.energy.at) + lane,
+                  *counts = kept(r) + int(model.counted.at);
+      const int start = history ? slot(r, kMaxBlocks) : 0, line = int(model.energy.line());
       const bool here = present(r)[m] != 0;
       bool counted = here;
       if (kind == 1)
@@ -414,8 +426,8 @@ struct Group {
           typicality(window, here, model.typical_mean[lane], model.typical_std[lane]);
       put_sign(r, m, kind, found.signed_level), put_sign(r, m, kEnergies + kind, found.level);
       if (history && live(r)) {
-        state(r)[model.energy.at + start * line + lane] = energy;
-        state(r)[model.counted.at + start * line + lane] = counted;
+        state(r)[int(model.energy.at) + start * line + lane] = energy;
+        state(r)[int(model.counted.at) + start * line + lane] = counted;
       }
     }
 #pragma unroll 1
@@ -423,7 +435,7 @@ struct Group {
       int of = 0;
 #pragma unroll 1
       while (of + 1 < s.modalities && c >= q.at.quality_before[of + 1]) ++of;
-      const int64_t at_sums = model.quality.at + 3 * c;
+      const int at_sums = int(model.quality.at) + 3 * c;
       float sums[3] = {kept(r)[at_sums], kept(r)[at_sums + 1], kept(r)[at_sums + 2]};
       const bool told = q.frame.quality && given(r)[of] > 0;
       const QualitySigns found =
@@ -448,7 +460,7 @@ struct Group {
 
   // One frame of a filter over S states, a lane each: the probabilities move on by this frame's evidence, into at.now, and the
   // log-belief at `part` of the state.
-  __device__ __forceinline__ void filter(int r, int S, const float* log_a, const float* a, int64_t part,
+  __device__ __forceinline__ void filter(int r, int S, const float* log_a, const float* a, int part,
                                          float evidence) const {
     const float* belief = kept(r) + part;
     float* prior = stages(q.at.prior, r);
@@ -495,7 +507,7 @@ struct Group {
   __device__ __forceinline__ void judge(int r, bool last) const {
     const Shape& s = model.shape;
     const int M = s.modalities, S = s.stages, K = s.experts(), C = s.targets, m = lane - first();
-    const bool inside = lane < K;
+    const bool inside = lane < K, moves = live(r);
     const auto estimate = [&](int k, int c) {
       return shared[q.at.estimates + (k * R + r) * q.at.targets + c];
     };
@@ -525,13 +537,13 @@ struct Group {
     }
     if (last ? s.foreign : s.reliability)
       filter(r, last ? 1 + M : S, last ? model.foreign_log_a : model.log_a, last ? model.foreign_a : model.a,
-             last ? model.foreign.at : model.belief.at, evidence);
+             int(last ? model.foreign.at : model.belief.at), evidence);
 
     float* p = stages(q.at.now, r);
     if (!last) {
       if (!s.reliability && lane == 0) p[0] = 1.0f;
       rate(r);
-      if (lane < S && live(r)) q.out.stage[row(r) * S + lane] = s.reliability ? p[lane] : 1.0f;
+      if (lane < S && moves) q.out.stage[row(r) * S + lane] = s.reliability ? p[lane] : 1.0f;
       return;
     }
     if (s.foreign && inside) {
@@ -546,9 +558,9 @@ struct Group {
 #pragma unroll 1
     for (int c = 0; c < C; ++c) {
       const float sum = warp_sum(inside ? share * estimate(lane, c) : 0.0f);
-      if (lane == 0 && live(r)) q.out.prediction[at * C + c] = sum;
+      if (lane == 0 && moves) q.out.prediction[at * C + c] = sum;
     }
-    if (!inside || m < 0 || !live(r)) return;
+    if (!inside || m < 0 || !moves) return;
     q.out.weights[at * M + m] = share_among(share, all);
     q.out.confidence[at * M + m] = speaks ? confidence : 0.0f;
 #pragma unroll 1
@@ -565,7 +577,7 @@ struct Group {
   __device__ __forceinline__ void remember(int i) const {
     const Shape& s = model.shape;
     const int r = i % R, dim = int(s.dim), line = int(model.memory.line());
-    const int64_t sums = model.memory.array(i / R * s.memory);
+    const int sums = int(model.memory.at) + i / R * s.memory * line;
     const float precision = shared[q.at.precision + i], *x = shared + q.at.tracks + i * q.at.dim;
     float* to = shared + q.at.recalled + i * q.at.recall;
 #pragma unroll 1

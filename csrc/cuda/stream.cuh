@@ -12,6 +12,8 @@ using stream::Model;
 using stream::Outputs;
 
 constexpr int kMostWarps = 16;
+constexpr int kSlots = 16;  // of a stream: one of each block, and one of typicality's window
+static_assert(kSlots > kMaxBlocks);
 // Rows that share each load of a weight after the fusion: with two modalities all three experts of one or two streams; more
 // would not fit the registers.
 __host__ __device__ constexpr int track_rows(int R) { return R == 1 ? 3 : 6; }
@@ -74,6 +76,7 @@ struct StreamLayout {
   int past;  // what the convolutions say of the frames before, rows of dim: M R of each block before the fusion, then K R
   int rest, rests, from;  // a row's state behind the rings: R; its floats; where it begins in the row
   int given, present;     // int: rows of kMaxModalities, R each
+  int slots;              // int: rows of kSlots, R
   int row, counts;        // int64: see Group::now; rows of 1 + 2 M counters; R each
   int part;               // slices' sums
   int zeroed, size;       // what lies before zeroed begins as zeros or inputs: what pads rows must be finite
@@ -92,7 +95,7 @@ struct StreamLaunch {
   float* state;
   int64_t *frames, *counts;  // (rows); (rows, 1 + 2 M): frames taken, absent, refused
   int64_t rows;
-  Ring rings[kMaxBlocks], energies;  // of each block; of typicality's window
+  Ring rings[kMaxBlocks + 1];  // of each block; of typicality's window
   StreamLayout at;
 };
 
