@@ -118,7 +118,7 @@ inline int64_t reliability_fusion_chunks(int64_t rows) {
 // On a GPU a chunk is the rows of one block.
 inline int64_t reliability_fusion_cuda_chunk_rows(int64_t rows) {
   const int64_t per = (rows + 1023) / 1024;
-  return per < 32 ? 32 : (per + 31) / 32 * 32;
+  return (per + 15) / 16 * 16;  // four rows at a time for each of a block's four warps
 }
 inline int64_t reliability_fusion_workspace(int64_t rows, int64_t dim, int modalities, int stages,
                                             bool norm) {

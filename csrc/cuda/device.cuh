@@ -35,6 +35,18 @@ __device__ __forceinline__ void narrow(double x, double& y) { y = x; }
 __device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
+// 1 / x of a normal number, to an ulp: without the branch that IEEE division has for numbers near the ends of the range.
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(fmaf(-x, y, 1.0f), y, y);  // a step of Newton's
+#else
+  return 1.0f / x;
+#endif
+}
+
 // 16 bytes of T as arithmetic numbers.
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
@@ -257,6 +269,14 @@ void launch(const Call& call, void (*kernel)(P...), dim3 grid, int threads, size
   config.stream = call.stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
   if (error != cudaSuccess) raise(call, error);
+}
+
+// Of the call's device; a query that does not wait for it.
+inline int multiprocessors(const Call& call) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, call.device);
+  if (error != cudaSuccess) raise(call, error);
+  return count;
 }
 
 // Blocks in x for `work` of them: the grid's limit is far above any tensor that fits a device, but not above any int64.

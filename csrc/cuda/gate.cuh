@@ -11,8 +11,10 @@ namespace sage::cuda {
 
 constexpr int kRows = 4, kGateLanes = kWarp / kRows;  // of a warp's gate; 8 lanes serve 8 modalities
 
-// Which tensors may be read and written 16 bytes at a time, in a kernel's `fast_bits`: bit m is values[m], bit 16 + m
-// grad_values[m], and these are fused (in backward its gradient) and norm_weight with norm_bias.
+// Which tensors may be read and written 16 bytes at a time, in a wide kernel's `fast_bits`: bit m is values[m], bit
+// 16 + m grad_values[m], and these are fused (in backward its gradient) and norm_weight with norm_bias. Kernels that hold
+// a row in registers are compiled once for tensors that all may, and once for any: a choice at run time would make every
+// load wait for the one before it, since both ways to load must end in the same registers.
 constexpr unsigned kFusedFast = 1u << 8, kAffineFast = 1u << 9;
 
 // --------------------------------------------------------------------------------------------------------- forward
@@ -91,29 +93,41 @@ struct ModalityLanes {  // of one row, `lanes` of them a modality
   }
 };
 
-// The gates of the four rows from `base` on, of those below `end`. A row has 8 lanes, `lanes` of them a modality;
-// each holds that modality's results. `slot`: a row's place among the four. `real`: this lane's row and modality
-// exist.
-template <class A>
-struct Gate {
+// A lane's place in the gates of the four rows from `base` on, of those below `end`. A row has 8 lanes, `lanes` of them
+// a modality. `slot`: a row's place among the four. `real`: this lane's row and modality exist. `present`: and its frame
+// is there, which may be known long before the gate.
+struct GateLane {
   int lane, lanes, modality;
   int64_t row;
   bool real, present;
+
+  __device__ __forceinline__ GateLane(const ReliabilityFusionForward& params, int64_t base, int64_t end) {
+    const int M = params.modalities;
+    lane = int(threadIdx.x) % kWarp;
+    lanes = M > 4 ? 1 : M > 2 ? 2 : M > 1 ? 4 : 8;
+    modality = lane % kGateLanes / lanes;
+    row = base + lane / kGateLanes;
+    real = row < end && modality < M;
+    present = real && (!params.present || params.present[row * M + modality]);
+  }
+  __device__ __forceinline__ int lane_of(int slot, int of) const { return slot * kGateLanes + of * lanes; }
+  __device__ __forceinline__ bool serves(int slot, int of) const {
+    return lane / kGateLanes == slot && modality == of;
+  }
+};
+
+// The gates of four rows; each lane holds the results of its row and modality.
+template <class A>
+struct Gate : GateLane {
   StageLanes stages;
   Logits<A> logit;
   StageRow<A> stage;
   A confidence, log_odds, weight;
 
   __device__ __forceinline__ Gate(const ReliabilityFusionForward& params, const Tables<A>& tables,
-                                  int64_t base, int64_t end) {
+                                  const GateLane& own)
+      : GateLane(own) {
     const int M = params.modalities, S = params.stages;
-    lane = int(threadIdx.x) % kWarp;
-    lanes = M > 4 ? 1 : M > 2 ? 2 : M > 1 ? 4 : 8;
-    modality = lane % kGateLanes / lanes;
-    row = base + lane / kGateLanes;
-    const bool inside = row < end;
-    real = inside && modality < M;
-    present = real && (!params.present || params.present[row * M + modality]);
     const bool any_present = __ballot_sync(kFull, present) >> lane / kGateLanes * kGateLanes & 0xffu;
     stages = {lane % lanes, lanes};
     logit = {present ? static_cast<const A*>(params.reliability) + (row * M + modality) * S : nullptr,
@@ -129,10 +143,6 @@ struct Gate {
     modality_weights(1, &score, &present, &weight, modalities());
   }
   __device__ __forceinline__ ModalityLanes modalities() const { return {lanes}; }
-  __device__ __forceinline__ int lane_of(int slot, int of) const { return slot * kGateLanes + of * lanes; }
-  __device__ __forceinline__ bool serves(int slot, int of) const {
-    return lane / kGateLanes == slot && modality == of;
-  }
   __device__ __forceinline__ bool first() const { return stages.first == 0; }
 };
 
@@ -196,6 +206,12 @@ unsigned fast_bits_of(const ReliabilityFusionForward& params, const void* row_of
     bits |= aligned(params.values[m], params.row_stride[m] * size) ? 1u << m : 0;
   if (aligned(params.norm_weight, affine) && aligned(params.norm_bias, affine)) bits |= kAffineFast;
   return bits;
+}
+
+// Whether all tensors of a call, in backward without the gradients of values, may be read and written 16 bytes at a time.
+inline bool all_fast(unsigned fast_bits, int modalities) {
+  const unsigned all = kFusedFast | kAffineFast | ((1u << modalities) - 1);
+  return (fast_bits & all) == all;
 }
 
 // Calls all<storage type>(params, call).

@@ -16,7 +16,7 @@
 namespace sage::cuda {
 namespace {
 
-constexpr int kBackwardWarps = 8;  // of a block
+constexpr int kBackwardWarps = 4;  // of a block: three or four blocks fit a multiprocessor's registers
 
 // With g the gradient of fused, a row and one of its modalities give
 //   xhat = (x - mean) scale,  u = g gamma,  sum_u_xhat and sum_u over the row,  sum_grad_beta = sum g beta
@@ -50,20 +50,66 @@ __device__ __forceinline__ void finish_gate(const A* sums, int size, double* out
   }
 }
 
-// Rows of at most Modalities modalities, of which a lane holds Vectors vectors of 16 bytes.
-template <class T, int Modalities, int Vectors>
+// What a lane needs of one row, as it lies in memory.
+template <int Modalities, int Vectors>
+struct HeldRow {
+  uint4 grad[Vectors], x[Modalities][Vectors];
+  float mean[Modalities], scale[Modalities];
+};
+
+// Rows of at most Modalities modalities, of which a lane holds Vectors vectors of 16 bytes. Fast: all tensors may be read
+// and written 16 bytes at a time. Exact: D fills the lanes' vectors. A row's loads are under way while the row before it
+// is worked on (halves), or go out together (float32, which has no registers for two rows).
+template <class T, int Modalities, int Vectors, bool Fast, bool Exact>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp)
-    reliability_fusion_gradient_kernel(ReliabilityFusionBackward params, unsigned fast_bits,
-                                       int64_t chunk_rows) {
-  using A = ArithmeticOf<T>;
+    reliability_fusion_gradient_kernel(ReliabilityFusionBackward params, int64_t chunk_rows) {
+  using A = float;
+  using Row = HeldRow<Modalities, Vectors>;
   constexpr int V = kVector<T>;
+  constexpr bool kAhead = sizeof(T) == 2;
   const ReliabilityFusionForward& forward = params.forward;
-  const int M = forward.modalities, S = forward.stages, D = int(forward.dim), size = gate_size(M, S);
+  const int M = forward.modalities, S = forward.stages, D = Exact ? kWarp * Vectors * V : int(forward.dim),
+            size = gate_size(M, S);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const bool norm = forward.norm_weight != nullptr;
   const int affine = norm ? 2 * M * D : 0;
   double* const total = shared_memory<double>();  // (2, M, D) of the block
   A* const sums = reinterpret_cast<A*>(total + affine);
+  const auto column_of = [&](int k) { return (k * kWarp + lane) * V; };
+  const auto within = [&](int k) { return Exact || column_of(k) < D; };
+  const int64_t begin = int64_t(blockIdx.x) * chunk_rows,
+                end = begin + chunk_rows < forward.rows ? begin + chunk_rows : forward.rows;
+  GateLane own(forward, begin + warp * kRows, end);
+  // Bit lane_of(slot, m) of `there`: modality m of the row is present.
+  const auto ask = [&](Row& to, int64_t base, int slot, unsigned there) {
+    const int64_t row = base + slot;
+    if (row >= end) return;  // the same for all lanes
+#pragma unroll
+    for (int k = 0; k < Vectors; ++k)
+      to.grad[k] = load_bits(static_cast<const T*>(params.grad_fused) + row * D + column_of(k),
+                             params.grad_fused && within(k), Fast);
+#pragma unroll
+    for (int m = 0; m < Modalities; ++m) {
+      if (m >= M) continue;
+      const bool wanted = there >> own.lane_of(slot, m) & 1;
+      const T* x = static_cast<const T*>(forward.values[m]) + row * forward.row_stride[m];
+#pragma unroll
+      for (int k = 0; k < Vectors; ++k) to.x[m][k] = load_bits(x + column_of(k), wanted && within(k), Fast);
+      to.mean[m] = norm ? static_cast<const A*>(forward.stats)[(row * M + m) * 2] : A(0);
+      to.scale[m] = norm ? static_cast<const A*>(forward.stats)[(row * M + m) * 2 + 1] : A(1);
+    }
+  };
+  const auto widen_all = [](const uint4& bits, A(&out)[V]) {
+    T x[V];
+    memcpy(x, &bits, 16);
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
+  };
+
+  int64_t base = begin + warp * kRows;
+  unsigned there = __ballot_sync(kFull, own.present);
+  Row now = {}, next = {};
+  ask(now, base, 0, there);
   clear(sums, size);
   const Tables<A> tables = read_tables(forward, sums + kBackwardWarps * kRows * size);
   A gamma_sum[Modalities][Vectors][V], beta_sum[Modalities][Vectors][V];
@@ -74,64 +120,50 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
 #pragma unroll
       for (int i = 0; i < V; ++i) gamma_sum[m][k][i] = beta_sum[m][k][i] = A(0);
 
-  const int64_t begin = int64_t(blockIdx.x) * chunk_rows,
-                end = begin + chunk_rows < forward.rows ? begin + chunk_rows : forward.rows;
-  for (int64_t base = begin + warp * kRows; base < end; base += kBackwardWarps * kRows) {
-    const Gate<A> gate(forward, tables, base, end);
+  while (base < end) {
+    const int64_t then = base + kBackwardWarps * kRows;
+    const GateLane after(forward, then, end);
+    const Gate<A> gate(forward, tables, own);
     A grad_weight = given(params.grad_weights, gate, M);
 #pragma unroll 1
     for (int slot = 0; slot < kRows && base + slot < end; ++slot) {
       const int64_t row = base + slot;
-      A grad_vals[Vectors][V];
-#pragma unroll
-      for (int k = 0; k < Vectors; ++k) {
-        const int column = (k * kWarp + lane) * V;
-        load_whole(static_cast<const T*>(params.grad_fused) + row * D + column,
-                   params.grad_fused && column < D, fast_bits & kFusedFast, grad_vals[k]);
-      }
+      const bool last = slot + 1 == kRows;
+      if (last) there = __ballot_sync(kFull, after.present);
+      if (kAhead) ask(next, last ? then : base, last ? 0 : slot + 1, there);
 #pragma unroll
       for (int m = 0; m < Modalities; ++m) {
         if (m >= M) continue;  // the same for all lanes
         const A weight = __shfl_sync(kFull, gate.weight, gate.lane_of(slot, m));
         const bool present = __shfl_sync(kFull, int(gate.present), gate.lane_of(slot, m)) != 0;
-        A mean(0), scale(1);
-        if (norm) {
-          const A* stats = static_cast<const A*>(forward.stats) + (row * M + m) * 2;
-          mean = stats[0];
-          scale = stats[1];
-        }
+        const A mean = now.mean[m], scale = now.scale[m];
         A xhat[Vectors][V], u[Vectors][V], sum_u_xhat(0), sum_u(0), sum_grad_beta(0);
 #pragma unroll
         for (int k = 0; k < Vectors; ++k) {
-          const int column = (k * kWarp + lane) * V;
-          load_whole(static_cast<const T*>(forward.values[m]) + row * forward.row_stride[m] + column,
-                     present && column < D, fast_bits >> m & 1, xhat[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < Vectors; ++k) {
-          const int column = (k * kWarp + lane) * V;
+          A grad_vals[V];
+          widen_all(now.grad[k], grad_vals);
+          widen_all(now.x[m][k], xhat[k]);
           if (norm) {
             A gamma[V], beta[V];
-            load_whole<A, V>(static_cast<const A*>(forward.norm_weight) + m * D + column, column < D,
-                             fast_bits & kAffineFast, gamma);
-            load_whole<A, V>(static_cast<const A*>(forward.norm_bias) + m * D + column, column < D,
-                             fast_bits & kAffineFast, beta);
+            const int64_t at = int64_t(m) * D + column_of(k);
+            load_whole<A, V>(static_cast<const A*>(forward.norm_weight) + at, within(k), Fast, gamma);
+            load_whole<A, V>(static_cast<const A*>(forward.norm_bias) + at, within(k), Fast, beta);
 #pragma unroll
             for (int i = 0; i < V; ++i) {  // grad_vals are 0 past the end
-              const A xhat_val = (xhat[k][i] - mean) * scale, weighted = grad_vals[k][i] * weight;
+              const A xhat_val = (xhat[k][i] - mean) * scale, weighted = grad_vals[i] * weight;
               xhat[k][i] = xhat_val;
-              u[k][i] = grad_vals[k][i] * gamma[i];
+              u[k][i] = grad_vals[i] * gamma[i];
               sum_u += u[k][i];
               sum_u_xhat = fma(u[k][i], xhat_val, sum_u_xhat);
-              sum_grad_beta = fma(grad_vals[k][i], beta[i], sum_grad_beta);
+              sum_grad_beta = fma(grad_vals[i], beta[i], sum_grad_beta);
               gamma_sum[m][k][i] = fma(weighted, xhat_val, gamma_sum[m][k][i]);
               beta_sum[m][k][i] += weighted;
             }
           } else {
 #pragma unroll
             for (int i = 0; i < V; ++i) {
-              u[k][i] = grad_vals[k][i];
-              sum_u_xhat = fma(grad_vals[k][i], xhat[k][i], sum_u_xhat);
+              u[k][i] = grad_vals[i];
+              sum_u_xhat = fma(grad_vals[i], xhat[k][i], sum_u_xhat);
             }
           }
         }
@@ -142,19 +174,24 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
         const NormAdjoint<A> back = norm_adjoint(weight, scale, sum_u, norm ? sum_u_xhat : A(0), A(D));
 #pragma unroll
         for (int k = 0; k < Vectors; ++k) {
-          const int column = (k * kWarp + lane) * V;
           A out_vals[V];
 #pragma unroll
           for (int i = 0; i < V; ++i)
             out_vals[i] =
                 present ? fma(u[k][i], back.by_u, fma(xhat[k][i], back.by_xhat, back.constant)) : A(0);
-          store_whole(static_cast<T*>(params.grad_values[m]) + row * D + column, column < D,
-                      fast_bits >> (16 + m) & 1, out_vals);
+          store_whole(static_cast<T*>(params.grad_values[m]) + row * D + column_of(k), within(k), Fast,
+                      out_vals);
         }
       }
+      if (kAhead)
+        now = next;
+      else
+        ask(now, last ? then : base, last ? 0 : slot + 1, there);
     }
     gate_backward(params, tables, gate, grad_weight, given(params.grad_confidence, gate, M),
                   gate_sums(sums, gate, size));
+    base = then;
+    own = after;
   }
 
   double* const chunk_out = params.workspace + int64_t(blockIdx.x) * (affine + size);
@@ -181,8 +218,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   finish_gate(sums, size, chunk_out + affine);
 }
 
-// Any M, D and alignment. A block takes 8 rows at a time: first a warp takes a row, for its sums over D; then a
-// thread takes a vector of columns of all 8 rows, and adds its columns' sums to the chunk's in workspace.
+// Any M, D and alignment. A block takes kBackwardWarps rows at a time: first a warp takes a row, for its sums over D; then a
+// thread takes a vector of columns of all these rows, and adds its columns' sums to the chunk's in workspace.
 template <class T>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     reliability_fusion_wide_gradient_kernel(ReliabilityFusionBackward params, unsigned fast_bits,
@@ -196,7 +233,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
   const bool norm = forward.norm_weight != nullptr;
   const int64_t affine = norm ? 2 * M * D : 0;
   double* const chunk_out = params.workspace + int64_t(blockIdx.x) * (affine + size);
-  RowAdjoint<A>* const rows = shared_memory<RowAdjoint<A>>();  // (8 rows, M)
+  RowAdjoint<A>* const rows = shared_memory<RowAdjoint<A>>();  // (rows, M)
   A* const sums = reinterpret_cast<A*>(rows + kBackwardWarps * kMaxModalities);
   clear(sums, size);
   const Tables<A> tables = read_tables(forward, sums + kBackwardWarps * kRows * size);
@@ -205,7 +242,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
   for (int64_t base = begin; base < end; base += kBackwardWarps) {
     const int64_t row = base + warp;
     if (row < end) {  // the same for a whole warp
-      const Gate<A> gate(forward, tables, row, row + 1);
+      const Gate<A> gate(forward, tables, GateLane(forward, row, row + 1));
       A grad_weight = given(params.grad_weights, gate, M);
       for (int m = 0; m < M; ++m) {
         const A weight = __shfl_sync(kFull, gate.weight, gate.lane_of(0, m));
@@ -337,28 +374,34 @@ void backward_all(const ReliabilityFusionBackward& params, const Call& call) {
   const int size = gate_size(forward.modalities, forward.stages);
   size_t shared =
       size_t(kBackwardWarps * kRows * size + gate_size(forward.modalities, forward.stages)) * sizeof(A);
-  void (*kernel)(ReliabilityFusionBackward, unsigned, int64_t) = nullptr;
+  const unsigned grads = (1u << forward.modalities) - 1;  // those that are not wanted count as aligned
+  const bool fast = all_fast(fast_bits, forward.modalities) && (fast_bits >> 16 & grads) == grads;
+  void (*kernel)(ReliabilityFusionBackward, int64_t) = nullptr;
   if constexpr (sizeof(T) < 8) {
     constexpr int K = 8 / kVector<T>;  // vectors a lane for 256 columns
-    const bool narrow = forward.dim % kVector<T> == 0;
-    if (narrow && forward.modalities <= 2 && forward.dim <= kHeld)
-      kernel = reliability_fusion_gradient_kernel<T, 2, K>;
-    if constexpr (!std::is_same<T,
-                                __half>::value) {  // float16 does with fewer kernels: each costs build time
-      if (narrow && forward.modalities <= 2 && forward.dim > kHeld && forward.dim <= 2 * kHeld)
-        kernel = reliability_fusion_gradient_kernel<T, 2, 2 * K>;
-      if (narrow && forward.modalities > 2 && forward.modalities <= 4 && forward.dim <= kHeld)
-        kernel = reliability_fusion_gradient_kernel<T, 4, K>;
+    const bool narrow = forward.dim % kVector<T> == 0, two = forward.modalities <= 2;
+    if (narrow && two && forward.dim == kHeld && fast)
+      kernel = reliability_fusion_gradient_kernel<T, 2, K, true, true>;
+    else if (narrow && two && forward.dim <= kHeld)
+      kernel = fast ? reliability_fusion_gradient_kernel<T, 2, K, true, false>
+                    : reliability_fusion_gradient_kernel<T, 2, K, false, false>;
+    if constexpr (!std::is_same<T, __half>::value) {  // float16 does with fewer: each costs build time
+      if (narrow && two && forward.dim > kHeld && forward.dim <= 2 * kHeld)
+        kernel = fast ? reliability_fusion_gradient_kernel<T, 2, 2 * K, true, false>
+                      : reliability_fusion_gradient_kernel<T, 2, 2 * K, false, false>;
+      if (narrow && !two && forward.modalities <= 4 && forward.dim <= kHeld)
+        kernel = fast ? reliability_fusion_gradient_kernel<T, 4, K, true, false>
+                      : reliability_fusion_gradient_kernel<T, 4, K, false, false>;
     }
   }
   if (kernel) {
     shared += norm ? size_t(2 * forward.modalities * forward.dim) * sizeof(double) : 0;
+    launch(call, kernel, dim3(grid_x(call, chunks)), kBackwardWarps * kWarp, shared, params, chunk_rows);
   } else {
-    kernel = reliability_fusion_wide_gradient_kernel<T>;
     shared += kBackwardWarps * kMaxModalities * sizeof(RowAdjoint<A>);
+    launch(call, reliability_fusion_wide_gradient_kernel<T>, dim3(grid_x(call, chunks)),
+           kBackwardWarps * kWarp, shared, params, fast_bits, chunk_rows);
   }
-  launch(call, kernel, dim3(grid_x(call, chunks)), kBackwardWarps * kWarp, shared, params, fast_bits,
-         chunk_rows);
   const int64_t count = reliability_fusion_param_count(forward.dim, forward.modalities, forward.stages, norm);
   launch(call, reliability_fusion_parameter_kernel<A>, dim3(grid_x(call, (count + kColumns - 1) / kColumns)),
          kColumns * kSlices, kColumns * kSlices * sizeof(double), params, chunks, count);

@@ -3,11 +3,13 @@
 // A sequence is a group of 4 lanes (float32, S <= 4) or 16, a lane a stage; state in registers, emissions loaded some
 // frames ahead. Bytes: forward reads S and writes S numbers a frame (2 S with the log-belief), backward reads 3 S and
 // writes S. Memory is not the floor: that is the chain of one frame, exchange p, S multiply-adds, total, reciprocal.
-// So logarithms stay off the chain; with e the emission of a stage, p its probability and a[i][j] that of going from
-// stage i to j,
-//   p'[j] = sum_j w[j] / total,  sum_j = sum_i p[i] a[i][j],  w[j] = exp(e[j] - max e),  total = sum_j sum_j w[j]
-// Where a sum could have lost terms to underflow (math/stage_filter.h, kSafeSum), or the evidence is so far against the
-// prior that total is small, the frame is taken again as stage_step does it, in log space.
+// So logarithms stay off the chain, and so does the total: with e the emission of a stage, p its probability up to a
+// factor and a[i][j] the probability of going from stage i to j,
+//   p'[j] = sum_j w[j],  sum_j = sum_i p[i] a[i][j],  w[j] = exp(e[j] - max e),  total = sum_j p'[j],
+// of which p' / total is a frame's posterior, and p is divided by it only every kFramesAhead frames. These frames are computed
+// without a test and judged together: where a sum could have lost terms to underflow (math/stage_filter.h, kSafeSum), or a
+// frame's evidence is so far against the prior that total falls, all of them are taken again as stage_step does it, in log
+// space, by the groups of lanes that need it; the others keep what they have.
 //
 // Long sequences (by T alone, so a sequence's bits do not depend on the batch) are cut into chunks. Three launches:
 //   1  every chunk from every certain start i: its last log-belief and the log-likelihood L_i of its evidence
@@ -22,11 +24,11 @@
 namespace sage::cuda {
 namespace {
 
-// Frames in flight: what registers allow.
-template <class T, int L>
-constexpr int kFramesAhead = L == 4 ? 8 : 8 / int(sizeof(T));
+// Frames whose numbers are loaded together, and judged together: what registers allow.
+template <class T>
+constexpr int kFramesAhead = 32 / int(sizeof(T));
 constexpr int kFlushFrames = 64;  // transition gradients: sums this long, then double
-constexpr double kLikely = 1e-6;  // a total below this: the evidence contradicts the prior
+constexpr double kLikely = 1e-6;  // a frame that leaves less of the total: the evidence contradicts the prior
 
 // ------------------------------------------------------------------------------- one job: a chunk from one start
 struct Cut {  // how a sequence is cut
@@ -142,118 +144,158 @@ __device__ __forceinline__ T* summary(void* buffer, const Cut& cut, int64_t sequ
 // ------------------------------------------------------------------------------------------------------ forward
 enum class Pass { whole, summarise, replay };
 
-template <class T, int L>
-__global__ void __launch_bounds__(kWarp, 8)
-    stage_filter_kernel(StageFilterForward params, Cut cut, Pass pass) {
-  constexpr int kAhead = kFramesAhead<T, L>;
+// Numbers of some frames of a lane's stage, as they lie in memory: asked for all at once, looked at later. `at(k)`: the
+// place of frame k's number.
+template <int kAhead, class T, class At>
+__device__ __forceinline__ void ask_all(T (&x)[kAhead], const T* from, const At& at) {
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) x[k] = from[at(k)];
+}
+
+// The hardware's minimum and maximum: a NaN loses, so whoever uses them sees to NaN in another way.
+__device__ __forceinline__ float least(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ double least(double a, double b) { return fmin(a, b); }
+__device__ __forceinline__ float most_of(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double most_of(double a, double b) { return fmax(a, b); }
+
+// Beliefs: params.belief is wanted.
+template <class T, int L, Pass kPass, bool Beliefs>
+__global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForward params, Cut cut) {
+  constexpr bool kSummarise = kPass == Pass::summarise;
+  constexpr int kAhead = kFramesAhead<T>;
   const int S = params.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
-  read_transition<T, L>(static_cast<const T*>(params.transition), S, log_a, columns, lines);
-  const Job<L> job(params.batch * cut.chunks * (pass == Pass::summarise ? S : 1), cut.chunks,
-                   pass == Pass::summarise ? S : 1);
+  const int starts = kSummarise ? S : 1;
+  const Job<L> job(params.batch * cut.chunks * starts, cut.chunks, starts);
   const int j = job.stage;
   const bool inside = j < S;
-  const Row<T, L> a(columns, j);  // into this stage
+  const int64_t begin = cut.begin(job.chunk);
+  // Frames of this chunk and the longest one's: groups of a warp go through as many (only the last chunk is longer).
+  const int frames = int(cut.end(job.chunk) - begin);
+  const int most = kPass == Pass::whole ? frames : int(cut.end(cut.chunks - 1) - cut.begin(cut.chunks - 1));
 
-  const int64_t begin = cut.begin(job.chunk), end = cut.end(job.chunk);
+  // A lane past the last stage reads the last stage's numbers, which change no maximum, and multiplies them by 0; a frame
+  // past the last one is the last one: every load is in bounds and none waits for a test.
+  const int64_t first = job.sequence * params.frames + begin;
+  const T* emission = static_cast<const T*>(params.emission) + first * S + (inside ? j : S - 1);
+  const uint8_t* mask = params.mask ? params.mask + first : nullptr;
+  T asked[kAhead] = {};
+  uint8_t counts[kAhead] = {};
+  const auto ask = [&](int t0) {
+    const auto frame = [&](int k) { return t0 + k < frames ? t0 + k : frames - 1; };
+    ask_all(asked, emission, [&](int k) { return frame(k) * S; });
+    if (mask) ask_all(counts, mask, frame);
+  };
+  if (most > 0) ask(0);
+
+  read_transition<T, L>(static_cast<const T*>(params.transition), S, log_a, columns, lines);
+  const Row<T, L> a(columns, j);  // into this stage
   T* const scratch =
-      pass == Pass::whole ? nullptr : summary<T>(params.posterior, cut, job.sequence, job.chunk, S);
-  T belief, mine;
+      kPass == Pass::whole ? nullptr : summary<T>(params.posterior, cut, job.sequence, job.chunk, S);
+  T belief, p;  // of this lane's stage
   double likelihood = 0;
-  if (pass == Pass::whole) {
+  if (kPass == Pass::whole) {
     initial_belief<L>(static_cast<const T*>(params.initial), params.initial_stride, job.sequence, j, S,
-                      belief, mine);
-  } else if (pass == Pass::summarise) {
+                      belief, p);
+  } else if (kSummarise) {
     belief = j == job.start ? T(0) : nothing<T>();
-    mine = j == job.start ? T(1) : T(0);
+    p = j == job.start ? T(1) : T(0);
   } else {
     belief = inside ? scratch[S * (S + 2) + j] : nothing<T>();
-    mine = inside ? exp(belief) : T(0);
+    p = inside ? exp(belief) : T(0);
     // The first posterior overwrites it only after a shuffle of every lane's number: all have been read by then.
   }
-  T p[L];
-  gather<L>(mine, p);
-  T inverse = T(1);  // p is to be multiplied by this
 
-  const int64_t row = (job.sequence * params.frames) * S + j;
-  const T* emission = static_cast<const T*>(params.emission) + row;
-  const uint8_t* mask = params.mask ? params.mask + job.sequence * params.frames : nullptr;
-  const auto read = [&](int64_t t) {
-    return inside && t < end && (!mask || mask[t]) ? finite_logit(emission[t * S]) : T(0);
-  };
-  // Frames of this chunk and the longest one's: groups of a warp go through as many (only the last chunk is longer).
-  int64_t most = end - begin;
-  if (pass != Pass::whole) most = cut.end(cut.chunks - 1) - cut.begin(cut.chunks - 1);
-  T next[kAhead];
-#pragma unroll
-  for (int k = 0; k < kAhead; ++k) next[k] = read(begin + k);
-  for (int64_t t0 = begin; t0 < begin + most; t0 += kAhead) {
+  const bool writes = !kSummarise && job.real && inside;
+  T *const posterior = static_cast<T*>(params.posterior) + first * S + j, *const beliefs =
+                                                                              Beliefs ? static_cast<T*>(
+                                                                                            params.belief) +
+                                                                                            first * S + j
+                                                                                      : nullptr;
+#pragma unroll 1
+  for (int t0 = 0; t0 < most; t0 += kAhead) {
     T e[kAhead];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) e[k] = next[k];
+    for (int k = 0; k < kAhead; ++k) e[k] = finite_logit(asked[k]);
+    if (mask) {
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) next[k] = read(t0 + kAhead + k);
+      for (int k = 0; k < kAhead; ++k) e[k] = counts[k] ? e[k] : T(0);
+    }
+    ask(t0 + kAhead);  // while these are worked on
+    T all[L], own = p, sum(1), off(0), total(1), smallest(1), likeliest(1);
+    double peaks = 0;
+    gather<L>(p, all);
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int64_t t = t0 + k;
-      if (t >= begin + most) break;  // the same for all lanes
-      const bool live = t < end;
-      T peak = inside ? e[k] : nothing<T>();
+      if (t0 + k >= most) break;                                  // the same for all lanes
+      const bool live = kPass == Pass::whole || t0 + k < frames;  // else nothing moves
+      T peak = e[k];
 #pragma unroll
-      for (int o = 1; o < L; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
-      const T distance = e[k] - peak, w = inside ? exp(distance) : T(0);
-      T sum(0);
+      for (int o = 1; o < L; o *= 2) peak = most_of(peak, __shfl_xor_sync(kFull, peak, o));
+      T into(0);
 #pragma unroll
-      for (int i = 0; i < L; ++i) sum = fma(p[i], a[i], sum);
-      sum *= inverse;
-      const bool lost = inside && !(sum >= T(kSafeSum));
-      T unscaled[L];
-      gather<L>(lost ? T(-1) : sum * w, unscaled);
-      T total = sum_of<L>(unscaled);
-      bool hard = !(total >= T(kLikely));
-#pragma unroll
-      for (int i = 0; i < L; ++i) hard = hard || unscaled[i] < T(0);
-      T now = log(sum) + distance - log(total), step = peak + log(total);
-      if (__any_sync(kFull, hard)) {  // as math/stage_filter.h's stage_step, a lane a stage
-        T all[L];
-        gather<L>(belief, all);
-        const T prior = lost ? stage_prior_exact<T, T, L>(S, all, log_a, j) : log(sum);
-        const T score = inside ? prior + e[k] : nothing<T>();
-        T scores[L];
-        gather<L>(score, scores);
-        const T best = max_of<L>(scores);
-        T exact(0), mass[L];
-#pragma unroll
-        for (int i = 0; i < L; ++i) {
-          mass[i] = i < S ? exp(scores[i] - best) : T(0);
-          exact += mass[i];
-        }
-        if (hard) {
-          now = score - best - log(exact);
-          step = best + log(exact);
-          total = exact;
-#pragma unroll
-          for (int i = 0; i < L; ++i) unscaled[i] = mass[i];
-        }
-      }
+      for (int i = 0; i < L; ++i) into = fma(all[i], a[i], into);
+      const T before = total;
+      if (live) off = e[k] - peak, sum = into, own = into * exp(off);
+      gather<L>(own, all);  // total is NaN from where anything is
+      total = sum_of<L>(all);
       if (live) {
-        belief = now;
-        inverse = T(1) / total;
-        if (pass == Pass::summarise) likelihood += double(step);
-#pragma unroll
-        for (int i = 0; i < L; ++i) p[i] = unscaled[i];
-        if (pass != Pass::summarise && job.real && inside) {
-          T own(0);
-#pragma unroll
-          for (int i = 0; i < L; ++i) own = i == j ? unscaled[i] : own;
-          static_cast<T*>(params.posterior)[row + t * S] = own * inverse;
-          if (params.belief) static_cast<T*>(params.belief)[row + t * S] = now;
+        smallest = least(smallest, sum), likeliest = least(likeliest, fma(T(-kLikely), before, total));
+        if (kSummarise) peaks += double(peak);
+        const T inverse = reciprocal(total);
+        if (writes) {
+          posterior[(t0 + k) * S] = own * inverse;
+          if (Beliefs) beliefs[(t0 + k) * S] = log(sum * inverse) + off;
         }
       }
     }
+    const T inverse = reciprocal(total);
+    T now = log(sum * inverse) + off, next = own * inverse;
+    double gained = kSummarise ? peaks + double(log(total)) : 0;
+    if (kPass != Pass::whole && t0 >= frames)
+      now = belief, next = p, gained = 0;  // none of these frames is here
+    const bool bad = (inside && !(smallest >= T(kSafeSum))) || !(likeliest >= T(0)) || !(total >= T(0));
+    const unsigned failed = __ballot_sync(kFull, bad);
+    if (failed) {  // as math/stage_filter.h's stage_step, a lane a stage
+      const bool again = (failed >> (int(threadIdx.x) % kWarp / L * L) & ((1u << L) - 1)) != 0;  // this group
+      T belief_again = belief, p_again = p;
+      double gained_again = 0;
+#pragma unroll 1
+      for (int t = t0; t < t0 + kAhead && t < most; ++t) {
+        const int at = t < frames ? t : frames - 1;
+        const T x = inside && (!mask || mask[at]) ? finite_logit(emission[at * S]) : T(0);
+        T peak = inside ? x : nothing<T>();
+#pragma unroll
+        for (int o = 1; o < L; o *= 2) peak = max(peak, __shfl_xor_sync(kFull, peak, o));
+        gather<L>(p_again, all);
+        T into(0);
+#pragma unroll
+        for (int i = 0; i < L; ++i) into = fma(all[i], a[i], into);
+        gather<L>(belief_again, all);
+        const T prior =
+            into >= T(kSafeSum) || !inside ? log(into) : stage_prior_exact<T, T, L>(S, all, log_a, j);
+        const T score = inside ? prior + (x - peak) : nothing<T>();
+        gather<L>(score, all);
+        const T best = max_of<L>(all);
+        T mass(0);
+#pragma unroll
+        for (int i = 0; i < L; ++i) mass += i < S ? exp(all[i] - best) : T(0);
+        if (t < frames) {
+          belief_again = score - best - log(mass);
+          p_again = inside ? exp(score - best) / mass : T(0);
+          if (kSummarise) gained_again += double(peak) + double(best + log(mass));
+          if (again && writes) {
+            posterior[t * S] = p_again;
+            if (Beliefs) beliefs[t * S] = belief_again;
+          }
+        }
+      }
+      if (again) now = belief_again, next = p_again, gained = gained_again;
+    }
+    belief = now, p = next, likelihood += gained;
   }
   if (!job.real || !inside) return;
-  if (pass == Pass::summarise) {
+  if (kSummarise) {
     T* out = scratch + job.start * (S + 2);
     out[j] = belief;
     if (j == 0) {
@@ -298,126 +340,165 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilte
 }
 
 // ----------------------------------------------------------------------------------------------------- backward
+template <bool Value>
+struct Careful {
+  static constexpr bool value = Value;
+};
+
 // As stage_step_backward, a lane a stage. Starts of a chunk's summary: gradient 0 arriving with the outputs' own
 // gradients (start S), or unit gradient i arriving without them (start i < S). `flows`: (B, chunks, S, S) of
 // workspace.
-template <class T, int L>
+template <class T, int L, Pass kPass>
 __global__ void __launch_bounds__(kWarp, 8)
-    stage_filter_gradient_kernel(StageFilterBackward params, Cut cut, Pass pass) {
-  constexpr int kAhead = kFramesAhead<T, L>;
+    stage_filter_gradient_kernel(StageFilterBackward params, Cut cut) {
+  constexpr bool kSummarise = kPass == Pass::summarise;
+  constexpr int kAhead = 8;
+  constexpr bool kTogether = sizeof(T) == 4;  // float64, of twice the registers, goes frame by frame
   const int S = params.stages;
   T *log_a = shared_memory<T>(), *columns = log_a + S * S, *lines = columns + L * L;
-  read_transition<T, L>(static_cast<const T*>(params.transition), S, log_a, columns, lines);
-  const int starts = pass == Pass::summarise ? S + 1 : 1;
+  const int starts = kSummarise ? S + 1 : 1;
   const Job<L> job(params.batch * cut.chunks * starts, cut.chunks, starts);
   const int j = job.stage;
   const bool inside = j < S;
+  const int64_t begin = cut.begin(job.chunk);
+  const int frames = int(cut.end(job.chunk) - begin);
+  const int most = kPass == Pass::whole ? frames : int(cut.end(cut.chunks - 1) - cut.begin(cut.chunks - 1));
+
+  // As in forward every load is in bounds and none waits for a test: lanes past the last stage and frames before the first
+  // one read numbers of which nothing is made. Frames are counted in the chunk; frame k of a block is n0 + k before its last.
+  const int64_t first = job.sequence * params.frames + begin, at = first * S + (inside ? j : S - 1);
+  const bool start = begin == 0;  // of the sequence
+  const T *posterior = static_cast<const T*>(params.posterior) + at,
+          *emission = static_cast<const T*>(params.emission) + at;
+  const bool driven = !kSummarise || job.start == S;  // do the outputs' gradients enter?
+  const T* grad_posterior =
+      params.grad_posterior ? static_cast<const T*>(params.grad_posterior) + at : nullptr;
+  const uint8_t* mask = params.mask ? params.mask + first : nullptr;
+  T asked_p[kAhead] = {}, asked_g[kAhead] = {}, asked_e[kAhead] = {};
+  uint8_t counts[kAhead] = {};
+  const auto ask = [&](int n0) {
+    const auto frame = [&](int k) { return frames - 1 - (n0 + k) > 0 ? frames - 1 - (n0 + k) : 0; };
+    ask_all(asked_p, posterior, [&](int k) { return start && frame(k) == 0 ? 0 : (frame(k) - 1) * S; });
+    if (grad_posterior) ask_all(asked_g, grad_posterior, [&](int k) { return frame(k) * S; });
+    if (kSummarise) return;
+    ask_all(asked_e, emission, [&](int k) { return frame(k) * S; });
+    if (mask) ask_all(counts, mask, frame);
+  };
+  if (kTogether && most > 0) ask(0);
+
+  read_transition<T, L>(static_cast<const T*>(params.transition), S, log_a, columns, lines);
   const Row<T, L> column(columns, j), line(lines, j);  // into this stage, and out of it
-  const int64_t begin = cut.begin(job.chunk), end = cut.end(job.chunk);
   T* const scratch =
-      pass == Pass::whole ? nullptr : summary<T>(params.grad_emission, cut, job.sequence, job.chunk, S);
-  const bool driven = pass != Pass::summarise || job.start == S;  // do the outputs' gradients enter?
+      kPass == Pass::whole ? nullptr : summary<T>(params.grad_emission, cut, job.sequence, job.chunk, S);
   T grad(0);
-  if (pass == Pass::whole) {
+  if (kPass == Pass::whole) {
     if (params.grad_final && inside) grad = static_cast<const T*>(params.grad_final)[job.sequence * S + j];
-  } else if (pass == Pass::summarise) {
+  } else if (kSummarise) {
     grad = j == job.start && inside ? T(1) : T(0);
   } else {
     grad = inside ? scratch[(S + 1) * S + j] : T(0);
     // The first gradient overwrites it only after a shuffle of every lane's number: all have been read by then.
   }
-  const int64_t row = job.sequence * params.frames * S + j;
-  const T *posterior = static_cast<const T*>(params.posterior) + row,
-          *beliefs = static_cast<const T*>(params.belief) + row;
-  const T* grad_posterior =
-      params.grad_posterior && driven ? static_cast<const T*>(params.grad_posterior) + row : nullptr;
-  const uint8_t* mask = params.mask ? params.mask + job.sequence * params.frames : nullptr;
   T first_belief, first_p;
   initial_belief<L>(static_cast<const T*>(params.initial), params.initial_stride, job.sequence, j, S,
                     first_belief, first_p);
-  const auto read_p = [&](int64_t t) {
-    return !inside ? T(0) : t < 0 ? first_p : t >= begin - 1 ? posterior[t * S] : T(0);
-  };
-  const auto read_g = [&](int64_t t) {
-    return inside && grad_posterior && t >= begin ? grad_posterior[t * S] : T(0);
-  };
 
   T flow[L];
   double flows[L];
 #pragma unroll
   for (int i = 0; i < L; ++i) flow[i] = T(0), flows[i] = 0;
-  int64_t most = end - begin;
-  if (pass != Pass::whole) most = cut.end(cut.chunks - 1) - cut.begin(cut.chunks - 1);
-  T p_now = most > 0 && end > begin ? read_p(end - 1) : T(0);
-  T next_p[kAhead], next_g[kAhead];
+  T p_now = inside && frames > 0 ? posterior[(frames - 1) * S] : T(0);
+  T* const grad_emission = static_cast<T*>(params.grad_emission) + at;
+  // One frame: `before` is the last frame's probability of this stage, g_out the gradient of this frame's. Careful: some
+  // lane's sum may be lost. Both kinds of frame round alike, for a warp takes the careful one on account of any sequence.
+  const auto frame = [&](int t, T before, T g_out, T raw, bool counted, auto careful) {
+    const bool live = kPass == Pass::whole || t >= 0;
+    T p[L], grads[L], share[L];
+    gather<L>(before, p);
+    T sum(0);
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) next_p[k] = read_p(end - 2 - k), next_g[k] = read_g(end - 1 - k);
-  for (int64_t n0 = 0; n0 < most; n0 += kAhead) {  // n frames from the chunk's end
-    T p_ahead[kAhead], g_ahead[kAhead];
+    for (int i = 0; i < L; ++i) sum = fma(p[i], column[i], sum);
+    const bool lost = careful.value && live && inside && !(sum >= T(kSafeSum));
+    const T arriving = fma(g_out, p_now, grad);
+    gather<L>(arriving, grads);
+    const T g = inside ? fma(-p_now, sum_of<L>(grads), arriving) : T(0);
+    const T h = lost || !inside ? T(0) : g * reciprocal(sum);
+    gather<L>(h, share);
+    T back(0);
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) p_ahead[k] = next_p[k], g_ahead[k] = next_g[k];
+    for (int i = 0; i < L; ++i) back = fma(line[i], share[i], back);
+    back *= before;
+    if (careful.value && __any_sync(kFull, lost)) {
+      T last = nothing<T>();
+      if (inside && live)
+        last = start && t == 0 ? first_belief : static_cast<const T*>(params.belief)[at + (t - 1) * S];
+      T all[L], theirs[L];
+      gather<L>(last, all);
+      T prior(0);
+      if (lost) {
+        prior = stage_prior_exact<T, T, L>(S, all, log_a, j);
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int64_t t = end - 1 - (n0 + kAhead + k);
-      next_p[k] = t >= begin ? read_p(t - 1) : T(0);
-      next_g[k] = read_g(t);
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (n0 + k >= most) break;  // the same for all lanes
-      const int64_t t = end - 1 - (n0 + k);
-      const bool live = t >= begin;
-      T p[L], grads[L], share[L];
-      gather<L>(p_ahead[k], p);
-      T sum(0);
-#pragma unroll
-      for (int i = 0; i < L; ++i) sum = fma(p[i], column[i], sum);
-      const T inverse = T(1) / sum;
-      const bool lost = live && inside && !(sum >= T(kSafeSum));
-      const T arriving = fma(g_ahead[k], p_now, grad);
-      gather<L>(arriving, grads);
-      const T g = inside ? arriving - p_now * sum_of<L>(grads) : T(0);
-      const T h = lost || !inside ? T(0) : g * inverse;
-      gather<L>(h, share);
-      T back(0);
-#pragma unroll
-      for (int i = 0; i < L; ++i) back = fma(line[i], share[i], back);
-      back *= p_ahead[k];
-      if (__any_sync(kFull, lost)) {
-        const T last = inside && live ? (t > 0 ? beliefs[(t - 1) * S] : first_belief) : nothing<T>();
-        T all[L], theirs[L];
-        gather<L>(last, all);
-        T prior(0);
-        if (lost) {
-          prior = stage_prior_exact<T, T, L>(S, all, log_a, j);
-#pragma unroll
-          for (int i = 0; i < L; ++i)
-            if (i < S) flow[i] += exp(all[i] + log_a[i * S + j] - prior) * g;
-        }
-        gather<L>(lost ? prior : T(0), all);
-        gather<L>(lost ? g : T(0), theirs);
-#pragma unroll
-        for (int i = 0; i < L; ++i)  // where lane i's sum was lost
-          if (i < S && inside && theirs[i] != T(0)) back += exp(last + log_a[j * S + i] - all[i]) * theirs[i];
+        for (int i = 0; i < L; ++i)
+          if (i < S) flow[i] += exp(all[i] + log_a[i * S + j] - prior) * g;
       }
-      if (live) {
+      gather<L>(lost ? prior : T(0), all);
+      gather<L>(lost ? g : T(0), theirs);
 #pragma unroll
-        for (int i = 0; i < L; ++i) flow[i] = fma(p[i] * column[i], h, flow[i]);
-        if (pass != Pass::summarise && job.real && inside)
-          static_cast<T*>(params.grad_emission)[row + t * S] =
-              !mask || mask[t] ? finite_logit_adjoint(static_cast<const T*>(params.emission)[row + t * S], g)
-                               : T(0);
-        grad = back;
-        p_now = p_ahead[k];
+      for (int i = 0; i < L; ++i)  // where lane i's sum was lost
+        if (i < S && inside && theirs[i] != T(0)) back += exp(last + log_a[j * S + i] - all[i]) * theirs[i];
+    }
+    if (!live) return;
+#pragma unroll
+    for (int i = 0; i < L; ++i) flow[i] = fma(p[i] * column[i], h, flow[i]);
+    if (!kSummarise && job.real && inside)
+      grad_emission[t * S] = counted ? finite_logit_adjoint(raw, g) : T(0);
+    grad = back;
+    p_now = before;
+  };
+#pragma unroll 1
+  for (int n0 = 0; n0 < most; n0 += kAhead) {
+    T before[kAhead], g_out[kAhead], raw[kAhead];
+    bool counted[kAhead], careful = !kTogether;
+    if (kTogether) {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int t = frames - 1 - (n0 + k);
+        before[k] = !inside || t < 0 ? T(0) : start && t == 0 ? first_p : asked_p[k];
+        g_out[k] = inside && driven && t >= 0 ? asked_g[k] : T(0);
+        raw[k] = asked_e[k], counted[k] = !mask || counts[k];
+      }
+      ask(n0 + kAhead);  // while these are worked on
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        T p[L], sum(0);
+        gather<L>(before[k], p);
+#pragma unroll
+        for (int i = 0; i < L; ++i) sum = fma(p[i], column[i], sum);
+        careful = careful || (inside && frames - 1 - (n0 + k) >= 0 && !(sum >= T(kSafeSum)));
       }
     }
-    if (pass != Pass::summarise &&
-        n0 % kFlushFrames == kFlushFrames - kAhead) {  // kAhead divides kFlushFrames
+    if (!__any_sync(kFull, careful)) {
+#pragma unroll
+      for (int k = 0; kTogether && k < kAhead; ++k) {
+        if (n0 + k >= most) break;  // the same for all lanes
+        frame(frames - 1 - (n0 + k), before[k], g_out[k], raw[k], counted[k], Careful<false>{});
+      }
+    } else {
+#pragma unroll 1
+      for (int n = n0; n < n0 + kAhead && n < most; ++n) {
+        const int t = frames - 1 - n, near = t > 0 ? t : 0;
+        const bool here = inside && t >= 0;
+        const T p = !here ? T(0) : start && t == 0 ? first_p : posterior[(t - 1) * S];
+        const T g = here && driven && grad_posterior ? grad_posterior[near * S] : T(0);
+        frame(t, p, g, kSummarise ? T(0) : emission[near * S], !mask || mask[near], Careful<true>{});
+      }
+    }
+    if (!kSummarise && n0 % kFlushFrames == kFlushFrames - kAhead) {  // kAhead divides kFlushFrames
 #pragma unroll
       for (int i = 0; i < L; ++i) flows[i] += double(flow[i]), flow[i] = T(0);
     }
   }
-  if (pass == Pass::summarise) {
+  if (kSummarise) {
     if (job.real && inside) scratch[job.start * S + j] = grad;
     return;
   }
@@ -497,19 +578,22 @@ dim3 grid_of(const Call& call, int64_t jobs) {
   return dim3(grid_x(call, (jobs * L + kWarp - 1) / kWarp));
 }
 
+template <class T, int L, Pass kPass>
+void launch_forward(const StageFilterForward& params, const Cut& cut, const Call& call, int64_t jobs) {
+  const size_t shared = (size_t(params.stages) * params.stages + 2 * L * L) * sizeof(T);
+  const auto kernel = params.belief && kPass != Pass::summarise ? stage_filter_kernel<T, L, kPass, true>
+                                                                : stage_filter_kernel<T, L, kPass, false>;
+  launch(call, kernel, grid_of<L>(call, jobs), kWarp, shared, params, cut);
+}
+
 template <class T, int L>
 void forward_all(const StageFilterForward& params, const Call& call) {
-  const int S = params.stages;
   const Cut cut = {params.frames, stage_cuda_chunks(params.frames)};
-  const size_t shared = (size_t(S) * S + 2 * L * L) * sizeof(T);
-  if (cut.chunks == 1)
-    return launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, shared, params, cut,
-                  Pass::whole);
+  if (cut.chunks == 1) return launch_forward<T, L, Pass::whole>(params, cut, call, params.batch);
   const int64_t jobs = params.batch * cut.chunks;
-  launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs * S), kWarp, shared, params, cut,
-         Pass::summarise);
+  launch_forward<T, L, Pass::summarise>(params, cut, call, jobs * params.stages);
   launch(call, stage_filter_chain_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, 0, params, cut);
-  launch(call, stage_filter_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, params, cut, Pass::replay);
+  launch_forward<T, L, Pass::replay>(params, cut, call, jobs);
 }
 
 template <class T, int L>
@@ -519,15 +603,15 @@ void backward_all(const StageFilterBackward& params, const Call& call) {
   const size_t shared = (size_t(S) * S + 2 * L * L) * sizeof(T);
   const int64_t jobs = params.batch * cut.chunks;
   if (cut.chunks == 1) {
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, shared, params,
-           cut, Pass::whole);
+    launch(call, stage_filter_gradient_kernel<T, L, Pass::whole>, grid_of<L>(call, params.batch), kWarp,
+           shared, params, cut);
   } else {
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs * (S + 1)), kWarp, shared, params,
-           cut, Pass::summarise);
+    launch(call, stage_filter_gradient_kernel<T, L, Pass::summarise>, grid_of<L>(call, jobs * (S + 1)), kWarp,
+           shared, params, cut);
     launch(call, stage_filter_gradient_chain_kernel<T, L>, grid_of<L>(call, params.batch), kWarp, 0, params,
            cut);
-    launch(call, stage_filter_gradient_kernel<T, L>, grid_of<L>(call, jobs), kWarp, shared, params, cut,
-           Pass::replay);
+    launch(call, stage_filter_gradient_kernel<T, L, Pass::replay>, grid_of<L>(call, jobs), kWarp, shared,
+           params, cut);
   }
   launch(call, stage_filter_transition_kernel<T>, dim3(unsigned(S)), kSlices * kMaxStages,
          kSlices * kMaxStages * sizeof(double), params, jobs);

@@ -101,7 +101,7 @@ def placement(t: Tensor) -> tuple[int, int]:
     """The last two arguments of every kernel: (threads, 0) on the CPU, (device index, stream) on a GPU."""
     if t.is_cuda:
         index = t.device.index
-        return index, torch.cuda.current_stream(index).cuda_stream
+        return index, torch._C._cuda_getCurrentRawStream(index)  # current_stream() makes an object first
     return torch.get_num_threads(), 0
 
 

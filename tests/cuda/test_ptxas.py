@@ -2,54 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import shutil
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-CACHE = ROOT / "build" / "ptxas"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-FILES = sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
-REPORT = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_90'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill "
-    r"stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    name: str
-    registers: int
-    stack: int
-    spills: int
-
-
-def report(source: Path) -> list[Kernel]:
-    """ptxas's report of a file, kept by the hash of what went into it."""
-    assert NVCC is not None
-    command = [NVCC, "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", str(source), "-o", os.devnull]
-    digest = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True).stdout)
-    for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), *sorted((ROOT / "csrc").rglob("*.cuh"))]:
-        digest.update(path.read_bytes())
-    kept = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.txt"
-    if not kept.exists():
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        CACHE.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}")
-        temporary.write_text(done.stdout + done.stderr)
-        temporary.replace(kept)
-    return [
-        Kernel(m["name"], int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
-        for m in REPORT.finditer(kept.read_text())
-    ]
+from sass import CACHE, FILES, NVCC, ROOT, usage
 
 
 @pytest.mark.slow
@@ -57,9 +13,9 @@ def report(source: Path) -> list[Kernel]:
 @pytest.mark.parametrize("file", FILES)
 def test_no_spills_and_no_stack(file):
     path = ROOT / "csrc" / "cuda" / file
-    kernels = report(path)
+    kernels = usage(path)
     assert len(kernels) >= path.read_text().count("__global__"), "the report was not understood"
-    bad = [k for k in kernels if k.stack or k.spills]
+    bad = {name: used for name, used in kernels.items() if used.stack or used.spills}
     assert not bad, bad
 
 
@@ -79,7 +35,7 @@ def test_the_report_is_understood():
     loop = "for (int k = 0; k < 64; ++k) a[x[k] & 63] += k;"
     source.write_text(f"__global__ void f(int* x, int i) {{ int a[64] = {{}}; {loop} x[0] = a[i & 63]; }}\n")
     try:
-        [kernel] = report(source)
+        [used] = usage(source).values()
     finally:
         source.unlink()
-    assert kernel.stack > 0
+    assert used.stack > 0

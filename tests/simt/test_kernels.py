@@ -83,6 +83,37 @@ def test_fusion(module, dtype, rows, modalities, dim):
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [128, 200, 256, 512, 1024])
+@pytest.mark.parametrize("modalities", [1, 2, 3])
+def test_a_row_of_fusion_is_the_same_at_any_address_and_beside_any_rows(module, dtype, dim, modalities):
+    """Rows that fill a lane's vectors, those that do not, and those read number by number have kernels of their own; many
+    rows go through a warp four at a time, few one or two at a time, and many come round again."""
+    inputs = fusion_inputs(Random(dim, dtype), (389,), modalities, dim, 3)
+    per_row = ("reliability", "stage", "present")
+
+    def few(rows: slice) -> dict:
+        return {
+            **inputs,
+            "values": [x[rows] for x in inputs["values"]],
+            **{name: inputs[name][rows] for name in per_row if isinstance(inputs.get(name), torch.Tensor)},
+        }
+
+    def unaligned(x: torch.Tensor) -> torch.Tensor:
+        buffer = x.new_zeros(x.numel() + 1)
+        return buffer[1:].view(x.shape).copy_(x)
+
+    with torch.no_grad():
+        expected = run(FUSION, functional, inputs)[0]
+        for rows in (slice(0, 3), slice(5, 6), slice(100, 170)):
+            for a, b in zip(run(FUSION, functional, few(rows))[0], expected, strict=True):
+                assert torch.equal(a, b[rows])
+        moved = {**few(slice(0, 40)), "values": [unaligned(x[:40]) for x in inputs["values"]]}
+        for a, b in zip(run(FUSION, functional, moved)[0], expected, strict=True):
+            assert torch.equal(a, b[:40])
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dim", [64, 7])
 def test_fusion_of_several_chunks(module, dim):
     inputs = fusion_inputs(Random(1), (75,), 2, dim, 4)
@@ -123,7 +154,7 @@ def test_stage_filter_in_chunks_with_contradictions(module):
 @pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("mask", [None, "frame", "element"])
 def test_ccc_of_several_chunks(module, channels, mask):
-    inputs = pair_inputs(Random(5), 1, 4096 * 2 + 301, channels, mask=mask)
+    inputs = pair_inputs(Random(5), 2, 4096 * 2 + 301, channels, mask=mask)  # the second group lies unaligned
     check(module, Case("ccc", "long", pair_inputs), inputs, 1e-5)
 
 
