@@ -189,7 +189,10 @@ class Plan {
     for_each_phase([&](Job* first, const Phase& phase) {
       while (warps < kMostWarps && share(first, phase, 2 * kTile) > warps) warps *= 2;
     });
-    int64_t most = 0;  // numbers that the slices' sums of a phase take
+    // Numbers that the slices' sums of a phase take, or before them the weights of its LayerNorms, or means and scales.
+    const int rows = s.modalities * R;
+    int64_t most = int64_t(kNormRows) * at.dim * R * s.experts();
+    if (most < 2 * kWarp * rows) most = 2 * kWarp * rows;
     for_each_phase([&](Job* first, const Phase& phase) {
       int deepest = 0, depth = kTile;
       for (int j = 0; j < phase.jobs; ++j) deepest = deepest > first[j].inputs ? deepest : first[j].inputs;
@@ -201,6 +204,7 @@ class Plan {
       most = most > sums ? most : sums;
     });
     at.part = at.size;
+    at.ahead = int(most / (2 * rows)) / kWarp * kWarp;
     if (most > kMostFloats - at.size) too_large();
     at.size += int(most);
     at.own_bits = bits(warps / (s.modalities * R)), at.fused_bits = bits(warps / (s.experts() * R));

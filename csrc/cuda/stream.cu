@@ -310,12 +310,23 @@ struct Group {
       const float repeats = s.stuck ? kept(r)[int(model.repeats.at) + m] : 0.0f;
       FrameSums<float> sums = {0, 0, 0};
       float blank = 0;  // the step's squares if the frame turns out not to count
+      // Means and scales of as many features at a time as there is room for, where the products' sums will lie.
+      float *mean = shared + q.at.part + i * 2 * q.at.ahead, *scale = mean + q.at.ahead;
+#pragma unroll 1
+      for (int begin = 0; begin < n; begin += q.at.ahead) {
+        const int end = begin + q.at.ahead < n ? begin + q.at.ahead : n;
+#pragma unroll 1
+        for (int d = begin + lane; d < end; d += kWarp)
+          fetch<4>(mean + d - begin, from.mean + d), fetch<4>(scale + d - begin, from.scale + d);
+        fetched_here();
+        wait_fetched<0>();
 #pragma unroll 2
-      for (int d = lane; d < n; d += kWarp) {
-        const float before = last[d], v = told ? (x[d] - from.mean[d]) * from.scale[d] : 0.0f;
-        sums.add(v, before);
-        blank = fma(before, before, blank);
-        x[d] = v;
+        for (int d = begin + lane; d < end; d += kWarp) {
+          const float before = last[d], v = told ? (x[d] - mean[d - begin]) * scale[d - begin] : 0.0f;
+          sums.add(v, before);
+          blank = fma(before, before, blank);
+          x[d] = v;
+        }
       }
       const Two energies = warp_sums(sums.squares, sums.steps), others = warp_sums(sums.moved, blank);
       sums = {energies.a, energies.b, others.a};
@@ -379,13 +390,23 @@ struct Group {
           blocks && block.span && live(r)
               ? state(r) + int(block.ring) + ((fused ? k : 0) * int(block.span) + slot(r, ring_of)) * line
               : nullptr;
+      // Weights come while the moments are taken, to where the products' sums will lie.
+      float *weight = shared + q.at.part + at * kNormRows * q.at.dim, *bias = weight + q.at.dim,
+            *tap = bias + q.at.dim;
+#pragma unroll 1
+      for (int c = d; c < dim; c += step) {
+        fetch<4>(weight + c, norm.weight + c), fetch<4>(bias + c, norm.bias + c);
+        if (blocks) fetch<4>(tap + c, block.taps + taps * line + c);
+      }
+      fetched_here();
       const Moments m = moments(x, dim, lane);
+      wait_fetched<0>();
 #pragma unroll 1
       for (; d < dim; d += step) {
-        float h = fma((x[d] - m.mean) * m.rstd, norm.weight[d], norm.bias[d]);
+        float h = fma((x[d] - m.mean) * m.rstd, weight[d], bias[d]);
         if (ring) ring[d] = h;
         if (aside) aside[d] = here ? h : 0.0f;
-        if (blocks) h = silu(fma(h, block.taps[taps * line + d], past[at * q.at.dim + d]));
+        if (blocks) h = silu(fma(h, tap[d], past[at * q.at.dim + d]));
         y[d] = h;
       }
     }

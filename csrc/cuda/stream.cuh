@@ -12,7 +12,8 @@ using stream::Model;
 using stream::Outputs;
 
 constexpr int kMostWarps = 16;
-constexpr int kSlots = 16;  // of a stream: one of each block, and one of typicality's window
+constexpr int kNormRows = 3;  // of weights that a row's LayerNorm and convolution take
+constexpr int kSlots = 16;    // of a stream: one of each block, and one of typicality's window
 static_assert(kSlots > kMaxBlocks);
 // Rows that share each load of a weight after the fusion: with two modalities all three experts of one or two streams; more
 // would not fit the registers.
@@ -78,7 +79,8 @@ struct StreamLayout {
   int given, present;     // int: rows of kMaxModalities, R each
   int slots;              // int: rows of kSlots, R
   int row, counts;        // int64: see Group::now; rows of 1 + 2 M counters; R each
-  int part;               // slices' sums
+  int part;               // slices' sums, and before them the weights of LayerNorms, means and scales
+  int ahead;              // features of a row whose means and scales fit there: whole warps
   int zeroed, size;       // what lies before zeroed begins as zeros or inputs: what pads rows must be finite
   // Warps that share a row: 2^these. Of a convolution before the fusion, after it, and of the frames before.
   int own_bits, fused_bits, past_bits;
