@@ -76,6 +76,15 @@ inline int share_out(Job& f, int depth) {
 }
 
 // ------------------------------------------------------------------------------------------------------- the block's part
+// An address out of a table, of which the compiler cannot know that it is not one of shared memory.
+template <class T>
+__device__ __forceinline__ const T* in_global(const T* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // Four inputs' weights of four outputs: w[input][output].
 template <class T>
 __device__ __forceinline__ void load_tile(const T* at, int64_t step, float (&w)[kTile][kTile]) {
@@ -104,14 +113,14 @@ __device__ __forceinline__ void multiply(float* shared, float* part, const Job* 
       float sum[Q][kTile];
 #pragma unroll
       for (int n = 0; n < kTile; ++n) sum[0][n] = 0;
-      if (slice == 0) load_vector<float>(f.bias + quad * kTile, kTile, true, sum[0]);
+      if (slice == 0) load_vector<float>(in_global(f.bias) + quad * kTile, kTile, true, sum[0]);
 #pragma unroll
       for (int q = 1; q < Q; ++q)
 #pragma unroll
         for (int n = 0; n < kTile; ++n) sum[q][n] = sum[0][n];
       const int begin = slice * f.depth, end = begin + f.depth < f.inputs ? begin + f.depth : f.inputs;
       const int64_t step = int64_t(wide) * P;  // numbers from vector to vector of a lane
-      const T* at = static_cast<const T*>(f.weight) + int64_t(begin) * wide + quad * P * kTile;
+      const T* at = in_global(static_cast<const T*>(f.weight)) + int64_t(begin) * wide + quad * P * kTile;
       const float* x[Q];
 #pragma unroll
       for (int q = 0; q < Q; ++q)

@@ -270,7 +270,7 @@ struct Group {
         const int stride = kWarp << q.at.past_bits;
 #pragma unroll 1
         for (int d = (i & ((1 << q.at.past_bits) - 1)) * kWarp + lane; d < dim; d += stride) {
-          float sum = block.bias[d];
+          float sum = in_global(block.bias)[d];
           int slot = start;
 #pragma unroll 1
           for (int tap = 0; tap < taps; tap += kTaps) {
@@ -279,7 +279,7 @@ struct Group {
             for (int n = 0; n < kTaps; ++n) {
               frames[n] = weights[n] = 0;
               if (tap + n < taps)
-                frames[n] = ring[slot * line + d], weights[n] = block.taps[(tap + n) * line + d];
+                frames[n] = ring[slot * line + d], weights[n] = in_global(block.taps)[(tap + n) * line + d];
               slot += dilation;
               slot = slot >= span ? slot - span : slot;
             }
