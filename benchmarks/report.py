@@ -111,7 +111,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="of the whole race, each in fresh processes")
     parser.add_argument("--seconds", type=float, default=6.0, help="of rounds, each case and run")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name contains one of these"
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)  # this one alone, here, as JSON

@@ -19,6 +19,8 @@ def keep_freed_memory() -> bool:
         mallopt = libc.mallopt
     except (OSError, AttributeError, TypeError):  # TypeError: CDLL(None), on Windows
         return False
-    if not any(mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):  # the second: the most that glibc < 2.35 takes
+    if not any(
+        mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)
+    ):  # the second: the most that glibc < 2.35 takes
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -77,7 +77,9 @@ def test_the_commands_that_train_keep_freed_memory(monkeypatch, tmp_path, comman
     calls = []
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: calls.append(command) or True)
     where = ["--run", str(tmp_path / "run")] if command == "train" else ["--out", str(tmp_path / "out")]
-    assert cli.main([command, "--data", str(tmp_path / "none"), *where]) == 2  # no data there; the allocator was told first
+    assert (
+        cli.main([command, "--data", str(tmp_path / "none"), *where]) == 2
+    )  # no data there; the allocator was told first
     assert calls == [command]
     assert cli.main(["info"]) == 0
     assert calls == [command]
