@@ -4,10 +4,10 @@
 
 A kernel that streams through memory takes the longest of three times, and somewhat more where they are close: its bytes at the
 bandwidth of a copy; its bytes at the bandwidth that the bytes in flight can ask for (Little's law); its instructions at the rate
-at which a multiprocessor issues them. Launches and what comes before the first and after the last byte are added. A kernel that waits for itself (stage_filter,
-everything small) takes its chain of latencies. Instructions, registers and bytes in flight are read from the machine code by
-tests/cuda/sass.py (nvcc and nvdisasm are needed); the constants below are published or assumed, and say which. benchmarks/gpu.py
-puts these figures beside what it measures.
+at which a multiprocessor issues them. Launches and what comes before the first and after the last byte are added. A kernel that
+waits for itself (stage_filter, everything small) takes its chain of latencies. Instructions, registers and bytes in flight are
+read from the machine code by tests/cuda/sass.py (nvcc and nvdisasm are needed); the constants below are published or assumed, and
+say which. benchmarks/gpu.py puts these figures beside what it measures.
 """
 
 from __future__ import annotations
