@@ -163,6 +163,7 @@ CASES = [
         reference.reliability_fusion,
         kernel.reliability_fusion,
         {"eager": 8, "compile": 3},
+        bytes=8 * _ROW,
     ),
     Case(
         "stage_filter 8x300x4, forward + backward",

@@ -1,22 +1,28 @@
-"""Measures every case of cases.py and prints a Markdown table: medians, ratios, targets met or missed.
+"""Races the implementations of every case of cases.py and prints a Markdown table: medians, ratios, targets met or missed.
 
-    python benchmarks/report.py [--threads 2] [--rounds 60] [--default-malloc] [--json FILE]
+    python benchmarks/report.py [--allocator default] [--runs 3] [--seconds 6] [--threads 2] [--only TEXT] [--json FILE]
 
-The implementations of a case take turns, round by round, in one process; a ratio is the median of the rounds' ratios, so
-that a machine whose speed drifts does not decide it. Inputs stay where the last round left them (warm cache). glibc is told
-to keep freed memory (mallopt): otherwise whether a call pays for fresh pages, which can double its time, depends on where
-the heap happens to end. --default-malloc leaves that as it is.
+One call of each implementation in turn, in an order drawn anew each round, all in one process: a kernel finds the caches as
+other code left them and the threads asleep or not, as in a program that does more than call it. A ratio is the median of the
+rounds' ratios, with their quartiles, so that a machine whose speed drifts does not decide it. "copy" is a copy that moves as
+many bytes as the op reads and writes once.
+
+Every case runs in a process of its own, with the allocator that is asked for: `default` is glibc's, which hands large blocks
+back to the system and takes their pages anew; `keep` tells it to keep freed memory (MALLOC_TRIM_THRESHOLD_ and
+MALLOC_MMAP_THRESHOLD_), for every implementation alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import json
 import os
 import platform
+import random
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -25,17 +31,10 @@ from cases import CASES, Case
 import sage_ext
 from sage_ext import _C
 
-
-def _time(run, budget: float = 0.02) -> float:
-    """Seconds a call: enough calls in a row to fill `budget`, at least one."""
-    start = time.perf_counter()
-    run()
-    once = time.perf_counter() - start
-    calls = max(1, int(budget / max(once, 1e-7)))
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+ALLOCATORS = {
+    "default": {},
+    "keep": {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**30)},
+}
 
 
 def _copy(numbers: int):
@@ -45,45 +44,45 @@ def _copy(numbers: int):
     return lambda: target.copy_(source)
 
 
-def measure(case: Case, rounds: int, compiled: bool) -> dict:
+def _quartiles(x: list[float]) -> list[float]:
+    return statistics.quantiles(x, n=4, method="inclusive")
+
+
+def measure(case: Case, seconds: float, compiled: bool) -> dict:
     runs = case.implementations(compiled)
     if case.bytes:
         runs["copy"] = _copy(case.bytes // 4)
     for run in runs.values():
-        for _ in range(3):
+        for _ in range(5):
             run()
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(_time(run))
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(t, times["kernel"]))
-        for name, t in times.items()
-        if name not in ("kernel", "copy")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffled, end = list(runs), random.Random(0), time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["kernel"]) < 5:
+        shuffled.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+    against = {n: [a / b for a, b in zip(t, times["kernel"])] for n, t in times.items() if n != "kernel"}
+    return {
+        "case": case.name,
+        "rounds": len(times["kernel"]),
+        "seconds": {name: statistics.median(t) for name, t in times.items()},
+        "ratios": {name: _quartiles(ratio) for name, ratio in against.items()},
+        "targets": case.targets,
     }
-    result = {"case": case.name, "seconds": medians, "ratios": ratios, "targets": case.targets}
-    if case.bytes:
-        result["of_copy"] = statistics.median(b / a for a, b in zip(times["copy"], times["kernel"]))
-    return result
-
-
-def keep_freed_memory() -> None:
-    try:
-        libc = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_threshold, 2**30)
-    except (OSError, AttributeError):
-        print("no mallopt here: times include fresh pages")
 
 
 def machine() -> dict:
     cpu = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as f:
-            cpu = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
+            lines = [[part.strip() for part in line.split(":", 1)] for line in f if ":" in line]
+        about = dict(reversed(lines))  # of the first processor
+        cpu = about["model name"]
+        if "model" in about:
+            cpu += f" (family {about['cpu family']}, model {about['model']})"
+    except (OSError, KeyError):
         pass
     return {
         "date": datetime.date.today().isoformat(),
@@ -97,42 +96,54 @@ def machine() -> dict:
     }
 
 
+def _against(result: dict, opponent: str) -> str:
+    if opponent not in result["ratios"]:
+        return "-"
+    low, ratio, high = result["ratios"][opponent]
+    target = result["targets"].get(opponent)
+    verdict = "" if target is None else f"; target {target:g}: {'met' if ratio >= target else '**missed**'}"
+    return f"{ratio:.1f}x ({low:.1f} to {high:.1f}{verdict})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--allocator", choices=[*ALLOCATORS, "both"], default="both")
+    parser.add_argument("--runs", type=int, default=1, help="of the whole race, each in fresh processes")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of rounds, each case and run")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name contains one of these"
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", help="also write the figures here")
-    parser.add_argument("--default-malloc", action="store_true")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)  # this one alone, here, as JSON
     options = parser.parse_args()
-    if not options.default_malloc:
-        keep_freed_memory()
     torch.set_num_threads(options.threads)
+    if options.case is not None:
+        print(json.dumps(measure(CASES[options.case], options.seconds, not options.no_compile)))
+        return
     results = []
-    print("| case | kernel | eager | torch.compile | vs eager | vs torch.compile |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for case in CASES:
-        if options.only not in case.name:
+    print("| case | allocator | run | kernel | eager | torch.compile | copy | vs eager | vs torch.compile |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for index, case in enumerate(CASES):
+        if not any(text in case.name for text in options.only):
             continue
-        r = measure(case, options.rounds, not options.no_compile)
-        results.append(r)
-        us = {k: f"{v * 1e6:,.0f} us" for k, v in r["seconds"].items()}
-
-        def against(opponent: str, r: dict = r) -> str:
-            if opponent not in r["ratios"]:
-                return "-"
-            ratio, target = r["ratios"][opponent], r["targets"].get(opponent)
-            verdict = "" if target is None else f" (target {target:g}: {'met' if ratio >= target else 'MISSED'})"
-            return f"{ratio:.1f}x{verdict}"
-
-        print(
-            f"| {r['case']} | {us['kernel']} | {us['eager']} | {us.get('compile', '-')} "
-            f"| {against('eager')} | {against('compile')} |",
-            flush=True,
-        )
-        if "of_copy" in r:
-            print(f"| ... time over that of copying the same bytes ({us['copy']}) | {r['of_copy']:.2f} | | | | |")
+        for allocator, environment in ALLOCATORS.items():
+            if options.allocator not in (allocator, "both"):
+                continue
+            for number in range(options.runs):
+                command = [sys.executable, __file__, "--case", str(index), "--seconds", str(options.seconds)]
+                command += ["--threads", str(options.threads), *(["--no-compile"] if options.no_compile else [])]
+                done = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, check=True)
+                result = {**json.loads(done.stdout), "allocator": allocator, "run": number + 1}
+                results.append(result)
+                us = {name: f"{value * 1e6:,.0f} us" for name, value in result["seconds"].items()}
+                print(
+                    f"| {case.name} | {allocator} | {number + 1} | {us['kernel']} | {us['eager']} "
+                    f"| {us.get('compile', '-')} | {us.get('copy', '-')} "
+                    f"| {_against(result, 'eager')} | {_against(result, 'compile')} |",
+                    flush=True,
+                )
     about = machine()
     print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
     if options.json:

@@ -28,8 +28,9 @@ from collections.abc import Callable, Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from report import keep_freed_memory, machine
+from report import machine
 
+from sage_ext.allocator import keep_freed_memory
 from sage_ext.models import SAGE
 
 DIMS = {"audio": 128, "visual": 512}

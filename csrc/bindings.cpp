@@ -368,8 +368,7 @@ struct Lists : sage::stream::Visitor {
     add(tensors, name, shape);
   }
   void numbers(const std::string& name, sage::stream::Extents shape, float*) { add(tensors, name, shape); }
-  void linear(const std::string& name, int64_t inputs, int64_t outputs, sage::stream::Phase,
-              sage::stream::Linear&) {
+  void linear(const std::string& name, int64_t inputs, int64_t outputs, sage::stream::Linear&) {
     add(tensors, name + ".weight", {outputs, inputs}), add(tensors, name + ".bias", {outputs});
   }
   void state(const std::string& name, sage::stream::Extents shape, sage::stream::Part*, int) {
@@ -413,7 +412,7 @@ void bind_session(py::module_ m) {
   py::class_<Session>(m, "StreamSession", py::module_local())
       .def("step",
            [](Session& session, const py::tuple& features, Address quality, Address present, Address active,
-              const py::tuple& outputs, int where, Address stream) {
+              uint32_t on_device, const py::tuple& outputs, int where, Address stream) {
              sage::stream::Frame frame = {};
              const int modalities = session.shape().modalities;
              check(static_cast<int>(features.size()) == modalities, "stream: one address a modality");
@@ -423,6 +422,7 @@ void bind_session(py::module_ m) {
              frame.quality = static_cast<const float*>(at(quality));
              frame.present = static_cast<const uint8_t*>(at(present));
              frame.active = static_cast<const uint8_t*>(at(active));
+             frame.on_device = on_device;
              const sage::stream::Outputs to = outputs_of(session, outputs);
              py::gil_scoped_release release;
              session.step(frame, to, exec_of(where, stream));

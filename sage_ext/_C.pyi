@@ -99,11 +99,12 @@ def describe_stream(shape: dict[str, Any], /) -> tuple[_Listed, _Listed]: ...
 class StreamSession:
     """csrc/stream/session.h, made by cpu.open_session or cuda.open_session(shape, [(name, shape, address) of each tensor that
     describe_stream lists, in its order], rows, where); sage_ext/stream.py gives it meaning. `outputs`: the addresses of a
-    StreamOutput's tensors."""
+    StreamOutput's tensors. `on_device`: bit m where the features of modality m lie on the session's GPU, then a bit each for
+    quality, present and active; what the caller's `stream` still has to write there is waited for."""
 
     def step(
-        self, features: tuple[int, ...], quality: int, present: int, active: int, outputs: tuple[int, ...], where: int,
-        stream: int, /,
+        self, features: tuple[int, ...], quality: int, present: int, active: int, on_device: int,
+        outputs: tuple[int, ...], where: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     def reset(self, which: int, count: int, outputs: tuple[int, ...], /) -> None: ...
     def read(self, which: int, count: int, state: int, frames: int, /) -> None: ...

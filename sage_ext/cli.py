@@ -362,9 +362,11 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from .allocator import keep_freed_memory
     from .training.runs import calibrate_run
     from .training.trainer import CONFIG, TrainConfig, read_config, train
 
+    keep_freed_memory()
     stored = read_config(args.run) if args.resume and (Path(args.run) / CONFIG).exists() else None
     given = _given(args, None if stored is None else stored.rehearsal)
     if hasattr(args, "data"):
@@ -430,12 +432,14 @@ def _stream(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from .allocator import keep_freed_memory
     from .data.affwild2 import AffWild2
     from .data.synthetic import has_truth
     from .study.methods import default_methods, expanded, quick_methods
     from .study.plan import Study, has_quality, synthesise
     from .study.run import compare
 
+    keep_freed_memory()
     data = synthesise(args.out) if args.data is None else args.data
     given = {**_COMPARED, "max_steps": 400 if args.quick else 700, **_given(args, without=_SWEPT)}
     modalities, methods = given.pop("modalities", None), args.methods

@@ -94,7 +94,7 @@ def stage_filter(
         check_device("initial", initial, emission, "emission")
     check_optional("mask", mask, (batch, frames), "(B, T)", emission, "emission", BOOL)
     dtype = arithmetic_dtype(emission)
-    emission, transition, initial = emission.to(dtype), transition.to(dtype), to_dtype(initial, dtype)
+    emission, transition, initial = to_dtype(emission, dtype), to_dtype(transition, dtype), to_dtype(initial, dtype)
     if not _door.has_kernels(emission.device):
         return reference.stage_filter(emission, transition, initial, mask)
     return _ops.stage_filter.stage_filter(emission, transition, initial, mask)
@@ -204,7 +204,7 @@ def reliability_fusion(
         )  # fmt: skip
     dtype = arithmetic_dtype(first)
     gate = _ops.reliability_fusion.Gate(
-        reliability.to(dtype),
+        to_dtype(reliability, dtype),
         to_dtype(stage, dtype),
         to_dtype(log_temperature, dtype),
         to_dtype(bias, dtype),
@@ -234,7 +234,7 @@ def _pair(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
             )
         check_device("mask", mask, pred, "pred")
     dtype = arithmetic_dtype(pred, target)
-    return pred.to(dtype), target.to(dtype)
+    return to_dtype(pred, dtype), to_dtype(target, dtype)
 
 
 def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch") -> Tensor:
@@ -436,7 +436,7 @@ def leaky_average(
     check_optional("state", state, (batch, averages, dim + 2), "(B, R, D + 2)", x, "x")
     for name, flag in (("causal", causal), ("relative", relative)):
         check_bool(name, flag)
-    precision, state = precision.to(dtype), to_dtype(state, dtype)
+    precision, state = to_dtype(precision, dtype), to_dtype(state, dtype)
     if not _door.has_kernels(x.device):
         return reference.leaky_average(x, precision, halflife, prior, state, causal=causal, relative=relative)
     return _ops.leaky_average.leaky_average(x, precision, halflife, prior, state, causal, relative)
@@ -449,7 +449,7 @@ def _each_average(name: str, given: object, like: Tensor, dtype: torch.dtype, lo
         if given.dim() != 1:
             raise ValueError(f"{name}: expected shape (R,), got {tuple(given.shape)}")
         check_device(name, given, like, "x")
-        return given.to(dtype)
+        return to_dtype(given, dtype)
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"{name}: expected a torch.Tensor or a sequence of numbers, got {type(given).__name__}")
     for value in given:

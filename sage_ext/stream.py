@@ -178,8 +178,13 @@ class StreamingSession:
 
         NaN, Inf, or values so large (from about 1e18) that their squares overflow, in a present modality: it counts as
         absent in this frame, and in `stats`. The returned tensors are overwritten by the next step.
-        Raises TypeError or ValueError naming the argument for anything malformed, before anything has moved.
+        Raises TypeError or ValueError naming the argument for anything malformed, and RuntimeError on a GPU while the current
+        stream is captured in a CUDA graph, before anything has moved.
         """
+        if not self._on_cpu and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step: expected no CUDA graph to be captured (outputs are on the CPU), got a capturing stream"
+            )
         if isinstance(features, Mapping):
             if self.names is None:
                 raise TypeError("features: expected a sequence, as this model's in_dims are one, got a mapping")
@@ -217,10 +222,15 @@ class StreamingSession:
         if strict:
             self._refuse_nonfinite(features, present, active)
         if self._on_cpu:
-            self._native.step(addresses, told, seen, moving, self._targets, torch.get_num_threads(), 0)
-        else:  # what wrote an input on the GPU may still be under way, on the current stream
-            ahead = torch.cuda.current_stream(self.device).cuda_stream if torch.cuda.is_initialized() else 0
-            self._native.step(addresses, told, seen, moving, self._targets, self.device.index, ahead)
+            self._native.step(addresses, told, seen, moving, 0, self._targets, torch.get_num_threads(), 0)
+        else:
+            there = ahead = 0
+            for bit, x in enumerate((*features, None, present, active)):  # quality is on the CPU by now
+                if isinstance(x, Tensor) and x.is_cuda:
+                    there |= 1 << bit
+            if there:  # what wrote it may still be under way, on the current stream
+                ahead = torch.cuda.current_stream(self.device).cuda_stream
+            self._native.step(addresses, told, seen, moving, there, self._targets, self.device.index, ahead)
         return self._output
 
     def _evidence(self, quality: Mapping[str, Array] | Sequence[Array | None], held: list[Array]) -> Tensor:

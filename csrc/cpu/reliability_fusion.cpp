@@ -108,6 +108,7 @@ struct Row {
   const T* x[kMaxModalities];
   // xhat = (x - mean) rstd, never x rstd - mean rstd, whose two terms may each be far larger than their difference.
   A weight[kMaxModalities], mean[kMaxModalities], rstd[kMaxModalities];
+  NormAdjoint<A> adjoint[kMaxModalities];  // backward alone
 };
 
 // The rows of a block that have a modality. Returns how many.
@@ -246,10 +247,10 @@ struct Partial {
       sharpness[kMaxModalities];
 };
 
-// One row of one modality: writes the gradient of its values, returns that of its weight (norm_adjoint's formulas;
-// without the LayerNorm u is the gradient of fused, and xhat is x).
+// One row of one modality: returns the gradient of its weight (norm_adjoint's formulas; without the LayerNorm u is the
+// gradient of fused, and xhat is x) and writes that of its values, which after a LayerNorm is left to finish_rows.
 template <class T, class A, bool Norm>
-SAGE_FN A back_row(const ReliabilityFusionBackward& params, const Row<T, A>& row, int i) {
+SAGE_FN A back_row(const ReliabilityFusionBackward& params, Row<T, A>& row, int i) {
   using V = Lanes<A>;
   const int64_t dim = params.forward.dim;
   const int m = row.m[i];
@@ -267,50 +268,54 @@ SAGE_FN A back_row(const ReliabilityFusionBackward& params, const Row<T, A>& row
     });
     return sum(sum_u_xhat_lanes);
   }
-  V sum_u_xhat_lanes(A(0)), sum_u(A(0)), sum_grad_beta(A(0));
-  const V mean(row.mean[i]), rstd(row.rstd[i]);
+  V sum_uc_lanes(A(0)), sum_u(A(0)), sum_grad_beta(A(0));
+  const V mean(row.mean[i]);
   for_each_vector<V::width>(dim, [&](int64_t column, auto vector) {
+    if (out) __builtin_prefetch(out + column, 1);  // finish_rows writes it
     const V grad_vals = vector.read(grad + column),
             u = grad_vals * vector.read(gammas + column);  // 0 past the end
     sum_u += u;
-    sum_u_xhat_lanes = fma(u, (vector.read(x + column) - mean) * rstd, sum_u_xhat_lanes);
+    sum_uc_lanes = fma(u, vector.read(x + column) - mean, sum_uc_lanes);
     sum_grad_beta = fma(grad_vals, vector.read(betas + column), sum_grad_beta);
   });
-  const A sum_u_xhat = sum(sum_u_xhat_lanes);
-  if (out) {
-    const NormAdjoint<A> back = norm_adjoint(row.weight[i], row.rstd[i], sum(sum_u), sum_u_xhat, A(dim));
-    const V by_u(back.by_u), by_x(back.by_xhat * row.rstd[i]), constant(back.constant);
-    for_each_vector<V::width>(dim, [&](int64_t column, auto vector) {
-      const V u = vector.read(grad + column) * vector.read(gammas + column);
-      vector.write(out + column, fma(u, by_u, fma(vector.read(x + column) - mean, by_x, constant)));
-    });
-  }
+  const A sum_u_xhat = sum(sum_uc_lanes) * row.rstd[i];
+  row.adjoint[i] = norm_adjoint(row.weight[i], row.rstd[i], sum(sum_u), sum_u_xhat, A(dim));
   return sum_u_xhat + sum(sum_grad_beta);
 }
 
-// R rows of one modality, just read by back_row: to the gradient of norm_weight goes weight grad xhat, to that of
-// norm_bias weight grad.
+// R rows of one modality, just read by back_row. Writes the gradients of their values; adds weight grad xhat to that of
+// norm_weight, weight grad to that of norm_bias. What the three share is loaded and computed once.
 template <class T, class A, int R>
-SAGE_FN void back_affine(const ReliabilityFusionBackward& params, const Row<T, A>* const* rows,
-                         const int* at_k, A* gamma_sum, A* beta_sum) {
+SAGE_FN void finish_rows(const ReliabilityFusionBackward& params, Row<T, A>* const* rows, const int* at_k,
+                         int m, A* gamma_sum, A* beta_sum) {
   using V = Lanes<A>;
   const int64_t dim = params.forward.dim;
+  const A* gammas = (const A*)params.forward.norm_weight + m * dim;
+  const bool write = params.grad_values[m] != nullptr;
   const T *grad[R], *x[R];
-  V weight[R], mean[R], scale[R];
+  T* out[R];
+  V weight[R], mean[R], scale[R], by_x[R], constant[R];
   for (int r = 0; r < R; ++r) {
     const Row<T, A>& row = *rows[r];
     const int k = at_k[r];
     grad[r] = (const T*)params.grad_fused + row.row * dim;
     x[r] = row.x[k];
+    out[r] = write ? (T*)params.grad_values[m] + row.row * dim : nullptr;
     weight[r] = V(row.weight[k]);
     mean[r] = V(row.mean[k]);
-    scale[r] = V(row.weight[k] * row.rstd[k]);
+    scale[r] = V(row.adjoint[k].by_u);
+    by_x[r] = V(row.adjoint[k].by_xhat * row.rstd[k]);
+    constant[r] = V(row.adjoint[k].constant);
   }
   for_each_vector<V::width>(dim, [&](int64_t column, auto vector) {
+    const V gamma = vector.read(gammas + column);
     V gamma_vals = vector.read(gamma_sum + column), beta_vals = vector.read(beta_sum + column);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const V grad_vals = vector.read(grad[r] + column);
-      gamma_vals = fma(grad_vals, (vector.read(x[r] + column) - mean[r]) * scale[r], gamma_vals);
+      const V grad_vals = vector.read(grad[r] + column), distance = vector.read(x[r] + column) - mean[r];
+      const V scaled = grad_vals * scale[r];
+      if (write) vector.write(out[r] + column, fma(scaled, gamma, fma(distance, by_x[r], constant[r])));
+      gamma_vals = fma(scaled, distance, gamma_vals);
       beta_vals = fma(grad_vals, weight[r], beta_vals);
     }
     vector.write(gamma_sum + column, gamma_vals);
@@ -375,7 +380,7 @@ void backward_block(const ReliabilityFusionBackward& params, const Calibration<A
     for (int begin = 0; begin < count; begin += kTile) {
       const int end = begin + kTile < count ? begin + kTile : count;
       for (int m = 0; m < M; ++m) {
-        const Row<T, A>* rows_of_m[kTile];
+        Row<T, A>* rows_of_m[kTile];
         int at_k[kTile], n = 0;
         for (int i = begin; i < end; ++i)
           for (int k = 0; k < live[i].count; ++k) {
@@ -391,10 +396,10 @@ void backward_block(const ReliabilityFusionBackward& params, const Calibration<A
           }
         if (!Norm) continue;
         A *gamma_sum = partial.norm + m * forward.dim, *beta_sum = gamma_sum + M * forward.dim;
-        if (n == 4) back_affine<T, A, 4>(params, rows_of_m, at_k, gamma_sum, beta_sum);
-        if (n == 3) back_affine<T, A, 3>(params, rows_of_m, at_k, gamma_sum, beta_sum);
-        if (n == 2) back_affine<T, A, 2>(params, rows_of_m, at_k, gamma_sum, beta_sum);
-        if (n == 1) back_affine<T, A, 1>(params, rows_of_m, at_k, gamma_sum, beta_sum);
+        if (n == 4) finish_rows<T, A, 4>(params, rows_of_m, at_k, m, gamma_sum, beta_sum);
+        if (n == 3) finish_rows<T, A, 3>(params, rows_of_m, at_k, m, gamma_sum, beta_sum);
+        if (n == 2) finish_rows<T, A, 2>(params, rows_of_m, at_k, m, gamma_sum, beta_sum);
+        if (n == 1) finish_rows<T, A, 1>(params, rows_of_m, at_k, m, gamma_sum, beta_sum);
       }
     }
   }

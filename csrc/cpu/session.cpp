@@ -78,8 +78,10 @@ class CpuSession final : public Session {
     return t;
   }
 
-  Row lend(int64_t row) override { return {state_ + row * model_.row_floats, frames_ + row}; }
-  void take_back(int64_t) override {}
+  void lend(const int64_t* which, int64_t count, bool, Row* rows) override {
+    for (int64_t i = 0; i < count; ++i) rows[i] = {state_ + which[i] * model_.row_floats, frames_ + which[i]};
+  }
+  void take_back(const int64_t*, int64_t) override {}
 
   void run(const Frame& frame, const Outputs& outputs, Exec exec) override {
     int64_t count = 0;

@@ -29,28 +29,28 @@ struct Transition {
 template <class T>
 struct Group {
   using V = Lanes<T>;
-  int64_t sequence[V::width];
+  int64_t first;
   int count;
 
-  Group(int64_t first, int64_t batch) {
-    count = int(batch - first < V::width ? batch - first : V::width);
-    for (int l = 0; l < V::width; ++l) sequence[l] = first + (l < count ? l : count - 1);
-  }
-  // x[s] <- base[sequence * stride + offset + s]
+  Group(int64_t first, int64_t batch)
+      : first(first), count(int(batch - first < V::width ? batch - first : V::width)) {}
+  // x[s] <- base[(first + lane) * stride + offset + s]
   SAGE_FN void gather(const T* base, int64_t stride, int64_t offset, int stages, V* x) const {
     for (int s = 0; s < stages; ++s) {
       T row[V::width];
-      for (int l = 0; l < V::width; ++l) row[l] = base[sequence[l] * stride + offset + s];
+      store(row, V(base[(first + count - 1) * stride + offset + s]));
+      for (int l = 0; l < count - 1; ++l) row[l] = base[(first + l) * stride + offset + s];
       x[s] = load(row);
     }
   }
   SAGE_FN void scatter(T* base, int64_t stride, int64_t offset, int stages, const V* x) const {
     for (int l = 0; l < count; ++l)
-      for (int s = 0; s < stages; ++s) base[sequence[l] * stride + offset + s] = x[s][l];
+      for (int s = 0; s < stages; ++s) base[(first + l) * stride + offset + s] = x[s][l];
   }
   SAGE_FN Bits<T> mask(const uint8_t* mask, int64_t frames, int64_t t) const {
     T seen[V::width];
-    for (int l = 0; l < V::width; ++l) seen[l] = mask[sequence[l] * frames + t];
+    store(seen, V(T(mask[(first + count - 1) * frames + t])));
+    for (int l = 0; l < count - 1; ++l) seen[l] = mask[(first + l) * frames + t];
     return load(seen) > V(T(0));
   }
 };
@@ -111,7 +111,7 @@ void backward_group(const StageFilterBackward& params, const Transition<T>& matr
   V flow[kMaxStages * kMaxStages];
   for (int k = 0; k < stages * stages; ++k) {
     flow[k] = V(T(0));
-    for (int l = 0; l < group.count; ++l) params.workspace[group.sequence[l] * stages * stages + k] = 0;
+    for (int l = 0; l < group.count; ++l) params.workspace[(first + l) * stages * stages + k] = 0;
   }
   if (params.grad_final)
     group.gather((const T*)params.grad_final, stages, 0, stages, grad);
@@ -143,7 +143,7 @@ void backward_group(const StageFilterBackward& params, const Transition<T>& matr
     if (t % kFlushFrames == 0) {
       for (int k = 0; k < stages * stages; ++k) {
         for (int l = 0; l < group.count; ++l)
-          params.workspace[group.sequence[l] * stages * stages + k] += flow[k][l];
+          params.workspace[(first + l) * stages * stages + k] += flow[k][l];
         flow[k] = V(T(0));
       }
     }

@@ -22,56 +22,30 @@ constexpr Matrices kMatrices = {[](bool bf16, int64_t inputs, int64_t outputs) {
                                     Vectors<float>::write(from, inputs, outputs, to);
                                 }};
 
-// -------------------------------------------------------------------------------------------------------- the plan
-// What is multiplied at once.
-struct Jobs {
-  std::vector<Linear*> products;
-  bool tracks = false;
-};
-struct Phases : Visitor {
-  std::vector<Jobs> all;
-  void linear(const std::string&, int64_t, int64_t, Phase phase, Linear& f) {
-    if (size_t(phase.number) >= all.size()) all.resize(size_t(phase.number) + 1);
-    all[size_t(phase.number)].products.push_back(&f), all[size_t(phase.number)].tracks = phase.tracks;
-  }
-};
-std::vector<Jobs> phases(Model& model) {
-  Phases found;
-  describe(model, found);
-  return found.all;
+// ------------------------------------------------------------------------------------------------------- the plan
+// The greatest power of two that is not above n, as its exponent.
+int bits(int n) {
+  int found = 0;
+  while (2 << found <= n) ++found;
+  return found;
 }
 
-int share(const Jobs& phase, int depth) {
-  int tasks = 0;
-  for (Linear* f : phase.products) tasks += share_out(*f, depth);
-  return tasks;
+constexpr int kMostFloats = 1 << 28;
+[[noreturn]] void too_large() {
+  throw std::invalid_argument("stream: the model is too large for one GPU block");
 }
 
-// Warps of a block, and the slices of every product: as many as there are warps, or fewer.
-int plan(Model& model) {
-  int warps = 4;
-  for (const Jobs& phase : phases(model))
-    while (warps < kMostWarps && share(phase, 2 * kTile) > warps) warps *= 2;
-  for (const Jobs& phase : phases(model)) {
-    int deepest = 0;
-    for (const Linear* f : phase.products)
-      if (tiled(f->inputs) > deepest) deepest = tiled(f->inputs);
-    int depth = kTile;
-    while (depth < deepest && share(phase, depth) > warps) depth += kTile;
-    share(phase, depth);
-  }
-  return warps;
-}
-
-StreamLayout lay_out(Model& model, int R) {
+// Shared memory of a block for R streams, but for what depends on how the products are cut.
+StreamLayout lay_out(const Model& model, int R) {
   const Shape& s = model.shape;
   const int M = s.modalities, K = s.experts();
   StreamLayout at = {};
   int64_t used = 0;
+  if (model.row_floats > kMostFloats) too_large();
   const auto take = [&](int64_t rows, int64_t stride) {
     const int64_t from = used;
     used += rows * tiled(stride);
-    if (used > (1 << 28)) throw std::invalid_argument("stream: the model is too large for one GPU block");
+    if (used > kMostFloats) too_large();
     return int(from);
   };
   int64_t deepest = 0, most_signs = 0;
@@ -81,6 +55,9 @@ StreamLayout lay_out(Model& model, int R) {
     most_signs = s.signs(m) > most_signs ? s.signs(m) : most_signs;
   }
   if (!s.reliability) deepest = most_signs = 0;
+  for (int m = 0; m < M; ++m)
+    at.signs_before[m] = s.signs_before(m), at.quality_before[m] = s.quality_before(m);
+  while ((1 << at.stage_bits) < s.stages) ++at.stage_bits;
   at.modalities = M, at.qualities = s.qualities();
   at.dim = tiled(s.dim), at.sided = tiled(s.joint ? M * s.dim : 0), at.deep = tiled(deepest);
   at.told = tiled(most_signs), at.all_told = tiled(s.reliability && s.joint ? s.all_signs() : 0);
@@ -89,26 +66,163 @@ StreamLayout lay_out(Model& model, int R) {
   at.encoded = take(M * R, at.dim), at.mixed = take(K * R, at.dim), at.tracks = take(K * R, at.dim);
   at.side = take(R, at.sided), at.components = take(M * R, at.deep);
   at.signs = take(M * R, at.told), at.all_signs = take(R, at.all_told), at.joint = take(R, at.joined);
+  at.learnt = at.joint + M * int(s.evidence);
   at.hidden = take((K + 1) * R, at.narrow), at.recalled = take(K * R, at.recall);
   at.zeroed = int(used);
   at.logits = take(K * R, 2 * kMaxStages), at.emission = take(R, kMaxStages);
-  at.belief = take(R, kMaxStages), at.prior = take(R, kMaxStages), at.now = take(R, kMaxStages);
+  at.prior = take(R, kMaxStages), at.now = take(R, kMaxStages);
   at.square = take(R, kEnergies * kMaxModalities);
   at.log_odds = take(R, kMaxModalities), at.confidence = take(R, kMaxModalities);
   at.precision = take(1, K * R), at.estimates = take(K * R, at.targets);
   at.quality = take(1, R * at.qualities);
-  at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities), at.row = take(R, 4);
-  int64_t most = 0;
-  for (const Jobs& phase : phases(model)) {
-    int64_t sums = 0;
-    for (const Linear* f : phase.products)
-      sums += int64_t(f->slices) * tiled(f->outputs) * (phase.tracks ? track_rows(R) : R);
-    most = most > sums ? most : sums;
-  }
-  at.part = take(1, most);
+  at.past = take((M * s.own_blocks + K * s.fused_blocks) * R, at.dim);
+  const int64_t from = s.reliability ? model.belief.at : model.last[0].at;
+  at.from = int(from), at.rests = int(model.row_floats - from), at.rest = take(R, at.rests);
+  at.given = take(R, kMaxModalities), at.present = take(R, kMaxModalities);
+  at.slots = take(R, kSlots), at.row = take(R, 8), at.counts = take(1, R * 2 * (1 + 2 * M));
   at.size = int(used);
   return at;
 }
+
+// A step as phases of products, R streams a block.
+class Plan {
+ public:
+  StreamLayout at;
+  int warps = 4;  // of a block
+  std::vector<Phase> phases;
+  std::vector<Job> jobs;
+
+  Plan(const Model& model, int R) : at(lay_out(model, R)) {
+    const Shape& s = model.shape;
+    const int M = s.modalities, K = s.experts(), E = int(s.evidence);
+    const auto row = [](int base, int stride, int index = 0) { return Rows{base + index * stride, stride}; };
+    const auto of = [&](Rows rows, int index) {
+      return Rows{rows.at + index * R * rows.stride, rows.stride};
+    };
+    const Rows encoded = row(at.encoded, at.dim), mixed = row(at.mixed, at.dim),
+               tracks = row(at.tracks, at.dim);
+    const Rows joined = row(at.joint, at.joined), hidden = row(at.hidden, at.narrow);
+    const auto input = [&](int m) { return row(at.input[m], tiled(s.in_dim[m])); };
+    const auto components = [&](int m) { return of(row(at.components, at.deep), m); };
+
+    begin(Before::standardise);
+    for (int m = 0; m < M; ++m) {
+      add(model.modality[m].project, input(m), of(encoded, m));
+      if (s.reliability) add(model.modality[m].components, input(m), components(m));
+    }
+    for (int b = 0; b < s.own_blocks; ++b) {
+      begin(Before::own_block, b);
+      for (int m = 0; m < M; ++m)
+        add(model.modality[m].block[b].pointwise, of(mixed, m), of(encoded, m), Activation::none, Store::add);
+    }
+
+    // Values; the joint expert's first layer; evidence, and what is left of the inputs outside their principal components.
+    begin(Before::encode);
+    for (int m = 0; m < M; ++m) add(model.modality[m].value, of(encoded, m), of(tracks, K - M + m));
+    if (s.joint) add(model.joint[0], row(at.side, at.sided), mixed, Activation::silu);
+    for (int m = 0; s.reliability && m < M; ++m) {
+      add(model.modality[m].evidence, of(encoded, m), Rows{joined.at + m * E, joined.stride},
+          Activation::gelu);
+      jobs.back().mask = at.present + m;
+      add(model.modality[m].rebuild, components(m), input(m), Activation::none, Store::subtract);
+    }
+    // The heads and the stages' emissions; the joint expert's second layer.
+    begin(s.reliability ? Before::assess : Before::nothing);
+    for (int k = 0; s.reliability && k < K; ++k) {
+      const int m = k - (K - M);
+      add(model.head_of[k][0], m < 0 ? row(at.all_signs, at.all_told) : of(row(at.signs, at.told), m),
+          of(hidden, k), Activation::gelu);
+    }
+    if (s.reliability) add(model.emission[0], joined, of(hidden, K), Activation::gelu);
+    if (s.joint) add(model.joint[1], mixed, tracks);
+    if (s.reliability) {
+      begin(Before::nothing);
+      for (int k = 0; k < K; ++k)
+        add(model.head_of[k][1], of(hidden, k), of(row(at.logits, 2 * kMaxStages), k));
+      add(model.emission[1], of(hidden, K), row(at.emission, kMaxStages));
+    }
+    begin(Before::gate);
+
+    for (int b = 0; b < s.fused_blocks; ++b) {
+      begin(Before::fused_block, b, true);
+      add(model.fused[b].pointwise, mixed, tracks, Activation::none, Store::add);
+    }
+    if (s.memory) {
+      begin(Before::remember, 0, true);
+      add(model.recall, row(at.recalled, at.recall), tracks, Activation::none, Store::add);
+    }
+    begin(Before::norm, 0, true);
+    add(model.head[0], tracks, mixed, Activation::silu);
+    begin(Before::nothing, 0, true);
+    add(model.head[1], mixed, row(at.estimates, at.targets), Activation::tanh);
+    begin(Before::weigh);
+    share_out(s, R);
+  }
+
+  // As the kernel reads it, behind the model, which comes first.
+  size_t bytes() const { return sizeof(Model) + phases.size() * sizeof(Phase) + jobs.size() * sizeof(Job); }
+  void write(const Model& model, char* to) const {
+    std::memcpy(to, &model, sizeof model), to += sizeof model;
+    std::memcpy(to, phases.data(), phases.size() * sizeof(Phase)), to += phases.size() * sizeof(Phase);
+    std::memcpy(to, jobs.data(), jobs.size() * sizeof(Job));
+  }
+
+ private:
+  struct Rows {
+    int at, stride;
+  };
+  void begin(Before before, int index = 0, bool tracks = false) {
+    phases.push_back({before, index, 0, tracks});
+  }
+  void add(const Linear& f, Rows x, Rows y, Activation activation = Activation::none,
+           Store store = Store::set) {
+    Job job = {};
+    job.weight = f.weight, job.bias = f.bias;
+    job.x = x.at, job.x_stride = x.stride, job.y = y.at, job.y_stride = y.stride;
+    job.mask = -1, job.activation = activation, job.store = store;
+    job.inputs = tiled(f.inputs), job.outputs = int(f.outputs), job.wide = Divisor(tiled(f.outputs));
+    jobs.push_back(job), ++phases.back().jobs;
+  }
+  // Shares the products out over warps, as many as there is work for: a product then has as many slices as there are warps,
+  // or fewer.
+  void share_out(const Shape& s, int R) {
+    for_each_phase([&](Job* first, const Phase& phase) {
+      while (warps < kMostWarps && share(first, phase, 2 * kTile) > warps) warps *= 2;
+    });
+    // Numbers that the slices' sums of a phase take, or before them the weights of its LayerNorms, or means and scales.
+    const int rows = s.modalities * R;
+    int64_t most = int64_t(kNormRows) * at.dim * R * s.experts();
+    if (most < 2 * kWarp * rows) most = 2 * kWarp * rows;
+    for_each_phase([&](Job* first, const Phase& phase) {
+      int deepest = 0, depth = kTile;
+      for (int j = 0; j < phase.jobs; ++j) deepest = deepest > first[j].inputs ? deepest : first[j].inputs;
+      while (depth < deepest && share(first, phase, depth) > warps) depth += kTile;
+      share(first, phase, depth);
+      int64_t sums = 0;
+      for (int j = 0; j < phase.jobs; ++j) sums += int64_t(first[j].slices) * first[j].wide.by;
+      sums *= phase.tracks ? track_rows(R) : R;
+      most = most > sums ? most : sums;
+    });
+    at.part = at.size;
+    at.ahead = int(most / (2 * rows)) / kWarp * kWarp;
+    if (most > kMostFloats - at.size) too_large();
+    at.size += int(most);
+    at.own_bits = bits(warps / (s.modalities * R)), at.fused_bits = bits(warps / (s.experts() * R));
+    while ((kWarp << at.past_bits) < s.dim && (2 << at.past_bits) <= warps) ++at.past_bits;
+  }
+  template <class Visit>
+  void for_each_phase(const Visit& visit) {
+    Job* first = jobs.data();
+    for (const Phase& phase : phases) visit(first, phase), first += phase.jobs;
+  }
+  static int share(Job* first, const Phase& phase, int depth) {
+    int tasks = 0;
+    for (int j = 0; j < phase.jobs; ++j) tasks += cuda::share_out(first[j], depth);
+    return tasks;
+  }
+};
+static_assert(sizeof(Phase) % 16 == 0 && sizeof(Job) % 16 == 0 && sizeof(Model) % 16 == 0,
+              "copied by 16 bytes");
 
 // -------------------------------------------------------------------------------------------------------- session
 struct FreeDevice {
@@ -144,11 +258,11 @@ class CudaSession final : public Session {
       : Session(shape, kMatrices, rows), call_{device, nullptr, ""} {
     snprintf(call_.text, sizeof call_.text, "streaming session of %lld rows", (long long)rows);
     const DeviceGuard guard(device);
-    blocks_.warps = plan(model_);
     choose_group();
 
+    const size_t plan_bytes = size_t(q_.plan_bytes);
     const auto lay = [&](Pieces& there, Pieces& here) {
-      q_.model = there.take<Model>(1);
+      q_.plan = there.take<char>(int64_t(plan_bytes));
       packed_ = there.take<char>(int64_t(model_.bytes));
       q_.state = there.take<float>(rows * model_.row_floats);
       q_.frames = there.take<int64_t>(rows), q_.counts = there.take<int64_t>(rows * counters());
@@ -160,7 +274,8 @@ class CudaSession final : public Session {
       for_each_output(shape, q_.out, [&](auto*& to, int64_t numbers) {
         to = here.take<std::remove_reference_t<decltype(*to)>>(rows * numbers);
       });
-      row_ = {here.take<float>(model_.row_floats), here.take<int64_t>(1)};
+      const int64_t lent = rows < kLent ? rows : kLent;
+      lent_ = {here.take<float>(lent * model_.row_floats), here.take<int64_t>(lent)};
     };
     Pieces there = {nullptr}, here = {nullptr};
     lay(there, here);
@@ -182,7 +297,9 @@ class CudaSession final : public Session {
     const std::unique_ptr<char[]> packed(new char[model_.bytes]);
     pack(model_, kMatrices, tensors, packed.get(), packed_);
     copy(packed_, packed.get(), model_.bytes, cudaMemcpyHostToDevice);
-    copy(const_cast<Model*>(q_.model), &model_, sizeof model_, cudaMemcpyHostToDevice);
+    const std::unique_ptr<char[]> table(new char[plan_bytes]);
+    Plan(model_, blocks_.streams).write(model_, table.get());
+    copy(const_cast<void*>(q_.plan), table.get(), plan_bytes, cudaMemcpyHostToDevice);
     check(cudaMemsetAsync(q_.state, 0, size_t(rows * model_.row_floats) * 4, stream));
     check(cudaMemsetAsync(q_.frames, 0, size_t(rows) * 8, stream));
     check(cudaMemsetAsync(q_.counts, 0, size_t(rows * counters()) * 8, stream));
@@ -225,8 +342,8 @@ class CudaSession final : public Session {
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, call_.device));
     check(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, call_.device));
     for (int R = 1; R <= 4; R *= 2) {
-      const StreamLayout at = lay_out(model_, R);
-      const size_t bytes = sizeof(Model) + size_t(at.size) * 4;
+      const Plan plan(model_, R);
+      const size_t bytes = plan.bytes() + size_t(plan.at.size) * 4;
       if (bytes > size_t(room)) {
         if (!blocks_.streams)
           throw std::invalid_argument("stream: a step of this model (its in_dims, dim, evidence_dim) takes " +
@@ -234,40 +351,45 @@ class CudaSession final : public Session {
                                       std::to_string(call_.device) + " has " + std::to_string(room));
         break;
       }
-      blocks_.streams = R, q_.at = at, blocks_.shared = bytes;
+      q_.at = plan.at, q_.plan_bytes = int(plan.bytes()), q_.phases = int(plan.phases.size());
+      blocks_ = {R, plan.warps, bytes};
       if ((rows_ + R - 1) / R <= processors) break;
     }
-    q_.rows = rows_;
+    q_.rows = rows_, q_.row_floats = model_.row_floats;
+    const Shape& s = model_.shape;
+    for (int b = 0; b < s.own_blocks + s.fused_blocks; ++b) {
+      const int64_t span = int64_t(s.kernel - 1) << b;
+      if (span) q_.rings[b] = Ring(span);
+    }
+    if (s.window > 1) q_.rings[kMaxBlocks] = Ring(s.window - 1);
   }
 
-  // Where the kernel reads `from`: there, if the device can, else from a copy in pinned memory.
-  const void* reach(const void* from, const void* staged, int64_t bytes, bool& ordered) const {
-    if (!from) return nullptr;
-    cudaPointerAttributes found;
-    check(cudaPointerGetAttributes(&found, from));
-    if (found.type == cudaMemoryTypeUnregistered) {
-      std::memcpy(const_cast<void*>(staged), from, size_t(bytes));
-      return staged;
-    }
-    if (found.type == cudaMemoryTypeDevice && found.device != call_.device)
-      throw std::invalid_argument("stream: an input lies on another GPU");
-    ordered = ordered || found.type != cudaMemoryTypeHost;
-    return found.devicePointer;
+  // Where the kernel reads `from`, which lies on the device or else on the host: there, if the device can, else from a copy in
+  // pinned memory. To ask whether the host's memory is pinned takes as long as to copy some kilobytes.
+  const void* reach(const void* from, bool on_device, const void* staged, int64_t bytes) const {
+    constexpr int64_t kCopied = 16384;
+    if (!from || on_device) return from;
+    cudaPointerAttributes found = {};
+    if (bytes > kCopied) check(cudaPointerGetAttributes(&found, from));
+    if (found.type == cudaMemoryTypeHost) return found.devicePointer;
+    std::memcpy(const_cast<void*>(staged), from, size_t(bytes));
+    return staged;
   }
 
   void run(const Frame& frame, const Outputs& outputs, Exec exec) override {
     const Shape& s = model_.shape;
     const DeviceGuard guard(call_.device);
-    bool ordered = false;
+    int bit = 0;
     const auto from = [&](const auto*& to, const auto* given, const auto* staged, int64_t numbers) {
-      to = static_cast<decltype(given)>(reach(given, staged, numbers * int64_t(sizeof *given), ordered));
+      const bool on_device = frame.on_device >> bit++ & 1;
+      to = static_cast<decltype(given)>(reach(given, on_device, staged, numbers * int64_t(sizeof *given)));
     };
     for (int m = 0; m < s.modalities; ++m)
       from(q_.frame.features[m], frame.features[m], staged_.features[m], rows_ * s.in_dim[m]);
     from(q_.frame.quality, frame.quality, staged_.quality, rows_ * s.qualities());
     from(q_.frame.present, frame.present, staged_.present, rows_ * s.modalities);
     from(q_.frame.active, frame.active, staged_.active, rows_);
-    if (ordered) {  // after what the caller's stream is still to write
+    if (frame.on_device) {  // after what the caller's stream is still to write
       check(cudaEventRecord(event_.get(), static_cast<cudaStream_t>(exec.stream)));
       check(cudaStreamWaitEvent(stream_.get(), event_.get(), 0));
     }
@@ -282,29 +404,35 @@ class CudaSession final : public Session {
       std::memcpy(to[i++], staged, size_t(rows_ * numbers) * sizeof *staged);
     });
   }
-  Row lend(int64_t row) override {
+  // All rows under way before any is waited for.
+  void lend(const int64_t* which, int64_t count, bool filled, Row* rows) override {
     const DeviceGuard guard(call_.device);
-    copy(row_.state, q_.state + row * model_.row_floats, size_t(model_.row_floats) * 4,
-         cudaMemcpyDeviceToHost);
-    copy(row_.frames, q_.frames + row, 8, cudaMemcpyDeviceToHost);
-    settle();
-    return row_;
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = {lent_.state + i * model_.row_floats, lent_.frames + i};
+      if (filled) continue;
+      copy(rows[i].state, q_.state + which[i] * model_.row_floats, row_bytes(), cudaMemcpyDeviceToHost);
+      copy(rows[i].frames, q_.frames + which[i], 8, cudaMemcpyDeviceToHost);
+    }
+    if (!filled) settle();
   }
-  void take_back(int64_t row) override {
+  void take_back(const int64_t* which, int64_t count) override {
     const DeviceGuard guard(call_.device);
-    copy(q_.state + row * model_.row_floats, row_.state, size_t(model_.row_floats) * 4,
-         cudaMemcpyHostToDevice);
-    copy(q_.frames + row, row_.frames, 8, cudaMemcpyHostToDevice);
+    for (int64_t i = 0; i < count; ++i) {
+      copy(q_.state + which[i] * model_.row_floats, lent_.state + i * model_.row_floats, row_bytes(),
+           cudaMemcpyHostToDevice);
+      copy(q_.frames + which[i], lent_.frames + i, 8, cudaMemcpyHostToDevice);
+    }
     settle();
-    blank(row, q_.out);
+    for (int64_t i = 0; i < count; ++i) blank(which[i], q_.out);
   }
+  size_t row_bytes() const { return size_t(model_.row_floats) * sizeof(float); }
 
   Call call_;
   StreamLaunch q_ = {};
   StreamBlocks blocks_ = {};
   char* packed_ = nullptr;
   Frame staged_ = {};  // pinned copies of inputs; outputs are pinned in q_.out
-  Row row_ = {};       // a pinned copy of one row's state
+  Row lent_ = {};      // a pinned copy of some rows' state
   Held<char*, FreeDevice> device_;
   Held<char*, FreeHost> host_;
   Held<cudaStream_t, FreeStream> stream_;

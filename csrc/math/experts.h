@@ -18,6 +18,9 @@ SAGE_FN float foreign_evidence(float r, float t, int targets, const Gap& gap) {
   const float apart = r + t, mine = apart - 2 * r * t;
   const float slope = 1 / mine - 1 / apart, level = log(mine / apart);
   float sum = 0;
+#if defined(SAGE_SHORT_CODE)
+#pragma unroll 1
+#endif
   for (int c = 0; c < targets; ++c) {
     const float d = gap(c);
     sum += d * d * slope + level;

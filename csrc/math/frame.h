@@ -66,7 +66,7 @@ SAGE_FN EnergyWindow<V> sum_window(int history, int start, const Past& past, Ene
   EnergyWindow<V> total = {V(T(0)), V(T(0))};
   int slot = start;
 #if defined(__CUDACC__)
-#pragma unroll 8
+#pragma unroll 2
 #endif
   for (int f = 0; f < history; ++f) {
     const EnergyWindow<V> one = past(slot);

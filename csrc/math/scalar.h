@@ -52,7 +52,17 @@ SAGE_FN float abs(float a) { return fabsf(a); }
 SAGE_FN double abs(double a) { return fabs(a); }
 SAGE_FN float exp(float a) { return expf(a); }
 SAGE_FN double exp(double a) { return ::exp(a); }
-SAGE_FN float log(float a) { return logf(a); }
+#if defined(__CUDACC__) && \
+    defined(SAGE_SHORT_CODE)  // one logarithm for all of a file's formulas: code that is fetched costs time
+[[gnu::noinline]] static __device__ float called_log(float a) { return logf(a); }
+#endif
+SAGE_FN float log(float a) {
+#if defined(__CUDA_ARCH__) && defined(SAGE_SHORT_CODE)
+  return called_log(a);
+#else
+  return logf(a);
+#endif
+}
 SAGE_FN double log(double a) { return ::log(a); }
 SAGE_FN float sqrt(float a) { return sqrtf(a); }
 SAGE_FN double sqrt(double a) { return ::sqrt(a); }

@@ -27,16 +27,18 @@ SAGE_FN V finite_logit_adjoint(V logit, V grad) {
   return select(logit < V(T(kImpossible)), V(T(0)), grad);
 }
 
-// log sum_i exp(term(i)) over i < count, of which there are Most at the most: a GPU keeps that many in registers.
+// log sum_i exp(term(i)) over i < count, of which there are Most at the most: a GPU keeps that many in registers; 0: it keeps
+// none, and its code is a loop.
 template <class V, int Most, class Term>
 SAGE_FN V log_sum_exp(int count, Term&& term) {
   using T = typename ScalarOf<V>::Type;
   V peak = max(V(T(-3e38)), term(0)), z(T(0));  // finite where every term is log 0: -inf
-#pragma unroll
-  for (int i = 1; i < Most; ++i)
+  const int most = Most ? Most : count;
+#pragma unroll(Most ? Most : 1)
+  for (int i = 1; i < most; ++i)
     if (i < count) peak = max(peak, term(i));
-#pragma unroll
-  for (int i = 0; i < Most; ++i)
+#pragma unroll(Most ? Most : 1)
+  for (int i = 0; i < most; ++i)
     if (i < count) z += exp(term(i) - peak);
   return peak + log(z);
 }
@@ -58,14 +60,17 @@ SAGE_FN void transition_row(int stages, const T* logits, Emit&& emit) {
 }
 
 // log of P(stage j) before this frame's evidence.
-template <class V, class Matrix>
+template <int Most = kMaxStages, class V, class Matrix>
 SAGE_FN V stage_prior(int stages, const Matrix* log_a, const Matrix* a, const V* belief, const V* p, int j) {
   using T = typename ScalarOf<V>::Type;
   V sum = p[0] * V(a[j]);
+#if defined(SAGE_SHORT_CODE)
+#pragma unroll 1
+#endif
   for (int i = 1; i < stages; ++i) sum = fma(p[i], V(a[i * stages + j]), sum);
   V prior = log(sum);
   const auto lost = sum < V(T(kSafeSum));
-  if (any(lost)) prior = select(lost, stage_prior_exact(stages, belief, log_a, j), prior);
+  if (any(lost)) prior = select(lost, stage_prior_exact<V, Matrix, Most>(stages, belief, log_a, j), prior);
   return prior;
 }
 

@@ -70,7 +70,6 @@ struct Linear {
   const void* weight;
   const float* bias;
   int64_t inputs, outputs;
-  int lanes, columns, depth, slices, tasks;  // CUDA: how the product is shared out
 };
 struct Norm {
   const float *weight, *bias;

@@ -67,7 +67,7 @@ struct Packer : Visitor {
     for (const int64_t n : shape) count *= n;
     if (from) std::memcpy(to, from, size_t(count) * sizeof(float));
   }
-  void linear(const std::string& name, int64_t inputs, int64_t outputs, Phase, Linear& to) {
+  void linear(const std::string& name, int64_t inputs, int64_t outputs, Linear& to) {
     to.inputs = inputs, to.outputs = outputs;
     const float* from = take(name + ".weight", {outputs, inputs});
     const size_t at = room(matrices.bytes(bf16, inputs, outputs));
@@ -148,26 +148,43 @@ Totals Session::totals() {
   return tally();
 }
 
-void Session::begin(int64_t index) {
-  const Row row = lend(index);
-  std::memset(row.state, 0, size_t(model_.row_floats) * 4);
-  const int stages = model_.shape.stages;
-  if (model_.shape.reliability)
-    for (int j = 0; j < stages; ++j) row.state[model_.belief.at + j] = -std::log(float(stages));
-  if (model_.shape.foreign)
-    std::memcpy(row.state + model_.foreign.at, model_.foreign_initial,
-                size_t(1 + model_.shape.modalities) * sizeof(float));
-  *row.frames = 0;
-  take_back(index);
+// each(row's state, its frame count, its place in `which`) of these rows, as many at a time as are lent at once.
+template <class Each>
+void Session::for_each_row(const int64_t* which, int64_t count, bool filled, Each&& each) {
+  Row rows[kLent];
+  for (int64_t first = 0; first < count; first += kLent) {
+    const int64_t some = count - first < kLent ? count - first : kLent;
+    lend(which + first, some, filled, rows);
+    for (int64_t i = 0; i < some; ++i) {
+      if (filled) std::memset(rows[i].state, 0, size_t(model_.row_floats) * 4);
+      each(rows[i].state, *rows[i].frames, first + i);
+    }
+    if (filled) take_back(which + first, some);
+  }
+}
+
+void Session::begin(const int64_t* which, int64_t count) {
+  const Shape& s = model_.shape;
+  for_each_row(which, count, true, [&](float* state, int64_t& frames, int64_t) {
+    if (s.reliability)
+      for (int j = 0; j < s.stages; ++j) state[model_.belief.at + j] = -std::log(float(s.stages));
+    if (s.foreign)
+      std::memcpy(state + model_.foreign.at, model_.foreign_initial,
+                  size_t(1 + s.modalities) * sizeof(float));
+    frames = 0;
+  });
 }
 
 void Session::reset_all() {
-  for (int64_t row = 0; row < rows_; ++row) begin(row);
+  std::vector<int64_t> all(static_cast<size_t>(rows_));
+  for (int64_t row = 0; row < rows_; ++row) all[size_t(row)] = row;
+  begin(all.data(), rows_);
 }
 
 void Session::reset(const int64_t* which, int64_t count, const Outputs& outputs) {
   const Busy busy(busy_);
-  for (int64_t i = 0; i < count; ++i) begin(which[i]), blank(which[i], outputs);
+  begin(which, count);
+  for (int64_t i = 0; i < count; ++i) blank(which[i], outputs);
 }
 
 void Session::blank(int64_t row, const Outputs& outputs) const {
@@ -195,29 +212,26 @@ int64_t Session::state_size() const {
 
 void Session::read(const int64_t* which, int64_t count, float* to, int64_t* frames) {
   const Busy busy(busy_);
-  for (int64_t i = 0; i < count; ++i) {
-    const Row row = lend(which[i]);
-    frames[i] = *row.frames;
-    walk(row.state, frames[i], [&](const float* from, int64_t numbers) {
+  for_each_row(which, count, false, [&](float* state, int64_t& taken, int64_t i) {
+    frames[i] = taken;
+    walk(state, taken, [&](const float* from, int64_t numbers) {
       std::memcpy(to, from, size_t(numbers) * 4);
       to += numbers;
     });
-  }
+  });
 }
 
 void Session::write(const int64_t* which, int64_t count, const float* from, const int64_t* frames,
                     const Outputs& outputs) {
   const Busy busy(busy_);
-  for (int64_t i = 0; i < count; ++i) {
-    const Row row = lend(which[i]);
-    *row.frames = frames[i];
-    walk(row.state, frames[i], [&](float* to, int64_t numbers) {
+  for_each_row(which, count, true, [&](float* state, int64_t& taken, int64_t i) {
+    taken = frames[i];
+    walk(state, taken, [&](float* to, int64_t numbers) {
       std::memcpy(to, from, size_t(numbers) * 4);
       from += numbers;
     });
-    take_back(which[i]);
-    blank(which[i], outputs);
-  }
+  });
+  for (int64_t i = 0; i < count; ++i) blank(which[i], outputs);
 }
 
 }  // namespace sage::stream

@@ -8,10 +8,12 @@
 namespace sage::stream {
 
 // One frame of every stream. features[m]: (rows, in_dim[m]); present (rows, M) or null: all; active (rows) or null: all.
+// `on_device`: bit m where features[m] lies on the session's GPU, then one each for quality, present and active.
 struct Frame {
   const float* features[kMaxModalities];
   const float* quality;  // (rows, columns of all modalities) or null: unknown
   const uint8_t *present, *active;
+  uint32_t on_device;
 };
 // Since the session was made, over all rows.
 struct Totals {
@@ -81,9 +83,11 @@ class Session {
     float* state;
     int64_t* frames;
   };
-  // A row's state as it is now, where the host can read and write it until take_back(), which makes changes real.
-  virtual Row lend(int64_t row) = 0;
-  virtual void take_back(int64_t row) = 0;
+  // The state of `count` rows, at most kLent, where the host can read and write it: as it is now or, to be `filled` from
+  // nothing, whatever is there, until take_back() makes it the rows' state and their outputs zeros.
+  static constexpr int64_t kLent = 64;
+  virtual void lend(const int64_t* which, int64_t count, bool filled, Row* rows) = 0;
+  virtual void take_back(const int64_t* which, int64_t count) = 0;
   virtual void run(const Frame& frame, const Outputs& outputs, Exec exec) = 0;
   virtual Totals tally() = 0;
   void reset_all();  // by the constructor of a derived class
@@ -96,7 +100,9 @@ class Session {
   struct Busy;
   template <class Piece>
   void walk(float* state, int64_t frames, Piece&& piece) const;
-  void begin(int64_t row);
+  template <class Each>
+  void for_each_row(const int64_t* which, int64_t count, bool filled, Each&& each);
+  void begin(const int64_t* which, int64_t count);
   std::vector<Part> parts_;  // of a row's state
   std::atomic<bool> busy_{false};
 };

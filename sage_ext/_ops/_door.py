@@ -65,11 +65,8 @@ def fast(*tensors: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    strided = torch.strided
     for t in tensors:
-        if t is None:
-            continue
-        if type(t) not in _PLAIN or t.layout is not strided or t.is_meta or t.is_neg():
+        if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided or t.is_meta or t.is_neg()):
             return False
     return True
 
@@ -94,7 +91,11 @@ def backward_door(
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def placement(t: Tensor) -> tuple[int, int]:

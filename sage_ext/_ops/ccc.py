@@ -25,11 +25,9 @@ def mask_kind(mask: Tensor | None, pred: Tensor) -> int:
 
 def _groups(pred: Tensor, pooled: bool) -> tuple[int, int, int, tuple[int, ...]]:
     """(groups, frames a group, channels, leading shape of the results)"""
-    shape = pred.shape
-    lead: tuple[int, ...] = () if pooled else tuple(shape[:-2])
+    *lead, frames, channels = pred.shape
     groups = math.prod(lead)
-    frames = math.prod(shape[:-1]) if pooled else shape[-2]
-    return groups, frames, shape[-1], lead
+    return (1, groups * frames, channels, ()) if pooled else (groups, frames, channels, tuple(lead))
 
 
 def _forward(pred: Tensor, target: Tensor, mask: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:

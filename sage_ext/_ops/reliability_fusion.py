@@ -91,6 +91,16 @@ def _forward(
     return fused, weights, confidence, stats  # type: ignore[return-value]
 
 
+def _empty_gradients(values: Sequence[Tensor], needs: Sequence[bool], together: bool) -> list[Tensor]:
+    """A gradient a value, empty where it is not needed. Together they are one block: the C library's allocator, which keeps
+    freed memory in proportion to the largest block that it has seen, then keeps theirs. For autograd they are no views, and
+    none reaches into another; the block lives as long as one of them does. An operator's results may not share it."""
+    if not together or len(values) == 1 or not all(needs) or values[0].dim() < 2:
+        return [v.new_empty(v.shape if need else 0) for v, need in zip(values, needs)]
+    lead, *rest = values[0].shape
+    return list(torch.unsafe_chunk(values[0].new_empty((len(values) * lead, *rest)), len(values)))
+
+
 def _backward(
     grad_fused: Tensor | None,
     grad_weights: Tensor | None,
@@ -100,6 +110,7 @@ def _backward(
     eps: float,
     stats: Tensor,
     needs: Sequence[bool],
+    together: bool = True,
 ) -> list[Tensor]:
     """Gradients of each value (empty where not needed), reliability, stage (empty without one), and flat parameters."""
     arguments, held = _arguments(values, gate, eps)
@@ -108,7 +119,7 @@ def _backward(
     rows, dim, norm = reliability.numel() // (modalities * stages), values[0].shape[-1], gate.norm_weight is not None
     grad_fused, grad_weights, grad_confidence = dense(grad_fused), dense(grad_weights), dense(grad_confidence)
     stats = stats.contiguous()
-    grads = [v.new_empty(v.shape) if need else v.new_empty(0) for v, need in zip(values, needs)]
+    grads = _empty_gradients(values, needs, together)
     grad_reliability = reliability.new_empty(reliability.shape)
     grad_stage = reliability.new_empty(0) if stage is None else reliability.new_empty(stage.shape)
     count = _C.reliability_fusion_param_count(dim, modalities, stages, norm)
@@ -131,12 +142,12 @@ def _distribute(grads: list[Tensor], values: Sequence[Tensor], gate: Gate, needs
     *grad_values, grad_reliability, grad_stage, flat = grads
     stages = grad_reliability.shape[-1]
     affine = 0 if gate.norm_weight is None else modalities * dim
-    norm_weight, norm_bias, log_temperature, bias, sharpness = flat.split(
-        [affine, affine, modalities * stages, modalities * stages, modalities]
+    norm_weight, norm_bias, log_temperature, bias, sharpness = torch.split_with_sizes(
+        flat, [affine, affine, modalities * stages, modalities * stages, modalities]
     )
 
     def shaped(given: Tensor | None, grad: Tensor) -> Tensor | None:
-        return None if given is None else grad.reshape(given.shape)
+        return None if given is None else grad.view(given.shape)
 
     return [g if need else None for g, need in zip(grad_values, needs)], (
         grad_reliability,
@@ -202,7 +213,7 @@ def _backward_impl(
     grad_fused: Any, grad_weights: Any, grad_confidence: Any, values: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
     *gate, eps, stats, needs = rest
-    return _backward(grad_fused, grad_weights, grad_confidence, values, Gate(*gate), eps, stats, needs)
+    return _backward(grad_fused, grad_weights, grad_confidence, values, Gate(*gate), eps, stats, needs, together=False)
 
 
 def _fake_backward(

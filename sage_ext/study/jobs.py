@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from .._arguments import check_int
+from ..allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Workers:
 
 
 def _work(pipe: connection.Connection) -> None:
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -296,14 +296,14 @@ class Compiled:
         per_block = self.hot.threads // 32
         return min(REGISTERS // per_warp // per_block, WARPS // per_block, BLOCKS) * per_block
 
-    @property
+    @cached_property
     def hot_loop(self) -> range:
         """The shortest of the main loops with the most bytes in flight, or the whole code if nothing is repeated."""
         main = [l for l in self.kernel.loops() if any(i.op.startswith(self.hot.holds) for i in self.kernel.part(l))]
         flight = lambda loop: bytes_in_flight(self.kernel.part(loop), self.hot.least)  # noqa: E731
         return max(main, key=lambda loop: (flight(loop), -len(loop)), default=range(len(self.kernel.instructions)))
 
-    @property
+    @cached_property
     def flight(self) -> int:
         return bytes_in_flight(self.kernel.part(self.hot_loop), self.hot.least)
 

@@ -50,7 +50,7 @@ struct Drawn : Visitor {
   }
   void rows(const std::string& name, Extents shape, const float*&) { add(name, shape); }
   void numbers(const std::string& name, Extents shape, float*) { add(name, shape); }
-  void linear(const std::string& name, int64_t inputs, int64_t outputs, Phase, Linear&) {
+  void linear(const std::string& name, int64_t inputs, int64_t outputs, Linear&) {
     add(name + ".weight", {outputs, inputs}), add(name + ".bias", {outputs});
   }
 };

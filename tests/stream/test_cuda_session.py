@@ -87,6 +87,19 @@ def test_steps_equal_the_offline_model(case, rows, device, request):
         torch.testing.assert_close(getattr(found[0], field).double(), getattr(whole, field).double(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("window", [2, 3])
+def test_short_windows_of_typicality(window, device, request):
+    """Where a frame's slot is the one that another lane has just read."""
+    model, found = build(), []
+    model.fusion.typicality.window = window
+    features, present = draw(3, 12, seed=4)
+    for _ in orders(request):
+        session = model.stream(3, device=device)
+        found.append(stack([keep(session.step(frame(features, t), present[:, t])) for t in range(12)]))
+        assert_same(found[0], found[-1])
+    assert_close(found[0], offline(model, features, present))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hundreds_of_frames_with_gaps_resets_pauses_and_broken_frames(kind, device):
     """Against the offline model in float64 of each stretch between resets, frames in which the row paused taken out."""
@@ -227,21 +240,23 @@ def test_a_step_is_one_launch_and_allocates_nothing(simt):
 
 
 def test_inputs_may_lie_on_the_host_pinned_or_on_the_device(simt):
-    model, rows = build(), 3
-    features, present = draw(rows, 8)
+    rows, wide = 3, 1500  # more bytes than are copied rather than asked about
+    model = build({"audio": 7, "visual": wide})
+    features, present = draw(rows, 8, {"audio": 7, "visual": wide})
     plain, native = model.stream(rows, device="cuda:0"), model.stream(rows, device="cuda:0")
     features = {k: v.transpose(0, 1).contiguous() for k, v in features.items()}
     active = torch.tensor([True, False, True])
-    places = [simt.allocate(rows * 7 * 4, True), simt.allocate(rows * 21 * 4, False), simt.allocate(rows * 2, True)]
+    places = [simt.allocate(rows * 7 * 4, True), simt.allocate(rows * wide * 4, False), simt.allocate(rows * 2, True)]
     try:
         for t in range(8):
             audio, visual, p = features["audio"][t], features["visual"][t], present[:, t].contiguous()
             simt.upload(places[0], audio.data_ptr(), rows * 7 * 4)
-            torch.frombuffer((ctypes.c_char * (rows * 21 * 4)).from_address(places[1]), dtype=torch.float32).copy_(
+            torch.frombuffer((ctypes.c_char * (rows * wide * 4)).from_address(places[1]), dtype=torch.float32).copy_(
                 visual.flatten()
             )
             simt.upload(places[2], p.data_ptr(), rows * 2)
-            native._native.step(tuple(places[:2]), 0, places[2], active.data_ptr(), native._targets, 0, 0)
+            there = 0b01001  # audio, not visual; not quality; present, not active
+            native._native.step(tuple(places[:2]), 0, places[2], active.data_ptr(), there, native._targets, 0, 0)
             assert_same(plain.step({"audio": audio, "visual": visual}, p, active), native._output)
     finally:
         for place in places:
@@ -260,6 +275,38 @@ def test_the_gpus_own_tensors(device):
         out = b.step({k: v.to(device) for k, v in x.items()}, present[:, t].to(device))
         assert_same(a.step(x, present[:, t]), out)
         assert all(v.is_cpu for v in out)
+
+
+def test_a_step_under_capture_is_refused_before_anything_moves(device, monkeypatch):
+    session, other = (build().stream(2, device=device) for _ in range(2))
+    features, present = draw(2, 3)
+    for t in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            with pytest.raises(RuntimeError, match="expected no CUDA graph to be captured"):
+                session.step(frame(features, t), present[:, t])
+        assert_same(session.step(frame(features, t), present[:, t]), other.step(frame(features, t), present[:, t]))
+
+
+def test_rows_are_read_and_written_with_one_wait_for_many(device):
+    """70 rows: more than are lent at once. State, and outputs of zeros, to the right row."""
+    rows, model = 70, build()
+    a, b = model.stream(rows, device=device), model.stream(rows, device=device)
+    features, present = draw(rows, 3)
+    for t in range(2):
+        a.step(frame(features, t), present[:, t])
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(2))
+    b.load_state_dict(a.state_dict(order))
+    assert_same(
+        b.step(rows_of(frame(features, 2), order), present[order, 2]),
+        StreamOutput(*(v[order] for v in keep(a.step(frame(features, 2), present[:, 2])))),
+    )
+    b.reset(torch.arange(rows) % 2 == 0)
+    frames = b.state_dict()["frames"]
+    assert frames.tolist() == [0, 3] * (rows // 2)
+    assert not b._output.prediction[::2].any()
+    assert b._output.prediction[1::2].all()
 
 
 def test_a_failed_launch_is_a_clear_error_and_the_next_step_works(simt):

@@ -115,6 +115,7 @@ CASES = {
     "odd sizes": (DIMS, {}),
     "uniform": (DIMS, {"fusion": "uniform"}),
     "one modality": ({"face": 5}, {"dim": 3, "stages": 1, "evidence_dim": 1}),
+    "many features, narrow": ({"a": 1500, "b": 3}, {"dim": 8, "stages": 2, "evidence_dim": 4}),
     "eight modalities": ({f"m{i}": 2 + i for i in range(8)}, {"stages": 16, "dim": 33, "num_targets": 5}),
     "no own blocks": (DIMS, {"fused_blocks": 4}),
     "no fused blocks": (DIMS, {"fused_blocks": 0, "kernel_size": 2}),
