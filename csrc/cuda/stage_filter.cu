@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForwa
   } else {
     belief = inside ? scratch[S * (S + 2) + j] : nothing<T>();
     p = inside ? exp(belief) : T(0);
-    // The first posterior overwrites it only after a shuffle of every lane's number: all have been read by then.
+    __syncwarp();  // orders memory: the first posterior overwrites what a group past the last job has read too
   }
 
   const bool writes = !kSummarise && job.real && inside;
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kWarp, 8)
     grad = j == job.start && inside ? T(1) : T(0);
   } else {
     grad = inside ? scratch[(S + 1) * S + j] : T(0);
-    // The first gradient overwrites it only after a shuffle of every lane's number: all have been read by then.
+    __syncwarp();  // orders memory: the first gradient overwrites what a group past the last job has read too
   }
   T first_belief, first_p;
   initial_belief<L>(static_cast<const T*>(params.initial), params.initial_stride, job.sequence, j, S,

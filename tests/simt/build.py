@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for CPU emulation: the unchanged csrc/cuda/*.cu, through g++ and the shim headers.
 
-    python tests/simt/build.py [--sanitize]        prints the module's path
+    python tests/simt/build.py [--sanitize | --races]        prints the module's path
 
 Objects are kept under build/simt by the hash of everything that goes into them, so only what changed is compiled, and by
 one process: another that wants to build meanwhile waits, and finds it done.
@@ -33,6 +33,9 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+WATCH = [
+    "-fsanitize=thread"
+]  # for its calls before every access: races.cpp answers them, and its library is not linked
 DEFINES = ["-DSAGE_SIMT", "-DSAGE_WITH_CUDA", "-DSAGE_CUDA_ONLY"]
 BUILD_INFO = '#define SAGE_BUILD_INFO "{\\"simt\\": true}"\n'
 
@@ -90,18 +93,23 @@ def compile_object(source: Path, csrc: Path, flags: Sequence[str], headers: Sequ
 
 
 def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | None = None, name: str = "_C_simt",
-          kernels: Sequence[Path] | None = None) -> Path:  # fmt: skip
-    """The module's path. `csrc`: another copy of the sources; `bindings`, `kernels`: other sources than the project's."""
+          kernels: Sequence[Path] | None = None, races: bool = False) -> Path:  # fmt: skip
+    """The module's path. `csrc`: another copy of the sources; `bindings`, `kernels`: other sources than the project's;
+    `races`: every access of the kernels goes by races.cpp."""
     sanitizers = SANITIZE if sanitize else []
     named = csrc / "bindings.cpp" if bindings is None else bindings  # the one source that holds the module's name
-    sources = [named, *(sorted((csrc / "cuda").glob("*.cu")) if kernels is None else kernels)]
-    sources += [csrc / "stream" / "session.cpp"] if bindings is None else []
-    sources += [HERE / "simt.cpp", HERE / "control.cpp"]
+    kernels = sorted((csrc / "cuda").glob("*.cu")) if kernels is None else kernels
+    others = [csrc / "stream" / "session.cpp"] if bindings is None else []
+    # The kernels come first: the linker keeps the first copy of an inline function, which should be a watched one.
+    others += [HERE / "simt.cpp", HERE / "control.cpp", *([HERE / "races.cpp"] if races else [])]
+    sources = [*kernels, named, *others]
 
     def compiled(source: Path) -> Path:
         if source == named:  # addresses and sizes alone pass through it
             return compile_object(source, csrc, [*DEFINES, f"-DSAGE_MODULE_NAME={name}"])
-        return compile_object(source, csrc, [*sanitizers, *DEFINES])
+        if source == HERE / "control.cpp" and races:
+            return compile_object(source, csrc, [*sanitizers, *DEFINES, "-DSAGE_SIMT_RACES"])
+        return compile_object(source, csrc, [*sanitizers, *DEFINES, *(WATCH if races and source in kernels else [])])
 
     with alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_build_info()
@@ -177,4 +185,7 @@ def load(path: Path, name: str = "_C_simt"):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitize", action="store_true", help="under AddressSanitizer and UndefinedBehaviorSanitizer")
-    print(build(parser.parse_args().sanitize))
+    parser.add_argument("--races", action="store_true", help="under the race detector")
+    options = parser.parse_args()
+    name = "_C_simt_races" if options.races else "_C_simt"  # one process may load both: submodules go by name
+    print(build(options.sanitize, name=name, races=options.races))

@@ -1,5 +1,6 @@
 // The emulator's own controls, for the tests: bound beside the kernels.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 
@@ -13,6 +14,11 @@ void bind_simt(pybind11::module_ m) {
     simt::processors = processors, simt::shared_memory_limit = shared_memory;
   });
   m.def("allocations", &simt::allocations);
+#if defined(SAGE_SIMT_RACES)
+  m.def("detect", &simt::detect, pybind11::arg("collect"), pybind11::arg("preempt_one_in") = 0, pybind11::arg("seed") = 0);
+  m.def("races", &simt::races);
+  m.def("accesses", &simt::accesses);
+#endif
   m.def("allocate", [](size_t bytes, bool device) {  // device memory, or pinned
     void* p = nullptr;
     if ((device ? cudaMalloc(&p, bytes) : cudaHostAlloc(&p, bytes, 0)) != cudaSuccess) throw std::bad_alloc();

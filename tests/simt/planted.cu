@@ -57,6 +57,37 @@ __global__ void lanes_kernel(float* out) {  // a shuffle that one lane misses
 }
 __global__ void uninitialised_kernel(float* out) { out[threadIdx.x] = shared_memory<float>()[threadIdx.x]; }
 
+// ---- races that change no bit under the emulation's orders: for the race detector
+// One word that one thread writes, or all of them, the same number.
+template <bool All> __global__ void flag_kernel(const float* x, float* out) {
+  float* shared = shared_memory<float>();
+  if (All || threadIdx.x == 9) shared[0] = x[5];
+  __syncthreads();
+  out[threadIdx.x] = shared[0] + x[threadIdx.x];
+}
+// Its neighbour's number, with a shuffle between the write and the read.
+template <bool Barrier> __global__ void shuffled_kernel(const float* x, float* out) {
+  float* shared = shared_memory<float>();
+  shared[threadIdx.x] = x[threadIdx.x];
+  const float zero = __shfl_xor_sync(kFull, 0.0f, 1);
+  if (Barrier) __syncwarp();
+  out[threadIdx.x] = shared[threadIdx.x ^ 1] + zero;
+}
+// The last warp writes the same numbers over the first one's: __syncwarp() orders a warp alone.
+template <bool Block> __global__ void warps_kernel(const float* x, float* out) {
+  float* shared = shared_memory<float>();
+  if (threadIdx.x < kWarp) shared[threadIdx.x] = x[threadIdx.x];
+  Block ? __syncthreads() : __syncwarp();
+  if (threadIdx.x >= kThreads - kWarp) shared[threadIdx.x % kWarp] = x[threadIdx.x % kWarp];
+  out[threadIdx.x] = x[threadIdx.x];
+}
+// A block writes a word of its own (apart = 1), or all of them one word (0).
+__global__ void blocks_kernel(const float* x, float* out, int apart) {
+  if (threadIdx.x == 0) out[apart * int(blockIdx.x)] = x[3];
+}
+// A thread writes a byte of its own, of a word that four share (apart = 1), or two of them one byte (2).
+__global__ void bytes_kernel(float* out, int apart) { reinterpret_cast<uint8_t*>(out)[int(threadIdx.x) / apart] = 1; }
+
 }  // namespace
 
 void planted(int which, const float* x, float* out) {
@@ -84,6 +115,16 @@ void planted(int which, const float* x, float* out) {
     case 17: return launch(call, write_kernel<true>, dim3(1), 33, 0, x, out);                  // not whole warps
     case 18: return launch(call, write_kernel<true>, dim3(1, 65536), kThreads, 0, x, out);     // beyond the grid's limit
     case 19: return launch(call, write_kernel<true>, dim3(1), kThreads, 300 << 10, x, out);    // more shared memory than there is
+    case 20: return run(flag_kernel<false>, x, out);
+    case 21: return run(flag_kernel<true>, x, out);
+    case 22: return run(shuffled_kernel<true>, x, out);
+    case 23: return run(shuffled_kernel<false>, x, out);
+    case 24: return run(warps_kernel<true>, x, out);
+    case 25: return run(warps_kernel<false>, x, out);
+    case 26: return launch(call, blocks_kernel, dim3(3), kThreads, 0, x, out, 1);
+    case 27: return launch(call, blocks_kernel, dim3(3), kThreads, 0, x, out, 0);
+    case 28: return run(bytes_kernel, out, 1);
+    case 29: return run(bytes_kernel, out, 2);
   }
 }
 

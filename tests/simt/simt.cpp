@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -24,6 +25,8 @@
 simt::Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
+Now now;
+
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -99,7 +102,7 @@ struct State {
   Warp warp[kMaxThreads / 32];
   Context main, fiber[kMaxThreads];
   char* stacks = nullptr;
-  void* shared = nullptr;
+  char* shared = nullptr;
   std::exception_ptr error;
   const void* main_stack = nullptr;
   size_t main_size = 0;
@@ -136,7 +139,7 @@ int pick() {  // a runnable thread, or -1
 }
 
 void place(int thread) {
-  g.current = thread;
+  g.current = now.thread = thread;
   const unsigned t = unsigned(thread);
   threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
 }
@@ -215,8 +218,11 @@ std::string stuck() {
 }
 
 void release_block() {
+  ++now.block_epoch;
   for (int w = 0; w < g.warps; ++w) g.warp[w].runnable = g.warp[w].at_block, g.warp[w].at_block = 0;
 }
+
+uint64_t stamps = 0;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -227,7 +233,10 @@ void run_block(size_t shared_bytes) {
   if (posix_memalign(&memory, 16, shared_bytes ? shared_bytes : 1)) throw std::bad_alloc();
   std::unique_ptr<void, Free> held(memory);
   std::memset(memory, 0xff, shared_bytes ? shared_bytes : 1);
-  g.shared = memory;
+  g.shared = now.shared = static_cast<char*>(memory), now.shared_bytes = shared_bytes;
+  now.block_stamp = ++stamps;
+  now.block_epoch = 0;
+  std::fill(std::begin(now.warp_epoch), std::end(now.warp_epoch), 0);
   g.live = g.threads;
   g.error = nullptr;
   for (int w = 0; w < g.warps; ++w) {
@@ -286,6 +295,26 @@ void* shared_memory() { return g.shared; }
 int lane() { return g.current % 32; }
 void fail(const char* message) { throw std::runtime_error(std::string("simt: ") + message); }
 
+std::string place_of(const void* p) {
+  char text[80];
+  if (p >= now.shared && p < now.shared + now.shared_bytes) {
+    std::snprintf(text, sizeof text, "byte %td of shared memory", static_cast<const char*>(p) - now.shared);
+  } else if (const Allocation* a = holding(p, 1)) {
+    const char* base = a->pages + a->mapped - (a->bytes + 255) / 256 * 256;
+    std::snprintf(text, sizeof text, "byte %td of %zu of %s memory", static_cast<const char*>(p) - base, a->bytes,
+                  a->device ? "device" : "pinned");
+  } else {
+    std::snprintf(text, sizeof text, "memory at %p", p);
+  }
+  return text;
+}
+void preempt() { yield(false); }
+void stop(const char* why) {
+  if (!g.error) g.error = std::make_exception_ptr(std::runtime_error(std::string("simt: ") + why));
+  yield(true);
+  std::abort();
+}
+
 void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel) {
   std::lock_guard<std::mutex> lock(one_at_a_time);
   const unsigned threads = block.x * block.y * block.z;
@@ -293,10 +322,11 @@ void run(Index grid, Index block, size_t shared_bytes, const std::function<void(
   if (!g.stacks) {
     void* p = mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
-    g.stacks = static_cast<char*>(p);
+    g.stacks = now.stacks = static_cast<char*>(p), now.stack_bytes = kStack * kMaxThreads;
   }
   const OnDevice open;
-  ++g.launches;
+  now.launch = ++g.launches;
+  now.launch_stamp = ++stamps;
   g.kernel = &kernel;
   g.threads = int(threads), g.warps = int(threads / 32);
   blockDim = block, gridDim = grid;
@@ -317,6 +347,7 @@ void run(Index grid, Index block, size_t shared_bytes, const std::function<void(
   }
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t b = g.order == 1 ? blocks - 1 - i : (start + i * step) % blocks;
+    now.block = b;
     blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
     run_block(shared_bytes);
   }
@@ -343,6 +374,7 @@ void wait(Barrier kind, unsigned mask) {
   w.runnable &= ~bit;
   if (w.waiting == mask) {
     ++w.generation;
+    if (kind == kWarp) ++now.warp_epoch[self / 32];  // shuffles and votes order no memory
     w.runnable = mask;
     w.waiting = 0;
   }

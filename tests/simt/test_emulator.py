@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ ORDERS = (0, 1, 2, 3)
 N = 128
 
 
-def planted_module(sanitize: bool) -> Path:
-    return build.build(sanitize, bindings=HERE / "planted.cpp", name="planted", kernels=[HERE / "planted.cu"])
+def planted_module(sanitize: bool, races: bool = False) -> Path:
+    name, kernels = "planted_races" if races else "planted", [HERE / "planted.cu"]
+    return build.build(sanitize, bindings=HERE / "planted.cpp", name=name, kernels=kernels, races=races)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,68 @@ def test_a_missing_barrier_or_write_shows(planted, which, name):
 def test_unwritten_output_and_shared_memory_are_nan(planted):
     assert all(out[77].isnan() and out.isnan().sum() == 1 for out in results(planted, 13))
     assert all(out.isnan().all() for out in results(planted, 16))
+
+
+# Planted kernel, its right twin, and what the detector says of it.
+RACES = {
+    "no __syncthreads": (1, 0, r"byte \d+ of shared memory"),
+    "no __syncwarp": (3, 2, r"byte \d+ of shared memory"),
+    "no second __syncthreads": (5, 4, r"of shared .* read at .*planted.cu:\d+.* writes at .*planted"),
+    "all write one word": (21, 20, r"byte 0 of shared memory.* wrote at .*planted.cu:\d+.* writes at .*planted"),
+    "a shuffle for a barrier": (23, 22, r"byte \d+ of shared memory"),
+    "__syncwarp for __syncthreads": (25, 24, r"thread 0 of .* warp 0\) wrote .* thread 96 of .* warp 1\) writes"),
+    "two blocks write one word": (27, 26, r"memory at .* of block 0 .* wrote .* of block 1 .* writes"),
+    "two threads write one byte": (29, 28, r"memory at "),
+}
+
+
+@pytest.fixture(scope="module")
+def watched():
+    return build.load(planted_module(False, races=True), "planted_races")
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_caught_and_their_right_twins_pass(watched, name):
+    """Under every order: also where the emulation's own barriers hide them."""
+    wrong, right, words = RACES[name]
+    x, out = torch.arange(1.0, N + 1), torch.zeros(N)
+    for order in ORDERS:
+        watched.simt.set_order(order)
+        watched.simt.detect(collect=False)
+        watched.planted(right, x.data_ptr(), out.data_ptr())
+        with pytest.raises(RuntimeError, match="race in launch") as caught:
+            watched.planted(wrong, x.data_ptr(), out.data_ptr())
+        if order == 0:
+            assert re.search(words, str(caught.value)), caught.value
+        watched.planted(right, x.data_ptr(), out.data_ptr())  # and the next launch works
+        watched.simt.detect(collect=True)
+        watched.planted(wrong, x.data_ptr(), out.data_ptr())
+        assert watched.simt.races()
+    watched.simt.detect(collect=False)
+
+
+@pytest.mark.parametrize("which", [21, 23, 25, 27, 29])
+def test_these_races_change_no_bit(planted, which):
+    """So the detector alone catches them."""
+    first, *others = results(planted, which)
+    assert all(torch.equal(first.view(torch.int32), other.view(torch.int32)) for other in others)
+
+
+def test_threads_can_be_preempted_at_accesses(watched):
+    """Then a missing barrier shows in an order that the barriers alone would not give."""
+    x, found = torch.arange(1.0, N + 1), set()
+    watched.simt.set_order(2)
+    for seed in range(8):
+        watched.simt.detect(collect=True, preempt_one_in=3, seed=seed)
+        out = torch.zeros(N)
+        switches = watched.simt.switches()
+        watched.planted(4, x.data_ptr(), out.data_ptr())
+        assert torch.equal(out, 6 * x.roll(-40))
+        found.add(watched.simt.switches() - switches)
+        assert not watched.simt.races()
+    assert len(found) > 1
+    watched.simt.set_order(0)
+    watched.simt.detect(collect=False)
 
 
 @pytest.mark.parametrize("which", [14, 15])

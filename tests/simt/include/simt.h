@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
+#include <vector>
 
 namespace simt {
 
@@ -31,5 +33,25 @@ unsigned ballot(unsigned mask, bool mine);
 void* shared_memory();
 int lane();
 [[noreturn]] void fail(const char* message);
+
+// ---- for races.cpp, which sees every access of a build with races=True
+struct Now {
+  int64_t launch = 0, block = 0;
+  uint64_t launch_stamp = 0, block_stamp = 0;  // of one count, which goes up with every launch and every block
+  int thread = -1;
+  uint32_t block_epoch = 0, warp_epoch[kMaxThreads / 32] = {};  // barriers passed since the block began
+  char *shared = nullptr, *stacks = nullptr;
+  size_t shared_bytes = 0, stack_bytes = 0;
+};
+extern Now now;
+std::string place_of(const void* p);      // in words
+void preempt();                           // another fiber may come first, from a fiber
+[[noreturn]] void stop(const char* why);  // ends the launch with an error, from code that cannot throw
+
+// Collect: races are listed, once for each pair of places in the code, and the launch goes on; else the first is an error.
+// One in so many accesses lets another fiber come first; 0: none.
+void detect(bool collect, uint32_t preempt_one_in, uint64_t seed);
+std::vector<std::string> races();
+int64_t accesses();  // seen so far
 
 }  // namespace simt
