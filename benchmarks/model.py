@@ -1,6 +1,7 @@
 """What a GPU should need for each kernel, predicted from the compiled code before one has been seen.
 
-    python benchmarks/model.py [--write]       prints the table; writes benchmarks/results/gpu-predictions.{md,json}
+    python benchmarks/model.py [--write]       prints the table; writes benchmarks/results/gpu-predictions.{md,json} and the
+                                               table of docs/benchmarks.md
 
 A kernel that streams through memory takes the longest of three times, and somewhat more where they are close: its bytes at the
 bandwidth of a copy; its bytes at the bandwidth that the bytes in flight can ask for (Little's law); its instructions at the rate
@@ -190,6 +191,23 @@ def table(found: list[Prediction]) -> str:
     return "\n".join(lines) + "\n"
 
 
+BEGIN, END = "<!-- made by benchmarks/model.py -->\n", "<!-- end -->"
+
+
+def documented(found: list[Prediction]) -> str:
+    """The table of docs/benchmarks.md: predictions for each GPU beside what has been measured, which is nothing."""
+    lines = [
+        f"| case | target | {' | '.join(f'predicted, {g.name}' for g in GPUS)} | measured |",
+        "| --- " * (3 + len(GPUS)) + "|",
+    ]
+    for case in dict.fromkeys(p.case for p in found):
+        of = [p for p in found if p.case == case]
+        cells = [f"{p.value:.3g}{'' if p.met else ': **missed**'} ({p.bound})" for p in of]
+        target = f"{'<=' if of[0].at_most else '>='} {of[0].target:g} {of[0].unit}"
+        lines.append(f"| {case} | {target} | {' | '.join(cells)} | not measured |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
@@ -201,6 +219,9 @@ def main() -> None:
             "nvcc 13 for sm_90,\nbefore any kernel had run on a GPU. Nothing here is measured.\n\n"
         )
         RESULT.with_suffix(".md").write_text(head + table(found))
+        page = ROOT / "docs" / "benchmarks.md"
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(before + BEGIN + documented(found) + END + rest.split(END, 1)[1])
         kept = {"date": str(date.today()), "predictions": [{**vars(p), "met": p.met} for p in found]}
         RESULT.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 

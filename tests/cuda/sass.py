@@ -229,7 +229,7 @@ class Hot:
 
 
 FORWARD, BACKWARD = "reliability_fusion_forward.cu", "reliability_fusion_backward.cu"
-FILTER, CCC = "stage_filter.cu", "ccc.cu"
+FILTER, CCC, STREAM = "stage_filter.cu", "ccc.cu", "stream.cu"
 HOT = [
     Hot("fusion, float32, D 256", FORWARD, "fusion_kernelIfLi16E(Li4ELb1ELb1)?E", 128, "SHFL", 96, 16, 56),
     Hot("fusion, float32, D 128", FORWARD, "fusion_kernelIfLi16ELi2ELb1ELb1E", 128, "SHFL", 64, 16, 56),
@@ -273,6 +273,9 @@ HOT = [
         least=4,
     ),
     Hot("stage_filter, S 16", FILTER, r"filter_kernelIfLi16E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 100, least=4),
+    Hot("streaming, one stream, float32", STREAM, "stream_kernelIfLi1E", 512, "FFMA", 128, 16, 80),
+    Hot("streaming, one stream, bfloat16", STREAM, "stream_kernelI13__nv_bfloat16Li1E", 512, "FFMA", 64, 16, 80),
+    Hot("streaming, four streams, float32", STREAM, "stream_kernelIfLi4E", 512, "FFMA", 64, 16, 80),
     Hot("ccc, float32, 2 channels", CCC, r"ccc_flat_kernelIfLi2EL(b0|NS_4MaskE0)E", 256, "DFMA", 128, 24, 32),
     Hot("ccc, a mask a frame", CCC, r"ccc_flat_kernelIfLi2EL(b1|NS_4MaskE1)E", 256, "DFMA", 128, 16, 32, narrow=4),
     Hot("ccc, merging chunks", CCC, r"ccc_merge_kernelIfE", 256, "nothing", 128, 24, 16),
