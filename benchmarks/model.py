@@ -108,7 +108,8 @@ def fusion(gpu: Gpu, name: str, size: int) -> list[Prediction]:
         )
     ]
     moved = rows * (5 * 256 * size + 2 * gate + 16)
-    main, bound = streamed(gpu, f"fusion backward, {name}, D 256", moved, rows * 768 * size, rows, rows / 4)
+    turn = {4: 1, 2: 0.5}[size]  # halves take two rows a turn
+    main, bound = streamed(gpu, f"fusion backward, {name}, D 256", moved, rows * 768 * size, rows * turn, rows / 4)
     parameters = 1024 * (4 * 256 + 2 * 9) * 8  # bytes of the chunks' sums, which lie in L2
     backward = main + LAUNCH + START + parameters / (2 * gpu.copy)
     case = f"fusion backward {name} (both less forward)"

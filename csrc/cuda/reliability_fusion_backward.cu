@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
 
   int64_t base = begin + warp * kRows;
   unsigned there = __ballot_sync(kFull, own.present);
-  Row now = {}, next = {};
-  ask(now, base, 0, there);
+  Row even = {}, odd = {};
+  ask(even, base, 0, there);
   clear(sums, size);
   const Tables<A> tables = read_tables(forward, sums + kBackwardWarps * kRows * size);
   A gamma_sum[Modalities][Vectors][V], beta_sum[Modalities][Vectors][V];
@@ -125,12 +125,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     const GateLane after(forward, then, end);
     const Gate<A> gate(forward, tables, own);
     A grad_weight = given(params.grad_weights, gate, M);
-#pragma unroll 1
-    for (int slot = 0; slot < kRows && base + slot < end; ++slot) {
+    const auto work = [&](const Row& now, int slot) {
       const int64_t row = base + slot;
-      const bool last = slot + 1 == kRows;
-      if (last) there = __ballot_sync(kFull, after.present);
-      if (kAhead) ask(next, last ? then : base, last ? 0 : slot + 1, there);
+      if (row >= end) return;  // the same for all lanes
 #pragma unroll
       for (int m = 0; m < Modalities; ++m) {
         if (m >= M) continue;  // the same for all lanes
@@ -183,10 +180,24 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
                       out_vals);
         }
       }
-      if (kAhead)
-        now = next;
-      else
-        ask(now, last ? then : base, last ? 0 : slot + 1, there);
+    };
+    const auto ask_after = [&](Row& to,
+                               int slot) {  // the row after a slot's, which may be the next four's first
+      const bool last = slot + 1 == kRows;
+      if (last) there = __ballot_sync(kFull, after.present);
+      ask(to, last ? then : base, last ? 0 : slot + 1, there);
+    };
+#pragma unroll 1
+    for (int slot = 0; slot < kRows; slot += kAhead ? 2 : 1) {
+      if (kAhead) {  // two rows' registers take turns
+        ask_after(odd, slot);
+        work(even, slot);
+        ask_after(even, slot + 1);
+        work(odd, slot + 1);
+      } else {
+        work(even, slot);
+        ask_after(even, slot);
+      }
     }
     gate_backward(params, tables, gate, grad_weight, given(params.grad_confidence, gate, M),
                   gate_sums(sums, gate, size));

@@ -258,7 +258,7 @@ HOT = [
         "SHFL",
         96,
         12,
-        80,
+        90,
     ),
     Hot("stage_filter, S 4", FILTER, r"filter_kernelIfLi4E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 64, least=4),
     Hot(
