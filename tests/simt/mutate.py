@@ -3,8 +3,8 @@
     python tests/simt/mutate.py [FILE...]       exit status 1 if a mutant survives
 
 Each mutant is a copy of csrc/ with one statement blanked, built for emulation and put under TESTS. A barrier that stands
-after a shuffle for the sake of memory alone, and says so (`// orders memory`), is listed and not tried: the emulation's
-shuffles order memory too, so it could not tell.
+beside a shuffle for the sake of memory alone, and says so (`// orders memory`), changes no bit here, where shuffles order
+memory too: it is put under the race detector (tests/simt/test_races.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import build
 # What notices a mistake in a file; in the others: tests/simt/test_kernels.py.
 TESTS = dict.fromkeys(("stream.cu", "product.cuh", "session.cu"), "tests/stream/test_cuda_session.py")
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);(?! *// orders memory)")
-MEMORY = re.compile(r"__syncwarp\(\); *// orders memory")
+MEMORY = re.compile(r"__syncwarp\(\);(?= *// orders memory)")
+DETECTOR = "tests/simt/test_races.py"
 
 
 def mutants(csrc: Path, files: list[str], barrier: re.Pattern[str]) -> list[tuple[Path, int, int]]:
@@ -37,12 +38,15 @@ def mutants(csrc: Path, files: list[str], barrier: re.Pattern[str]) -> list[tupl
     return found
 
 
-def survives(csrc: Path, path: Path, offset: int) -> tuple[bool, str]:
+def survives(csrc: Path, path: Path, offset: int, barrier: re.Pattern[str]) -> tuple[bool, str]:
     """Whether the tests pass with the barrier at `offset` blanked, and the test that caught it."""
     text = path.read_text()
-    path.write_text(text[:offset] + ";" + text[BARRIER.match(text, offset).end() :])
-    tests = [TESTS.get(path.name, "tests/simt/test_kernels.py"), "-q", "-x", "-p", "no:cacheprovider"]
+    path.write_text(text[:offset] + ";" + text[barrier.match(text, offset).end() :])
+    where = DETECTOR if barrier is MEMORY else TESTS.get(path.name, "tests/simt/test_kernels.py")
+    tests = [where, "-q", "-x", "-p", "no:cacheprovider"]
     env = {**os.environ, "SAGE_TEST_SIMT_CSRC": str(csrc), "OMP_NUM_THREADS": "1"}
+    if barrier is MEMORY:
+        env["SAGE_TEST_SIMT"] = "0"  # the detector's build is another
     command = [sys.executable, "-m", "pytest", *tests]
     done = subprocess.run(command, env=env, cwd=build.ROOT, capture_output=True, text=True)
     path.write_text(text)
@@ -57,12 +61,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         csrc = Path(folder) / "csrc"
         shutil.copytree(build.ROOT / "csrc", csrc)
-        all_mutants = mutants(csrc, sys.argv[1:], BARRIER)
-        for path, line, _ in mutants(csrc, sys.argv[1:], MEMORY):
-            print(f"{path.name}:{line}: orders memory alone, not tried")
-        for path, line, offset in all_mutants:
+        all_mutants = [(*m, barrier) for barrier in (MEMORY, BARRIER) for m in mutants(csrc, sys.argv[1:], barrier)]
+        for path, line, offset, barrier in all_mutants:
             started = time.time()
-            survived, caught_by = survives(csrc, path, offset)
+            survived, caught_by = survives(csrc, path, offset, barrier)
             alive += survived
             verdict = "SURVIVED" if survived else f"caught by {caught_by}"
             print(f"{path.name}:{line}: {verdict} ({time.time() - started:.0f} s)", flush=True)

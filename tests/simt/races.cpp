@@ -1,4 +1,4 @@
-// Race detection, in a build with races=True: the hooks that g++ -fsanitize=thread calls before every access to memory, in place of its own library.
+// Race detection, in a build with races=True: what g++ -fsanitize=thread calls before every access, in its library's place.
 //
 // Each word of memory that kernels touch, but for their stacks, has a shadow: who wrote it last, and who has read it since.
 // Two accesses by different threads, one of them a write, need something between them that orders memory, whatever order the

@@ -44,6 +44,13 @@ def _leaky(frames: int, dim: int, averages: int, dtype: torch.dtype = torch.floa
     return case, leaky_inputs(Random(frames, dtype), 2, frames, dim, averages, state=True)
 
 
+def _contradicted() -> tuple[Case, dict]:
+    case, inputs = _filter(1030, 3)
+    inputs["emission"][:, ::37] *= 1e4 / 2
+    inputs["transition"][0, 1] = -80.0
+    return case, inputs
+
+
 bf16, f16, f64 = torch.bfloat16, torch.float16, torch.float64
 FAST = {
     "filter in chunks": lambda: _filter(1030, 3),
@@ -57,6 +64,7 @@ SLOW = {
     "filter in chunks of 4 stages": lambda: _filter(1100, 4, 3),
     "filter in chunks of 6 stages": lambda: _filter(1100, 6),
     "filter in chunks in float64": lambda: _filter(1030, 3, dtype=f64),
+    "filter in chunks with contradictions": _contradicted,
     "filter of several blocks": lambda: _filter(40, 4, 21),
     **{
         f"fusion of {rows}x{modalities}x{dim} {dtype}": lambda a=(rows, modalities, dim, dtype): _fusion(*a)
@@ -134,20 +142,43 @@ def test_threads_preempted_at_accesses_compute_the_same(module, name):
             assert torch.equal(a, b), (seed, one_in)
 
 
-def step(module, case: str, rows: int, frames: int = 6) -> None:
+STREAM = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="csrc/cuda/stream.cu wants a __syncwarp() before lane 0's writes in standardise() and after judge()'s p[0] = 1",
+)
+
+
+def step(module, case: str, rows: int, frames: int = 6) -> list[torch.Tensor]:
     dims, options = session.CASES[case]
     model = session.build(dims, **options)
     features, present = session.draw(rows, frames, dims, seed=3)
-    quality = session.told(model, rows, frames)
+    quality, found = session.told(model, rows, frames), []
     stream = model.stream(rows, device="cuda:0")
+    before = module.simt.accesses()
     for t in range(frames):
         active = torch.arange(rows) % 5 != t % 5 if rows > 1 else None
-        stream.step(session.frame(features, t), present[:, t], active, quality=session.frame(quality, t))
-    assert not (races := module.simt.races()), "\n".join(races)
+        out = stream.step(session.frame(features, t), present[:, t], active, quality=session.frame(quality, t))
+        found += [x.clone() for x in out if isinstance(x, torch.Tensor)]
+    assert module.simt.accesses() > before
+    return found
 
 
+@STREAM
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3, 5], ids=["1 a block", "2 a block", "4 a block"])
 @pytest.mark.parametrize("case", [c for c in session.CASES if c != "sequence of dims"])
 def test_no_race_in_a_session(module, case, rows):
     step(module, case, rows)
+    assert not (races := module.simt.races()), "\n".join(races)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["default sizes", "eight modalities", "doubt of seven"])
+def test_a_session_preempted_at_accesses_computes_the_same(module, case):
+    expected = step(module, case, 3)
+    for seed, one_in in enumerate((50, 5)):
+        module.simt.set_order(2 + seed)
+        module.simt.detect(collect=True, preempt_one_in=one_in, seed=seed)
+        for a, b in zip(step(module, case, 3), expected, strict=True):
+            assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)), (seed, one_in)
