@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -166,6 +166,12 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
+@overload
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def to_dtype(x: None, dtype: torch.dtype) -> None: ...
+@overload
+def to_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def to_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x if x is None or x.dtype == dtype else x.to(dtype)
 

@@ -339,6 +339,7 @@ struct Group {
         if (keep) state(r)[int(model.last[m].at) + d] = v;
         x[d] = v;
       }
+      __syncwarp();  // orders memory: all lanes have read given(r)[m]
       if (lane == 0) {
         float* square = shared + q.at.square + (r * kMaxModalities + m) * kEnergies;
         square[0] = verdict.here ? sums.squares / float(n) : 0.0f;
@@ -563,6 +564,7 @@ struct Group {
     float* p = stages(q.at.now, r);
     if (!last) {
       if (!s.reliability && lane == 0) p[0] = 1.0f;
+      __syncwarp();  // orders memory: rate() reads it
       rate(r);
       if (lane < S && moves) q.out.stage[row(r) * S + lane] = s.reliability ? p[lane] : 1.0f;
       return;

@@ -142,13 +142,6 @@ def test_threads_preempted_at_accesses_compute_the_same(module, name):
             assert torch.equal(a, b), (seed, one_in)
 
 
-STREAM = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="csrc/cuda/stream.cu wants a __syncwarp() before lane 0's writes in standardise() and after judge()'s p[0] = 1",
-)
-
-
 def step(module, case: str, rows: int, frames: int = 6) -> list[torch.Tensor]:
     dims, options = session.CASES[case]
     model = session.build(dims, **options)
@@ -164,7 +157,6 @@ def step(module, case: str, rows: int, frames: int = 6) -> list[torch.Tensor]:
     return found
 
 
-@STREAM
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3, 5], ids=["1 a block", "2 a block", "4 a block"])
 @pytest.mark.parametrize("case", [c for c in session.CASES if c != "sequence of dims"])
