@@ -30,5 +30,14 @@ void bind_simt(pybind11::module_ m) {
     if (cudaMemcpyAsync(reinterpret_cast<void*>(to), source, bytes, cudaMemcpyHostToDevice, nullptr) != cudaSuccess)
       throw std::invalid_argument("upload");
   });
+  // A stream in capture: work sent to it is counted and dropped.
+  m.def("create_stream", [] {
+    cudaStream_t stream = nullptr;
+    if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) throw std::bad_alloc();
+    return reinterpret_cast<uintptr_t>(stream);
+  });
+  m.def("destroy_stream", [](uintptr_t stream) { cudaStreamDestroy(reinterpret_cast<cudaStream_t>(stream)); });
+  m.def("begin_capture", [](uintptr_t stream) { simt::begin_capture(reinterpret_cast<cudaStream_t>(stream)); });
+  m.def("end_capture", [](uintptr_t stream) { return simt::end_capture(reinterpret_cast<cudaStream_t>(stream)); });
   m.def("fail_next_launch", [](int error) { simt::planted = static_cast<cudaError_t>(error); });
 }

@@ -1,5 +1,6 @@
 // Python module of planted.cu, numpy-free: addresses in.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -50,6 +51,32 @@ float runtime(const std::string& which) {
   return found;
 }
 
+// What a stream in capture answers to `which`, and how much work it has then captured.
+std::pair<int, int64_t> captured(const std::string& which) {
+  cudaStream_t stream;
+  cudaEvent_t event;
+  void *memory, *there, *more = nullptr;
+  float heap = 1;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  check(cudaHostAlloc(&memory, sizeof(float), cudaHostAllocMapped));
+  check(cudaMalloc(&there, sizeof(float)));
+  simt::begin_capture(stream);
+  cudaError_t found = cudaSuccess;
+  if (which == "malloc") found = cudaMalloc(&more, sizeof(float));
+  if (which == "host") found = cudaHostAlloc(&more, sizeof(float), cudaHostAllocMapped);
+  if (which == "stream") found = cudaStreamSynchronize(stream);
+  if (which == "event") check(cudaEventRecord(event, stream)), found = cudaEventSynchronize(event);
+  const void* from = which == "pageable" ? &heap : memory;
+  if (which == "pageable" || which == "pinned")
+    found = cudaMemcpyAsync(there, from, sizeof(float), cudaMemcpyHostToDevice, stream);
+  if (which == "memset") found = cudaMemsetAsync(there, 0, sizeof(float), stream);
+  const int64_t work = simt::end_capture(stream);
+  check(cudaStreamDestroy(stream)), check(cudaEventDestroy(event));
+  check(cudaFree(there)), check(cudaFreeHost(memory)), check(cudaFree(more));
+  return {int(found), work};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
@@ -57,5 +84,6 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
     sage::cuda::planted(which, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out));
   });
   m.def("runtime", &runtime);
+  m.def("captured", &captured);
   bind_simt(m.def_submodule("simt"));
 }

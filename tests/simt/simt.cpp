@@ -404,6 +404,7 @@ unsigned ballot(unsigned mask, bool mine) {
 // ------------------------------------------------------------------------------------------------- the runtime's memory
 namespace {
 cudaError_t allocate(void** p, size_t bytes, bool device) {
+  if (simt::captures) return cudaErrorStreamCaptureUnsupported;
   const size_t page = size_t(sysconf(_SC_PAGESIZE)), rounded = (bytes + 255) / 256 * 256;
   const size_t mapped = (rounded + page - 1) / page * page;
   ++simt::g.allocations;
@@ -447,7 +448,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   };
   // The runtime takes a copy of pageable memory before it returns, and fills it before it returns.
   if (!here) {
-    simt::finish(stream);
+    if (const cudaError_t error = simt::finish(stream); error != cudaSuccess) return error;
     copy();
     return cudaSuccess;
   }

@@ -160,6 +160,16 @@ def test_copies_that_do_not_fit_or_go_the_wrong_way_are_refused(planted, which):
         planted.runtime(which)
 
 
+@pytest.mark.parametrize("which", ["malloc", "host", "stream", "event", "pageable"])
+def test_what_waits_or_allocates_is_refused_in_capture(planted, which):
+    assert planted.captured(which) == (900, 0)
+
+
+@pytest.mark.parametrize("which", ["pinned", "memset"])
+def test_work_is_captured_and_not_run(planted, which):
+    assert planted.captured(which) == (0, 1)
+
+
 def test_the_host_cannot_touch_device_memory():
     code = "import sys; sys.path.insert(0, sys.argv[1]); from simt import build; build.load(sys.argv[2], 'planted')"
     command = [sys.executable, "-c", code + ".runtime('touch')", str(HERE.parent), str(planted_module(False))]

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from backends import SIMT, SIMT_MODULE
+from torch.utils import _pytree as pytree
 
 from sage_ext import _C, functional, reference
 from sage_ext._ops import _door
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from cases import Case, Random, converted, filter_inputs, fusion_inputs, leaky_inputs, pair_inputs, run
+from cases import CASES, Case, Random, converted, filter_inputs, fusion_inputs, leaky_inputs, pair_inputs, run
 
 pytestmark = pytest.mark.skipif(SIMT is None, reason="no C++ compiler for the emulation")
 ORDERS = (0, 1, 2)
@@ -201,6 +202,39 @@ def test_a_failed_launch_is_one_clear_error(module, error, words):
     with pytest.raises(RuntimeError, match=r"ccc of \(1, 15, 2\) float32 on cuda:\d+: .*" + words):
         functional.ccc(x, x)
     assert math.isclose(functional.ccc(x, x)[0].item(), 1.0, rel_tol=1e-6)  # and the next call works
+
+
+OPS = ("reliability_fusion", "stage_filter", "ccc", "temporal_ccc", "leaky_average")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in OPS], ids=str)
+def test_ops_are_legal_in_capture(module, monkeypatch, case):
+    """Forward and backward send their work to the capturing stream alone, wait for nothing and allocate nothing."""
+    stream = module.simt.create_stream()
+    monkeypatch.setattr(_door, "placement", lambda _: (0, stream))
+    inputs = case.inputs()
+    ran, allocated = module.simt.launches(), module.simt.allocations()
+
+    def captured(work):
+        module.simt.begin_capture(stream)
+        try:
+            return work()
+        finally:
+            assert module.simt.end_capture(stream) > 0
+
+    try:
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        for x in tensors:
+            x.requires_grad_(True)
+        for name in case.constant:
+            if isinstance(inputs.get(name), torch.Tensor):
+                inputs[name].requires_grad_(False)
+        out = captured(lambda: case.call(functional, inputs))
+        wanted = [x for x in out if x is not None and x.requires_grad]
+        captured(lambda: torch.autograd.grad(wanted, [x for x in tensors if x.requires_grad], wanted, allow_unused=True))
+    finally:
+        module.simt.destroy_stream(stream)
+    assert (module.simt.launches(), module.simt.allocations()) == (ran, allocated)
 
 
 def test_what_info_asks(module):

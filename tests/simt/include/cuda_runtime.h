@@ -67,10 +67,16 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 // Work on a stream that was created waits there until the host asks for it (or another stream's event does): who forgets
 // to, reads what was there before. On the null stream it runs at once.
-struct CUstream_st { std::deque<std::function<void()>> work; };
+// A stream in capture counts its work and runs none of it; what would wait, or allocate, meanwhile is refused.
+struct CUstream_st {
+  std::deque<std::function<void()>> work;
+  bool capturing = false;
+  int64_t captured = 0;
+};
 struct CUevent_st { CUstream_st* stream; };
 using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
@@ -101,12 +107,19 @@ inline cudaError_t planted = cudaSuccess;   // what the next launch returns inst
 inline std::map<const void*, int> shared_limit;
 inline int processors = 2, shared_memory_limit = 227 * 1024;  // of the device
 
+inline int captures = 0;  // streams that are in capture now
+
+inline void begin_capture(cudaStream_t stream) { stream->capturing = true, stream->captured = 0, ++captures; }
+inline int64_t end_capture(cudaStream_t stream) { return stream->capturing = false, --captures, stream->captured; }
+
 inline cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (stream && stream->capturing) return ++stream->captured, cudaSuccess;
   if (stream) stream->work.push_back(std::move(work));
   else work();
   return cudaSuccess;
 }
 inline cudaError_t finish(cudaStream_t stream) {
+  if (stream && stream->capturing) return cudaErrorStreamCaptureUnsupported;
   while (stream && !stream->work.empty()) {
     const std::function<void()> next = std::move(stream->work.front());
     stream->work.pop_front();
@@ -162,10 +175,14 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new CUstream_st, cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) { return simt::finish(s); }
-inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return simt::finish(s), delete s, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+  if (s->capturing) simt::end_capture(s);
+  return simt::finish(s), delete s, cudaSuccess;
+}
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = new CUevent_st{nullptr}, cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return e->stream = s, cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return simt::finish(e->stream); }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
   const cudaStream_t other = e->stream;
   return simt::enqueue(s, [other] { simt::finish(other); });
