@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_runtime.h"
+#include "cuda/device.cuh"
 
 void bind_simt(pybind11::module_ m);
 namespace sage::cuda {
@@ -77,6 +77,38 @@ std::pair<int, int64_t> captured(const std::string& which) {
   return {int(found), work};
 }
 
+// What the runtime answers to a use of device 0's stream or memory while device 1 is the current one.
+int elsewhere(const std::string& which, int current) {
+  cudaStream_t stream, there;
+  void *memory, *pinned;
+  check(cudaSetDevice(1));
+  check(cudaStreamCreateWithFlags(&there, cudaStreamNonBlocking));
+  check(cudaSetDevice(0));
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  check(cudaMalloc(&memory, sizeof(float)));
+  check(cudaHostAlloc(&pinned, sizeof(float), cudaHostAllocMapped));
+  check(cudaSetDevice(current));
+  cudaError_t found = cudaSuccess;
+  if (which == "launch") {
+    cudaLaunchConfig_t config = {};
+    config.blockDim = dim3(32);
+    config.stream = stream;
+    found = cudaLaunchKernelEx(&config, +[](int) {}, 0);
+  }
+  const cudaStream_t used = current == 0 ? stream : there;
+  if (which == "copy") found = cudaMemcpyAsync(memory, pinned, sizeof(float), cudaMemcpyHostToDevice, used);
+  if (which == "memset") found = cudaMemsetAsync(memory, 0, sizeof(float), used);
+  check(cudaStreamDestroy(stream)), check(cudaStreamDestroy(there));
+  check(cudaFree(memory)), check(cudaFreeHost(pinned)), check(cudaSetDevice(0));
+  return int(found);
+}
+
+// The current device under DeviceGuard.
+int guarded(int device, bool must) {
+  const sage::cuda::DeviceGuard guard(device, must);
+  return simt::device;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
@@ -85,5 +117,7 @@ PYBIND11_MODULE(SAGE_MODULE_NAME, m) {
   });
   m.def("runtime", &runtime);
   m.def("captured", &captured);
+  m.def("elsewhere", &elsewhere);
+  m.def("guarded", &guarded);
   bind_simt(m.def_submodule("simt"));
 }

@@ -231,10 +231,30 @@ def test_ops_are_legal_in_capture(module, monkeypatch, case):
                 inputs[name].requires_grad_(False)
         out = captured(lambda: case.call(functional, inputs))
         wanted = [x for x in out if x is not None and x.requires_grad]
-        captured(lambda: torch.autograd.grad(wanted, [x for x in tensors if x.requires_grad], wanted, allow_unused=True))
+        captured(
+            lambda: torch.autograd.grad(wanted, [x for x in tensors if x.requires_grad], wanted, allow_unused=True)
+        )
     finally:
         module.simt.destroy_stream(stream)
     assert (module.simt.launches(), module.simt.allocations()) == (ran, allocated)
+
+
+def test_an_op_runs_on_the_device_of_its_stream(module, monkeypatch):
+    """Whatever device is the caller's, which is restored."""
+    x = torch.randn(3, 5, 2)
+    module.simt.select(1)
+    stream = module.simt.create_stream()
+    monkeypatch.setattr(_door, "placement", lambda _: (1, stream))
+    try:
+        for caller in (0, 1):
+            module.simt.select(caller)
+            module.simt.begin_capture(stream)
+            functional.ccc(x, x)
+            assert module.simt.end_capture(stream) > 0
+            assert module.simt.selected() == caller
+    finally:
+        module.simt.select(0)
+        module.simt.destroy_stream(stream)
 
 
 def test_what_info_asks(module):
@@ -242,6 +262,7 @@ def test_what_info_asks(module):
     assert module.cuda_problem(0) == ""
     module.simt.fail_next_launch(209)
     assert "rebuild with CMAKE_CUDA_ARCHITECTURES=70" in module.cuda_problem(0)
+    assert "cuda:7 cannot be made the current device" in module.cuda_problem(7)
     assert module.cuda_problem(0) == ""
 
 
