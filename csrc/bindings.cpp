@@ -26,6 +26,7 @@ namespace py = pybind11;
 
 #if defined(SAGE_SIMT)
 void bind_simt(py::module_ m);  // tests/simt/control.cpp
+int simt_device_of(uintptr_t stream);
 #endif
 
 namespace {
@@ -55,7 +56,11 @@ DType dtype_of(int code) {
   return static_cast<DType>(code);
 }
 
+#if defined(SAGE_SIMT)
+Exec exec_of(int, Address stream) { return {simt_device_of(stream), at(stream)}; }
+#else
 Exec exec_of(int where, Address stream) { return {where, at(stream)}; }
+#endif
 
 template <class Params>
 using Launcher = void (*)(const Params&, Exec);
@@ -392,7 +397,8 @@ void bind_open_session(py::module_ m) {
       all[i] = {names[i].c_str(), sizes[i].data(), static_cast<int>(sizes[i].size()),
                 static_cast<const float*>(at(one[2].cast<Address>()))};
     }
-    return open(shape_of(shape), {all.data(), static_cast<int64_t>(all.size())}, rows, where);
+    return open(shape_of(shape), {all.data(), static_cast<int64_t>(all.size())}, rows,
+                exec_of(where, 0).where);
   });
 }
 

@@ -190,24 +190,6 @@ __device__ __forceinline__ Item block_scan(Item x, Item& carry, Item* shared, Op
 }
 
 // -------------------------------------------------------------------------------------------------- launching
-// The caller's device for the time of one call.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    ok_ = cudaGetDevice(&before_) == cudaSuccess;
-    if (ok_ && before_ != device) changed_ = cudaSetDevice(device) == cudaSuccess;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool ok_ = false, changed_ = false;
-};
-
 struct Call {  // one op on one device and stream; text goes into its error
   int device;
   cudaStream_t stream;
@@ -248,6 +230,55 @@ inline std::string reason(int device, cudaError_t error) {
   cudaGetLastError();
   return why;
 }
+
+// Whether the device has its primary context already, by the driver's word. To ask makes none. Where the driver cannot
+// be asked, yes.
+inline bool has_context(int device) {
+  using State = int (*)(int device, unsigned* flags, int* active);  // cuDevicePrimaryCtxGetState
+  static const State state = [] {
+    void* found = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault);
+#endif
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess ? reinterpret_cast<State>(found) : nullptr;
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  return !state || state(device, &flags, &active) != 0 || active != 0;
+}
+
+// The caller's device for the time of one call. It is set back where it has a context: cudaSetDevice would make one,
+// some hundred MiB, on a device that nobody has used.
+class DeviceGuard {
+ public:
+  // A device that cannot be set is an error, unless `must` is false: in a destructor.
+  explicit DeviceGuard(int device, bool must = true) {
+    if (cudaGetDevice(&before_) != cudaSuccess || before_ == device) return;
+    const bool restore = has_context(before_);
+    const cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess)
+      restore_ = restore;
+    else if (must)
+      throw std::runtime_error("sage_ext: cuda:" + std::to_string(device) +
+                               " cannot be made the current device: " + reason(device, error));
+    else
+      cudaGetLastError();
+  }
+  ~DeviceGuard() {
+    if (restore_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool restore_ = false;
+};
 
 [[noreturn]] inline void raise(const Call& call, cudaError_t error) {
   throw std::runtime_error(std::string("sage_ext: ") + call.text + " on cuda:" + std::to_string(call.device) +

@@ -21,11 +21,13 @@ std::string versions() {
   return text;
 }
 
-std::string problem(int device) {
+std::string problem(int device) try {
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
   return error == cudaSuccess ? "" : reason(device, error);
+} catch (const std::runtime_error& error) {  // the device cannot be selected
+  return error.what();
 }
 
 }  // namespace sage::cuda

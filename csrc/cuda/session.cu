@@ -307,7 +307,7 @@ class CudaSession final : public Session {
     reset_all();
   }
   ~CudaSession() override {
-    const DeviceGuard guard(call_.device);
+    const DeviceGuard guard(call_.device, false);
     event_.reset(), stream_.reset(), host_.reset(), device_.reset();
   }
 

@@ -2,9 +2,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
+#include <vector>
 
 #include "cuda_runtime.h"
+
+// The device of a call: the ops' tensors lie on the CPU, so what they pass for it is a number of threads.
+int simt_device_of(uintptr_t stream) {
+  return stream ? reinterpret_cast<cudaStream_t>(stream)->device : simt::device;
+}
 
 void bind_simt(pybind11::module_ m) {
   m.def("set_order", &simt::set_order);
@@ -30,5 +38,18 @@ void bind_simt(pybind11::module_ m) {
     if (cudaMemcpyAsync(reinterpret_cast<void*>(to), source, bytes, cudaMemcpyHostToDevice, nullptr) != cudaSuccess)
       throw std::invalid_argument("upload");
   });
+  // A stream in capture: work sent to it is counted and dropped.
+  m.def("create_stream", [] {
+    cudaStream_t stream = nullptr;
+    if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) throw std::bad_alloc();
+    return reinterpret_cast<uintptr_t>(stream);
+  });
+  m.def("destroy_stream", [](uintptr_t stream) { cudaStreamDestroy(reinterpret_cast<cudaStream_t>(stream)); });
+  m.def("begin_capture", [](uintptr_t stream) { simt::begin_capture(reinterpret_cast<cudaStream_t>(stream)); });
+  m.def("end_capture", [](uintptr_t stream) { return simt::end_capture(reinterpret_cast<cudaStream_t>(stream)); });
+  m.def("select", [](int device) { return int(cudaSetDevice(device)); });
+  m.def("selected", [] { return simt::device; });
+  m.def("contexts", [] { return std::vector<bool>(std::begin(simt::contexts), std::end(simt::contexts)); });
+  m.def("forget_contexts", [] { std::fill(std::begin(simt::contexts), std::end(simt::contexts), false); });
   m.def("fail_next_launch", [](int error) { simt::planted = static_cast<cudaError_t>(error); });
 }

@@ -261,6 +261,7 @@ struct Allocation {
   bool device;
   char* pages;
   size_t mapped;  // without the guard page
+  int on;         // the device that was the current one
 };
 std::map<char*, Allocation> memory;  // by address
 
@@ -407,6 +408,7 @@ cudaError_t allocate(void** p, size_t bytes, bool device) {
   const size_t page = size_t(sysconf(_SC_PAGESIZE)), rounded = (bytes + 255) / 256 * 256;
   const size_t mapped = (rounded + page - 1) / page * page;
   ++simt::g.allocations;
+  if (simt::captures) return cudaErrorStreamCaptureUnsupported;
   void* pages = mmap(nullptr, mapped + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) return cudaErrorMemoryAllocation;
   std::memset(pages, 0xff, mapped);
@@ -414,9 +416,11 @@ cudaError_t allocate(void** p, size_t bytes, bool device) {
   mprotect(base + mapped, page, PROT_NONE);
   if (device) mprotect(base, mapped, PROT_NONE);
   *p = base + mapped - rounded;
-  simt::memory[static_cast<char*>(*p)] = {bytes, device, base, mapped};
+  simt::memory[static_cast<char*>(*p)] = {bytes, device, base, mapped, simt::device};
+  simt::contexts[simt::device] = true;
   return cudaSuccess;
 }
+int device_of(cudaStream_t stream) { return stream ? stream->device : simt::device; }
 cudaError_t release(void* p) {
   if (!p) return cudaSuccess;
   const auto found = simt::memory.find(static_cast<char*>(p));
@@ -434,6 +438,7 @@ cudaError_t cudaFreeHost(void* p) { return release(p); }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   const simt::Allocation* found = simt::holding(p, 1);
   *a = {cudaMemoryTypeUnregistered, simt::device, nullptr, nullptr};
+  if (found) a->device = found->on;
   if (found) a->type = found->device ? cudaMemoryTypeDevice : cudaMemoryTypeHost, a->devicePointer = const_cast<void*>(p);
   return cudaSuccess;
 }
@@ -441,13 +446,14 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   const bool down = kind == cudaMemcpyHostToDevice;
   const simt::Allocation *there = simt::holding(down ? to : from, bytes), *here = simt::holding(down ? from : to, bytes);
   if (!there || !there->device || (here && here->device)) return cudaErrorInvalidValue;
+  if (there->on != device_of(stream)) return cudaErrorInvalidValue;
   const auto copy = [=] {
     const simt::OnDevice open;
     std::memcpy(to, from, bytes);
   };
   // The runtime takes a copy of pageable memory before it returns, and fills it before it returns.
   if (!here) {
-    simt::finish(stream);
+    if (const cudaError_t error = simt::finish(stream); error != cudaSuccess) return error;
     copy();
     return cudaSuccess;
   }
@@ -455,7 +461,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   const simt::Allocation* there = simt::holding(to, bytes);
-  if (!there || !there->device) return cudaErrorInvalidValue;
+  if (!there || !there->device || there->on != device_of(stream)) return cudaErrorInvalidValue;
   return simt::enqueue(stream, [=] {
     const simt::OnDevice open;
     std::memset(to, value, bytes);

@@ -160,6 +160,58 @@ def test_copies_that_do_not_fit_or_go_the_wrong_way_are_refused(planted, which):
         planted.runtime(which)
 
 
+@pytest.mark.parametrize("which", ["malloc", "host", "stream", "event", "pageable"])
+def test_what_waits_or_allocates_is_refused_in_capture(planted, which):
+    assert planted.captured(which) == (900, 0)
+
+
+@pytest.mark.parametrize("which", ["pinned", "memset"])
+def test_work_is_captured_and_not_run(planted, which):
+    assert planted.captured(which) == (0, 1)
+
+
+@pytest.mark.parametrize(("which", "error"), [("launch", 400), ("copy", 1), ("memset", 1)])
+def test_streams_and_memory_belong_to_a_device(planted, which, error):
+    assert planted.elsewhere(which, 0) == 0
+    assert planted.elsewhere(which, 1) == error
+
+
+@pytest.fixture
+def devices(planted):
+    simt = planted.simt
+    simt.select(0)
+    yield simt
+    simt.select(0)
+
+
+@pytest.mark.parametrize(("device", "error"), [(-1, 101), (0, 0), (1, 0), (2, 101)])
+def test_there_are_two_devices(devices, device, error):
+    assert devices.select(device) == error
+
+
+def test_the_guard_sets_a_device_and_restores_the_callers(planted, devices):
+    for caller in (0, 1):
+        devices.select(caller)
+        for device in (0, 1):
+            assert planted.guarded(device, True) == device
+            assert devices.selected() == caller
+
+
+def test_the_guard_refuses_a_device_that_cannot_be_set(planted, devices):
+    with pytest.raises(RuntimeError, match=r"sage_ext: cuda:2 cannot be made the current device: refused"):
+        planted.guarded(2, True)
+    assert planted.guarded(2, False) == 0  # in a destructor
+    assert devices.selected() == 0
+
+
+def test_the_guard_makes_no_context_on_the_callers_device(planted, devices):
+    devices.forget_contexts()
+    assert planted.guarded(1, True) == 1
+    assert devices.contexts() == [False, True]
+    assert planted.guarded(1, True) == 1
+    assert devices.contexts() == [False, True]
+
+
 def test_the_host_cannot_touch_device_memory():
     code = "import sys; sys.path.insert(0, sys.argv[1]); from simt import build; build.load(sys.argv[2], 'planted')"
     command = [sys.executable, "-c", code + ".runtime('touch')", str(HERE.parent), str(planted_module(False))]

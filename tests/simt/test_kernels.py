@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from backends import SIMT, SIMT_MODULE
+from torch.utils import _pytree as pytree
 
 from sage_ext import _C, functional, reference
 from sage_ext._ops import _door
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from cases import Case, Random, converted, filter_inputs, fusion_inputs, leaky_inputs, pair_inputs, run
+from cases import CASES, Case, Random, converted, filter_inputs, fusion_inputs, leaky_inputs, pair_inputs, run
 
 pytestmark = pytest.mark.skipif(SIMT is None, reason="no C++ compiler for the emulation")
 ORDERS = (0, 1, 2)
@@ -203,11 +204,65 @@ def test_a_failed_launch_is_one_clear_error(module, error, words):
     assert math.isclose(functional.ccc(x, x)[0].item(), 1.0, rel_tol=1e-6)  # and the next call works
 
 
+OPS = ("reliability_fusion", "stage_filter", "ccc", "temporal_ccc", "leaky_average")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in OPS], ids=str)
+def test_ops_are_legal_in_capture(module, monkeypatch, case):
+    """Forward and backward send their work to the capturing stream alone, wait for nothing and allocate nothing."""
+    stream = module.simt.create_stream()
+    monkeypatch.setattr(_door, "placement", lambda _: (0, stream))
+    inputs = case.inputs()
+    ran, allocated = module.simt.launches(), module.simt.allocations()
+
+    def captured(work):
+        module.simt.begin_capture(stream)
+        try:
+            return work()
+        finally:
+            assert module.simt.end_capture(stream) > 0
+
+    try:
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        for x in tensors:
+            x.requires_grad_(True)
+        for name in case.constant:
+            if isinstance(inputs.get(name), torch.Tensor):
+                inputs[name].requires_grad_(False)
+        out = captured(lambda: case.call(functional, inputs))
+        wanted = [x for x in out if x is not None and x.requires_grad]
+        captured(
+            lambda: torch.autograd.grad(wanted, [x for x in tensors if x.requires_grad], wanted, allow_unused=True)
+        )
+    finally:
+        module.simt.destroy_stream(stream)
+    assert (module.simt.launches(), module.simt.allocations()) == (ran, allocated)
+
+
+def test_an_op_runs_on_the_device_of_its_stream(module, monkeypatch):
+    """Whatever device is the caller's, which is restored."""
+    x = torch.randn(3, 5, 2)
+    module.simt.select(1)
+    stream = module.simt.create_stream()
+    monkeypatch.setattr(_door, "placement", lambda _: (1, stream))
+    try:
+        for caller in (0, 1):
+            module.simt.select(caller)
+            module.simt.begin_capture(stream)
+            functional.ccc(x, x)
+            assert module.simt.end_capture(stream) > 0
+            assert module.simt.selected() == caller
+    finally:
+        module.simt.select(0)
+        module.simt.destroy_stream(stream)
+
+
 def test_what_info_asks(module):
     assert module.cuda_versions() == "runtime 13.0, driver for CUDA 12.4"
     assert module.cuda_problem(0) == ""
     module.simt.fail_next_launch(209)
     assert "rebuild with CMAKE_CUDA_ARCHITECTURES=70" in module.cuda_problem(0)
+    assert "cuda:7 cannot be made the current device" in module.cuda_problem(7)
     assert module.cuda_problem(0) == ""
 
 

@@ -67,10 +67,18 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorInvalidResourceHandle = 400,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 // Work on a stream that was created waits there until the host asks for it (or another stream's event does): who forgets
 // to, reads what was there before. On the null stream it runs at once.
-struct CUstream_st { std::deque<std::function<void()>> work; };
+// A stream in capture counts its work and runs none of it; what would wait, or allocate, meanwhile is refused.
+struct CUstream_st {
+  std::deque<std::function<void()>> work;
+  bool capturing = false;
+  int64_t captured = 0;
+  int device = 0;  // the current one when it was made
+};
 struct CUevent_st { CUstream_st* stream; };
 using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
@@ -95,18 +103,35 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
+#define CUDART_VERSION 13000
+enum : unsigned long long { cudaEnableDefault = 0 };
+
 namespace simt {
-inline int device = 0;                      // the current device
+constexpr int kDevices = 2;
+inline int device = 0;              // the current device
+inline bool contexts[kDevices] = {};  // made by whoever selects a device, or makes or launches something on it
+inline bool exists(int d) { return d >= 0 && d < kDevices; }
+inline int primary_context_state(int d, unsigned* flags, int* active) {  // cuDevicePrimaryCtxGetState
+  if (!exists(d)) return cudaErrorInvalidDevice;
+  return *flags = 0, *active = contexts[d], cudaSuccess;
+}
 inline cudaError_t planted = cudaSuccess;   // what the next launch returns instead of running
 inline std::map<const void*, int> shared_limit;
 inline int processors = 2, shared_memory_limit = 227 * 1024;  // of the device
 
+inline int captures = 0;  // streams that are in capture now
+
+inline void begin_capture(cudaStream_t stream) { stream->capturing = true, stream->captured = 0, ++captures; }
+inline int64_t end_capture(cudaStream_t stream) { return stream->capturing = false, --captures, stream->captured; }
+
 inline cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (stream && stream->capturing) return ++stream->captured, cudaSuccess;
   if (stream) stream->work.push_back(std::move(work));
   else work();
   return cudaSuccess;
 }
 inline cudaError_t finish(cudaStream_t stream) {
+  if (stream && stream->capturing) return cudaErrorStreamCaptureUnsupported;
   while (stream && !stream->work.empty()) {
     const std::function<void()> next = std::move(stream->work.front());
     stream->work.pop_front();
@@ -117,11 +142,21 @@ inline cudaError_t finish(cudaStream_t stream) {
 }  // namespace simt
 
 inline cudaError_t cudaGetDevice(int* d) { return *d = simt::device, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int d) { return simt::device = d, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int d) {
+  if (!simt::exists(d)) return cudaErrorInvalidDevice;
+  simt::device = d, simt::contexts[d] = true;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long) {
+  const bool known = std::strcmp(name, "cuDevicePrimaryCtxGetState") == 0;
+  *found = known ? reinterpret_cast<void*>(&simt::primary_context_state) : nullptr;
+  return known ? cudaSuccess : cudaErrorInvalidValue;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* v) { return *v = 12040, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* v) { return *v = 13000, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int d) {
+  if (!simt::exists(d)) return cudaErrorInvalidDevice;
   *v = a == cudaDevAttrComputeCapabilityMajor ? 7 : 0;
   if (a == cudaDevAttrMultiProcessorCount) *v = simt::processors;
   if (a == cudaDevAttrMaxSharedMemoryPerBlockOptin) *v = simt::shared_memory_limit;
@@ -138,6 +173,8 @@ template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, K*) { 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... arguments) {
   if (simt::planted != cudaSuccess) return std::exchange(simt::planted, cudaSuccess);
+  if (c->stream && c->stream->device != simt::device) return cudaErrorInvalidResourceHandle;
+  simt::contexts[simt::device] = true;
   const auto limit = simt::shared_limit.find(reinterpret_cast<const void*>(kernel));
   const size_t allowed = limit == simt::shared_limit.end() ? 48 * 1024 : std::max(48 * 1024, limit->second);
   const dim3 g = c->gridDim, b = c->blockDim;
@@ -160,12 +197,20 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream);
 
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new CUstream_st, cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
+  *s = new CUstream_st;
+  (*s)->device = simt::device, simt::contexts[simt::device] = true;
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) { return simt::finish(s); }
-inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return simt::finish(s), delete s, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+  if (s->capturing) simt::end_capture(s);
+  return simt::finish(s), delete s, cudaSuccess;
+}
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = new CUevent_st{nullptr}, cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return e->stream = s, cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return simt::finish(e->stream); }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
   const cudaStream_t other = e->stream;
   return simt::enqueue(s, [other] { simt::finish(other); });
