@@ -191,8 +191,10 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("reliability_rate", float, "factor on the learning rate for the reliability path"),
     ("seed", int, "of weights, order, dropout and rehearsal"),
     ("device", str, "cpu, cuda, cuda:1 ..."),
+    ("precision", str, "float32, or bf16: the training's forward pass under autocast"),
     ("threads", int, "CPU threads"),
     ("num_workers", int, "processes that read windows"),
+    ("prefetch", int, "batches made ahead in a thread while a step runs, 0 to 2"),
     ("checkpoint_every", int, "steps between checkpoints inside an epoch"),
 )
 
@@ -232,6 +234,8 @@ def _given(args: argparse.Namespace, rehearsal: Any = None, without: Sequence[st
         given["causal"] = False
     if getattr(args, "quality", None) is not None:
         given["quality"] = args.quality
+    if hasattr(args, "compile"):
+        given["compile"] = args.compile
     changed: dict[str, Any] = {"probability": 0.0} if hasattr(args, "no_rehearsal") else {}
     if hasattr(args, "rehearsal_length"):
         if len(args.rehearsal_length) != 2:
@@ -250,6 +254,8 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     sub.add_argument("--quality", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                      help="read quality evidence (default: where the data have it, a fusion with reliability does)")  # fmt: skip
+    sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                     help="train through torch.compile; needs a C++ compiler on the CPU (default: no)")  # fmt: skip
     sub.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard beside log.csv")
     sub.add_argument("--quiet", action="store_true", help="no progress display")
     _config_arguments(sub)

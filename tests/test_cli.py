@@ -19,6 +19,7 @@ from sage_ext.data.affwild2 import AffWild2
 from sage_ext.data.synthetic import TruthClips
 from sage_ext.demo import read_submission
 from sage_ext.training.checkpoint import load_checkpoint
+from sage_ext.training.trainer import read_config
 
 SMALL = ("--dim=8", "--stages=2", "--blocks=2", "--window=2", "--hop=1.3333333333", "--batch-size=4", "--threads=1")
 
@@ -130,6 +131,20 @@ def test_other_models_go_the_whole_way(capsys, data, tmp_path, fusion):
     config = json.loads((path / "config.json").read_text())["train"]
     assert config["rehearsal"]["probability"] == 0
     assert config["causal"] is False
+
+
+def test_how_to_train_is_asked_for_and_stays(capsys, data, tmp_path):
+    path = tmp_path / "run"
+    flags = ("--precision", "bf16", "--no-compile", "--prefetch", 0, "--max-steps", 2, "--quiet")
+    assert run("train", "--data", data, "--run", path, *SMALL, *flags) == 0
+    config = read_config(path)
+    assert (config.precision, config.compile, config.prefetch) == ("bf16", False, 0)
+    assert run("train", "--run", path, "--resume", "--quiet", "--prefetch", 1) == 0
+    fails(capsys, "train", "--run", path, "--resume", "--quiet", "--compile", message="compile False -> True")
+    fails(
+        capsys, "train", "--run", path, "--overwrite", "--data", data, "--precision", "half",
+        message="precision: expected float32 or bf16, got 'half'",
+    )  # fmt: skip
 
 
 def test_expected_failures(capsys, trained, data, tmp_path):

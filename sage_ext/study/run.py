@@ -66,6 +66,7 @@ from .score import Scored, Sweep, evaluate_sweep, missing
 
 STUDY, RESULT = "study.json", "result.json"
 GROWS = ("methods", "seeds", "severities", "corruptions")  # a study may be continued with others
+LATER = {"precision": "float32", "compile": False}  # what studies from before these fields were trained with
 
 
 # ----------------------------------------------------------------------------------------------------------- trainings
@@ -154,8 +155,8 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
     path, stored = out / STUDY, dict[str, Any]()
     if path.exists():
         try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
+            stored = {**LATER, **json.loads(path.read_text())}
+        except (ValueError, TypeError) as error:
             raise RunError(f"{path}: damaged ({error})") from error
         differ = differences(stored, asked, (*GROWS, *FREE, "dealt"))
         if differ:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .._arguments import MAX_MODALITIES, check_int, check_number
+from .._arguments import MAX_MODALITIES, check_bool, check_int, check_number
 from ..data.affwild2 import AffWild2, Clip, disagreements, modality_names
 from ..data.rates import FPS, default_frames, nearest, whole_frames
 from ..data.synthetic import ToldClips, has_truth, meter
@@ -41,6 +41,7 @@ from ..models.peers import fusion_class
 from ..models.sage import SAGE, SAGELoss
 from .checkpoint import load_checkpoint, reading, save_checkpoint
 from .evaluate import evaluate, predict_clip
+from .prefetch import Prefetch, pinned
 from .progress import Progress
 from .rehearsal import Rehearsal
 
@@ -75,6 +76,7 @@ class Spans(NamedTuple):
     longest_failure: int
 
 
+PRECISIONS = ("float32", "bf16")
 WINDOW = 300  # by default: frames at 30 a second
 
 
@@ -128,8 +130,13 @@ class TrainConfig:
     rehearsal: Rehearsal = dataclasses.field(default_factory=Rehearsal)
     seed: int = 0
     device: str = "cpu"
+    precision: str = (
+        "float32"  # or "bf16": the forward pass under autocast; weights, losses and validation stay float32
+    )
+    compile: bool = False  # the training's forward and backward pass through torch.compile
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
     num_workers: int = 0  # processes that read windows; does not change the result
+    prefetch: int = 1  # batches made ahead in a thread while a step runs, 0 to 2; does not change the result
     checkpoint_every: int = 200  # steps between checkpoints within an epoch; does not change the result
 
     def __post_init__(self) -> None:
@@ -150,6 +157,10 @@ class TrainConfig:
             check_int("max_steps", self.max_steps, 1)
         if self.keep not in ("best", "last"):
             raise ValueError(f"keep: expected best or last, got {self.keep!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, got {self.precision!r}")
+        check_bool("compile", self.compile)
+        check_int("prefetch", self.prefetch, 0, 2)
         for name in ("lr", "grad_clip", "reliability_rate"):
             check_number(name, getattr(self, name), "> 0 and finite", lambda x: 0 < x < math.inf)
         for name in ("weight_decay", "unimodal_weight", "reliability_weight"):
@@ -201,7 +212,7 @@ class TrainConfig:
 
 AT = ("step", "epoch", "position", "log_bytes", "done")  # where a training is, attributes of `Training`
 # What may differ when a run is continued: none of it changes the numbers on the CPU.
-FREE = ("data", "num_workers", "checkpoint_every")
+FREE = ("data", "num_workers", "prefetch", "checkpoint_every")
 
 
 def _same_shape(what: str, value: Tensor, like: Tensor) -> None:
@@ -296,6 +307,7 @@ class Training:
     def __init__(self, config: TrainConfig, run: Path, data: dict[str, AffWild2], progress: Progress) -> None:
         self.config, self.run, self.progress = config, run, progress
         self.device = torch.device(config.device)
+        self.pins = self.device.type == "cuda"
         if config.told:
             data = {split: ToldClips(clips) for split, clips in data.items()}  # type: ignore[misc]
         self.train_data, self.validation = data["train"], _Opened(data["validation"])
@@ -319,6 +331,7 @@ class Training:
             self.total = min(self.total, config.max_steps)
 
         self.model.to(self.device)
+        self.forward: Any = torch.compile(self.model) if config.compile else self.model  # of a step; shares the weights
         self.loss = SAGELoss(unimodal=config.unimodal_weight, reliability=config.reliability_weight)
         path = {id(p) for p in self.model.reliability_parameters()}
         groups = []
@@ -431,8 +444,12 @@ class Training:
     # -------------------------------------------------------------------------------------------------------- steps
     def _inputs(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The model's own modalities on its device: features, present (B, W, M), mask (B, W)."""
-        features = {name: batch["features"][name].to(self.device) for name in self.names}
-        return features, batch["present"][:, :, self.columns].to(self.device), batch["frame"].to(self.device)
+        features = {name: self._here(batch["features"][name]) for name in self.names}
+        return features, self._here(batch["present"])[:, :, self.columns], self._here(batch["frame"])
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """On the device; from pinned memory the copy is only begun, and what is asked of the device next waits for it."""
+        return tensor.to(self.device, non_blocking=True)
 
     def _batches(self) -> DataLoader:
         """The batches of this epoch that are not done yet."""
@@ -450,17 +467,27 @@ class Training:
             generator=torch.Generator(),
         )
 
+    def _rehearsed(self, loaded: Iterator[Mapping[str, Any]], first: int) -> Iterator[dict[str, Any]]:
+        """The batches for the steps from `first` on, failures rehearsed, for a GPU in pinned memory. It reads nothing that
+        a step changes, and draws from generators of its own: it may run ahead, in another thread."""
+        for step, batch in enumerate(loaded, first):
+            generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "rehearsal", step))
+            made = self.config.rehearsal(batch, generator, self.fps, self.meter)
+            needed = {name: made[name] for name in ("present", "frame", "labels", "valid")}
+            needed["features"] = {name: made["features"][name] for name in self.names}
+            needed["quality"] = {name: made["quality"][name] for name in self.quality_dims}
+            yield pinned(needed, self.device) if self.pins else needed
+
     def _one_step(self, batch: Mapping[str, Any]) -> None:
-        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "rehearsal", self.step))
-        batch = self.config.rehearsal(batch, generator, self.fps, self.meter)
         features, present, frame = self._inputs(batch)
-        labels, valid = batch["labels"].to(self.device), batch["valid"].to(self.device)
+        labels, valid = self._here(batch["labels"]), self._here(batch["valid"])
 
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(self.config, self.step, self.total)
         self.model.train()
-        quality = {name: batch["quality"][name].to(self.device) for name in self.quality_dims}
-        output = self.model(features, present=present, mask=frame, quality=quality or None)
+        quality = {name: self._here(batch["quality"][name]) for name in self.quality_dims}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = self.forward(features, present=present, mask=frame, quality=quality or None)
         loss, parts = self.loss(output, labels, valid, present)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -501,14 +528,17 @@ class Training:
         if self.step == 0:
             self.model.fit_statistics(_Inputs(self.windows, self.names, self.columns, self.config.batch_size))
         while not self.done:
-            for batch in self._batches():
-                self._one_step(batch)
-                self.progress.step(self)
-                last = self.position == self.per_epoch or self.step >= self.total
-                if last:
-                    break
-                if self.step % self.config.checkpoint_every == 0:
-                    self.save()
+            # The loader's iterator is made here: the worker processes that it may start belong to this thread.
+            made = self._rehearsed(iter(self._batches()), self.step)
+            with Prefetch(made, self.config.prefetch) as batches:
+                for batch in batches:
+                    self._one_step(batch)
+                    self.progress.step(self)
+                    last = self.position == self.per_epoch or self.step >= self.total
+                    if last:
+                        break
+                    if self.step % self.config.checkpoint_every == 0:
+                        self.save()
             self._end_of_epoch()
 
 

@@ -235,6 +235,76 @@ def test_it_learns(data, tmp_path):
     assert rows[-1]["loss_reliability"] < rows[0]["loss_reliability"]
 
 
+def losses(run):
+    lines = (run / "log.csv").read_text().splitlines()[1:]
+    return [float(line.split(",")[trainer.COLUMNS.index("loss_prediction")]) for line in lines]
+
+
+def interrupted(config, run, monkeypatch, at):
+    """Train until the step `at` is to be made."""
+    step = trainer.Training._one_step
+
+    def killed(self, batch):
+        if self.step == at:
+            raise Killed
+        step(self, batch)
+
+    monkeypatch.setattr(trainer.Training, "_one_step", killed)
+    with pytest.raises(Killed):
+        quiet(config, run)
+    monkeypatch.undo()
+
+
+def test_bf16_autocast_learns_and_resumes(data, tmp_path, monkeypatch):
+    config = TrainConfig(
+        str(data), dim=16, stages=2, blocks=2, window=2, hop=1, batch_size=4, epochs=8, lr=5e-3, warmup=5, threads=1,
+        precision="bf16", checkpoint_every=2,
+    )  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    dtypes, linear = set(), torch.nn.functional.linear
+
+    def spied(*arguments):
+        found = linear(*arguments)
+        if torch.is_grad_enabled():
+            dtypes.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spied)
+    quiet(config, whole)
+    monkeypatch.undo()
+    assert torch.bfloat16 in dtypes
+    assert losses(whole)[-1] < 0.7 * losses(whole)[0]
+    weights = load_checkpoint(whole / LAST)["model"].values()
+    assert torch.bfloat16 not in {value.dtype for value in weights}
+    interrupted(config, run, monkeypatch, at=11)
+    with pytest.raises(RunError, match="precision 'bf16' -> 'float32'"):
+        quiet(dataclasses.replace(config, precision="float32"), run, resume=True)
+    quiet(config, run, resume=True)
+    assert_same_run(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", trainer.PRECISIONS)
+def test_compiled_training_learns_and_resumes(data, tmp_path, monkeypatch, precision):
+    config = TrainConfig(
+        str(data), dim=8, stages=2, blocks=1, window=2, hop=4 / 3, batch_size=4, epochs=2, lr=3e-3, warmup=3, threads=1,
+        dropout=0.0, precision=precision, checkpoint_every=2,
+    )  # fmt: skip
+    compiled = dataclasses.replace(config, compile=True)
+    calls, compiler = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: calls.append(model) or compiler(model))
+    quiet(config, tmp_path / "eager")
+    assert not calls
+    quiet(compiled, tmp_path / "whole")
+    assert len(calls) == 1
+    monkeypatch.undo()
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "eager"), rel=0.05)
+    interrupted(compiled, tmp_path / "run", monkeypatch, at=7)
+    quiet(compiled, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    Run.load(tmp_path / "whole")  # weights under their own names
+
+
 def test_early_stopping_waits_for_patience(data, tmp_path, monkeypatch):
     """Validation P is scripted; the best epoch is kept, and `patience` worse ones end the run."""
     script = iter([0.1, 0.3, 0.2, 0.25, 0.29, 0.9, 0.9])
@@ -417,11 +487,21 @@ def test_learning_rate():
         ({"lr": math.nan}, "lr"), ({"epochs": 0}, "epochs"), ({"max_steps": 0}, "max_steps"), ({"seed": -1}, "seed"),
         ({"unimodal_weight": -1.0}, "unimodal_weight"), ({"threads": 0}, "threads"),
         ({"grad_clip": math.inf}, "grad_clip"),
+        ({"precision": "fp16"}, "precision: expected float32 or bf16, got 'fp16'"),
+        ({"prefetch": -1}, r"prefetch: expected an int in \[0, 2\], got -1"),
+        ({"prefetch": 3}, r"prefetch: expected an int in \[0, 2\], got 3"),
     ],
 )  # fmt: skip
 def test_bad_configuration(bad, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig("unused", **bad)
+
+
+def test_bad_kinds_in_a_configuration():
+    with pytest.raises(TypeError, match="compile: expected a bool, got str"):
+        TrainConfig("unused", compile="yes")
+    with pytest.raises(TypeError, match="prefetch: expected an int, got bool"):
+        TrainConfig("unused", prefetch=True)
 
 
 def test_spans_are_seconds():
