@@ -172,8 +172,7 @@ class Rehearsal:
         elif kind != "swap":
             usual = sources[0][row][batch["present"][row, :, modality] & batch["frame"][row]]
             value = self._mild(kind, value, usual, generator)
-        target = out["features"][name][row, span]
-        target[hit] = value[hit]
+        _replace(out["features"][name][row, span], hit, value)
         if meter is not None and quality and kind in ("zero", *MILD):
             there = batch["present"][row, :, modality] & batch["frame"][row]
             before, after = sources[0][row][there].numpy(), out["features"][name][row][there].numpy()
@@ -185,18 +184,18 @@ class Rehearsal:
             out["present"][row, span, modality] &= ~hit
             quality = [torch.full_like(rows, math.nan) for rows in quality]
         for rows in quality:
-            target = out["quality"][name][row, span]
-            target[hit] = rows[hit]
+            _replace(out["quality"][name][row, span], hit, rows)
         out["rehearsed"][row, span, modality] |= hit
 
     def _mild(self, kind: str, value: Tensor, usual: Tensor, generator: torch.Generator) -> Tensor:
         """(L, D) `value` under one of MILD; `usual` (N, D) are the window's frames that have the modality, one at least."""
         length, dim = value.shape
-        mean, deviation = usual.mean(0), usual.std(0, correction=0)
         if kind == "gain":
             log = math.log(GAIN[0]) + math.log(GAIN[1] / GAIN[0]) * _uniform(generator)
-            centre = mean * _uniform(generator)
+            centre = usual.mean(0) * _uniform(generator)
             return centre + math.exp(log if _uniform(generator) < 0.5 else -log) * (value - centre)
+        if kind in ("occlude", "offset"):
+            deviation = usual.std(0, correction=0)
         if kind == "occlude":
             share = OCCLUDED[0] + (OCCLUDED[1] - OCCLUDED[0]) * _uniform(generator)
             hidden = torch.randperm(dim, generator=generator) < max(round(share * dim), 1)
@@ -212,6 +211,7 @@ class Rehearsal:
         scale = math.sqrt(_power(usual) / 10 ** (snr / 10))
         value = value + scale * torch.randn(value.shape, generator=generator, dtype=value.dtype)
         if _uniform(generator) < self.levelled:
+            mean = usual.mean(0)
             value = mean + (value - mean) / math.sqrt(1 + 1 / 10 ** (snr / 10))
         return value
 
@@ -237,6 +237,11 @@ class Rehearsal:
     def _draw_donor(self, clip: Tensor, row: int, generator: torch.Generator) -> int | None:
         others = (clip != clip[row]).nonzero().flatten()
         return int(others[_index(len(others), generator)]) if len(others) else None
+
+
+def _replace(target: Tensor, hit: Tensor, value: Tensor) -> None:
+    """The rows of `target` (L, D) that are `hit` (L,) by those of `value`."""
+    torch.where(hit.unsqueeze(-1), value, target, out=target)
 
 
 def _uniform(generator: torch.Generator) -> float:
