@@ -234,8 +234,7 @@ def _given(args: argparse.Namespace, rehearsal: Any = None, without: Sequence[st
         given["causal"] = False
     if getattr(args, "quality", None) is not None:
         given["quality"] = args.quality
-    if hasattr(args, "compile"):
-        given["compile"] = args.compile
+    given.update({name: getattr(args, name) for name in ("compile", "graph") if hasattr(args, name)})
     changed: dict[str, Any] = {"probability": 0.0} if hasattr(args, "no_rehearsal") else {}
     if hasattr(args, "rehearsal_length"):
         if len(args.rehearsal_length) != 2:
@@ -256,6 +255,8 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
                      help="read quality evidence (default: where the data have it, a fusion with reliability does)")  # fmt: skip
     sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                      help="train through torch.compile; needs a C++ compiler on the CPU (default: no)")  # fmt: skip
+    sub.add_argument("--graph", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                     help="a step of the training as one CUDA graph (default: no)")  # fmt: skip
     sub.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard beside log.csv")
     sub.add_argument("--quiet", action="store_true", help="no progress display")
     _config_arguments(sub)

@@ -20,7 +20,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ class TrainConfig:
         "float32"  # or "bf16": the forward pass under autocast; weights, losses and validation stay float32
     )
     compile: bool = False  # the training's forward and backward pass through torch.compile
+    graph: bool = False  # a whole step of the training as one CUDA graph
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
     num_workers: int = 0  # processes that read windows; does not change the result
     prefetch: int = 1  # batches made ahead in a thread while a step runs, 0 to 2; does not change the result
@@ -159,7 +161,10 @@ class TrainConfig:
             raise ValueError(f"keep: expected best or last, got {self.keep!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, got {self.precision!r}")
-        check_bool("compile", self.compile)
+        for name in ("compile", "graph"):
+            check_bool(name, getattr(self, name))
+        if self.graph and not self.device.startswith("cuda"):
+            raise ValueError(f"graph: expected False (only a GPU has graphs), got True on device {self.device!r}")
         check_int("prefetch", self.prefetch, 0, 2)
         for name in ("lr", "grad_clip", "reliability_rate"):
             check_number(name, getattr(self, name), "> 0 and finite", lambda x: 0 < x < math.inf)
@@ -301,6 +306,35 @@ class _Inputs:
             yield {"features": features, "quality": quality, **flags}
 
 
+class _Captured:
+    """`step`, of tensors to tensors, as a CUDA graph of the current stream: the first calls run as they are, the next one is
+    captured, and from then on it is replayed. Inputs keep their shapes; results are overwritten by the next call. All else
+    that `step` reads or changes has to stay where it is."""
+
+    WARM_UP = 3  # calls in which things are compiled, and made that then stay
+
+    def __init__(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.step, self.calls = step, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            return self.step(*inputs)
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.current_stream()
+            # The thread that makes batches may ask CUDA for pinned memory meanwhile.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = self.step(*self.inputs)  # nothing is computed yet
+        else:
+            for own, given in zip(self.inputs, inputs):
+                own.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
 class Training:
     """One run in progress. `train` is the way to use it."""
 
@@ -339,7 +373,12 @@ class Training:
             for decay, matrix in ((config.weight_decay, True), (0.0, False)):
                 chosen = [p for p in self.model.parameters() if (id(p) in path) == inside and (p.dim() > 1) == matrix]
                 groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=config.lr, fused=True, capturable=config.graph
+        )
+        # A graph would keep a number as it was at the capture: what it reads is on the device.
+        self.rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups] if config.graph else []
+        self.update = _Captured(self._update) if config.graph else self._update
         self.step = self.epoch = self.position = self.log_bytes = 0  # position: batches done of this epoch
         self.best: dict[str, Any] = {"P": -math.inf, "epoch": -1, "step": -1, "scores": {}, "model": {}}
         self.done = False
@@ -478,14 +517,11 @@ class Training:
             needed["quality"] = {name: made["quality"][name] for name in self.quality_dims}
             yield pinned(needed, self.device) if self.pins else needed
 
-    def _one_step(self, batch: Mapping[str, Any]) -> None:
-        features, present, frame = self._inputs(batch)
-        labels, valid = self._here(batch["labels"]), self._here(batch["valid"])
-
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(self.config, self.step, self.total)
-        self.model.train()
-        quality = {name: self._here(batch["quality"][name]) for name in self.quality_dims}
+    def _update(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """A step of the weights by labels, valid, present, frame, features and quality, which never waits for the device. The
+        loss and its PARTS (4,), and the prediction (B, W, C)."""
+        labels, valid, present, frame, *rest = inputs
+        features, quality = dict(zip(self.names, rest)), dict(zip(self.quality_dims, rest[len(self.names) :]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.forward(features, present=present, mask=frame, quality=quality or None)
         loss, parts = self.loss(output, labels, valid, present)
@@ -493,9 +529,21 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
+        return torch.stack([loss.detach(), *(parts[name] for name in PARTS)]), output.prediction.detach()
 
-        self.loss_sum += torch.stack([loss.detach(), *(parts[name] for name in PARTS)])
-        self.moments = ccc_moments(output.prediction.detach(), labels, valid, state=self.moments)
+    def _one_step(self, batch: Mapping[str, Any]) -> None:
+        features, present, frame = self._inputs(batch)
+        labels, valid = self._here(batch["labels"]), self._here(batch["valid"])
+        quality = [self._here(batch["quality"][name]) for name in self.quality_dims]
+
+        for i, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = group["factor"] * learning_rate(self.config, self.step, self.total)
+            if self.rates:
+                group["lr"] = self.rates[i].fill_(group["lr"])
+        self.model.train()
+        told, prediction = self.update(labels, valid, present, frame, *features.values(), *quality)
+        self.loss_sum += told
+        self.moments = ccc_moments(prediction, labels, valid, state=self.moments)
         self.step += 1
         self.position += 1
 
@@ -512,7 +560,7 @@ class Training:
             model = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
             self.best = {"P": val["P"], "epoch": self.epoch, "step": self.step, "scores": found, "model": model}
             self._export_best()
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = float(self.optimizer.param_groups[0]["lr"])
         row = dict(zip(log_columns(self.targets), (
             self.epoch, self.step, rate, *loss, *running.values(), *val.values(), self.best["P"]
         )))  # fmt: skip
@@ -523,6 +571,15 @@ class Training:
         self.done = waited or self.step >= self.total
         self._clear_running()
         self.save()
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """With a graph all runs on a stream of its own: the default one cannot be captured, and the capture would wait for
+        another on which gradients were made before."""
+        if not self.config.graph:
+            return nullcontext()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(stream)
 
     def run_to_end(self) -> None:
         if self.step == 0:
@@ -695,7 +752,8 @@ def train(
                     training.load()
                 training.open_log()
                 reporter.start(training)
-                training.run_to_end()
+                with training.stream():
+                    training.run_to_end()
     finally:
         reporter.close()
         torch.set_num_threads(threads)
