@@ -33,9 +33,9 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
-WATCH = [
-    "-fsanitize=thread"
-]  # for its calls before every access: races.cpp answers them, and its library is not linked
+# For the calls before every access: races.cpp answers them, and the sanitizer's library is not linked. Guards of static
+# variables in the host's part would be atomic calls besides.
+WATCH = ["-fsanitize=thread", "-fno-threadsafe-statics"]
 DEFINES = ["-DSAGE_SIMT", "-DSAGE_WITH_CUDA", "-DSAGE_CUDA_ONLY"]
 BUILD_INFO = '#define SAGE_BUILD_INFO "{\\"simt\\": true}"\n'
 
