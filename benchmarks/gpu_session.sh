@@ -44,7 +44,7 @@ part() { # NAME MOST_SECONDS LOG COMMAND...
 
 if [ -n "$DRY" ]; then
   [ "$DRY" = --dry-run ] || { echo "unknown option $DRY" >&2 && exit 2; }
-  gpu=(--dry-run) kernels=(--device cpu) stream=(--steps 2 --rounds 1 --no-compile)
+  gpu=(--dry-run) kernels=(--device cpu) stream=(--dry-run --steps 2 --rounds 1)
   select=(-k "one_hot and not simt") tests=(tests/ops/test_reliability_fusion.py)
   note "dry run: no GPU is used"
 else
@@ -54,7 +54,7 @@ else
     exit 1
   }
   note "$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)'), sm_$capability"
-  CUDAARCHS=$capability part build 150 "$OUT/build.log" "$PYTHON" -m pip install --no-build-isolation --no-deps \
+  CUDAARCHS=$capability part build 240 "$OUT/build.log" "$PYTHON" -m pip install --no-build-isolation --no-deps \
     --config-settings=cmake.define.SAGE_EXT_CUDA=ON . || exit 1
 fi
 
@@ -71,7 +71,7 @@ export SAGE_TEST_SIMT=0 SAGE_EXT_STRICT=1
 
 part info 20 "$OUT/info.txt" "$PYTHON" -m sage_ext info
 part benchmarks 170 "$OUT/table.md" "$PYTHON" benchmarks/gpu.py --json "$OUT/gpu.json" "${gpu[@]}"
-part "streaming benchmark" 50 "$OUT/stream.md" "$PYTHON" benchmarks/stream.py --json "$OUT/stream.json" "${stream[@]}"
+part "streaming benchmark" 60 "$OUT/stream.md" "$PYTHON" benchmarks/stream.py --json "$OUT/stream.json" "${stream[@]}"
 
 parallel=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 4)
@@ -105,6 +105,6 @@ else
 fi
 
 note "done, $failures failures"
-[ -f "$OUT/table.md" ] && cat "$OUT/table.md"
+cat "$OUT"/{table,stream}.md 2>/dev/null
 cat "$OUT/summary.txt"
 [ "$failures" -eq 0 ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -48,6 +48,16 @@ RARE = 0.4  # the share of the code around a hot loop that runs: the rest is for
 OVERLAP = 4  # times that hide behind each other add up as their fourth powers do
 LAUNCH = 2.0e-6  # s, of a kernel in a graph, from the end of the one before
 START = 1.5e-6  # s, from a kernel's start to its first bytes and from its last ones to its end
+
+# A step of streams, whose weights lie in L2. Numbers are of the default model of benchmarks/stream.py, by its shapes: weights of
+# matrices before the fusion, a row a stream, and after it, three. Times of what is no product are those of docs/kernels.md.
+WEIGHTS, WEIGHTS_AFTER = 282_624, 98_560
+PHASES, REST = 11, (3.5 + 4.3 + 1.0) * 1e-6  # phases that multiply; LayerNorms, what happens to a row, barriers: s
+PHASE = 0.5e-6  # s, to the first weight of a phase, and from the last one to its activations
+L2_PORT, L2_ALL = 64, 6.3e12  # bytes a cycle to one multiprocessor, bytes a second to all; assumed
+PCIE, PCIE_TRIP = 33e9, 1.5e-6  # bytes a second that a kernel reads of the host's memory, s before the first; assumed
+HOST_COPY = 20e9  # bytes a second of one thread's copy to pinned memory; assumed
+CALL = 11e-6  # s: Python, the launch and the wait for it; assumed
 
 MILLION = 1 << 20
 
@@ -162,10 +172,59 @@ def small(gpu: Gpu) -> list[Prediction]:
     return [case("fusion", fusion_cycles, 5), case("ccc", ccc_cycles, 6), case("stage_filter", filter_cycles, 20)]
 
 
+def streaming_case(name: str, batch: int) -> str:
+    return f"streaming step, {name}, batch {batch}"
+
+
+def products(name: str, streams: int) -> float:
+    """Instructions of the products' inner loops, of a block that has so many streams."""
+    kernel = sass.look(
+        replace(
+            next(h for h in sass.HOT if h.title == f"streaming, one stream, {name}"),
+            pattern=f"stream_kernelI{ {'float32': 'f', 'bfloat16': '13__nv_bfloat16'}[name] }Li{streams}E",
+        )
+    ).kernel
+
+    def instructions(weights: int, rows: int) -> float:
+        passes, rows = (1, rows) if rows <= 6 else (rows / 6, 6)
+        held = 32 if rows <= 3 else 16  # weights of a lane and turn: product.cuh's kTiles
+        loops = [
+            len(l)
+            for l in kernel.loops()
+            if sum(i.op.startswith("FFMA") for i in kernel.part(l)) == held * rows
+            and any(i.bytes for i in kernel.part(l))
+        ]
+        return passes * weights / (held * 32) * min(loops)
+
+    return instructions(WEIGHTS, streams) + instructions(WEIGHTS_AFTER, 3 * streams)
+
+
+def streaming(gpu: Gpu) -> list[Prediction]:
+    """From inputs in the host's pageable memory to estimates there: 40 us for a stream, 150 us for 256."""
+    found = []
+    for batch, target in ((1, 40), (256, 150)):
+        streams = next(r for r in (1, 2, 4) if batch <= r * gpu.multiprocessors or r == 4)
+        blocks = -(-batch // streams)
+        for name, size in (("float32", 4), ("bfloat16", 2)):
+            matrices, inputs = (WEIGHTS + WEIGHTS_AFTER) * size, batch * (128 + 512) * 4
+            times = {
+                "L2 to a multiprocessor": matrices / (L2_PORT * gpu.clock),
+                "L2": blocks * matrices / L2_ALL,
+                "instructions": products(name, streams) / (4 * ISSUE * gpu.clock),
+            }
+            together = sum(t**OVERLAP for t in times.values()) ** (1 / OVERLAP)
+            rest = PHASES * PHASE + REST + PCIE_TRIP + inputs / PCIE
+            seconds = together + rest + inputs / HOST_COPY + CALL
+            bound = f"{max(times, key=lambda k: times[k])}: {together * 1e6:.0f} us of it"
+            case = streaming_case(name, batch)
+            found.append(Prediction(case, gpu.name, seconds, bound, seconds * 1e6, "us", target, True))
+    return found
+
+
 def all_predictions() -> list[Prediction]:
     found = []
     for gpu in GPUS:
-        found += fusion(gpu, "float32", 4) + fusion(gpu, "bfloat16", 2) + ccc(gpu) + small(gpu)
+        found += fusion(gpu, "float32", 4) + fusion(gpu, "bfloat16", 2) + ccc(gpu) + small(gpu) + streaming(gpu)
     return found
 
 

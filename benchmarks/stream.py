@@ -1,6 +1,6 @@
 """Measures a streaming step and prints a Markdown table: p50, p99, ratios, targets met or missed.
 
-    python benchmarks/stream.py [--device cuda] [--rounds 50] [--steps 20] [--cpu-time] [--no-compile] [--json FILE]
+    python benchmarks/stream.py [--device cuda | --dry-run] [--rounds 50] [--steps 20] [--cpu-time] [--no-compile] [--json FILE]
 
 The default model (features 128 + 512, dim 128, 4 stages, 4 blocks), one frame of one stream on one thread, from float32
 tensors in memory to the outputs in memory. The opponents run `SAGE.forward` on one frame with carried state, in inference
@@ -11,7 +11,8 @@ session of one row, in frames a second. Cold weights: the same step after 64 MB 
 steps without a break, and beside them a loop of plain arithmetic that takes as long, whose p99 over p50 is the machine's own.
 
 With --device cuda: batch 1 and 256 on the GPU, from inputs in the host's (pageable) memory to the estimates there; the
-opponents copy their inputs to the GPU and their prediction back.
+opponents copy their inputs to the GPU and their prediction back. torch.compile's turn, which takes longest to begin, comes after
+all figures without it are in FILE. --dry-run: the same lines on the CPU, a check of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator
 # A thread that spins while it waits takes its core from the one it waits for, where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import model as predictions
 import torch
 from report import machine
 
@@ -112,49 +114,56 @@ def take_turns(runs: dict[str, Callable[[], object]], rounds: int, steps: int) -
 
 def save(path: str | None, result: dict) -> None:
     if path:
-        with open(path, "w") as f:
+        with open(f"{path}.{os.getpid()}", "w") as f:
             json.dump(result, f, indent=1)
             f.write("\n")
+        os.replace(f.name, path)
 
 
 LIMITS = {1: 40e-6, 256: 150e-6}  # seconds a step of so many streams on a GPU
 
 
-def on_gpu(rounds: int, steps: int, compiled: bool, device: str = "cuda", opponents: str = "cuda") -> dict:
-    """The table of a GPU; `opponents`: where they run."""
-    model, rows = build(), {}
-    there = build().to(opponents)
-    print(
-        "| streams in a step | p50, us | p99, us | eager's time over it | torch.compile's |\n| --- | --- | --- | --- | --- |"
-    )
-    for batch, limit in LIMITS.items():
-        runs = {
-            "float32": session_step(model, batch, None, device),
-            "bfloat16": session_step(model, batch, torch.bfloat16, device),
-            "eager": offline_step(there, there, batch, opponents),
-        }
-        if compiled:
-            compiled_model = torch.compile(there, fullgraph=True, dynamic=False)
-            runs["torch.compile"] = offline_step(there, compiled_model, batch, opponents)
-        for step in runs.values():
-            timed(step, steps)
-        times = take_turns(runs, rounds, steps)
-        medians = {name: [statistics.median(t) for t in of] for name, of in times.items()}
-        for name, of in times.items():
-            pooled = [t for r in of for t in r]
-            p50, p99 = percentile(pooled, 0.5), percentile(pooled, 0.99)
-            row = rows[f"{name}, {batch}"] = {"p50": p50, "p99": p99}
-            shown, cells = f"{p50 * 1e6:.1f}", ["-", "-"]
-            if name in ("float32", "bfloat16"):
-                shown = verdict(p50 * 1e6, limit * 1e6, False)
-                for i, slow in enumerate(("eager", "torch.compile")):
-                    if slow in runs:
-                        row[f"over {slow}"] = gain = statistics.median(
-                            a / b for a, b in zip(medians[slow], medians[name])
-                        )
-                        cells[i] = verdict(gain, 10.0) if slow == "eager" else f"{gain:.1f}"
-            print(f"| {name}, {batch} | {shown} | {p99 * 1e6:.1f} | {cells[0]} | {cells[1]} |", flush=True)
-    return rows
+def on_gpu(rounds: int, steps: int, compiled: bool, keep: Callable[[dict], None], device: str, gpu: str) -> None:
+    """The table of a GPU of that name; `keep` gets all rows after every few. p50 and its prediction in microseconds."""
+    model, there, rows = build(), build().to(device), dict[str, dict]()
+    predicted = predictions.by_case(gpu)
+    print("| streams in a step | p50, us | predicted | p99, us | eager's time over it | torch.compile's |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for compiling in (False, True) if compiled else (False,):
+        call = torch.compile(there, fullgraph=True, dynamic=False) if compiling else None
+        for batch, limit in LIMITS.items():
+            runs = {
+                "float32": session_step(model, batch, None, device),
+                "bfloat16": session_step(model, batch, torch.bfloat16, device),
+                "eager": offline_step(there, there, batch, device),
+            }
+            if call is not None:
+                runs["torch.compile"] = offline_step(there, call, batch, device)
+            for step in runs.values():
+                timed(step, steps)
+            times = take_turns(runs, rounds, steps)
+            medians = {name: [statistics.median(t) for t in of] for name, of in times.items()}
+            for name, of in times.items():
+                pooled = [t for r in of for t in r]
+                p50, p99 = percentile(pooled, 0.5), percentile(pooled, 0.99)
+                row = rows[f"{name}, {batch}"] = {"p50": p50, "p99": p99}
+                shown, cells = f"{p50 * 1e6:.1f}", ["", "-", "-"]
+                if name in ("float32", "bfloat16"):
+                    shown = verdict(p50 * 1e6, limit * 1e6, False)
+                    if found := predicted.get(predictions.streaming_case(name, batch)):
+                        row["predicted"] = found["seconds"]
+                        cells[0] = f"{found['value']:.3g}"
+                    for i, slow in enumerate(("eager", "torch.compile"), 1):
+                        if slow in runs:
+                            row[f"over {slow}"] = gain = statistics.median(
+                                a / b for a, b in zip(medians[slow], medians[name])
+                            )
+                            cells[i] = verdict(gain, 10.0) if slow == "eager" else f"{gain:.1f}"
+                print(
+                    f"| {name}, {batch} | {shown} | {cells[0]} | {p99 * 1e6:.1f} | {cells[1]} | {cells[2]} |",
+                    flush=True,
+                )
+            keep(rows)
 
 
 def main() -> None:
@@ -165,14 +174,18 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    if options.device == "cuda":
+    if options.device == "cuda" or options.dry_run:
         if options.cpu_time:
-            parser.error("--cpu-time is of the CPU")
-        rows = on_gpu(options.rounds, options.steps, not options.no_compile)
-        about = {**machine(), "gpu": torch.cuda.get_device_name()}
+            parser.error("--cpu-time is of the CPU alone")
+        device = "cpu" if options.dry_run else "cuda"
+        about = {**machine(), "gpu": "none (dry run)" if options.dry_run else torch.cuda.get_device_name()}
+        keep = lambda rows: save(options.json, {"machine": about, "steps": rows})  # noqa: E731
+        compiled = not (options.no_compile or options.dry_run)
+        on_gpu(options.rounds, options.steps, compiled, keep, device, about["gpu"])
         print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
-        return save(options.json, {"machine": about, "steps": rows})
+        return
     global clock
     if options.cpu_time:
         clock = time.thread_time
