@@ -51,5 +51,6 @@ void bind_simt(pybind11::module_ m) {
   m.def("selected", [] { return simt::device; });
   m.def("contexts", [] { return std::vector<bool>(std::begin(simt::contexts), std::end(simt::contexts)); });
   m.def("forget_contexts", [] { std::fill(std::begin(simt::contexts), std::end(simt::contexts), false); });
+  m.def("set_inexact", [](bool inexact) { simt::inexact = inexact; });  // expf and logf
   m.def("fail_next_launch", [](int error) { simt::planted = static_cast<cudaError_t>(error); });
 }

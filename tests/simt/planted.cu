@@ -88,6 +88,12 @@ __global__ void blocks_kernel(const float* x, float* out, int apart) {
 // A thread writes a byte of its own, of a word that four share (apart = 1), or two of them one byte (2).
 __global__ void bytes_kernel(float* out, int apart) { reinterpret_cast<uint8_t*>(out)[int(threadIdx.x) / apart] = 1; }
 
+// A difference that holds only where expf and logf are the CPU's to the bit, or one that does not cancel.
+template <bool Cancels> __global__ void exponential_kernel(const float* x, float* out) {
+  const float y = expf(x[threadIdx.x] / kThreads);
+  out[threadIdx.x] = Cancels ? 1e6f * (y * expf(-x[threadIdx.x] / kThreads) - 1) : y;
+}
+
 }  // namespace
 
 void planted(int which, const float* x, float* out) {
@@ -125,6 +131,8 @@ void planted(int which, const float* x, float* out) {
     case 27: return launch(call, blocks_kernel, dim3(3), kThreads, 0, x, out, 0);
     case 28: return run(bytes_kernel, out, 1);
     case 29: return run(bytes_kernel, out, 2);
+    case 30: return run(exponential_kernel<false>, x, out);
+    case 31: return run(exponential_kernel<true>, x, out);
   }
 }
 

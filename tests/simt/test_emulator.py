@@ -170,6 +170,20 @@ def test_work_is_captured_and_not_run(planted, which):
     assert planted.captured(which) == (0, 1)
 
 
+def test_inexact_exponentials_show_what_cancels(planted):
+    """Up to 2 ulp away, the same each time; a kernel that multiplies the difference is then far off."""
+    plain = {which: results(planted, which)[0] for which in (30, 31)}
+    planted.simt.set_inexact(True)
+    try:
+        moved = {which: results(planted, which) for which in (30, 31)}
+    finally:
+        planted.simt.set_inexact(False)
+    assert all(torch.equal(out, found[0]) for found in moved.values() for out in found)
+    ulps = moved[30][0].view(torch.int32) - plain[30].view(torch.int32)
+    assert set(ulps.tolist()) == {-2, -1, 0, 1, 2}
+    assert (moved[31][0] - plain[31]).abs().max() > 0.2
+
+
 @pytest.mark.parametrize(("which", "error"), [("launch", 400), ("copy", 1), ("memset", 1)])
 def test_streams_and_memory_belong_to_a_device(planted, which, error):
     assert planted.elsewhere(which, 0) == 0

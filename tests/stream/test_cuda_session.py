@@ -48,6 +48,7 @@ def device(request, monkeypatch):
     if request.param == "simt":
         SIMT_MODULE.simt.set_device(2, ROOM)
         SIMT_MODULE.simt.set_order(0)
+        SIMT_MODULE.simt.set_inexact(False)
 
 
 @pytest.fixture
@@ -85,6 +86,26 @@ def test_steps_equal_the_offline_model(case, rows, device, request):
     whole = offline(exact, x, present, sure)
     for field in FIELDS:
         torch.testing.assert_close(getattr(found[0], field).double(), getattr(whole, field).double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["default sizes", "eight modalities"])
+def test_steps_equal_the_offline_model_with_the_exponentials_of_a_gpu(case, simt, device):
+    """The kernel's expf and logf up to 2 ulp from the CPU's, at the tolerance of the test above."""
+    dims, options = CASES[case]
+    model, frames, rows, found = build(dims, **options), 12, 3, []
+    features, present = draw(rows, frames, dims, seed=3)
+    quality = told(model, rows, frames)
+    for inexact in (False, True):
+        simt.set_inexact(inexact)
+        session = model.stream(rows, device=device)
+        steps = (session.step(frame(features, t), present[:, t], quality=frame(quality, t)) for t in range(frames))
+        found.append(stack([keep(out) for out in steps]))
+    plain, moved = found
+    assert not torch.equal(plain.prediction, moved.prediction)
+    x, sure = (None if of is None else {k: v.double() for k, v in of.items()} for of in (features, quality))
+    whole = offline(copy.deepcopy(model).double(), x, present, sure)
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(moved, field).double(), getattr(whole, field).double(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("window", [2, 3])
