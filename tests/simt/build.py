@@ -33,6 +33,8 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+# In the plain build: simt.cpp answers the call for a misaligned access, and the sanitizer's library is not linked.
+ALIGNED = ["-fsanitize=alignment"]
 # For the calls before every access: races.cpp answers them, and the sanitizer's library is not linked. Guards of static
 # variables in the host's part would be atomic calls besides.
 WATCH = ["-fsanitize=thread", "-fno-threadsafe-statics"]
@@ -97,6 +99,7 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
     """The module's path. `csrc`: another copy of the sources; `bindings`, `kernels`: other sources than the project's;
     `races`: every access of the kernels goes by races.cpp."""
     sanitizers = SANITIZE if sanitize else []
+    watched = WATCH if races else [] if sanitize else ALIGNED
     named = csrc / "bindings.cpp" if bindings is None else bindings  # the one source that holds the module's name
     kernels = sorted((csrc / "cuda").glob("*.cu")) if kernels is None else kernels
     others = [csrc / "stream" / "session.cpp"] if bindings is None else []
@@ -109,7 +112,7 @@ def build(sanitize: bool = False, csrc: Path = ROOT / "csrc", bindings: Path | N
             return compile_object(source, csrc, [*DEFINES, f"-DSAGE_MODULE_NAME={name}"])
         if source == HERE / "control.cpp" and races:
             return compile_object(source, csrc, [*sanitizers, *DEFINES, "-DSAGE_SIMT_RACES"])
-        return compile_object(source, csrc, [*sanitizers, *DEFINES, *(WATCH if races and source in kernels else [])])
+        return compile_object(source, csrc, [*sanitizers, *DEFINES, *(watched if source in kernels else [])])
 
     with alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_build_info()

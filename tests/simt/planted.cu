@@ -43,6 +43,13 @@ __global__ void vector_kernel(const float* x, float* out, int from) {
   const uint4 bits = *reinterpret_cast<const uint4*>(x + from);
   memcpy(out, &bits, 16);
 }
+__global__ void shared_vector_kernel(const float* x, float* out, int from) {
+  float* shared = shared_memory<float>();
+  shared[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  const uint4 bits = *reinterpret_cast<const uint4*>(shared + from);
+  if (threadIdx.x == 0) memcpy(out, &bits, 16);
+}
 template <bool All> __global__ void write_kernel(const float* x, float* out) {
   if (All || threadIdx.x != 77) out[threadIdx.x] = x[threadIdx.x];
 }
@@ -131,8 +138,10 @@ void planted(int which, const float* x, float* out) {
     case 27: return launch(call, blocks_kernel, dim3(3), kThreads, 0, x, out, 0);
     case 28: return run(bytes_kernel, out, 1);
     case 29: return run(bytes_kernel, out, 2);
-    case 30: return run(exponential_kernel<false>, x, out);
-    case 31: return run(exponential_kernel<true>, x, out);
+    case 30: return run(shared_vector_kernel, x, out, 0);
+    case 31: return run(shared_vector_kernel, x, out, 1);
+    case 32: return run(exponential_kernel<false>, x, out);
+    case 33: return run(exponential_kernel<true>, x, out);
   }
 }
 

@@ -402,6 +402,30 @@ unsigned ballot(unsigned mask, bool mine) {
 
 }  // namespace simt
 
+// ------------------------------------------------------------------------------------------------------ misaligned accesses
+#if !defined(__SANITIZE_ADDRESS__)
+// What g++ -fsanitize=alignment calls where a pointer of some type is used that does not have the type's alignment: on a GPU
+// the access would end the launch. As g++ lays out the arguments.
+namespace {
+struct Misaligned {
+  const char* file;
+  uint32_t line, column;
+  const struct { uint16_t kind, info; char name[1]; } * type;
+  unsigned char log_alignment, use;
+};
+}  // namespace
+extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(Misaligned* where, void* p) {
+  const char* file = std::strrchr(where->file, '/');
+  const std::string text = "misaligned use of " + simt::place_of(p) + " as " + where->type->name + ", which needs " +
+                           std::to_string(1 << where->log_alignment) + " bytes, at " + (file ? file + 1 : where->file) + ":" +
+                           std::to_string(where->line);
+  const char* frame = static_cast<const char*>(__builtin_frame_address(0));
+  if (frame >= simt::now.stacks && frame < simt::now.stacks + simt::now.stack_bytes) simt::stop(text.c_str());
+  std::fprintf(stderr, "simt: %s, in the host's code\n", text.c_str());
+  std::abort();
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------- the runtime's memory
 namespace {
 cudaError_t allocate(void** p, size_t bytes, bool device) {

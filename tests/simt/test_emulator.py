@@ -132,6 +132,23 @@ def test_threads_can_be_preempted_at_accesses(watched):
     watched.simt.detect(collect=False)
 
 
+@pytest.mark.parametrize(
+    ("which", "how"), [(11, "memory at .* as .*uint4"), (31, "byte 4 of shared memory as .*uint4")]
+)
+def test_a_misaligned_vector_is_an_error(planted, watched, which, how):
+    """Which the CPU takes as any other: in a build without the check it passes."""
+    right = {11: 10, 31: 30}[which]
+    results(planted, right)
+    with pytest.raises(
+        RuntimeError, match=rf"simt: misaligned use of {how}.*, which needs 16 bytes, at planted.cu:\d+"
+    ):
+        results(planted, which)
+    results(planted, right)  # and the next launch works
+    watched.simt.detect(collect=True)
+    results(watched, which)
+    watched.simt.detect(collect=False)
+
+
 @pytest.mark.parametrize("which", [14, 15])
 def test_a_barrier_that_not_all_reach_is_an_error(planted, which):
     with pytest.raises(RuntimeError, match="never reach"):
@@ -172,16 +189,16 @@ def test_work_is_captured_and_not_run(planted, which):
 
 def test_inexact_exponentials_show_what_cancels(planted):
     """Up to 2 ulp away, the same each time; a kernel that multiplies the difference is then far off."""
-    plain = {which: results(planted, which)[0] for which in (30, 31)}
+    plain = {which: results(planted, which)[0] for which in (32, 33)}
     planted.simt.set_inexact(True)
     try:
-        moved = {which: results(planted, which) for which in (30, 31)}
+        moved = {which: results(planted, which) for which in (32, 33)}
     finally:
         planted.simt.set_inexact(False)
     assert all(torch.equal(out, found[0]) for found in moved.values() for out in found)
-    ulps = moved[30][0].view(torch.int32) - plain[30].view(torch.int32)
+    ulps = moved[32][0].view(torch.int32) - plain[32].view(torch.int32)
     assert set(ulps.tolist()) == {-2, -1, 0, 1, 2}
-    assert (moved[31][0] - plain[31]).abs().max() > 0.2
+    assert (moved[33][0] - plain[33]).abs().max() > 0.2
 
 
 @pytest.mark.parametrize(("which", "error"), [("launch", 400), ("copy", 1), ("memset", 1)])
