@@ -38,7 +38,7 @@ void bind_simt(pybind11::module_ m) {
     if (cudaMemcpyAsync(reinterpret_cast<void*>(to), source, bytes, cudaMemcpyHostToDevice, nullptr) != cudaSuccess)
       throw std::invalid_argument("upload");
   });
-  // A stream in capture: work sent to it is counted and dropped.
+  // A stream in capture: work sent to it is counted and dropped. end_capture: the count, or -1 where something was refused.
   m.def("create_stream", [] {
     cudaStream_t stream = nullptr;
     if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) throw std::bad_alloc();

@@ -432,7 +432,7 @@ cudaError_t allocate(void** p, size_t bytes, bool device) {
   const size_t page = size_t(sysconf(_SC_PAGESIZE)), rounded = (bytes + 255) / 256 * 256;
   const size_t mapped = (rounded + page - 1) / page * page;
   ++simt::g.allocations;
-  if (simt::captures) return cudaErrorStreamCaptureUnsupported;
+  if (!simt::captures.empty()) return simt::refused_in_capture();
   void* pages = mmap(nullptr, mapped + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) return cudaErrorMemoryAllocation;
   std::memset(pages, 0xff, mapped);

@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -87,13 +88,15 @@ enum cudaError_t {
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
 };
 // Work on a stream that was created waits there until the host asks for it (or another stream's event does): who forgets
 // to, reads what was there before. On the null stream it runs at once.
-// A stream in capture counts its work and runs none of it; what would wait, or allocate, meanwhile is refused.
+// A stream in capture counts its work and runs none of it; what would wait, or allocate, meanwhile is refused, and ends the
+// capture as invalid, whether or not the caller looks at the error.
 struct CUstream_st {
   std::deque<std::function<void()>> work;
-  bool capturing = false;
+  bool capturing = false, invalid = false;
   int64_t captured = 0;
   int device = 0;  // the current one when it was made
 };
@@ -137,19 +140,31 @@ inline cudaError_t planted = cudaSuccess;   // what the next launch returns inst
 inline std::map<const void*, int> shared_limit;
 inline int processors = 2, shared_memory_limit = 227 * 1024;  // of the device
 
-inline int captures = 0;  // streams that are in capture now
+inline std::set<cudaStream_t> captures;  // streams that are in capture now
 
-inline void begin_capture(cudaStream_t stream) { stream->capturing = true, stream->captured = 0, ++captures; }
-inline int64_t end_capture(cudaStream_t stream) { return stream->capturing = false, --captures, stream->captured; }
+inline void begin_capture(cudaStream_t stream) {
+  stream->capturing = true, stream->invalid = false, stream->captured = 0;
+  captures.insert(stream);
+}
+inline int64_t end_capture(cudaStream_t stream) {  // the work captured; -1: the capture is invalid
+  stream->capturing = false;
+  captures.erase(stream);
+  return stream->invalid ? -1 : stream->captured;
+}
+inline cudaError_t refused_in_capture() {
+  for (const cudaStream_t stream : captures) stream->invalid = true;
+  return cudaErrorStreamCaptureUnsupported;
+}
 
 inline cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (stream && stream->invalid && stream->capturing) return cudaErrorStreamCaptureInvalidated;
   if (stream && stream->capturing) return ++stream->captured, cudaSuccess;
   if (stream) stream->work.push_back(std::move(work));
   else work();
   return cudaSuccess;
 }
 inline cudaError_t finish(cudaStream_t stream) {
-  if (stream && stream->capturing) return cudaErrorStreamCaptureUnsupported;
+  if (stream && stream->capturing) return refused_in_capture();
   while (stream && !stream->work.empty()) {
     const std::function<void()> next = std::move(stream->work.front());
     stream->work.pop_front();
