@@ -41,8 +41,8 @@ class OnGpu:
     sleep = 1_000_000  # cycles, about half a millisecond: longer than the host takes for one call and its backward
 
     def __init__(self) -> None:
-        self.properties = torch.cuda.get_device_properties(0)
-        self.name, self.l2 = self.properties.name, self.properties.L2_cache_size
+        properties = torch.cuda.get_device_properties(0)
+        self.name, self.l2 = properties.name, properties.L2_cache_size
 
     def event_seconds(self, run: Run, rounds: int, flush: Tensor | None) -> float:
         for _ in range(3):
@@ -113,10 +113,6 @@ class DryRun:
 on: OnGpu | DryRun = DryRun()  # main() decides
 
 
-def event_seconds(run: Run, rounds: int, flush: Tensor | None) -> float:
-    return on.event_seconds(run, rounds, flush)
-
-
 def wall_seconds(run: Run, rounds: int, calls: int = 50) -> float:
     if on.device == "cpu":
         rounds = calls = 1
@@ -138,7 +134,7 @@ def copy_bandwidth(size: int, rounds: int, flush: Tensor) -> float:
     # Random: zeros can be faster.
     source = torch.randint(256, (size,), dtype=torch.uint8, device=on.device)
     copied = torch.empty_like(source)
-    bandwidth = 2 * size / event_seconds(lambda: copied.copy_(source), rounds, flush)
+    bandwidth = 2 * size / on.event_seconds(lambda: copied.copy_(source), rounds, flush)
     print(f"| copy of {size >> 20} MiB | {bandwidth / 1e12:.3g} TB/s | | | |")
     return bandwidth
 
@@ -315,12 +311,14 @@ def main() -> None:
 
         def big_fusion(dtype: torch.dtype = dtype, size: int = size, name: str = str(dtype)[6:]) -> None:
             with torch.no_grad():
-                forward = event_seconds(fusion((million,), dtype, False)(functional.reliability_fusion), rounds, flush)
+                forward = on.event_seconds(
+                    fusion((million,), dtype, False)(functional.reliability_fusion), rounds, flush
+                )
             moved = million * (3 * 256 * size + gate)
             table.add(
                 f"fusion forward {million} rows {name}", moved / forward / bandwidth, "of copy", 0.9, seconds=forward
             )
-            both = event_seconds(fusion((million,), dtype, True)(functional.reliability_fusion), rounds, flush)
+            both = on.event_seconds(fusion((million,), dtype, True)(functional.reliability_fusion), rounds, flush)
             alone[name] = both
             # The forward that autograd runs also saves (N, M, 2) statistics.
             backward = max(both - forward, 1e-9)
@@ -333,11 +331,11 @@ def main() -> None:
     def big_ccc() -> None:
         frames = 32 * million  # 64 M pairs at two channels
         call = lambda op, p, t: op(p, t)  # noqa: E731
-        forward = event_seconds(pair((frames, 2), False, call)(functional.ccc), rounds, flush)
+        forward = on.event_seconds(pair((frames, 2), False, call)(functional.ccc), rounds, flush)
         table.add(
             "ccc pooled forward, 64 M pairs", frames * 2 * 8 / forward / bandwidth, "of copy", 0.9, seconds=forward
         )
-        both = event_seconds(pair((frames, 2), True, call)(functional.ccc), rounds, flush)
+        both = on.event_seconds(pair((frames, 2), True, call)(functional.ccc), rounds, flush)
         backward = max(both - forward, 1e-9)
         table.add(
             "ccc pooled backward (both less forward)", frames * 2 * 12 / backward / bandwidth, "of copy", 0.85,
@@ -367,16 +365,18 @@ def main() -> None:
 
     def long_filter() -> None:
         with torch.no_grad():
-            short = event_seconds(stage_filter(166, frames, False)(functional.stage_filter), rounds, None)
-            long = event_seconds(stage_filter(1, 2000 if dry else 50000, False)(functional.stage_filter), rounds, None)
+            short = on.event_seconds(stage_filter(166, frames, False)(functional.stage_filter), rounds, None)
+            long = on.event_seconds(
+                stage_filter(1, 2000 if dry else 50000, False)(functional.stage_filter), rounds, None
+            )
         table.add("stage_filter B 1, T 50,000 over B 166, T 300", long / short, "x", 20, True, seconds=[short, long])
 
     table.guarded("stage_filter B 1, T 50,000", long_filter)
 
     def temporal() -> None:
         made = pair((8, 400 if dry else 3000, 2), True, lambda op, p, t: op(p, t, window=300)[0])
-        kernel = event_seconds(made(functional.temporal_ccc), rounds, None)
-        eager = event_seconds(made(reference.temporal_ccc), 5, None)
+        kernel = on.event_seconds(made(functional.temporal_ccc), rounds, None)
+        eager = on.event_seconds(made(reference.temporal_ccc), 5, None)
         table.add(
             "temporal_ccc 8 x 3000, window 300, forward + backward",
             eager / kernel,
@@ -390,7 +390,7 @@ def main() -> None:
     def leaky() -> None:
         with torch.no_grad():
             batch = 8 if dry else 768
-            seconds = event_seconds(leaky_average(batch, 300, False)(functional.leaky_average), rounds, flush)
+            seconds = on.event_seconds(leaky_average(batch, 300, False)(functional.leaky_average), rounds, flush)
         moved = batch * 300 * 128 * 4 * 4  # x in, three averages out
         table.add(
             "leaky_average forward, B 768, T 300, D 128, R 3",
@@ -429,7 +429,7 @@ def main() -> None:
                 "kernel": problem(functional.reliability_fusion), "eager": problem(reference.reliability_fusion),
                 "compile": problem(compiled(reference.reliability_fusion)),
             }  # fmt: skip
-            seconds = {k: event_seconds(run, max(5, rounds // 2), flush) for k, run in runs.items()}
+            seconds = {k: on.event_seconds(run, max(5, rounds // 2), flush) for k, run in runs.items()}
             peaks = {k: on.peak_bytes(run) for k, run in runs.items()}
             case = f"fusion forward + backward {name}"
             table.add(case, seconds["compile"] / seconds["kernel"], "x compile", 1.5, all=seconds)

@@ -78,14 +78,23 @@ class Prediction:
         return self.value <= self.target if self.at_most else self.value >= self.target
 
 
+def asked(title: str) -> sass.Hot:
+    return next(h for h in sass.HOT if h.title == title)
+
+
 def hot(title: str) -> sass.Compiled:
-    return sass.look(next(h for h in sass.HOT if h.title == title))
+    return sass.look(asked(title))
+
+
+def overlapped(times: dict[str, float]) -> tuple[float, str]:
+    """Seconds that times take which hide behind each other, and the longest one's name."""
+    return sum(t**OVERLAP for t in times.values()) ** (1 / OVERLAP), max(times, key=lambda k: times[k])
 
 
 def around(found: sass.Compiled) -> int:
     """Instructions of the loop around the hot one that are not in it."""
     inner = found.hot_loop
-    outer = [l for l in found.kernel.loops() if l.start <= inner.start and l.stop >= inner.stop and len(l) > len(inner)]
+    outer = [l for l in found.kernel.loops if l.start <= inner.start and l.stop >= inner.stop and len(l) > len(inner)]
     return min((len(l) for l in outer), default=len(inner)) - len(inner)
 
 
@@ -102,8 +111,7 @@ def streamed(gpu: Gpu, title: str, moved: float, reads: float, turns: float, rou
         "bytes in flight": reads / (in_flight / (MEMORY / gpu.clock)),
         "instructions": instructions / (4 * ISSUE * gpu.clock * gpu.multiprocessors),
     }
-    bound = max(times, key=lambda k: times[k])
-    together = sum(t**OVERLAP for t in times.values()) ** (1 / OVERLAP)
+    together, bound = overlapped(times)
     return together + LAUNCH + START, bound
 
 
@@ -161,7 +169,7 @@ def small(gpu: Gpu) -> list[Prediction]:
     filter_ = hot("stage_filter, S 4")
     inner = {
         at
-        for l in filter_.kernel.loops()
+        for l in filter_.kernel.loops
         for at in l
         if len(l) < len(filter_.hot_loop) and l.start >= filter_.hot_loop.start
     }
@@ -178,19 +186,15 @@ def streaming_case(name: str, batch: int) -> str:
 
 def products(name: str, streams: int) -> float:
     """Instructions of the products' inner loops, of a block that has so many streams."""
-    kernel = sass.look(
-        replace(
-            next(h for h in sass.HOT if h.title == f"streaming, one stream, {name}"),
-            pattern=f"stream_kernelI{ {'float32': 'f', 'bfloat16': '13__nv_bfloat16'}[name] }Li{streams}E",
-        )
-    ).kernel
+    one = asked(f"streaming, one stream, {name}")
+    kernel = sass.look(replace(one, pattern=one.pattern.replace("Li1E", f"Li{streams}E"))).kernel
 
     def instructions(weights: int, rows: int) -> float:
         passes, rows = (1, rows) if rows <= 6 else (rows / 6, 6)
         held = 32 if rows <= 3 else 16  # weights of a lane and turn: product.cuh's kTiles
         loops = [
             len(l)
-            for l in kernel.loops()
+            for l in kernel.loops
             if sum(i.op.startswith("FFMA") for i in kernel.part(l)) == held * rows
             and any(i.bytes for i in kernel.part(l))
         ]
@@ -212,10 +216,10 @@ def streaming(gpu: Gpu) -> list[Prediction]:
                 "L2": blocks * matrices / L2_ALL,
                 "instructions": products(name, streams) / (4 * ISSUE * gpu.clock),
             }
-            together = sum(t**OVERLAP for t in times.values()) ** (1 / OVERLAP)
+            together, longest = overlapped(times)
             rest = PHASES * PHASE + REST + PCIE_TRIP + inputs / PCIE
             seconds = together + rest + inputs / HOST_COPY + CALL
-            bound = f"{max(times, key=lambda k: times[k])}: {together * 1e6:.0f} us of it"
+            bound = f"{longest}: {together * 1e6:.0f} us of it"
             case = streaming_case(name, batch)
             found.append(Prediction(case, gpu.name, seconds, bound, seconds * 1e6, "us", target, True))
     return found

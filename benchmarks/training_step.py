@@ -18,13 +18,12 @@ import sys
 import time
 from collections.abc import Callable
 
+from report import ALLOCATORS
+
 SETTINGS: dict[str, dict[str, str]] = {
     "defaults": {},
     "keep_freed_memory()": {"KEEP": "1"},
-    "MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_": {
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    },
+    ", ".join(ALLOCATORS["keep"]): ALLOCATORS["keep"],
     "THP_MEM_ALLOC_ENABLE=1": {"THP_MEM_ALLOC_ENABLE": "1"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "OMP_WAIT_POLICY=active": {"OMP_WAIT_POLICY": "active"},

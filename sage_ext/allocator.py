@@ -19,8 +19,6 @@ def keep_freed_memory() -> bool:
         mallopt = libc.mallopt
     except (OSError, AttributeError, TypeError):  # TypeError: CDLL(None), on Windows
         return False
-    if not any(
-        mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)
-    ):  # the second: the most that glibc < 2.35 takes
+    if not (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):  # glibc < 2.35 takes no more
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -256,21 +256,19 @@ __global__ void __launch_bounds__(kThreads)
   };
   T x[kBatch][V], y[kBatch][V];
   Counts counts[kBatch];
-  if (whole) {
+  const auto read = [&](bool together) {  // known where it is called: no load waits for a choice
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      counts[b].load(forward.mask, base + number_of(b), V, true);
-      load_vector(pred + number_of(b), V, true, x[b]);
-      load_vector(target + number_of(b), V, true, y[b]);
+      const int n = together ? V : size_of(b);
+      counts[b].load(forward.mask, base + number_of(b), n, together);
+      load_vector(pred + number_of(b), n, together, x[b]);
+      load_vector(target + number_of(b), n, together, y[b]);
     }
-  } else {
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      counts[b].load(forward.mask, base + number_of(b), size_of(b), false);
-      load_vector(pred + number_of(b), size_of(b), false, x[b]);
-      load_vector(target + number_of(b), size_of(b), false, y[b]);
-    }
-  }
+  };
+  if (whole)
+    read(true);
+  else
+    read(false);
   FrameGradient gradients[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) gradients[c] = gradient_of<T>(params, span.group * C + c);

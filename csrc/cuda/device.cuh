@@ -75,17 +75,18 @@ __device__ __forceinline__ uint4 load_bits(const T* p, bool inside, bool fast) {
   }
   return bits;
 }
+template <class T>
+__device__ __forceinline__ void widen_bits(const uint4& bits, ArithmeticOf<T>* out) {
+  constexpr int V = kVector<T>;
+  T x[V];
+  memcpy(x, &bits, 16);
+#pragma unroll
+  for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
+}
 template <class T, int Count = kVector<T>>
 __device__ __forceinline__ void load_whole(const T* p, bool inside, bool fast, ArithmeticOf<T>* out) {
-  constexpr int V = kVector<T>;
 #pragma unroll
-  for (int k = 0; k < Count; k += V) {
-    const uint4 bits = load_bits(p + k, inside, fast);
-    T x[V];
-    memcpy(x, &bits, 16);
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[k + i] = widen(x[i]);
-  }
+  for (int k = 0; k < Count; k += kVector<T>) widen_bits<T>(load_bits(p + k, inside, fast), out + k);
 }
 template <class T>
 __device__ __forceinline__ void store_whole(T* p, bool inside, bool fast, const ArithmeticOf<T>* in) {
@@ -107,17 +108,9 @@ __device__ __forceinline__ void store_whole(T* p, bool inside, bool fast, const 
 // The first n numbers of one vector, zeros in place of the others; `fast` asks for n = kVector<T> besides.
 template <class T>
 __device__ __forceinline__ void load_vector(const T* p, int n, bool fast, ArithmeticOf<T>* out) {
-  constexpr int V = kVector<T>;
-  if (fast) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(p);
-    T x[V];
-    memcpy(x, &bits, 16);
+  if (fast) return load_whole<T>(p, true, true, out);
 #pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = i < n ? widen(p[i]) : ArithmeticOf<T>(0);
-  }
+  for (int i = 0; i < kVector<T>; ++i) out[i] = i < n ? widen(p[i]) : ArithmeticOf<T>(0);
 }
 template <class T>
 __device__ __forceinline__ void store_vector(T* p, int n, bool fast, const ArithmeticOf<T>* in) {

@@ -99,12 +99,6 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
       to.scale[m] = norm ? static_cast<const A*>(forward.stats)[(row * M + m) * 2 + 1] : A(1);
     }
   };
-  const auto widen_all = [](const uint4& bits, A(&out)[V]) {
-    T x[V];
-    memcpy(x, &bits, 16);
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = widen(x[i]);
-  };
 
   int64_t base = begin + warp * kRows;
   unsigned there = __ballot_sync(kFull, own.present);
@@ -138,8 +132,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
 #pragma unroll
         for (int k = 0; k < Vectors; ++k) {
           A grad_vals[V];
-          widen_all(now.grad[k], grad_vals);
-          widen_all(now.x[m][k], xhat[k]);
+          widen_bits<T>(now.grad[k], grad_vals);
+          widen_bits<T>(now.x[m][k], xhat[k]);
           if (norm) {
             A gamma[V], beta[V];
             const int64_t at = int64_t(m) * D + column_of(k);

@@ -77,13 +77,10 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, kForwardResident<T>)
       A x_vals[K][V];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        T x[V];
-        memcpy(x, &bits[k], 16);
+        widen_bits<T>(bits[k], x_vals[k]);
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          x_vals[k][i] = widen(x[i]);
+        for (int i = 0; i < V; ++i)
           if (m == 0) out_vals[k][i] = A(0);
-        }
       }
       A mean(0),
           rstd(1);  // weight LayerNorm(x) = (x - mean) scale gamma + weight beta; x - mean takes x's place

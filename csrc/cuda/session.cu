@@ -338,8 +338,8 @@ class CudaSession final : public Session {
 
   // As few streams a block as let every block have a multiprocessor, and as fit.
   void choose_group() {
-    int processors = 0, room = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, call_.device));
+    const int processors = multiprocessors(call_);
+    int room = 0;
     check(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, call_.device));
     for (int R = 1; R <= 4; R *= 2) {
       const Plan plan(model_, R);

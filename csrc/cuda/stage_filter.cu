@@ -18,6 +18,8 @@
 // The summaries of launch 1 and the starts of launch 2 need no memory of their own: they lie in the output, in the
 // place of the chunk's posterior (in backward, of its emission gradient), which launch 3 then writes over them.
 // Backward is linear in the gradient that arrives at a chunk's end, so the same three launches serve it.
+#include <type_traits>
+
 #include "device.cuh"
 #include "../math/stage_filter.h"
 
@@ -34,8 +36,8 @@ constexpr double kLikely = 1e-6;  // a frame that leaves less of the total: the 
 struct Cut {  // how a sequence is cut
   int64_t frames, chunks;
   __host__ __device__ __forceinline__ int64_t begin(int64_t chunk) const { return chunk * kStageChunkFrames; }
-  __host__ __device__ __forceinline__ int64_t end(int64_t chunk) const {
-    return chunk + 1 < chunks ? (chunk + 1) * kStageChunkFrames : frames;
+  __host__ __device__ __forceinline__ int frames_of(int64_t chunk) const {
+    return int((chunk + 1 < chunks ? begin(chunk + 1) : frames) - begin(chunk));
   }
 };
 
@@ -171,8 +173,8 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForwa
   const bool inside = j < S;
   const int64_t begin = cut.begin(job.chunk);
   // Frames of this chunk and the longest one's: groups of a warp go through as many (only the last chunk is longer).
-  const int frames = int(cut.end(job.chunk) - begin);
-  const int most = kPass == Pass::whole ? frames : int(cut.end(cut.chunks - 1) - cut.begin(cut.chunks - 1));
+  const int frames = cut.frames_of(job.chunk);
+  const int most = kPass == Pass::whole ? frames : cut.frames_of(cut.chunks - 1);
 
   // A lane past the last stage reads the last stage's numbers, which change no maximum, and multiplies them by 0; a frame
   // past the last one is the last one: every load is in bounds and none waits for a test.
@@ -207,11 +209,8 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_kernel(StageFilterForwa
   }
 
   const bool writes = !kSummarise && job.real && inside;
-  T *const posterior = static_cast<T*>(params.posterior) + first * S + j, *const beliefs =
-                                                                              Beliefs ? static_cast<T*>(
-                                                                                            params.belief) +
-                                                                                            first * S + j
-                                                                                      : nullptr;
+  T* const posterior = static_cast<T*>(params.posterior) + first * S + j;
+  T* const beliefs = Beliefs ? static_cast<T*>(params.belief) + first * S + j : nullptr;
 #pragma unroll 1
   for (int t0 = 0; t0 < most; t0 += kAhead) {
     T e[kAhead];
@@ -340,11 +339,6 @@ __global__ void __launch_bounds__(kWarp, 8) stage_filter_chain_kernel(StageFilte
 }
 
 // ----------------------------------------------------------------------------------------------------- backward
-template <bool Value>
-struct Careful {
-  static constexpr bool value = Value;
-};
-
 // As stage_step_backward, a lane a stage. Starts of a chunk's summary: gradient 0 arriving with the outputs' own
 // gradients (start S), or unit gradient i arriving without them (start i < S). `flows`: (B, chunks, S, S) of
 // workspace.
@@ -361,8 +355,8 @@ __global__ void __launch_bounds__(kWarp, 8)
   const int j = job.stage;
   const bool inside = j < S;
   const int64_t begin = cut.begin(job.chunk);
-  const int frames = int(cut.end(job.chunk) - begin);
-  const int most = kPass == Pass::whole ? frames : int(cut.end(cut.chunks - 1) - cut.begin(cut.chunks - 1));
+  const int frames = cut.frames_of(job.chunk);
+  const int most = kPass == Pass::whole ? frames : cut.frames_of(cut.chunks - 1);
 
   // As in forward every load is in bounds and none waits for a test: lanes past the last stage and frames before the first
   // one read numbers of which nothing is made. Frames are counted in the chunk; frame k of a block is n0 + k before its last.
@@ -481,7 +475,7 @@ __global__ void __launch_bounds__(kWarp, 8)
 #pragma unroll
       for (int k = 0; kTogether && k < kAhead; ++k) {
         if (n0 + k >= most) break;  // the same for all lanes
-        frame(frames - 1 - (n0 + k), before[k], g_out[k], raw[k], counted[k], Careful<false>{});
+        frame(frames - 1 - (n0 + k), before[k], g_out[k], raw[k], counted[k], std::false_type{});
       }
     } else {
 #pragma unroll 1
@@ -490,7 +484,7 @@ __global__ void __launch_bounds__(kWarp, 8)
         const bool here = inside && t >= 0;
         const T p = !here ? T(0) : start && t == 0 ? first_p : posterior[(t - 1) * S];
         const T g = here && driven && grad_posterior ? grad_posterior[near * S] : T(0);
-        frame(t, p, g, kSummarise ? T(0) : emission[near * S], !mask || mask[near], Careful<true>{});
+        frame(t, p, g, kSummarise ? T(0) : emission[near * S], !mask || mask[near], std::true_type{});
       }
     }
     if (!kSummarise && n0 % kFlushFrames == kFlushFrames - kAhead) {  // kAhead divides kFlushFrames

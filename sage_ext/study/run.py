@@ -66,11 +66,7 @@ from .score import Scored, Sweep, evaluate_sweep, missing
 
 STUDY, RESULT = "study.json", "result.json"
 GROWS = ("methods", "seeds", "severities", "corruptions")  # a study may be continued with others
-LATER = {
-    "precision": "float32",
-    "compile": False,
-    "graph": False,
-}  # what studies from before these fields were trained with
+LATER = {"precision": "float32", "compile": False, "graph": False}  # of studies from before these fields
 
 
 # ----------------------------------------------------------------------------------------------------------- trainings

@@ -131,9 +131,7 @@ class TrainConfig:
     rehearsal: Rehearsal = dataclasses.field(default_factory=Rehearsal)
     seed: int = 0
     device: str = "cpu"
-    precision: str = (
-        "float32"  # or "bf16": the forward pass under autocast; weights, losses and validation stay float32
-    )
+    precision: str = "float32"  # or "bf16": the forward pass under autocast; weights, losses, validation stay float32
     compile: bool = False  # the training's forward and backward pass through torch.compile
     graph: bool = False  # a whole step of the training as one CUDA graph
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ FILES = sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 # Of one multiprocessor of compute capability 9.0 (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-REGISTERS, WARPS, BLOCKS, SHARED = 65536, 64, 32, 227 * 1024
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 
 
 def _disassembler() -> str | None:
@@ -81,6 +82,18 @@ def compiled(source: Path) -> tuple[Path, str]:
     return cubin, report.read_text()
 
 
+@contextmanager
+def written(text: str) -> Iterator[Path]:
+    """A file of its own with this text, for the block's time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    source = CACHE / f"written-{os.getpid()}.cu"
+    source.write_text(text)
+    try:
+        yield source
+    finally:
+        source.unlink()
+
+
 def usage(source: Path) -> dict[str, Usage]:
     """By mangled name."""
     return {
@@ -94,8 +107,6 @@ def usage(source: Path) -> dict[str, Usage]:
 class Instruction:
     """`reads` and `writes` are numbers of vector registers."""
 
-    address: int
-    predicate: str
     op: str
     operands: str
     reads: frozenset[int]
@@ -116,7 +127,6 @@ class Instruction:
 class Kernel:
     """A function of a cubin: its instructions in order, and where its labels stand among them."""
 
-    name: str
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -124,6 +134,7 @@ class Kernel:
     def code_bytes(self) -> int:
         return 16 * len(self.instructions)
 
+    @cached_property
     def loops(self) -> list[range]:
         """The stretches of code from a backward branch's target to the branch, inner ones before outer ones."""
         found = []
@@ -137,7 +148,7 @@ class Kernel:
         return self.instructions[span.start : span.stop]
 
 
-LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*$")
+LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*$")
 REGISTER = re.compile(r"(?<![\w.])R(\d+)(\.64)?\b")
 NO_RESULT = ("ST", "RED", "BRA", "EXIT", "BAR", "MEMBAR", "ISETP", "FSETP", "DSETP", "NOP", "BSSY", "BSYNC", "WARPSYNC", "CALL",
              "RET", "VOTE")  # fmt: skip
@@ -152,7 +163,7 @@ def _width(op: str) -> int:
 
 
 def _instruction(line: re.Match) -> Instruction:
-    op, operands = line[3], line[4]
+    op, operands = line.groups()
     first, _, rest = operands.partition(",")
     writes: set[int] = set()
     store = op.startswith(NO_RESULT)
@@ -165,7 +176,7 @@ def _instruction(line: re.Match) -> Instruction:
     data = re.search(r"\],\s*R(\d+)", operands) if op.startswith("ST") else None
     if data:
         reads |= {int(data[1]) + k for k in range(4 if ".128" in op else 2 if ".64" in op else 1)}
-    return Instruction(int(line[1], 16), (line[2] or "").strip(), op, operands, frozenset(reads), frozenset(writes))
+    return Instruction(op, operands, frozenset(reads), frozenset(writes))
 
 
 @cache
@@ -175,10 +186,10 @@ def disassembled(cubin: Path) -> dict[str, Kernel]:
     done = subprocess.run([NVDISASM, "-c", str(cubin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels: dict[str, Kernel] = {}
-    now = Kernel("")
+    now = Kernel()
     for line in done.stdout.splitlines():
         if line.startswith(".text."):
-            now = kernels.setdefault(line[6:].rstrip(":"), Kernel(line[6:].rstrip(":")))
+            now = kernels.setdefault(line[6:].rstrip(":"), Kernel())
         elif label := re.match(r"(\.L_x_\d+):", line):
             now.labels[label[1]] = len(now.instructions)
         elif found := LINE.match(line):
@@ -231,12 +242,10 @@ class Hot:
 FORWARD, BACKWARD = "reliability_fusion_forward.cu", "reliability_fusion_backward.cu"
 FILTER, CCC, STREAM = "stage_filter.cu", "ccc.cu", "stream.cu"
 HOT = [
-    Hot("fusion, float32, D 256", FORWARD, "fusion_kernelIfLi16E(Li4ELb1ELb1)?E", 128, "SHFL", 96, 16, 56),
+    Hot("fusion, float32, D 256", FORWARD, "fusion_kernelIfLi16ELi4ELb1ELb1E", 128, "SHFL", 96, 16, 56),
     Hot("fusion, float32, D 128", FORWARD, "fusion_kernelIfLi16ELi2ELb1ELb1E", 128, "SHFL", 64, 16, 56),
     Hot("fusion, float32, D 512", FORWARD, "fusion_kernelIfLi32ELi4ELb1ELb1E", 128, "SHFL", 96, 16, 56),
-    Hot(
-        "fusion, bfloat16, D 256", FORWARD, "fusion_kernelI13__nv_bfloat16Li8E(Li4ELb1ELb1)?E", 128, "SHFL", 128, 12, 56
-    ),
+    Hot("fusion, bfloat16, D 256", FORWARD, "fusion_kernelI13__nv_bfloat16Li8ELi4ELb1ELb1E", 128, "SHFL", 128, 12, 56),
     Hot("fusion, bfloat16, D 128", FORWARD, "fusion_kernelI13__nv_bfloat16Li8ELi2ELb1ELb1E", 128, "SHFL", 64, 12, 56),
     Hot(
         "fusion, bfloat16, other D to 256",
@@ -248,19 +257,19 @@ HOT = [
         12,
         56,
     ),
-    Hot("fusion backward, float32, D 256", BACKWARD, "gradient_kernelIfLi2ELi2E(Lb1ELb1)?E", 128, "SHFL", 96, 12, 80),
+    Hot("fusion backward, float32, D 256", BACKWARD, "gradient_kernelIfLi2ELi2ELb1ELb1E", 128, "SHFL", 96, 12, 80),
     Hot("fusion backward, float32, other D", BACKWARD, "gradient_kernelIfLi2ELi2ELb1ELb0E", 128, "SHFL", 96, 12, 80),
     Hot(
         "fusion backward, bfloat16, D 256",
         BACKWARD,
-        "gradient_kernelI13__nv_bfloat16Li2ELi1E(Lb1ELb1)?E",
+        "gradient_kernelI13__nv_bfloat16Li2ELi1ELb1ELb1E",
         128,
         "SHFL",
         96,
         12,
         90,
     ),
-    Hot("stage_filter, S 4", FILTER, r"filter_kernelIfLi4E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 64, least=4),
+    Hot("stage_filter, S 4", FILTER, r"filter_kernelIfLi4ELNS1_4PassE0ELb0E", 32, "SHFL", 32, 8, 64, least=4),
     Hot(
         "stage_filter, S 4, backward follows",
         FILTER,
@@ -272,17 +281,15 @@ HOT = [
         64,
         least=4,
     ),
-    Hot("stage_filter, S 16", FILTER, r"filter_kernelIfLi16E(LNS1_4PassE0ELb0E)?E", 32, "SHFL", 32, 8, 100, least=4),
+    Hot("stage_filter, S 16", FILTER, r"filter_kernelIfLi16ELNS1_4PassE0ELb0E", 32, "SHFL", 32, 8, 100, least=4),
     Hot("streaming, one stream, float32", STREAM, "stream_kernelIfLi1E", 512, "FFMA", 128, 16, 80),
     Hot("streaming, one stream, bfloat16", STREAM, "stream_kernelI13__nv_bfloat16Li1E", 512, "FFMA", 64, 16, 80),
     Hot("streaming, four streams, float32", STREAM, "stream_kernelIfLi4E", 512, "FFMA", 64, 16, 80),
-    Hot("ccc, float32, 2 channels", CCC, r"ccc_flat_kernelIfLi2EL(b0|NS_4MaskE0)E", 256, "DFMA", 128, 24, 32),
-    Hot("ccc, a mask a frame", CCC, r"ccc_flat_kernelIfLi2EL(b1|NS_4MaskE1)E", 256, "DFMA", 128, 16, 32, narrow=4),
+    Hot("ccc, float32, 2 channels", CCC, r"ccc_flat_kernelIfLi2ELNS_4MaskE0E", 256, "DFMA", 128, 24, 32),
+    Hot("ccc, a mask a frame", CCC, r"ccc_flat_kernelIfLi2ELNS_4MaskE1E", 256, "DFMA", 128, 16, 32, narrow=4),
     Hot("ccc, merging chunks", CCC, r"ccc_merge_kernelIfE", 256, "nothing", 128, 24, 16),
-    Hot("ccc backward", CCC, r"flat_gradient_kernelIfLi2E(LNS_4MaskE0E)?E", 256, "nothing", 128, 24, 24),
-    Hot(
-        "stage_filter backward, S 4", FILTER, r"gradient_kernelIfLi4E(LNS1_4PassE0E)?E", 32, "SHFL", 64, 8, 80, least=4
-    ),
+    Hot("ccc backward", CCC, r"flat_gradient_kernelIfLi2ELNS_4MaskE0E", 256, "nothing", 128, 24, 24),
+    Hot("stage_filter backward, S 4", FILTER, r"gradient_kernelIfLi4ELNS1_4PassE0E", 32, "SHFL", 64, 8, 80, least=4),
 ]
 
 
@@ -302,7 +309,7 @@ class Compiled:
     @cached_property
     def hot_loop(self) -> range:
         """The shortest of the main loops with the most bytes in flight, or the whole code if nothing is repeated."""
-        main = [l for l in self.kernel.loops() if any(i.op.startswith(self.hot.holds) for i in self.kernel.part(l))]
+        main = [l for l in self.kernel.loops if any(i.op.startswith(self.hot.holds) for i in self.kernel.part(l))]
         flight = lambda loop: bytes_in_flight(self.kernel.part(loop), self.hot.least)  # noqa: E731
         return max(main, key=lambda loop: (flight(loop), -len(loop)), default=range(len(self.kernel.instructions)))
 

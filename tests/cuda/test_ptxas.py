@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-from sass import CACHE, FILES, NVCC, ROOT, usage
+from sass import FILES, NVCC, ROOT, usage, written
 
 
 @pytest.mark.slow
@@ -30,12 +28,7 @@ def test_the_report_is_understood():
     """A kernel that must have a stack frame is seen to have one."""
     if NVCC is None:
         pytest.skip("no nvcc")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    source = CACHE / f"stack-{os.getpid()}.cu"
     loop = "for (int k = 0; k < 64; ++k) a[x[k] & 63] += k;"
-    source.write_text(f"__global__ void f(int* x, int i) {{ int a[64] = {{}}; {loop} x[0] = a[i & 63]; }}\n")
-    try:
+    with written(f"__global__ void f(int* x, int i) {{ int a[64] = {{}}; {loop} x[0] = a[i & 63]; }}\n") as source:
         [used] = usage(source).values()
-    finally:
-        source.unlink()
     assert used.stack > 0
