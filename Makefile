@@ -1,4 +1,4 @@
-# make demo | make test | make test-all | make lint | make bench: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
+# make demo | make demo-video | make test | make test-all | make lint | make bench: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
 # creates the virtual environment, installs torch if it is absent, builds the kernels, and runs.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,9 +8,13 @@ READY = $(VENV)/.sage-ready
 # One process a core, at most four: each holds a torch of its own. They share what tests/simt/build.py compiles.
 PYTEST = $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow test-all lint bench clean
+.PHONY: demo demo-video test test-slow test-all lint bench clean
 demo: $(READY)
 	$(BIN)/sage-ext demo --out demo-run --overwrite
+
+# The same from raw video: drawn people, their voices, and what breaking the sound or the picture does.
+demo-video: $(READY)
+	$(BIN)/sage-ext demo --video --out demo-video --overwrite
 
 # Every part of the project, in minutes; test-slow: what the `slow` marker keeps from it; test-all: both.
 test: $(READY)

@@ -1,4 +1,5 @@
-"""The command line: `sage-ext synth | import | check | train | evaluate | predict | stream | compare | info | demo`.
+"""The command line: `sage-ext synth | import | extract | check | train | evaluate | predict | analyze | stream | compare |
+synth-video | info | demo`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 the request or the data are wrong (one line
 says what), 130 interrupted (stream: 143 by SIGTERM); anything else is a bug and shows its traceback.
@@ -54,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sage-ext {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     from .data.table import add_arguments as table_arguments
+    from .video.analysis import add_arguments as analyze_arguments
+    from .video.extraction import add_arguments as extract_arguments
+    from .video.synth import add_arguments as synth_video_arguments
 
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -82,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--for", dest="model", metavar="RUN", help="new data for the model of this run to predict from: its columns "
                      "and targets, labels where there are any, all of it the test split")  # fmt: skip
 
+    sub = command(
+        "extract", "make a data set of videos: features of face and voice, and how good picture and sound are", _extract
+    )
+    extract_arguments(sub)
+
     sub = command("check", "say what is in a data set and what is wrong with it; exit code 1 if something is", _check)
     sub.add_argument("data", metavar="DATA", help="root of the data set")
     sub.add_argument("--modalities", type=_names, metavar="A,B", help="of its features (default: all)")
@@ -108,18 +117,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--sample", metavar="FILE", help="the organisers' sample file (default: in DATA)")
 
+    sub = command("analyze", "one video to a curve: a table and a page of who was trusted when", _analyze)
+    analyze_arguments(sub)
+
     sub = command("stream", "estimate frame by frame as the features come, a line of JSON each", _stream)
     _stream_arguments(sub)
 
     sub = command("compare", "train and score fusion methods alike, clean and under every corruption", _compare)
     _compare_arguments(sub)
 
+    sub = command("synth-video", "write short videos of drawn people whose valence and arousal are known", _synth_video)
+    synth_video_arguments(sub)
+
     sub = command("info", "show the build, the machine, and which backend serves each op", _info)
 
     sub = command(
         "demo", "synthesise data, train, calibrate, evaluate, predict, report and stream; some three minutes", _demo
     )
-    sub.add_argument("--out", default="demo-run", metavar="DIR", help="directory to write")
+    sub.add_argument("--out", metavar="DIR", help="directory to write (default: demo-run, demo-video)")
+    sub.add_argument(
+        "--video", action="store_true", help="from raw video: draw people and their voices, extract, train, analyze"
+    )
     sub.add_argument("--seed", type=int, default=0, help="of the data and of the training")
     sub.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR")
     return parser
@@ -279,6 +297,19 @@ def _stream_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--labels", metavar="FILE", help="annotation (docs/data.md), row i for frame i of the input: "
                      "adds the truth and the running CCC")  # fmt: skip
     sub.add_argument("--report", metavar="DIR", help="at the end write pictures and report.html there")
+    sub.add_argument(
+        "--camera",
+        type=int,
+        metavar="N",
+        help="pictures of this camera in place of frames of features (sage-ext[video])",
+    )
+    sub.add_argument(
+        "--microphone", nargs="?", const="", metavar="NAME", help="with the sound of this one (default: the system's)"
+    )
+    sub.add_argument("--video", metavar="FILE", help="pictures and sound of a file, played in real time")
+    sub.add_argument("--browser-camera", action="store_true", help="those of the page's browser, with --serve")
+    sub.add_argument("--no-picture", action="store_true", help="do not show the picture on the page")
+    sub.add_argument("--person", default="largest", help="of several in the picture: largest, left, right, or 1, 2 ...")
     sub.add_argument("--serve", type=int, metavar="PORT", help="show the stream on a web page; 0: a free port")
     sub.add_argument("--host", default="127.0.0.1", help="address of that page; others can watch on any but a loopback")
 
@@ -355,6 +386,28 @@ def _import(args: argparse.Namespace) -> int:
             )
         more = {"columns": {name: model.columns[name] for name in model.names}, "unlabelled": model.targets}
     _say(run(args, **more))
+    return 0
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from .video.extraction import run
+
+    done = run(args)
+    _say(done.text())
+    return 1 if done.failed else 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from .video.analysis import run
+
+    _say(run(args))
+    return 0
+
+
+def _synth_video(args: argparse.Namespace) -> int:
+    from .video.synth import run
+
+    _say(run(args))
     return 0
 
 
@@ -482,9 +535,13 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import demo
+    if args.video:
+        from .video.demo import demo
+    else:
+        from .demo import demo
 
-    _say("\n\n".join(table.text() for table in demo(args.out, seed=args.seed, overwrite=args.overwrite)))
+    out = args.out or ("demo-video" if args.video else "demo-run")
+    _say("\n\n".join(table.text() for table in demo(out, seed=args.seed, overwrite=args.overwrite)))
     return 0
 
 
@@ -516,6 +573,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hints = {
             "train": f"; continue with: sage-ext train --run {getattr(args, 'run', '')} --resume",
             "compare": "; continue with the same command",
+            "extract": "; continue with the same command",
         }
         print(f"sage-ext {args.command}: interrupted{hints.get(args.command, '')}", file=sys.stderr)
         return 130

@@ -22,10 +22,10 @@ from .data.affwild2 import Clip
 from .data.synthetic import TruthClips, oracle_predictions, read_truth, write_dataset
 from .data.windows import clip_tensors
 from .files import LOCK, alone, write_atomic
+from .jobs import Job, Workers
 from .live.estimator import Estimator, microseconds
 from .live.frames import Frame
 from .report import Table, write_report
-from .study.jobs import Job, Workers
 from .training.evaluate import score
 from .training.runs import (
     Run,

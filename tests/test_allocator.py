@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from sage_ext import allocator, cli
-from sage_ext.study.jobs import Job, Workers
+from sage_ext.jobs import Job, Workers
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another's")
 

@@ -24,6 +24,7 @@ Graph = Mapping[str, frozenset[str]]  # module without "sage_ext." ("" for the p
 LAYERS: Layers = (
     ("_C", "allocator", "files", "extras"),
     ("_arguments", "reference"),
+    ("jobs",),
     ("_ops",),
     ("functional",),
     ("",),
@@ -34,6 +35,7 @@ LAYERS: Layers = (
     ("data",),
     ("report",),
     ("training",),
+    ("video",),
     ("live",),
     ("study",),
     ("demo", "info", "inspection"),
@@ -46,7 +48,7 @@ INNER: dict[str, Layers] = {
     "training": (("checkpoint", "evaluate", "prefetch", "rehearsal", "progress"), ("trainer",), ("runs",), ("",)),
     "study": (
         ("",),
-        ("controls", "corruptions", "jobs", "methods", "statistics"),
+        ("controls", "corruptions", "methods", "statistics"),
         ("plan",),
         ("results",),
         ("score",),

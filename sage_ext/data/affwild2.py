@@ -10,6 +10,9 @@
       features/<modality>/meta.json           optional, see below
       cropped_aligned/<video>/00001.jpg       optional: the face crops; a frame without a face has no file
       sample_submission.txt                   the organisers' sample file: where it is, it says what the test split is
+      index.json                              optional: {"videos": {"<video>": {"frames": T}}}, as `sage-ext extract` writes
+                                              it: videos that no annotation names are the test split, where nothing else
+                                              says what it is
       fps.json                                optional: frames a second, one number for all videos, or {"<video>": number}
                                               with 30 where a video is not listed
       targets.json                            optional {"<target>": [low, high]}: the columns of the annotations that are
@@ -33,7 +36,7 @@ columns that it does not name are left, whatever they hold.
             modality.
     columns names of the D features, in order. A run remembers them, and refuses features in another order.
     quality names of the Q columns of quality, in order. All files of a modality have these, or else as many as each other.
-    about   anything; not read.
+    about   anything. A run remembers what `sage-ext extract` wrote there, and nothing else reads it.
 
 Row i of an annotation is frame i is row i of the features, whatever the lengths: nothing is ever shifted or cut out.
 Features that end early leave the modality absent in the last frames; surplus rows are ignored; both are listed in
@@ -63,7 +66,7 @@ from typing import Any
 import numpy as np
 
 from .._arguments import MAX_MODALITIES
-from ..files import one_line, replacing
+from ..files import one_line, parsing, replacing
 from .rates import FPS
 from .targets import (
     VALENCE_AROUSAL,
@@ -81,6 +84,7 @@ ANNOTATION_HEADER = "valence,arousal"
 SUBMISSION_HEADER = "image_location,valence,arousal"
 INVALID = -5.0
 SAMPLE = "sample_submission.txt"
+INDEX = "index.json"
 HINT = " (docs/data.md shows the folders; sage-ext import makes them of a table)"
 
 _TASK_FOLDERS = ("VA_Estimation_Challenge", "VA_Set")
@@ -378,6 +382,7 @@ class _Meta:
     images: str | None = None
     columns: tuple[str, ...] | None = None
     quality: tuple[str, ...] | None = None
+    about: Any = None
 
 
 @dataclass(frozen=True)
@@ -403,7 +408,8 @@ class AffWild2(Sequence[Clip]):
 
     root         the folder above (str or path)
     split        "train", "validation" or "test". The test split is what the sample file names, without labels; where there
-                 is no sample file it is the annotations in Test_Set
+                 is no sample file it is the annotations in Test_Set, and without these the videos of index.json that are
+                 not annotated
     modalities   which folders of `features`, in this order; default: all, by name; 8 at most
     annotations  the folder that holds Train_Set and Validation_Set, where it is not found below root
     features     the folder that holds the modality folders; default root/features
@@ -412,7 +418,8 @@ class AffWild2(Sequence[Clip]):
                  is left out
 
     `names`: the clips' names. `modalities`: name -> D, in order. `targets`: names and ranges. `frame_rate`: the frames a
-    second of most frames. `groupings`: what groups.json holds. `quality_dims`: name -> Q, of the modalities that have quality in
+    second of most frames. `unlabelled`: whether the videos are those of index.json that
+    are not annotated. `groupings`: what groups.json holds. `quality_dims`: name -> Q, of the modalities that have quality in
     this split or names of it in meta.json. `mismatches`: what does not fit, a sentence each that
     begins with the video's name or the folder: nothing in it stops training, everything in it should be looked at once.
     `slight`: those among them about a second or less at a video's end.
@@ -452,6 +459,7 @@ class AffWild2(Sequence[Clip]):
         self._declared = _read_targets(self.root / "targets.json")
         self.groupings = _read_groups(self.root / "groups.json")
         self.sample_file: Path | None = None  # that the test split is from
+        self.unlabelled = False  # it is from index.json
         self._images: dict[tuple[str, str], np.ndarray] = {}
         self.modalities, self.mismatches, self.targets = {}, [], self._declared or VALENCE_AROUSAL
         self.slight: list[str] = []
@@ -525,6 +533,11 @@ class AffWild2(Sequence[Clip]):
         return {m: names for m in self.quality_dims if (names := self._meta[m].quality) is not None}
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What a modality's meta.json says below "about", for those where it says something."""
+        return {m: about for m in self.modalities if (about := self._meta[m].about) is not None}
+
+    @property
     def annotated(self) -> int:
         """How many frames are, with all targets."""
         return int(sum(video.valid.sum() for video in self._videos))
@@ -583,12 +596,22 @@ class AffWild2(Sequence[Clip]):
         try:
             folder = annotation_folder(self.root, annotations, SPLITS[self.split])
         except FileNotFoundError as error:
-            if self.split == "test":
+            if self.split != "test":
+                raise
+            found = {
+                name: frames
+                for name, frames in read_index(self.root / INDEX).items()
+                if name not in self._known(annotations)
+            }
+            if not found:
                 raise FileNotFoundError(
-                    f"{sample}: expected a sample file, or annotations in Test_Set, got none: there is no test split, and "
-                    "--split names another"
+                    f"{sample}: expected a sample file, annotations in Test_Set, or an {INDEX} with videos that are not "
+                    "annotated, got none: there is no test split, and --split names another"
                 ) from error
-            raise
+            self.unlabelled = True
+            for name, frames in sorted(found.items()):
+                yield name, None, np.zeros(frames, bool)
+            return
         paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
         if not paths:
             raise FileNotFoundError(f"{folder}: expected annotations (*.txt), got none")
@@ -680,7 +703,10 @@ class AffWild2(Sequence[Clip]):
     def _settle_dim(self, m: str) -> None:
         """The D of a modality is that of most of its files. Others are wrong, each blamed by its own name."""
         sources = {video.name: source for video in self._videos if (source := video.sources[m]) is not None}
+        columns = self._meta[m].columns
         if not sources:
+            if columns and self.split == "test":  # a video without sound is one whose sound is missing
+                self.modalities[m] = len(columns)
             return
         shapes = [(source.rows, source.dim) for source in sources.values()]
         count = Counter(dim for _, dim in shapes)
@@ -700,7 +726,6 @@ class AffWild2(Sequence[Clip]):
                     raise ValueError(f"{source.path}: expected D = {dim}, as in {like}, got {got}")
                 next(video for video in self._videos if video.name == name).sources[m] = None
         self.modalities[m] = dim
-        columns = self._meta[m].columns
         if columns is not None and len(columns) != dim:
             where = self._folders[m] / "meta.json"
             raise ValueError(f"{where}: columns: expected {dim} names, as many as features, got {len(columns)}")
@@ -725,12 +750,19 @@ class AffWild2(Sequence[Clip]):
                 images = self.root / meta.images / name
                 self.mismatches.append(f"{name}: no folder {images}: {m} is absent in the whole clip")
 
-    def _report_strangers(self, annotations: str | os.PathLike | None, sample_file: str | os.PathLike | None) -> None:
-        """Features of videos that no split has."""
-        known = set(self.names)
+    def _known(self, annotations: str | os.PathLike | None) -> set[str]:
+        """The names of all annotated videos, of whatever split."""
+        known: set[str] = set()
         for names in SPLITS.values():
             with contextlib.suppress(FileNotFoundError, ValueError):
                 known |= {path.stem for path in annotation_folder(self.root, annotations, names).glob("*.txt")}
+        return known
+
+    def _report_strangers(self, annotations: str | os.PathLike | None, sample_file: str | os.PathLike | None) -> None:
+        """Features of videos that no split has."""
+        known = set(self.names) | self._known(annotations)
+        with contextlib.suppress(OSError, ValueError):
+            known |= set(read_index(self.root / INDEX))
         with contextlib.suppress(OSError, ValueError):
             known |= set(read_sample(self._sample(sample_file)))
         for m, folder in self._folders.items():
@@ -932,7 +964,7 @@ def _read_meta(path: Path, root: Path) -> _Meta:
     ):
         raise ValueError(f"{path}: quality: expected a list of one name or more, got {_short(quality)}")
     names, quality_names = (None if given is None else tuple(given) for given in (columns, quality))
-    return _Meta(None if rate is None else float(rate), shared, images, names, quality_names)
+    return _Meta(None if rate is None else float(rate), shared, images, names, quality_names, meta.get("about"))
 
 
 def _read_fps(path: Path) -> float | dict[str, float]:
@@ -1068,6 +1100,21 @@ def _snap(position: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------- submission
+
+
+def read_index(path: Path) -> dict[str, int]:
+    """The videos of an index.json and how many frames each has; none where there is no such file."""
+    if not path.exists():
+        return {}
+    with parsing(path):
+        found = {
+            str(name): operator.index(video["frames"])
+            for name, video in json.loads(path.read_text("utf-8"))["videos"].items()
+        }
+    wrong = next((name for name, frames in found.items() if not 1 <= frames <= _MOST_FRAMES), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong!r:.60}: expected 1 to {_MOST_FRAMES:,} frames, got {found[wrong]:,}")
+    return found
 
 
 def read_sample(path: str | os.PathLike) -> dict[str, int]:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
 import select
 import signal
@@ -23,7 +24,20 @@ from ..data.rates import FPS, SLOW, default_frames
 from ..extras import require
 from ..report import Picture, Table, plot_clip, plot_latency, printable, write_report
 from ..training.runs import Run
-from .estimator import RECENT, Estimator, Quality, Recording
+from .camera import (
+    PICTURES_A_SECOND,
+    Browser,
+    Camera,
+    Extraction,
+    FrameMaker,
+    Inbox,
+    Microphone,
+    Played,
+    Source,
+    Together,
+    maker_for,
+)
+from .estimator import RECENT, Estimator, Latency, Quality, Recording
 from .frames import Block, Format, MalformedFrame, make_format
 from .page import Page
 
@@ -214,6 +228,7 @@ def stream(args: argparse.Namespace) -> int:
         raise ValueError(f"--serve: expected a port from 0 to 65535, got {args.serve}")
     if args.report is not None:  # what would fail at the end should fail now
         require("matplotlib", "train")
+    _devices(args)
     run = Run.load(args.run, trust=args.trust)
     recent = max(round(default_frames(RECENT, run.fps)), 2)
     quality = None
@@ -223,39 +238,60 @@ def stream(args: argparse.Namespace) -> int:
     estimator = Estimator(
         run.model, run.names, targets=run.targets, device=args.device, quality=quality, keep=keep, recent=recent
     )
+    maker = None if not _devices(args) else maker_for(run, args.person)
+    raw = make_source(args)
     form = make_format(args.format, run.names, estimator.session.in_dims, estimator.quality_dims)
     if args.report is not None:
         Path(args.report).mkdir(parents=True, exist_ok=True)
     output = sys.stdout.fileno()
     with contextlib.ExitStack() as stack:
         fd = 0
-        if args.input != "-":
+        if raw is not None:
+            stack.callback(raw.stop)
+        elif args.input != "-":
             fd = os.open(args.input, os.O_RDONLY)
             stack.callback(os.close, fd)
         pace = args.pace
         page = None
         if args.serve is not None:
-            if pace is None and stat.S_ISREG(os.fstat(fd).st_mode) and not args.follow:
+            if pace is None and raw is None and stat.S_ISREG(os.fstat(fd).st_mode) and not args.follow:
                 pace = run.fps if run.fps >= SLOW else FPS  # nobody waits an hour for a frame
-            page = stack.enter_context(Page(args.host, args.serve, run.path.resolve().name, estimator, note))
+            browser = raw.take if isinstance(raw, Browser) else None
+            page = stack.enter_context(
+                Page(
+                    args.host,
+                    args.serve,
+                    run.path.resolve().name,
+                    estimator,
+                    note,
+                    browser_camera=browser is not None,
+                    on_media=browser,
+                )
+            )
             note(f"live at {page.url}" + ("" if page.loopback else " (anyone who can reach this address can watch)"))
         sizes = ", ".join(f"{dim} {name}" for name, dim in zip(run.names, estimator.session.in_dims))
-        note(f"ready; a frame has {sizes} numbers")
-        for name, columns in [*run.columns.items(), *((f"quality of {m}", x) for m, x in run.quality_columns.items())]:
+        note(f"ready; a frame has {sizes} numbers" if raw is None else f"ready; {raw.said}")
+        described = [*run.columns.items(), *((f"quality of {m}", x) for m, x in run.quality_columns.items())]
+        for name, columns in described if raw is None else []:
             note(f"{name}: {', '.join(columns[:8])}{' ...' if len(columns) > 8 else ''}")
         stop = stack.enter_context(Stop())
         lines = Output(output, stop)
         complaints, began = Complaints(form.unit), time.monotonic()
         failure: OSError | None = None
+        delay: Latency | None = None
+        why = "end of input"
         try:
-            source = blocks(fd, stop, output, args.follow)
-            _answer(form, source, estimator, complaints, Pace(pace, stop, output), page, lines.write)
+            if raw is not None and maker is not None:
+                delay = Latency()
+                why = _watch(raw, maker, estimator, delay, stop, output, page, not args.no_picture, lines.write)
+            else:
+                source = blocks(fd, stop, output, args.follow)
+                _answer(form, source, estimator, complaints, Pace(pace, stop, output), page, lines.write)
         except BrokenPipeError:
             stop.output_gone = True
         except OSError as error:
             failure = error
         seconds = time.monotonic() - began
-        why = "end of input"
         if stop.signal is not None:
             why = f"stopped by {signal.Signals(stop.signal).name}"
         elif stop.output_gone:
@@ -265,7 +301,7 @@ def stream(args: argparse.Namespace) -> int:
             why = f"the {what} failed ({failure.strerror})"
         if page is not None:
             page.end(why)
-    table = summary(why, seconds, estimator, complaints)
+    table = summary(why, seconds, estimator, complaints, delay)
     print_summary(table, estimator)
     if args.report is not None:
         note(f"report: {write_session(args.report, run, estimator, table, args.labels, run.fps)}")
@@ -312,9 +348,94 @@ def _answer(
             page.publish(answer, complaints.counts.total())
 
 
+# --------------------------------------------------------------------------------------------------- camera, microphone
+def _devices(args: argparse.Namespace) -> list[str]:
+    """The flags that name where pictures and sound come from. ValueError where they contradict each other."""
+    given = [
+        flag
+        for flag in ("camera", "video", "browser_camera")
+        if getattr(args, flag) is not None and getattr(args, flag) is not False
+    ]
+    if len(given) > 1:
+        raise ValueError(
+            f"--{given[1].replace('_', '-')}: expected one of --camera, --video and --browser-camera, got --{given[0]} too"
+        )
+    if args.microphone is not None and given not in ([], ["camera"]):
+        raise ValueError(
+            f"--microphone: expected --camera with it, or nothing, got --{given[0].replace('_', '-')}, which brings its sound"
+        )
+    if args.browser_camera and args.serve is None:
+        raise ValueError("--browser-camera: expected --serve PORT with it (the page's camera is meant), got none")
+    if (given or args.microphone is not None) and (args.input != "-" or args.follow or args.pace is not None):
+        raise ValueError(
+            "--input, --follow, --pace: expected none of them beside a camera, a microphone or a video, got one"
+        )
+    return given if args.microphone is None else [*given, "microphone"]
+
+
+def make_source(args: argparse.Namespace) -> Source | None:
+    """Where pictures and sound come from; None: frames of features are read."""
+    if args.video is not None:
+        return Played(args.video)
+    if args.browser_camera:
+        return Browser()
+    sources: list[Source] = [] if args.camera is None else [Camera(args.camera)]
+    if args.microphone is not None:
+        sources.append(Microphone(args.microphone))
+    return None if not sources else sources[0] if len(sources) == 1 else Together(*sources)
+
+
+def _watch(
+    source: Source,
+    maker: FrameMaker,
+    estimator: Estimator,
+    delay: Latency,
+    stop: Stop,
+    output: int,
+    page: Page | None,
+    pictures: bool,
+    write: Callable[[str], None],
+) -> str:
+    """Estimates of what the source shows until it ends or a stop is requested; why it ended."""
+    inbox = Inbox(source)
+    source.start(inbox)
+    if isinstance(source, Browser):
+        note("waiting for the page's camera")
+    else:
+        inbox.begin()
+    shown = -math.inf
+    frames = Extraction(inbox, maker)
+    try:
+        while not stop.requested:
+            item = frames.next(POLL)
+            if item is None:
+                if frames.over:
+                    break
+                stop.wait(None, output, 0)
+                continue
+            frame, seen = item
+            number = round(frame.echo["t"] * maker.fps) + 1
+            answer = estimator.take(number, frame)
+            delay.add(1e6 * (inbox.clock() - frame.echo["t"]))
+            answer["delay_ms"] = round(delay.last / 1e3, 1)
+            write(json.dumps(answer, allow_nan=False, separators=(",", ":")) + "\n")
+            if page is not None:
+                page.publish(answer, 0)
+                if pictures and seen is not None and frame.echo["t"] - shown >= 1 / PICTURES_A_SECOND - 1e-6:
+                    shown = frame.echo["t"]
+                    page.picture(*seen.small())
+    finally:
+        source.stop()
+        inbox.end("stopped")
+    return inbox.why
+
+
 # ------------------------------------------------------------------------------------------------------------- at exit
-def summary(why: str, seconds: float, estimator: Estimator, complaints: Complaints) -> Table:
-    """What there is to say of the session, a row each."""
+def summary(
+    why: str, seconds: float, estimator: Estimator, complaints: Complaints, delay: Latency | None = None
+) -> Table:
+    """What there is to say of the session, a row each. `delay`: of pictures and sound, from a frame's beginning to its
+    estimate."""
     stats, quality = estimator.session.stats, estimator.quality
     rows: list[tuple[str, Any]] = [
         ("frames", f"{stats.frames} in {seconds:.1f} s ({stats.frames / max(seconds, 1e-9):.1f} a second)"),
@@ -324,6 +445,8 @@ def summary(why: str, seconds: float, estimator: Estimator, complaints: Complain
         refused = f", of these not finite {stats.nonfinite[label]}" if stats.nonfinite[label] else ""
         rows.append((f"{name} absent", f"{stats.absent[label]}{refused}"))
     if stats.frames:
+        if delay is not None:
+            rows.append(("end to end", delay.line()))
         rows += [("latency", estimator.latency.line()), ("its part in the model", estimator.step.line())]
     if quality is not None:
         whole, recent = quality.scores(), quality.recent.compute().tolist()
@@ -333,6 +456,9 @@ def summary(why: str, seconds: float, estimator: Estimator, complaints: Complain
         ):
             values = "  ".join(f"{target.name} {value:.4f}" for target, value in zip(quality.targets, scores))
             rows.append((title, f"{values}  P {sum(scores) / len(scores):.4f}  ({count} annotated frames)"))
+    if delay is not None:
+        note_ = "End to end: from the beginning of a frame, which lasts itself, to its estimate; latency: from its features."
+        return Table(f"Stream: {why}", ("", ""), rows, note_ if stats.frames else "")
     note_ = "Latency: from a frame's bytes being there to its estimate; waiting in a pipe or for --pace is not in it."
     return Table(f"Stream: {why}", ("", ""), rows, note_ if stats.frames else "")
 

@@ -42,7 +42,7 @@ from ..training.trainer import (
     train,
 )
 from .corruptions import CORRUPTIONS, PROTOCOL, Condition, conditions
-from .jobs import Job, Workers
+from ..jobs import Job, Workers
 from .methods import TOLD, UNTRAINED, WITH_QUALITY, default_methods, half, unfit
 from .plan import (
     HELD_OUT,

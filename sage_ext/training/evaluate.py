@@ -36,6 +36,7 @@ class ClipPrediction:
     stage: Array  # (T, S), rows sum to 1
     experts: Array | None = None  # (T, K, C) the estimates that were weighed, see `SAGEOutput`
     shares: Array | None = None  # (T, K)
+    expert_confidence: Array | None = None  # (T, K); of a peer's fusion (T, M)
 
 
 def predict_clip(
@@ -124,6 +125,7 @@ def _call(
         output.stage,
         output.experts,
         output.shares,
+        output.expert_confidence,
     )
     return [value.float().cpu() for value in fields], output.state
 

@@ -60,6 +60,9 @@ class Run:
     quality_columns: dict[str, list[str]]  # likewise of its quality
     told: bool  # its quality is the truth of synthetic data
     device: str
+    about: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # what the data said of modalities: how they were extracted
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu", trust: Trust | None = None) -> Run:
@@ -103,7 +106,7 @@ class Run:
             )
         if trust is not None:
             model.set_trust(trust, *(default_frames(frames, fps) for frames in (PACE, DWELL)))
-        return cls(path, model.to(device).eval(), *parts, device)
+        return cls(path, model.to(device).eval(), *parts, device, state.get("about", {}))
 
     def open(
         self, root: str | os.PathLike[str] | None, split: str, sample: str | os.PathLike[str] | None = None
@@ -131,7 +134,7 @@ class Run:
                     f"root: expected the {what} of {name} that {self.path} was trained on, in their order, got {theirs!r} in "
                     f"place of {ours!r} (column {place + 1}) in {data.root}"
                 )
-        if data.targets != self.targets and data.sample_file is None:
+        if data.targets != self.targets and data.sample_file is None and not data.unlabelled:
             raise ValueError(
                 f"root: expected the targets {described(self.targets)} of {self.path}, got {described(data.targets)} in "
                 f"{data.root}"

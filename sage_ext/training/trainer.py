@@ -449,6 +449,7 @@ class Training:
             "quality_columns": {
                 m: list(names) for m, names in self.train_data.quality_columns.items() if m in self.quality_dims
             },
+            "about": {m: about for m, about in self.train_data.about.items() if m in self.names},
             "calibration": None,  # calibrate_run fills it
             **{name: self.best[name] for name in ("epoch", "step", "scores")},
         }

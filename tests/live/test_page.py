@@ -25,7 +25,7 @@ from streams import DIMS, NAMES, WAIT, Process, line
 from sage_ext.live.estimator import Estimator, Quality
 from sage_ext.live.frames import RawFloats
 from sage_ext.live.page import Page
-from sage_ext.live.server import CONNECTIONS, VIEWERS, Board
+from sage_ext.live.server import BODY, CONNECTIONS, PIXELS, RATE, VIEWERS, Board
 from sage_ext.models import SAGE
 
 
@@ -85,6 +85,8 @@ def test_page_loads_nothing_from_elsewhere(page):
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert "connect-src 'self'" in policy
+    assert "blob:" not in policy
+    assert response.headers["Permissions-Policy"] == "camera=(), microphone=()"
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Cache-Control"] == "no-store"
     assert "Python" not in response.headers["Server"]
@@ -323,11 +325,307 @@ time.sleep(60)
     assert refused
 
 
+# ------------------------------------------------------------------------------------------------------------- pictures
+def jpeg(width=640, height=360, rest=b"\0"):
+    """A header as of a JPEG of this size; nobody decodes it here."""
+    size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return b"\xff\xd8" + b"\xff\xe0\0\x04ab" + b"\xff\xc0\0\x11\x08" + size + bytes(10) + rest
+
+
+def sent(picture):
+    return base64.b64decode(picture["jpeg"])
+
+
+def test_pictures(page):
+    page.picture(jpeg(rest=b"one"), (10, 20.04, 30.5, 40), (640, 360))
+    response = get(page, "/events")
+    assert "camera" not in event(response)[1]
+    name, value = event(response)
+    assert (name, value["face"], value["size"]) == ("picture", [10, 20, 30.5, 40], [640, 360])
+    assert sent(value) == jpeg(rest=b"one")
+    page.picture(jpeg(rest=b"two"), None, (640, 360))
+    name, value = event(response)
+    assert (name, value["face"], sent(value)) == ("picture", None, jpeg(rest=b"two"))
+    page.publish(answer(page), 0)
+    assert event(response)[0] == "frame"
+    response.close()
+
+
+def test_the_newest_picture_wins(page):
+    """A browser that reads nothing holds neither the stream nor another one; those between are not sent."""
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    slow.connect(("127.0.0.1", page.port))
+    slow.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    quick = get(page, "/events")
+    event(quick)
+    numbers, took, seen = 0, [], []
+
+    def read():
+        while not seen or seen[-1] < 10**9:
+            seen.append(int.from_bytes(sent(event(quick)[1])[-4:], "big"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    began = time.monotonic()
+    while time.monotonic() < began + 1.5:
+        before = time.perf_counter()
+        page.picture(jpeg(rest=numbers.to_bytes(4, "big") * 10_000), None, (640, 360))
+        took.append(time.perf_counter() - before)
+        numbers += 1
+        time.sleep(0.005)
+    assert np.median(took) < 1e-3
+    page.picture(jpeg(rest=(10**9).to_bytes(4, "big")), None, (640, 360))
+    reader.join(WAIT)
+    assert seen == sorted(set(seen))
+    assert 10 <= len(seen) <= 22  # 12.5 a second, however many there were
+    record = answer(page)
+    page.publish(record, 0)
+    assert event(quick)[1]["count"] == 1
+    slow.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((b"", None, (640, 360)), "jpeg: expected 1 to 1,048,576 bytes, got 0"),
+        ((bytes(BODY + 1), None, (640, 360)), "jpeg: expected 1 to 1,048,576 bytes, got 1,048,577"),
+        ((b"x", (1, 2, 3, float("nan")), (640, 360)), "face: expected left, top, width and height in pixels or None"),
+        ((b"x", (1, 2, 3), (640, 360)), "face: expected left, top, width and height in pixels or None"),
+        ((b"x", None, (0, 360)), "size: expected width and height in pixels, got"),
+    ],
+)
+def test_pictures_that_cannot_be_shown(page, arguments, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        page.picture(*arguments)
+
+
+def test_pictures_stay_on_this_machine(model):
+    board = Board("0.0.0.0", 0, {})
+    response = get(board, "/events")
+    event(response)
+    board.show({"jpeg": "AAAA"})
+    board.publish({}, [])
+    assert event(response)[0] == "frame"
+    response.close()
+    board.end("the test is over")
+    with Page("0.0.0.0", 0, "run", Estimator(model, NAMES)) as page:
+        page.picture(jpeg(), None, (640, 360))
+        assert page._picture[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------- the browser's camera
+@pytest.fixture
+def taken():
+    return []
+
+
+@pytest.fixture
+def camera(taken):
+    """The server of a page with a camera, in this process; its records."""
+    board = Board("127.0.0.1", 0, {"run": "a <run>"}, taken.append)
+    yield board
+    board.end("the test is over")
+
+
+SOUND = np.zeros(512, "<f4").tobytes()
+
+
+def token(page):
+    response = get(page, "/events")
+    name, hello = event(response)
+    response.close()
+    return hello["camera"]
+
+
+class Sender:
+    """Posts as the page does, over one connection."""
+
+    def __init__(self, page, sender="me"):
+        self.connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
+        self.headers = {
+            "Origin": f"http://127.0.0.1:{page.port}", "Sec-Fetch-Site": "same-origin", "Sage-Sender": sender,
+            "Sage-Token": token(page),
+        }  # fmt: skip
+
+    def post(self, kind, seconds, body, path="/media", **changed):
+        """(status, text)."""
+        headers = {**self.headers, "Sage-Kind": kind, "Sage-Seconds": str(seconds), **changed}
+        headers = {name: value for name, value in headers.items() if value is not None}
+        self.connection.request("POST", path, body, headers)
+        response = self.connection.getresponse()
+        return response.status, response.read().decode()
+
+
+def test_a_page_with_a_camera_asks_for_little_more(camera):
+    response = get(camera)
+    policy = response.headers["Content-Security-Policy"]
+    assert re.search(r"script-src 'sha256-[^']+' blob:;", policy)
+    assert "unsafe" not in policy
+    assert policy.count("blob:") == 1
+    assert response.headers["Permissions-Policy"] == "camera=(self), microphone=(self)"
+    assert len(token(camera)) >= 24
+    assert token(camera) not in response.read().decode()
+
+
+def test_records_arrive_in_order_with_their_times(model):
+    taken = []
+    page = Page(
+        "127.0.0.1",
+        0,
+        "run",
+        Estimator(model, NAMES),
+        browser_camera=True,
+        on_media=lambda *record: taken.append(record),
+    )
+    with page:
+        sender, want = Sender(page), []
+        port = None
+        for number in range(100):
+            kind, body = ("picture", jpeg(rest=bytes([number]))) if number % 3 == 0 else ("sound", SOUND)
+            want.append((kind, 1.7e9 + number / 64, body))
+            assert sender.post(*want[-1]) == (204, "")
+            port = port or sender.connection.sock.getsockname()
+            assert sender.connection.sock.getsockname() == port  # the connection is kept
+        until = time.monotonic() + 5
+        while len(taken) < len(want) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert taken == want
+        before = threading.active_count()
+    assert threading.active_count() == before - 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "status"),
+    [
+        ({"Sage-Token": None}, 403), ({"Sage-Token": "x" * 32}, 403), ({"Sage-Token": "\xe9"}, 403), ({"Sage-Token": ""}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "none"}, 403),
+        ({"Origin": None}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403), ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+        ({"path": "/"}, 404), ({"path": "/events"}, 404), ({"Transfer-Encoding": "chunked"}, 411),
+        ({"Content-Length": str(BODY + 1)}, 413), ({"Content-Length": "9" * 19}, 413), ({"Content-Length": "-1"}, 411),
+        ({"Sage-Seconds": "nan"}, 400), ({"Sage-Seconds": "1e300"}, 400), ({"Sage-Seconds": "soon"}, 400),
+        ({"Sage-Kind": "video"}, 409), ({"Sage-Kind": "sound"}, 409),
+    ],
+)  # fmt: skip
+def test_what_may_not_be_posted(camera, taken, changed, status):
+    sender = Sender(camera)
+    assert sender.post("picture", 1, jpeg(), **changed)[0] == status
+    assert sender.connection.sock is None  # and the connection is closed
+    assert taken == []
+    assert sender.post("picture", 1, jpeg()) == (204, "")
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("picture", b""), ("picture", b"GIF89a"), ("picture", b"\xff\xd8"), ("picture", jpeg(rest=b"")[:-16]),
+        ("picture", jpeg(1920, 1081)), ("picture", jpeg(65535, 65535)), ("picture", jpeg(0, 100)),
+        ("picture", b"\xff\xd8\xff\xda" + jpeg()), ("picture", b"\xff\xd8\xff\xe0\0\0" + jpeg()),
+        ("sound", b""), ("sound", SOUND[:-1]), ("sound", bytes(4 * RATE + 4)), ("sound", np.array([np.nan], "<f4").tobytes()),
+        ("sound", np.array([0.5, 1.01], "<f4").tobytes()), ("sound", np.array([-np.inf], "<f4").tobytes()),
+    ],
+)  # fmt: skip
+def test_pictures_and_sound_that_are_none(camera, taken, kind, body):
+    status, said = Sender(camera).post(kind, 1, body)
+    assert (status, taken) == (409, [])
+    assert said.startswith(f"{kind}: expected ")
+
+
+def test_the_largest_that_may_be_posted(camera, taken):
+    sender = Sender(camera)
+    largest = jpeg(1920, PIXELS // 1920)
+    assert sender.post("picture", 1, largest + bytes(BODY - len(largest))) == (204, "")
+    assert sender.post("sound", 1, np.ones(RATE, "<f4").tobytes()) == (204, "")
+    assert len(taken) == 2
+
+
+def test_times_rise(camera, taken):
+    """For each kind, and also from one page to the next."""
+    sender = Sender(camera)
+    assert sender.post("picture", 5, jpeg())[0] == 204
+    assert sender.post("sound", 4, SOUND)[0] == 204
+    assert sender.post("picture", 5, jpeg()) == (
+        409, "seconds: expected more than the last picture's, 5.000000, got 5.000000\n"
+    )  # fmt: skip
+    assert sender.post("picture", 5.25, jpeg())[0] == 204
+    assert len(taken) == 3
+
+
+def test_one_page_sends_at_a_time(camera, taken, monkeypatch):
+    monkeypatch.setattr("sage_ext.live.server.QUIET", 0.5)
+    first, second = Sender(camera), Sender(camera, "another")
+    assert first.post("picture", 1, jpeg())[0] == 204
+    status, said = second.post("picture", 2, jpeg())
+    assert (status, said) == (409, "another page's camera is in use already\n")
+    time.sleep(0.6)
+    assert second.post("picture", 2, jpeg())[0] == 204
+    assert first.post("picture", 3, jpeg())[0] == 409
+    assert len(taken) == 2
+
+
+def test_a_camera_is_not_taken_unless_it_was_asked_for(page, taken):
+    """Nor by a server that others can reach."""
+    assert get(page, "/media", "POST").status == 501
+    board = Board("0.0.0.0", 0, {}, taken.append)
+    response = get(board, "/events")
+    assert "camera" not in event(response)[1]
+    response.close()
+    assert get(board, "/media", "POST", **{"Sage-Token": ""}).status == 501
+    assert "blob:" not in get(board).headers["Content-Security-Policy"]
+    board.end("the test is over")
+    estimator = page.estimator
+    with pytest.raises(ValueError, match=r"^--host: expected an address of this machine alone, .* got 0\.0\.0\.0$"):
+        Page("0.0.0.0", 0, "run", estimator, browser_camera=True, on_media=print)
+    with pytest.raises(ValueError, match=r"^on_media: expected a function .* got None$"):
+        Page("127.0.0.1", 0, "run", estimator, browser_camera=True)
+
+
+def test_a_stream_that_does_not_take_the_camera_s_pictures_holds_nobody(model, monkeypatch):
+    """The sender waits; who watches does not, and the stream can end."""
+    monkeypatch.setattr("sage_ext.live.page.PATIENCE", 0.5)
+    let_go = threading.Event()
+    page = Page(
+        "127.0.0.1", 0, "run", Estimator(model, NAMES), browser_camera=True, on_media=lambda *record: let_go.wait(WAIT)
+    )
+    with page:
+        sender = Sender(page)
+        sender.connection.timeout = 0.5
+        with pytest.raises(TimeoutError):  # more than the pipe and its reader hold
+            all(sender.post("picture", number + 1, jpeg(rest=bytes(100_000))) for number in range(20))
+        page.publish(answer(page), 0)
+        response = get(page, "/events")
+        assert [event(response)[0] for _ in range(2)] == ["hello", "frame"]
+        response.close()
+        began = time.monotonic()
+        page.end("end of input")
+        assert time.monotonic() - began < 5
+    let_go.set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_stream_that_fails_on_a_picture_is_told(model):
+    told = []
+
+    def fail(kind, seconds, payload):
+        raise RuntimeError("no room")
+
+    with Page("127.0.0.1", 0, "run", Estimator(model, NAMES), told.append, browser_camera=True, on_media=fail) as page:
+        sender, until = Sender(page), time.monotonic() + 5
+        sender.post("picture", 1, jpeg())
+        while not told and time.monotonic() < until:
+            time.sleep(0.01)
+        assert told == ["the browser's camera is not read any more: no room"]
+        page.publish(answer(page), 0)
+        assert get(page).status == 200
+
+
 # --------------------------------------------------------------------------------------------------- the page, in Chromium
 class Browser:
     """Headless Chromium, driven through a pair of pipes."""
 
-    def __init__(self, binary, folder):
+    def __init__(self, binary, folder, *more):
         theirs_in, self.writer = os.pipe()
         self.reader, theirs_out = os.pipe()
         flags = (
@@ -338,7 +636,7 @@ class Browser:
         start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
         theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]  # clear of 3 and 4
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", start, *map(str, theirs), binary, *flags.split()],
+            [sys.executable, "-S", "-c", start, *map(str, theirs), binary, *more, *flags.split()],
             pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         for end in (theirs_in, theirs_out, *theirs):

@@ -14,8 +14,8 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import Any
 
-from .._arguments import check_int
-from ..allocator import keep_freed_memory
+from ._arguments import check_int
+from .allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)

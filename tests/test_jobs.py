@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from sage_ext.study.jobs import Job, Workers
+from sage_ext.jobs import Job, Workers
 
 
 def _answer(value):

@@ -1,0 +1,139 @@
+"""`analyze` is extract and predict in one go; without a run nothing is estimated."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+
+for package in ("av", "cv2", "librosa", "safetensors"):
+    pytest.importorskip(package)
+
+from conftest import make
+from media import grey, tone, write
+
+from sage_ext.cli import main
+from sage_ext.training.runs import Run, predict_run
+from sage_ext.training.trainer import TrainConfig, train
+from sage_ext.video import Parameters, analyze, extract
+
+TOLD = Parameters(told=True)
+
+
+@pytest.fixture(scope="module")
+def trained(videos, tmp_path_factory):
+    """A run that has seen two steps of the videos' features, and their data set."""
+    root = tmp_path_factory.mktemp("trained")
+    extract(videos, root / "data", TOLD)
+    rng = np.random.default_rng(0)
+    for split, name, frames in (("Train_Set", "one", 60), ("Validation_Set", "two", 75)):
+        (root / "data/annotations" / split).mkdir(parents=True, exist_ok=True)
+        rows = [f"{v:.3f},{a:.3f}" for v, a in np.tanh(rng.normal(size=(frames, 2)).cumsum(0) / 5)]
+        (root / "data/annotations" / split / f"{name}.txt").write_text("\n".join(["valence,arousal", *rows]) + "\n")
+    train(
+        TrainConfig(str(root / "data"), dim=16, batch_size=2, window=2.0, epochs=1, max_steps=2),
+        root / "run",
+        progress=False,
+    )
+    return root
+
+
+def test_the_run_remembers_how_its_features_were_made(trained):
+    run = Run.load(trained / "run")
+    assert run.about["visual"]["parameters"]["visual"] == "hog"
+    assert run.about["audio"]["tool"] == "sage-ext extract"
+
+
+def test_it_equals_extract_and_predict(trained, videos, tmp_path):
+    predict_run(trained / "run", trained / "data", tmp_path / "predictions.csv", split="test")
+    rows = [row for row in csv.DictReader(open(tmp_path / "predictions.csv")) if row["video"] == "three"]
+    result = analyze(videos / "three.mp4", trained / "run", told=True)
+    assert result.prediction.shape == (45, 2)
+    for c, target in enumerate(("valence", "arousal")):
+        assert [float(row[target]) for row in rows] == pytest.approx(result.prediction[:, c].tolist(), abs=2e-6)
+    for m, name in enumerate(result.modalities):
+        assert [float(row[f"weight {name}"]) for row in rows] == pytest.approx(result.weights[:, m].tolist(), abs=2e-6)
+    assert result.present.all()
+    assert result.faces[0].tolist() == [32, 16, 56, 56]
+    assert result.size == (128, 96)
+    assert 20 <= len(result.thumbnails) <= 24
+    assert ((result.deviation >= 0) & (result.deviation <= 1.5)).all()
+
+
+def test_table(trained, videos, tmp_path):
+    pytest.importorskip("pandas")
+    result = analyze(videos / "three.mp4", trained / "run", told=True)
+    table = result.to_pandas()
+    assert len(table) == 45
+    assert table["valence"].tolist() == pytest.approx(result.prediction[:, 0].tolist())
+    assert {
+        "time",
+        "arousal",
+        "confidence audio",
+        "weight visual",
+        "present visual",
+        "visual sharpness",
+        "audio snr",
+        "stage 1",
+    } <= set(table)
+    result.write_csv(tmp_path / "a.csv")
+    rows = list(csv.DictReader(open(tmp_path / "a.csv")))
+    assert list(rows[0]) == list(table)
+    assert float(rows[44]["time"]) == pytest.approx(44 / 30, abs=1e-6)
+    assert float(rows[10]["arousal"]) == pytest.approx(result.prediction[10, 1], rel=1e-5)
+
+
+def test_without_a_run_nothing_is_estimated(videos):
+    result = analyze(videos / "one.mp4", told=True)
+    assert result.prediction is None
+    assert result.targets == ()
+    assert not {"valence", "arousal"} & set(result.columns())
+    assert result.quality["audio"].shape[0] == 60
+
+
+def test_a_video_without_sound_or_picture(trained, tmp_path):
+    silent = analyze(make(tmp_path / "silent.mp4", 1.0, sound=None), trained / "run", told=True)
+    m = silent.modalities.index("audio")
+    assert not silent.present[:, m].any()
+    assert (silent.weights[:, m] == 0).all()
+    assert np.isfinite(silent.prediction).all()
+    heard = analyze(write(tmp_path / "heard.wav", sound=tone(1.0), audio_codec="pcm_s16le"), trained / "run")
+    m = heard.modalities.index("visual")
+    assert not heard.present[:, m].any()
+    assert heard.thumbnails == []
+    assert heard.size == (0, 0)
+
+
+def test_a_run_of_other_features_is_refused(videos, tmp_path):
+    from sage_ext.data.synthetic import write_dataset
+
+    write_dataset(
+        tmp_path / "data", train=2, validation=1, test=0, frames=(40, 60), modalities={"audio": 9, "visual": 8}
+    )
+    train(
+        TrainConfig(str(tmp_path / "data"), dim=8, batch_size=1, window=1.0, epochs=1, max_steps=1),
+        tmp_path / "run",
+        progress=False,
+    )
+    with pytest.raises(ValueError, match="root: expected features .*'audio': 9"):
+        analyze(videos / "one.mp4", tmp_path / "run", told=True)
+
+
+def test_the_command(trained, videos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["analyze", str(videos / "three.mp4"), "--run", str(trained / "run"), "--told", "--out", str(out), "--quiet",
+                 "--overlay", str(out / "drawn.mp4")]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["drawn.mp4", "three.csv", "three.html"]
+    assert "mean weight" in said
+    assert main(["analyze", str(videos / "three.mp4"), "--told", "--out", str(out), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing is estimated" in said
+    assert "valence" not in said
+    (tmp_path / "bad.mp4").write_bytes(b"x")
+    assert main(["analyze", str(tmp_path / "bad.mp4"), "--out", str(tmp_path / "none")]) == 2
+    assert "error: path: expected a media file" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    write(tmp_path / "grey.mp4", [grey(90)] * 10, fps=30)
+    assert main(["analyze", str(tmp_path / "grey.mp4"), "--out", str(out), "--quiet"]) == 0
