@@ -26,6 +26,7 @@ import numpy as np
 from ..data.affwild2 import AffWild2, bare_name
 from ..data.synthetic import has_truth
 from ..files import LOCK, alone, parsing, write_atomic
+from ..jobs import Job, Workers
 from ..nn import ReliabilityFusion
 from ..report import Table, printable
 from ..training.runs import Run, calibrate_run
@@ -42,7 +43,6 @@ from ..training.trainer import (
     train,
 )
 from .corruptions import CORRUPTIONS, PROTOCOL, Condition, conditions
-from ..jobs import Job, Workers
 from .methods import TOLD, UNTRAINED, WITH_QUALITY, default_methods, half, unfit
 from .plan import (
     HELD_OUT,

@@ -14,20 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.affwild2 import AffWild2
 from ..files import write_atomic
 from ..jobs import Job, Workers
 from ..report import Table
 from ..training.runs import Run, calibrate_run, evaluate_clips
 from ..training.trainer import TrainConfig, train
 from .analysis import analyze
-from .extraction import Parameters, extract
+from .extraction import extract
 from .overlay import write_overlay
 from .report import write_report
 from .synth import PICTURES, SOUNDS, break_video, write_videos
 
 WORLD = {"train": 16, "validation": 5, "test": 4, "seconds": (20.0, 30.0)}
-MODEL = {"dim": 32, "batch_size": 8, "lr": 2e-3, "epochs": 1000, "max_steps": 500, "patience": 1000}
+MODEL = {"dim": 32, "batch_size": 8, "lr": 2e-3, "epochs": 1000, "max_steps": 250, "patience": 1000}
 BREAKS = {f"sound: {kind}": {"sound": kind} for kind in SOUNDS} | {
     f"picture: {kind}": {"picture": kind} for kind in PICTURES
 }
@@ -64,22 +63,33 @@ def demo(out: str | os.PathLike[str], *, seed: int = 0, overwrite: bool = False)
     say("breaking the test videos, and extracting them again")
     broken = _break(root, world, seed)
     model = Run.load(run)
-    rows = [_scored("as they are", model, data), *(_scored(name, model, path) for name, path in broken.items())]
-    names = model.names
-    header = ["test videos", *(f"{who} {target.score.removeprefix('CCC_')}" for who in ("fused", *names) for target in model.targets),
-              *(f"weight {name}" for name in names), *(f"confidence {name}" for name in names)]  # fmt: skip
+    found = {"as they are": _scored(model, data), **{name: _scored(model, path) for name, path in broken.items()}}
     say("the first test video, analysed")
     first = sorted((world / "videos").glob("test_*.mp4"))[0]
     result = analyze(first, run)
     result.write_csv(root / f"{first.stem}.csv")
     write_report(result, root / f"{first.stem}.html")
     write_overlay(result, root / f"{first.stem}-overlay.mp4")
-    note = (
-        f"CCC with the truth over the valid frames of {len(list((world / 'videos').glob('test_*.mp4')))} test videos together: fused, and "
-        "each modality's own head; then the modalities' mean weight and confidence.\nEach break lasts all of every video. "
-        f"{time.monotonic() - began:.0f} s in all. {root / first.stem}.html and -overlay.mp4 show the first one."
-    )
-    tables = [Table("From raw video: concordance on people the run has not seen", header, rows, note)]
+    who = [
+        f"{name} {target.score.removeprefix('CCC_')}" for name in ("fused", *model.names) for target in model.targets
+    ]
+    trust = [f"{what} {name}" for what in ("weight", "confidence") for name in model.names]
+    tables = [
+        Table(
+            "From raw video: concordance on people the run has not seen",
+            ("test videos", *who),
+            [(name, *scores) for name, (scores, _) in found.items()],
+            f"CCC with the truth (V valence, A arousal) over all frames of {WORLD['test']} videos, fused and by each modality's "
+            "own head.\nEach break lasts all of every video.",
+        ),
+        Table(
+            "Who was trusted",
+            ("test videos", *trust),
+            [(name, *shares) for name, (_, shares) in found.items()],
+            f"Means over the frames. {time.monotonic() - began:.0f} s in all; {root / first.stem}.html and -overlay.mp4 show the "
+            "first of the videos.",
+        ),
+    ]
     write_atomic(root / "table.txt", "\n\n".join(table.text() for table in tables) + "\n")
     return tables
 
@@ -101,7 +111,7 @@ def _break(root: Path, world: Path, seed: int) -> dict[str, Path]:
                 raise ValueError(f"{outcome.job.name}: {outcome.error}")
     every = root / "broken" / "videos"
     every.mkdir()
-    for name, folder in found.items():  # one extraction of all, each under a name of its own
+    for folder in found.values():  # one extraction of all, each under a name of its own
         for video in tests:
             (folder / "videos" / video.name).rename(every / f"{folder.name}-{video.name}")
     done = extract(every, root / "broken" / "data")
@@ -130,13 +140,10 @@ def _part(every: Path, folder: Path, world: Path, videos: list[str]) -> None:
     shutil.copy(every / "fps.json", folder / "fps.json")
 
 
-def _scored(name: str, run: Run, data: Path) -> list[object]:
-    clips = run.open(data, "test")
-    assert isinstance(clips, AffWild2)
-    found = evaluate_clips(run, clips)
+def _scored(run: Run, data: Path) -> tuple[list[float], list[float]]:
+    """The concordances, fused and of each modality's own head; and the modalities' mean weights and confidences."""
+    found = evaluate_clips(run, run.open(data, "test"))
     scores = [found.scores[who][target.score] for who in ("fused", *run.names) for target in run.targets]
-    weights, confidence = (
-        np.concatenate([getattr(said, what) for said in found.predictions.values()]).mean(0)
-        for what in ("weights", "confidence")
-    )
-    return [name, *scores, *map(float, weights), *map(float, confidence)]
+    said = found.predictions.values()
+    shares = [np.concatenate(column).mean(0) for column in ([x.weights for x in said], [x.confidence for x in said])]
+    return scores, np.concatenate(shares).tolist()

@@ -7,11 +7,12 @@ import csv
 import numpy as np
 import pytest
 
-for package in ("av", "cv2", "librosa", "safetensors"):
-    pytest.importorskip(package)
+pytest.importorskip("av")
+pytest.importorskip("cv2")
+pytest.importorskip("librosa")
+pytest.importorskip("safetensors")
 
-from conftest import make
-from media import grey, tone, write
+from media import grey, make, tone, write
 
 from sage_ext.cli import main
 from sage_ext.training.runs import Run, predict_run
@@ -47,7 +48,11 @@ def test_the_run_remembers_how_its_features_were_made(trained):
 
 def test_it_equals_extract_and_predict(trained, videos, tmp_path):
     predict_run(trained / "run", trained / "data", tmp_path / "predictions.csv", split="test")
-    rows = [row for row in csv.DictReader(open(tmp_path / "predictions.csv")) if row["video"] == "three"]
+    rows = [
+        row
+        for row in csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines())
+        if row["video"] == "three"
+    ]
     result = analyze(videos / "three.mp4", trained / "run", told=True)
     assert result.prediction.shape == (45, 2)
     for c, target in enumerate(("valence", "arousal")):
@@ -78,7 +83,7 @@ def test_table(trained, videos, tmp_path):
         "stage 1",
     } <= set(table)
     result.write_csv(tmp_path / "a.csv")
-    rows = list(csv.DictReader(open(tmp_path / "a.csv")))
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
     assert list(rows[0]) == list(table)
     assert float(rows[44]["time"]) == pytest.approx(44 / 30, abs=1e-6)
     assert float(rows[10]["arousal"]) == pytest.approx(result.prediction[10, 1], rel=1e-5)
@@ -116,7 +121,7 @@ def test_a_run_of_other_features_is_refused(videos, tmp_path):
         tmp_path / "run",
         progress=False,
     )
-    with pytest.raises(ValueError, match="root: expected features .*'audio': 9"):
+    with pytest.raises(ValueError, match=r"root: expected features .*'audio': 9"):
         analyze(videos / "one.mp4", tmp_path / "run", told=True)
 
 

@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 
-for package in ("av", "cv2", "librosa", "safetensors"):
-    pytest.importorskip(package)
+pytest.importorskip("av")
+pytest.importorskip("cv2")
+pytest.importorskip("librosa")
+pytest.importorskip("safetensors")
 
-from conftest import make
+from media import make
 
 from sage_ext.cli import main
 from sage_ext.data import AffWild2

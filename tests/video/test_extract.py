@@ -13,11 +13,11 @@ import time
 import numpy as np
 import pytest
 
-for package in ("av", "cv2", "librosa"):
-    pytest.importorskip(package)
+pytest.importorskip("av")
+pytest.importorskip("cv2")
+pytest.importorskip("librosa")
 
-from conftest import FPS, make
-from media import GRID, grey, tone, write
+from media import FPS, GRID, grey, make, tone, write
 
 from sage_ext.cli import main
 from sage_ext.data import AffWild2
@@ -208,7 +208,7 @@ def test_features_of_others_are_not_touched(videos, tmp_path):
     (tmp_path / "features/visual").mkdir(parents=True)
     np.save(tmp_path / "features/visual/mine.npy", np.zeros((3, 2), np.float32))
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="expected .*extraction wrote"):
+        with pytest.raises(ValueError, match=r"expected .*extraction wrote"):
             extract(videos, tmp_path, TOLD, overwrite=overwrite)
     assert [p.name for p in (tmp_path / "features/visual").iterdir()] == ["mine.npy"]
 

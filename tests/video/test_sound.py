@@ -142,6 +142,15 @@ def test_pitch_confidence_is_not_deceived_by_an_offset(offset):
     assert (found["pitch_confidence"][10:] < 0.5).all()
 
 
+def test_pitch_confidence_is_not_lowered_by_a_period_between_samples():
+    found = named(make_sound(), voice(0.5, RATE / 44.5))
+    assert (found["pitch_confidence"][10:] > 0.99).all()
+
+
+def test_rumble_has_no_pitch():
+    assert (named(make_sound(), sine(0.5, 10.0))["pitch_confidence"][10:] < 0.3).all()
+
+
 def test_level():
     found = named(make_sound(), np.concatenate([sine(1.0, 500.0, 0.5), np.zeros(RATE, np.float32)]))
     np.testing.assert_allclose(found["level"][10:100], 20 * math.log10(0.5 / math.sqrt(2)), atol=0.1)
@@ -222,6 +231,18 @@ def test_speech_is_periodic_and_above_the_noise():
     assert (found[110:150] > 0.9).all()
     assert (found[150:160] > 0.9).all()  # hangs over
     assert not found[180:].any()  # noise, however loud
+
+
+@pytest.mark.parametrize("lowest", [0, 5000])
+def test_what_is_periodic_outside_of_the_range_of_speech_is_none(lowest):
+    pulses = np.zeros(RATE // 2)
+    pulses[::80] = 1.0  # 200 Hz
+    spectrum = np.fft.rfft(pulses) * (np.fft.rfftfreq(len(pulses), 1 / RATE) >= lowest)
+    sound = np.concatenate([noise(1.0, 0.001), np.fft.irfft(spectrum).astype(np.float32) + noise(0.5, 0.001)])
+    found = named(make_sound(), sound)
+    assert (found["quality_snr"][110:] > 20).all()
+    assert (found["pitch_confidence"][110:] > 0.9).all()
+    assert ((found["quality_speech"][110:] > 0.5) == (lowest == 0)).all()
 
 
 @pytest.mark.parametrize(

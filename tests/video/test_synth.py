@@ -146,6 +146,7 @@ def _crop(picture, faces, t):
     return picture[int(top) : int(top + high), int(left) : int(left + wide)]
 
 
+@pytest.mark.slow
 def test_face_and_voice_show_what_is_felt_and_not_all_of_it(unbroken):
     shown = {"valence": [], "arousal": []}
     heard = []
@@ -220,6 +221,7 @@ def _eroded(mask, steps):
     return np.array([mask[max(0, i - steps) : i + steps + 1].all() for i in range(len(mask))])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_world_and_another_one_another(tmp_path):
     small = {"train": 1, "validation": 0, "test": 1, "seconds": (3, 4), "size": (160, 120)}
     worlds = [write_videos(tmp_path / name, seed=seed, **small) for name, seed in (("a", 5), ("b", 5), ("c", 6))]
@@ -304,6 +306,7 @@ def test_the_command_line_says_what_it_wrote(tmp_path):
         parser.parse_args([out, "--size", "64"])
 
 
+@pytest.mark.slow
 # ------------------------------------------------------------------------------------------------------------- break_video
 @pytest.mark.parametrize(
     ("sound", "picture"), [(None, None), ("babble", "occluded"), ("silence", "dark"), ("foreign", "frozen")]
