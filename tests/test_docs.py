@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ NOT_RUN = {
     ("README.md", "make"): "minutes each; the targets are looked up",
     ("README.md", "sage-ext compare"): "trains for minutes; tests/study/test_run.py runs small studies",
     ("CONTRIBUTING.md", "make"): "minutes each; the targets are looked up",
+    ("docs/video.md", "sage-ext stream --run RUN --camera"): "a machine's own devices",
+    ("docs/video.md", "sage-ext stream --run RUN --browser-camera"): "waits for a browser; tests/video/test_camera.py has one",
     ("docs/real-data.md", "python"): "the film is no part of the project",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
     ("docs/study.md", "python benchmarks/streams.py"): "trains for an hour; tests/study/test_streams.py runs it small",
@@ -47,6 +50,8 @@ SMALLER = {
     ("README.md", "sage-ext stream"): "--serve 0",  # the page's port may be taken
     ("CONTRIBUTING.md", "SAGE_EXT_PEERS"): SMALL_TRAINING,
     ("docs/affwild2.md", "sage-ext train"): SMALL_TRAINING,
+    ("docs/video.md", "sage-ext train"): SMALL_TRAINING,
+    ("docs/video.md", "sage-ext stream --run DRAWN-RUN --video"): "--serve 0",
     ("docs/streaming.md", "sage-ext stream --run RUN --input frames.jsonl --serve"): "--serve 0 --pace 1000",
     ("docs/streaming.md", "sage-ext stream --run RUN --input features.f32"): "--no-follow",  # see run_command
     ("docs/streaming.md", "sage-ext stream --run demo-run/sage --format f32 --input"): "--serve 0 --pace 1000",
@@ -328,12 +333,34 @@ def one_answer_a_frame(space: dict, printed: str) -> None:
     assert printed.startswith('{"frame":1,')
 
 
+def a_folder_of_videos(data: str) -> Callable[[dict], None]:
+    """videos/, annotations of two of them where `data` will be, and new.mp4."""
+
+    def make(space: dict) -> None:
+        from sage_ext.video.synth import write_videos
+
+        write_videos("drawn", train=1, validation=1, test=1, seconds=(3, 4), size=(160, 120))
+        shutil.copytree("drawn/annotations", f"{data}/annotations")
+        shutil.rmtree(f"{data}/annotations/Test_Set")
+        shutil.move("drawn/videos/test_01.mp4", "new.mp4")
+        shutil.move("drawn/videos", "videos")
+
+    return make
+
+
+def annotations_of_the_drawn(space: dict) -> None:
+    shutil.copytree("WORLD/annotations", "DRAWN/annotations")
+
+
 BEFORE: dict[tuple[str, str], Callable[[dict], None]] = {
     ("README.md", "sage-ext import"): a_table,
+    ("README.md", "sage-ext extract"): a_folder_of_videos("FACES"),
     ("README.md", "sage-ext stream"): recording,
     ("CONTRIBUTING.md", "SAGE_EXT_PEERS"): lambda space: data_set("DIR"),
     ("docs/affwild2.md", "sage-ext check"): folder_of_crops,
     ("docs/affwild2.md", "sage-ext train"): a_data_set_to_train_on,
+    ("docs/video.md", "sage-ext extract videos/"): a_folder_of_videos("DATA"),
+    ("docs/video.md", "sage-ext check DRAWN"): annotations_of_the_drawn,
     ("docs/robustness.md", "from sage_ext.data import AffWild2"): lambda space: data_set("DATA"),
     ("docs/streaming.md", "session = model.stream"): streaming_names,
     ("docs/streaming.md", "sage-ext stream --run RUN < frames.jsonl"): recording,

@@ -436,7 +436,7 @@ class Browser(Source):
             self._shift = inbox.clock() - seconds - (0 if samples is None else len(samples) / RATE)
         at = seconds + self._shift
         if samples is not None:
-            inbox.samples(max(at, 0.0), samples)
+            inbox.samples(at, samples)
         else:
             inbox.picture(at, lambda: self._decode(payload))
 

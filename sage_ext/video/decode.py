@@ -29,12 +29,13 @@ TRIES = 1000  # packets among which a track's first picture, or sound, has to be
 @dataclass(frozen=True)
 class Picture:
     """A picture, shown from `time` (s) on until the next one, the last for `duration` (s). `frame`: PyAV's; `aspect`: width of
-    its pixels by their height."""
+    its pixels by their height; `reformatter`: PyAV's, one for all pictures, for each has to be set up."""
 
     time: float
     duration: float
     frame: Any
     aspect: float
+    reformatter: Any
 
     @cached_property
     def rgb(self) -> np.ndarray:
@@ -42,7 +43,7 @@ class Picture:
         width, height = self.frame.width * self.aspect, self.frame.height
         scale = min(LONGEST_SIDE / max(width, height), 1.0)
         width, height = max(round(width * scale), 1), max(round(height * scale), 1)
-        rgb = self.frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        rgb = self.reformatter.reformat(self.frame, width=width, height=height, format="rgb24").to_ndarray()
         return np.ascontiguousarray(np.rot90(rgb, round(self.frame.rotation / 90)))
 
 
@@ -164,6 +165,7 @@ class Media:
         step = 1 / self.rate if self.rate else 0.0
         shown = -1.0
         track = _SoundTrack(self._av)
+        reformatter = self._av.video.reformatter.VideoReformatter()
         for packet in self._packets(self._container, streams):
             for frame in self._frames(packet):
                 time = self._time(frame, packet) - self._zero
@@ -173,7 +175,7 @@ class Media:
                     shown = time
                     duration = float(frame.duration * frame.time_base) if frame.duration else step
                     ratio = packet.stream.sample_aspect_ratio
-                    yield Picture(time, duration, frame, float(ratio) if ratio else 1.0)
+                    yield Picture(time, duration, frame, float(ratio) if ratio else 1.0, reformatter)
         yield from track.end()
 
 

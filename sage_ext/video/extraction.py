@@ -193,6 +193,7 @@ class _One:
                 raise ValueError(f"path: expected a video with {self.wanted()}, got {self.video}, which has none")
             picture_end = sound_end = 0.0
             count, size = 0, (0, 0)
+            samples: list[np.ndarray] = []
             for item in media.play():
                 if isinstance(item, Picture):
                     at = item.time if parameters.fps is not None else count / fps
@@ -204,7 +205,10 @@ class _One:
                 else:
                     sound_end = item.time + len(item.samples) / RATE
                     if heard is not None and sound is not None:
-                        self.hear(heard, *sound.push(item.samples))
+                        samples.append(item.samples)
+                        if sum(map(len, samples)) >= RATE:  # few long pushes cost less than many short ones
+                            self.hear(heard, *sound.push(np.concatenate(samples)))
+                            samples.clear()
                 progress(item.time)
             end = end_of(picture_end, sound_end)
             frames = max(math.ceil(end * fps - 0.5 - 1e-6), 0)
@@ -215,6 +219,7 @@ class _One:
             if pictures is not None and rows is not None:
                 self.take(pictures, rows.end(frames / fps))
             if heard is not None and sound is not None:
+                self.hear(heard, *sound.push(np.concatenate([*samples, np.zeros(0, np.float32)])))
                 self.pad(heard, sound, math.ceil(frames * ROWS / fps - 1e-6))
             notes = list(media.damage)
             if end < EARLY * media.duration:

@@ -180,3 +180,88 @@ def test_a_camera_that_is_not_allowed(page, media, binary, tmp_path):
         )
         assert browser.value("!document.getElementById('start').disabled")
     assert media.records == []
+
+
+# -------------------------------------------------------------------------------------------------- the whole of it
+def as_devices(video, folder):
+    """Chromium's flags that make a video file its camera and microphone."""
+    import wave
+
+    av = pytest.importorskip("av")
+    pictures, sound = folder / "camera.y4m", folder / "microphone.wav"
+    with av.open(str(video)) as source, open(pictures, "wb") as out:
+        stream = source.streams.video[0]
+        out.write(f"YUV4MPEG2 W{stream.width} H{stream.height} F30:1 Ip A1:1 C420jpeg\n".encode())
+        for frame in source.decode(stream):
+            out.write(b"FRAME\n" + frame.to_ndarray(format="yuv420p").tobytes())
+    with av.open(str(video)) as source, wave.open(str(sound), "wb") as out:
+        out.setparams((1, 2, 48_000, 0, "NONE", ""))
+        resampler = av.AudioResampler("s16", "mono", 48_000)
+        for frame in source.decode(audio=0):
+            for block in resampler.resample(frame):
+                out.writeframes(block.to_ndarray().tobytes())
+    return [
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-video-capture={pictures}",
+        f"--use-file-for-fake-audio-capture={sound}",
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_estimates_what_the_browser_sees(binary, tmp_path):
+    """A drawn person before Chromium's camera, through the page, the extraction and the model, and back onto the page."""
+    import json
+    import shutil
+    import signal
+    import subprocess
+    import sys
+
+    for package in ("av", "librosa", "safetensors"):
+        pytest.importorskip(package)
+    from sage_ext.training.trainer import TrainConfig, train
+    from sage_ext.video import extract
+    from sage_ext.video.synth import write_videos
+
+    write_videos(tmp_path / "world", train=1, validation=1, test=1, seconds=(6, 7), clean=True)
+    extract(tmp_path / "world/videos", tmp_path / "data", processes=1)
+    shutil.copytree(tmp_path / "world/annotations", tmp_path / "data/annotations")
+    config = TrainConfig(str(tmp_path / "data"), dim=16, batch_size=2, window=2.0, epochs=1, max_steps=3)
+    train(config, tmp_path / "run", progress=False)
+    command = [
+        sys.executable,
+        "-m",
+        "sage_ext",
+        "stream",
+        "--run",
+        str(tmp_path / "run"),
+        "--browser-camera",
+        "--serve",
+        "0",
+    ]
+    with open(tmp_path / "answers", "w") as answers, open(tmp_path / "said", "w") as said:
+        stream = subprocess.Popen(command, stdout=answers, stderr=said)
+    try:
+        until = time.monotonic() + WAIT
+        while "live at" not in (text := (tmp_path / "said").read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+        url = text.split("live at ")[1].split()[0]
+        with Browser(
+            binary, tmp_path / "profile", *as_devices(tmp_path / "world/videos/test_01.mp4", tmp_path), ALLOWED
+        ) as browser:
+            browser.call("Page.navigate", url=url + "#camera")
+            while (tmp_path / "answers").read_text().count("\n") < 240 and time.monotonic() < until:
+                time.sleep(0.2)
+            assert browser.value("!document.getElementById('face').hidden"), "the face has a box on the page"
+            shot = browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+            (tmp_path / "page.png").write_bytes(base64.b64decode(shot))
+            assert browser.complaints() == []
+    finally:
+        stream.send_signal(signal.SIGINT)
+        assert stream.wait(WAIT) == 130
+    found = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()][30:]
+    assert len(found) >= 200
+    assert [b["frame"] - a["frame"] for a, b in itertools.pairwise(found)] == [1] * (len(found) - 1)
+    assert np.mean([answer["present"]["visual"] for answer in found]) > 0.9
+    assert np.mean([answer["present"]["audio"] for answer in found]) > 0.9
+    assert np.median([answer["delay_ms"] for answer in found]) < 250
+    assert "end to end" in (tmp_path / "said").read_text()
