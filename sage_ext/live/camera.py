@@ -478,7 +478,7 @@ def _quiet() -> Iterator[None]:
 
 def maker_for(run: Run, person: str = "largest") -> FrameMaker:
     """Frames for the model of `run`. ValueError where it learnt from features that `sage-ext extract` does not make."""
-    parameters = parameters_of(run, **{name: None for name in ("visual", "audio") if name not in run.names})
+    parameters = parameters_of(run)
     visual, sound = parameters.features()
     have = {"visual": visual, "audio": sound}
     for name, dim in zip(run.names, run.model.in_dims):

@@ -29,8 +29,6 @@ def parameters_of(run: Run | None, **given: Any) -> Parameters:
     for about in () if run is None else run.about.values():
         if isinstance(about, dict) and about.get("tool") == TOOL:
             said = {name: about["parameters"].get(name) for name in ("fps", "visual", "audio", "yunet", "silero")}
-    if run is not None and said:
-        said.update({name: None for name in ("visual", "audio") if name not in run.names})
     return Parameters(**{**said, **given})
 
 
@@ -55,6 +53,8 @@ def analyze(
     model = run if run is None or isinstance(run, Run) else Run.load(run)
     how = parameters_of(model, **parameters)
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: expected a media file, got {path}, which is none")
     with tempfile.TemporaryDirectory(prefix="sage-ext-") as folder:
         done = extract([path], folder, how, person=person, processes=1, progress=progress)
         if done.failed:

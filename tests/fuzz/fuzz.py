@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 from sage_ext.data import table
-from sage_ext.data.affwild2 import AffWild2, read_annotation, read_sample
+from sage_ext.data.affwild2 import AffWild2, read_annotation, read_index, read_sample
 from sage_ext.data.windows import clip_tensors
 from sage_ext.live.frames import JsonLines, MalformedFrame
 from sage_ext.live.server import Board
@@ -162,10 +162,15 @@ def reading_frames() -> Callable[[bytes], object]:
 class Browser:
     """A page and the bytes of a request to it."""
 
-    def __init__(self) -> None:
-        self.board = Board("127.0.0.1", 0, {"run": "run"})
+    def __init__(self, camera: bool = False) -> None:
+        self.taken = 0
+        self.board = Board("127.0.0.1", 0, {"run": "run"}, self._deliver if camera else None)
+        self.board.token = "token"  # else drawn
         self.failed: list[BaseException] = []
         self.board.server.handle_error = self._note  # type: ignore[method-assign]
+
+    def _deliver(self, record: bytes) -> None:
+        self.taken += 1
 
     def _note(self, request: object, address: object) -> None:
         error = sys.exc_info()[1]
@@ -185,7 +190,7 @@ class Browser:
             raise self.failed.pop()
         if not got.startswith(b"HTTP/"):  # no request at all, or one of HTTP/0.9, which has no status
             return "no status"
-        status = re.match(rb"HTTP/1\.1 (200|400|403|404|408|414|431|501|503|505) ", got)
+        status = re.match(rb"HTTP/1\.1 (200|204|400|403|404|408|409|411|413|414|431|501|503|505) ", got)
         assert status is not None, got[:200]
         return status[1].decode()
 
@@ -213,6 +218,18 @@ GET = b"GET %s HTTP/1.1\r\nHost: localhost:80\r\nSec-Fetch-Site: same-origin\r\n
 REQUESTS = [
     *(GET % path for path in (b"/", b"/events", b"/nothing")), b"HEAD / HTTP/1.0\r\n\r\n", b"POST / HTTP/1.1\r\n\r\n"
 ]  # fmt: skip
+
+
+POST = (
+    b"POST /media HTTP/1.1\r\nHost: localhost:80\r\nOrigin: http://localhost:80\r\nSec-Fetch-Site: same-origin\r\n"
+    b"Sage-Token: token\r\nSage-Sender: me\r\nSage-Kind: %s\r\nSage-Seconds: %s\r\nContent-Length: %d\r\n\r\n%s"
+)
+SOUND = np.array([0, 0.5, -1], "<f4").tobytes()
+POSTS = [
+    POST % (b"sound", b"1.5", len(SOUND), SOUND),
+    POST % (b"picture", b"2e3", 6, b"\xff\xd8\xff\xc0\x00\x11"),
+    *REQUESTS,
+]
 
 
 UNSIGNED = safetensors.torch.save({}, {"sage_ext": json.dumps({"format": 1, "digest": "x", "tree": "\ud800"})})
@@ -268,6 +285,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "checkpoint_tree": of_tree,
     "frames": lambda folder: Target(reading_frames(), LINES),
     "http": lambda folder: Target(Browser().take, REQUESTS),
+    "media": lambda folder: Target(Browser(camera=True).take, POSTS),
+    "index": of_file(read_index, b'{"what": "x", "videos": {"a": {"frames": 3, "fps": 30.0}, "b": {"frames": 90}}}'),
 }
 
 

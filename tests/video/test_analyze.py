@@ -110,6 +110,27 @@ def test_a_video_without_sound_or_picture(trained, tmp_path):
     assert heard.size == (0, 0)
 
 
+def test_a_run_of_one_modality_reads_the_quality_that_it_learnt(trained, videos, tmp_path):
+    """The voice's match with the face is a column of the face's quality: it needs the sound, which the model does not read."""
+    config = TrainConfig(
+        str(trained / "data"), modalities=("visual",), dim=16, batch_size=2, window=2.0, epochs=1, max_steps=1
+    )
+    train(config, tmp_path / "run", progress=False)
+    predict_run(tmp_path / "run", trained / "data", tmp_path / "predictions.csv", split="test")
+    rows = [
+        row
+        for row in csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines())
+        if row["video"] == "three"
+    ]
+    result = analyze(videos / "three.mp4", tmp_path / "run", told=True)
+    assert result.modalities == ("visual",)
+    match = result.quality["visual"][:, result.quality_columns["visual"].index("voice_match")]
+    assert np.isfinite(match).any()
+    assert [float(row["valence"]) for row in rows] == pytest.approx(result.prediction[:, 0].tolist(), abs=2e-6)
+    with pytest.raises(FileNotFoundError, match="path: expected a media file"):
+        analyze(videos, tmp_path / "run")
+
+
 def test_a_run_of_other_features_is_refused(videos, tmp_path):
     from sage_ext.data.synthetic import write_dataset
 
