@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..extras import require
+from .plugins import Network, function_of, names_a_function, open_network, short
 
 RATE = 16_000  # samples a second
 ROWS = 100  # a second
@@ -263,24 +264,6 @@ def _correlation(one: Array, other: Array) -> Array:
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
-def _session(argument: str, expected: str, path: str | Path) -> Any:
-    """An ONNX file on one core, by onnxruntime."""
-    runtime: Any = require("onnxruntime", "video")
-    if not Path(path).is_file():
-        raise ValueError(f"{argument}: expected {expected}, got {str(path)!r}, which is no file")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own have no common base
-        raise ValueError(f"{argument}: expected {expected}, got {str(path)!r}: {_short(error)}") from None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 class Silero:
     """Silero's voice activity detector, version 5 or 6, as its ONNX file (`silero_vad.onnx` of the package silero-vad, MIT).
 
@@ -290,7 +273,7 @@ class Silero:
     SIZE, CONTEXT, STATE = 512, 64, (2, 1, 128)
 
     def __init__(self, path: str | Path) -> None:
-        self._session = _session("silero", "an ONNX file of Silero's voice activity detector", path)
+        self._session = open_network("silero", "an ONNX file of Silero's voice activity detector", path)
         inputs = {one.name for one in self._session.get_inputs()}
         outputs = {one.name for one in self._session.get_outputs()}
         if not (inputs in ({"input", "state"}, {"input", "state", "sr"}) and {"output", "stateN"} <= outputs):
@@ -320,7 +303,7 @@ class Silero:
                     )
                 except Exception as error:
                     raise ValueError(
-                        f"silero: expected a network that takes 512 samples after 64, got an error: {_short(error)}"
+                        f"silero: expected a network that takes 512 samples after 64, got an error: {short(error)}"
                     ) from None
                 self._said = min(max(float(np.reshape(output, -1)[0]), 0.0), 1.0)
             said[i] = self._said
@@ -367,26 +350,16 @@ class Onnx(_Described):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._session = _session("spec", "onnx:FILE with an ONNX network", path)
-        inputs = self._session.get_inputs()
-        shape = list(inputs[0].shape) if len(inputs) == 1 else []
-        fixed = [size if isinstance(size, int) else None for size in shape]
-        fits = len(fixed) == 2 and fixed[0] in (None, 1) and (fixed[1] is None or 1 <= fixed[1] <= _SECOND)
-        if not fits or inputs[0].type != "tensor(float)":
-            came = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs) or "none"
-            raise ValueError(f"spec: expected a network with one float input of shape (1, 16000), got {path}: {came}")
-        self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
-        self._size = fixed[1] or _SECOND
+        self._network = Network(
+            path,
+            "(1, 16000)",
+            lambda sizes: len(sizes) == 2 and sizes[0] in (None, 1) and (sizes[1] is None or 1 <= sizes[1] <= _SECOND),
+        )
+        self._size = self._network.sizes[1] or _SECOND
         super().__init__(f"onnx:{path}", "onnx")
 
     def described(self, samples: Array) -> Array:
-        given = np.ascontiguousarray(samples[None, -self._size :])
-        try:
-            return np.asarray(self._session.run([self._output], {self._input: given})[0]).reshape(-1)
-        except Exception as error:
-            raise ValueError(
-                f"spec: expected a network that takes an input of shape {given.shape}, got an error: {_short(error)}"
-            ) from None
+        return self._network(np.ascontiguousarray(samples[None, -self._size :]))
 
 
 class Function(_Described):
@@ -396,21 +369,9 @@ class Function(_Described):
     """
 
     def __init__(self, spec: str) -> None:
-        module_name, _, name = spec.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and misses another
-            raise ValueError(
-                f"spec: expected module:function with a module that can be imported, got {spec!r}: no module {error.name}"
-            ) from None
-        function: Any = getattr(module, name, None)
-        if not callable(function):
-            came = f"{module_name} has no {name}" if function is None else f"{name} is {type(function).__name__}"
-            raise ValueError(f"spec: expected module:function with a function in it, got {spec!r}: {came}")
+        function = function_of(spec)
         self._function: Callable[[Array], Any] = function
-        super().__init__(spec, name, getattr(function, "columns", None))
+        super().__init__(spec, spec.partition(":")[2], getattr(function, "columns", None))
 
     def described(self, samples: Array) -> Array:
         return np.asarray(self._function(samples.copy()), np.float32)
@@ -462,7 +423,7 @@ class HuggingFace(_Described):
                 self._prepare = transformers.AutoFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # of many kinds
             raise ValueError(
-                f"spec: expected hf:DIR with a model of transformers, got {spec!r}: {_short(error)}"
+                f"spec: expected hf:DIR with a model of transformers, got {spec!r}: {short(error)}"
             ) from None
         self._model = (model.get_encoder() if model.config.is_encoder_decoder else model).eval()
         super().__init__(spec, "hf")
@@ -478,7 +439,7 @@ class HuggingFace(_Described):
                 state = self._model(**given).last_hidden_state
         except Exception as error:
             raise ValueError(
-                f"spec: expected {self._spec} to be a model of sound that has a last_hidden_state, got an error: {_short(error)}"
+                f"spec: expected {self._spec} to be a model of sound that has a last_hidden_state, got an error: {short(error)}"
             ) from None
         return state[0].mean(dim=0).float().numpy()
 
@@ -499,7 +460,7 @@ def make_sound(spec: str = "prosody", silero: str | Path | None = None) -> Sound
         description = Onnx(rest)
     elif kind == "hf" and rest:
         description = HuggingFace(rest)
-    elif kind not in ("onnx", "hf") and rest and all(part.isidentifier() for part in (*kind.split("."), rest)):
+    elif kind not in ("onnx", "hf") and names_a_function(kind, rest):
         description = Function(spec)
     elif spec != "prosody":
         raise ValueError(f"spec: expected {_SPECS}, got {spec!r}")

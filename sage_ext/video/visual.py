@@ -12,6 +12,7 @@ import numpy as np
 
 from ..extras import require
 from .faces import Face, check_picture
+from .plugins import Network, function_of, names_a_function
 
 SIZE = 112  # pixels of an aligned crop, across and down
 QUALITY = ("score", "size", "sharpness", "brightness", "contrast", "symmetry", "age", "blur")
@@ -194,26 +195,13 @@ class Onnx:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._cv2, runtime = require("cv2", "video"), require("onnxruntime", "video")
-        if not Path(path).is_file():
-            raise ValueError(f"spec: expected onnx:FILE with an ONNX file, got {str(path)!r}, which is no file")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own have no common base
-            why = " ".join(str(error).split())[:200]
-            raise ValueError(f"spec: expected onnx:FILE with an ONNX network, got {str(path)!r}: {why}") from None
-        inputs = self._session.get_inputs()
-        shape = list(inputs[0].shape) if len(inputs) == 1 else []
-        fixed = [size if isinstance(size, int) else None for size in shape]
-        fits = len(fixed) == 4 and fixed[0] in (None, 1) and fixed[1] in (None, 3)
-        if not fits or inputs[0].type != "tensor(float)":
-            came = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs) or "none"
-            raise ValueError(f"spec: expected a network with one float input of shape (1, 3, H, W), got {path}: {came}")
-        self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
-        self._size = (fixed[3] or SIZE, fixed[2] or SIZE)
+        self._cv2 = require("cv2", "video")
+        self._network = Network(
+            path,
+            "(1, 3, H, W)",
+            lambda sizes: len(sizes) == 4 and sizes[0] in (None, 1) and sizes[1] in (None, 3),
+        )
+        self._size = (self._network.sizes[3] or SIZE, self._network.sizes[2] or SIZE)
         self.columns = _numbered("onnx", self(_grey_crop()), "spec")
 
     def __call__(self, crop: np.ndarray) -> np.ndarray:
@@ -222,14 +210,7 @@ class Onnx:
             crop = self._cv2.resize(
                 crop, self._size, interpolation=self._cv2.INTER_AREA if shrinks else self._cv2.INTER_LINEAR
             )
-        planes = np.ascontiguousarray(crop.transpose(2, 0, 1)[None], np.float32) / 255
-        try:
-            return np.asarray(self._session.run([self._output], {self._input: planes})[0]).reshape(-1)
-        except Exception as error:
-            why = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"spec: expected a network that takes an input of shape {planes.shape}, got an error: {why}"
-            ) from None
+        return self._network(np.ascontiguousarray(crop.transpose(2, 0, 1)[None], np.float32) / 255)
 
 
 class Function:
@@ -239,25 +220,13 @@ class Function:
     """
 
     def __init__(self, spec: str) -> None:
-        module_name, _, name = spec.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and misses another
-            raise ValueError(
-                f"spec: expected module:function with a module that can be imported, got {spec!r}: no module {error.name}"
-            ) from None
-        function: Any = getattr(module, name, None)
-        if not callable(function):
-            came = f"{module_name} has no {name}" if function is None else f"{name} is {type(function).__name__}"
-            raise ValueError(f"spec: expected module:function with a function in it, got {spec!r}: {came}")
+        function = function_of(spec)
         self._function: Callable[[np.ndarray], Any] = function
         self._spec = spec
         first = self(_grey_crop())
         named = getattr(function, "columns", None)
         if named is None:
-            self.columns = _numbered(name, first, spec)
+            self.columns = _numbered(spec.partition(":")[2], first, spec)
         else:
             self.columns = tuple(map(str, named))
             if len(self.columns) != len(first):
@@ -322,6 +291,6 @@ def make_visual(spec: str = "hog") -> VisualFeatures:
         return VisualFeatures(Mediapipe())
     if kind == "onnx" and rest:
         return VisualFeatures(Onnx(rest))
-    if kind and rest and kind != "onnx" and all(part.isidentifier() for part in (*kind.split("."), rest)):
+    if kind != "onnx" and names_a_function(kind, rest):
         return VisualFeatures(Function(spec))
     raise ValueError(f"spec: expected hog, onnx:FILE, module:function or mediapipe, got {spec!r}")

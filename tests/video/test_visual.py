@@ -309,7 +309,7 @@ def test_onnx_files_that_do_not_fit(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"nothing")
     one = r"spec: expected a network with one float input of shape \(1, 3, H, W\), got .*"
     for path, message in (
-        (tmp_path / "none.onnx", "spec: expected onnx:FILE with an ONNX file, got .*none.onnx.*, which is no file"),
+        (tmp_path / "none.onnx", "spec: expected onnx:FILE with an ONNX network, got .*none.onnx.*, which is no file"),
         (tmp_path / "bad.onnx", "spec: expected onnx:FILE with an ONNX network, got .*bad.onnx"),
         (network(tmp_path / "grey.onnx", [1, 1, 64, 64]), one + r"\[1, 1, 64, 64\]"),
         (network(tmp_path / "flat.onnx", [1, 300], "Identity"), one + r"\[1, 300\]"),
