@@ -25,7 +25,7 @@ from .overlay import write_overlay
 from .report import write_report
 from .synth import PICTURES, SOUNDS, break_video, write_videos
 
-WORLD = {"train": 20, "validation": 6, "test": 4, "seconds": (20.0, 30.0), "whole": 0.35}
+WORLD = {"train": 16, "validation": 5, "test": 4, "seconds": (20.0, 30.0)}
 MODEL = {"dim": 32, "batch_size": 8, "lr": 2e-3, "epochs": 1000, "max_steps": 250, "patience": 1000}
 BREAKS = {f"sound: {kind}": {"sound": kind} for kind in SOUNDS} | {
     f"picture: {kind}": {"picture": kind} for kind in PICTURES

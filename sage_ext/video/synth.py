@@ -649,10 +649,8 @@ class _Span:
     stop: float
 
 
-def _spans(rng: np.random.Generator, seconds: float, kinds: Iterator[str], whole: float) -> list[_Span]:
-    """A quarter of the time, spans beside one another; with the chance `whole` a single one, from beginning to end."""
-    if whole and rng.uniform() < whole:
-        return [_Span(next(kinds), 0.0, seconds)]
+def _spans(rng: np.random.Generator, seconds: float, kinds: Iterator[str]) -> list[_Span]:
+    """A quarter of the time, spans beside one another."""
     wanted = _BROKEN * seconds
     lengths: list[float] = []
     while sum(lengths) + _SPAN[0] <= wanted + rng.uniform(0, _SPAN[0]):
@@ -675,7 +673,7 @@ class _Scene:
     """One video: its truth, pictures and sound."""
 
     def __init__(self, seed: Sequence[int], seconds: tuple[float, float], fps: Fraction, size: tuple[int, int],
-                 kinds: Iterator[str], clean: bool, whole: float = 0.0) -> None:  # fmt: skip
+                 kinds: Iterator[str], clean: bool) -> None:  # fmt: skip
         lives, voices, faces, breaks, self._sensor = (
             np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5)
         )
@@ -687,7 +685,7 @@ class _Scene:
         person = _Person.draw(lives)
         valence, arousal = _affect(lives, count), _affect(lives, count)
         turns = _turns(lives, count)
-        spans = _spans(breaks, length, kinds, whole)
+        spans = _spans(breaks, length, kinds)
         self.spans = [] if clean else spans
         self.times = np.arange(self.frames) / float(fps)
         voice = _speak(voices, person, valence, arousal, turns)
@@ -883,7 +881,6 @@ def write_videos(
     fps: float = 30.0,
     size: tuple[int, int] = (320, 240),
     clean: bool = False,
-    whole: float = 0.0,
 ) -> list[Path]:
     """Writes videos and what is true of them below `out`, which must not exist or be empty -> the video files.
 
@@ -891,8 +888,6 @@ def write_videos(
     seconds                  shortest and longest video
     fps, size                pictures a second; width and height in pixels, even numbers
     clean                    nothing breaks; the videos are otherwise those that they are without it
-    whole                    chance that a video of the train and validation splits is broken in one way from beginning to
-                             end, and not in spans: a bad recording
 
         videos/<name>.mp4                 H.264 and AAC, mono sound
         videos/<name>.faces.csv           time,left,top,width,height: a row a picture, the face's box in it in pixels, empty cells
@@ -916,7 +911,6 @@ def write_videos(
     if not all(isinstance(s, int) and 64 <= s <= 4096 and s % 2 == 0 for s in size) or size[0] < size[1]:
         raise ValueError(f"size: expected even width >= height in [64, 4096], got {size}")
     check_bool("clean", clean)
-    check_number("whole", whole, "in [0, 1]", lambda w: 0 <= w <= 1)
     root = Path(os.path.abspath(out))
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"out: expected a folder that is empty or new, got {root}, which holds something")
@@ -931,7 +925,7 @@ def write_videos(
             kinds = _kinds(np.random.default_rng([seed, s]))
             for i in range(counts[split]):
                 names.append(f"{split}_{i + 1:02d}")
-                scene = _Scene((seed, s, i), seconds, rate, size, kinds, clean, 0.0 if split == "test" else whole)
+                scene = _Scene((seed, s, i), seconds, rate, size, kinds, clean)
                 _write(part, folder, names[-1], scene)
     return [root / "videos" / f"{name}.mp4" for name in names]
 
@@ -1134,15 +1128,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=_numbers(int, "x", "two whole numbers WxH"), default=(320, 240), metavar="WxH",
                         help="width and height of the picture in pixels")  # fmt: skip
     parser.add_argument("--clean", action="store_true", help="nothing breaks")
-    parser.add_argument("--whole", type=float, default=0.0, metavar="P",
-                        help="chance that a video to train or validate with is broken from beginning to end")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> str:
     """Does what `sage-ext synth-video` was asked for -> a sentence about it."""
     paths = write_videos(
         args.out, seed=args.seed, train=args.train, validation=args.validation, test=args.test, seconds=args.seconds,
-        size=args.size, clean=args.clean, whole=args.whole,
+        size=args.size, clean=args.clean,
     )  # fmt: skip
     return (
         f"{args.out}: {len(paths)} videos in videos, of them {args.train} to train, {args.validation} to validate and "

@@ -306,22 +306,6 @@ def test_the_command_line_says_what_it_wrote(tmp_path):
         parser.parse_args([out, "--size", "64"])
 
 
-def test_whole_videos_are_broken_and_no_test_video(tmp_path):
-    small = {"train": 2, "validation": 1, "test": 1, "seconds": (8, 9), "size": (64, 64)}
-    write_videos(tmp_path / "out", seed=3, whole=1.0, **small)
-    for path in sorted((tmp_path / "out/truth").glob("*.csv")):
-        names, *rows = [line.split(",") for line in path.read_text().splitlines()]
-        broken = np.array([[float(x) for x in row[3 : 3 + len(BREAKAGES)]] for row in rows])
-        share = broken.mean(0)
-        if path.stem.startswith("test"):
-            assert share.max() < 0.9
-        else:  # a person takes a moment to leave
-            assert sorted(share)[-1] > 0.95
-            assert sorted(share)[-2] == 0
-    with pytest.raises(ValueError, match="whole: expected"):
-        write_videos(tmp_path / "other", whole=1.5)
-
-
 # ------------------------------------------------------------------------------------------------------------- break_video
 @pytest.mark.slow
 @pytest.mark.parametrize(
