@@ -25,7 +25,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from sage_ext.video.decode import Media, Picture
+from sage_ext.video.decode import RATE, Media, Picture
 from sage_ext.video.extraction import extract
 from sage_ext.video.synth import write_videos
 
@@ -104,7 +104,8 @@ def memory(clip: Path, hours: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         long = Path(folder) / "long.mp4"
         with Media(clip) as media:
-            length = max(item.time + (item.duration if isinstance(item, Picture) else 0) for item in media.play())
+            ends = (x.time + (x.duration if isinstance(x, Picture) else len(x.samples) / RATE) for x in media.play())
+            length = max(ends) + 0.2  # room for what an encoder puts before its first sample
         with av.open(str(long), "w") as out, av.open(str(clip)) as first:
             streams = {s.index: out.add_stream_from_template(s) for s in first.streams}
             for k in range(round(3600 * hours / length)):
