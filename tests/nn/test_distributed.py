@@ -437,6 +437,22 @@ def test_metrics_sync_to_the_whole(team, size, parts):
     torch.testing.assert_close(found[-1][1], functional.ccc_from_moments(whole), rtol=1e-12, atol=1e-12)
 
 
+def on_torchmetrics(rank, batch):
+    from sage_ext.metrics import TorchMetricsCCC
+
+    metric = TorchMetricsCCC()
+    metric.update(*batch[rank])
+    return metric.compute()
+
+
+def test_the_torchmetrics_adapter_does_so_by_itself(team):
+    pytest.importorskip("torchmetrics")
+    batch = draw(9, PARTS["second empty"])
+    expected = functional.ccc(*joined(batch))
+    for got in team(on_torchmetrics, batch):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_metric_without_a_group_is_copied():
     metric = StreamingCCC()
     metric.update(*draw(0, (2,))[0])
