@@ -39,7 +39,7 @@ def initialised() -> bool:
 
 def warn_apart(name: str) -> None:
     """Says once that each of several processes has a loss of its own batch. To be called by the `forward` of a module."""
-    if name in _warned or torch.compiler.is_compiling() or not initialised() or dist.get_world_size() == 1:
+    if torch.compiler.is_compiling() or name in _warned or not initialised() or dist.get_world_size() == 1:
         return
     _warned.add(name)
     warnings.warn(

@@ -445,6 +445,7 @@ def on_torchmetrics(rank, batch):
     return metric.compute()
 
 
+@pytest.mark.slow  # every rank imports torchmetrics
 def test_the_torchmetrics_adapter_does_so_by_itself(team):
     pytest.importorskip("torchmetrics")
     batch = draw(9, PARTS["second empty"])
