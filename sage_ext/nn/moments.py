@@ -83,10 +83,11 @@ def convert_sync_statistics(module: AnyModule, process_group: ProcessGroup | Non
 
     In the manner of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, to be called before DistributedDataParallel: where
     `torch.distributed` is initialised, each training step gathers count, mean and spread of every rank's frames (48 bytes a
-    statistic), merges them exactly and moves the buffers by the whole, so that they are the same on all ranks and those of one
-    process with the global batch. Every rank then has to run as many training steps, though any with an empty batch (also once
-    `fit` has set them: only the device knows that it has). Without it each rank's buffers follow its own batches. `fit` and its like are not synchronised: give every rank the same data, or fit
-    before DistributedDataParallel, which starts all ranks with the buffers of rank 0.
+    statistic), merges them exactly and moves the buffers by the whole, so that they are the same on all ranks and those of
+    one process with the global batch. Every rank then has to run as many training steps, though any with an empty batch
+    (also once `fit` has set them: only the device knows that it has). Without it each rank's buffers follow its own
+    batches. `fit` and its like are not synchronised: give every rank the same data, or fit before DistributedDataParallel,
+    which starts all ranks with the buffers of rank 0.
 
     Args:
         process_group: the processes whose batches are one; None: all (the default group).
