@@ -8,6 +8,7 @@ zero-size inputs, and gives the same bits whatever the thread count.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,7 +33,11 @@ from ._arguments import (
     ordered_values,
     to_dtype,
 )
+from ._distributed import check_group, merge_ranks
 from ._ops import _door
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "ccc",
@@ -237,7 +242,14 @@ def _pair(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
     return to_dtype(pred, dtype), to_dtype(target, dtype)
 
 
-def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str = "batch") -> Tensor:
+def ccc(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    pool: str = "batch",
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
     """Concordance correlation coefficient (Lin 1989), with population (1/n) moments.
 
     ``2 cov / (var_p + var_t + (mean_p - mean_t)^2)``; one pass over the data, accumulated in float64.
@@ -247,16 +259,34 @@ def ccc(pred: Tensor, target: Tensor, mask: Tensor | None = None, *, pool: str =
         mask: bool, (B, T) or the shape of ``pred``; False = not counted, and not read.
         pool: "batch" counts all valid frames of all sequences together -> (C,), the Aff-Wild2 protocol;
             "sequence" -> (B, C) (for (T, C) inputs: (C,)).
+        process_group: the processes (one per ``torch.distributed`` rank) that hold parts of one global batch; needs
+            ``pool="batch"``. Every rank gets the ccc of the global batch, the same bits, whatever the sizes of the parts
+            (none, and no valid frame, are sizes too). All ranks must call, with the same C: it is one collective of
+            48 C bytes a rank, and backward has none. None: this process's frames alone.
 
     Returns:
         float64 if either input is, otherwise float32. A group with fewer than two valid frames, or with a zero
         denominator, has ccc 0 and gradient 0. Differentiable in ``pred`` and ``target``.
 
+    With a process group the gradient is that of the global ccc with respect to this rank's frames **times the number of
+    ranks**: DistributedDataParallel averages the parameters' gradients over ranks, so what it leaves is the gradient
+    of the global ccc, as one process with the global batch has it. Whoever adds gradients up divides by the number of ranks.
+
     Raises:
-        TypeError: a non-tensor or a wrong dtype. ValueError: shapes, devices or ``pool``.
+        TypeError: a non-tensor or a wrong dtype, or a ``process_group`` that is none. ValueError: shapes, devices,
+            ``pool``, or a ``process_group`` with ``pool="sequence"``.
     """
     pred, target = _pair(pred, target, mask)
     check_pool(pool)
+    if process_group is not None:
+        check_group(process_group)
+        if pool != "batch":
+            raise ValueError(
+                "process_group: expected None with pool='sequence' (a sequence is whole on its rank: there is nothing to "
+                f"merge), got {type(process_group).__name__}"
+            )
+        moments = merge_ranks(ccc_moments(pred, target, mask), process_group)
+        return reference.ccc_from_moments(moments).to(pred.dtype)
     if not _door.has_kernels(pred.device):
         return reference.ccc(pred, target, mask, pool=pool)
     return _ops.ccc.ccc(pred, target, mask, pool == "batch")

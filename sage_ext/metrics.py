@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from ._arguments import arithmetic_dtype, check_int, check_window
+from ._distributed import check_group, initialised, merge_ranks
 from .extras import require
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["StreamingCCC"]  # and TorchMetricsCCC, which `import *` would make need torchmetrics
 
@@ -34,7 +39,7 @@ class StreamingCCC(nn.Module):
 
     Three modes:
     - pooled (default): one CCC a target over every valid frame of every update; the Aff-Wild2 score. Updates may have
-      any shape and order, and two metrics `merge` exactly.
+      any shape and order, and two metrics `merge` exactly, those of several processes by `sync`.
     - `window=W` (int >= 2) or `halflife=H` (frames): successive updates are one running stream, (T, C), or (B, T, C)
       with a fixed B; `compute` gives the CCC of the last W frames, or with weights `0.5 ** (age / H)`, as of the last.
 
@@ -125,6 +130,26 @@ class StreamingCCC(nn.Module):
         if other.num_targets != self.num_targets:
             raise ValueError(f"other: expected num_targets={self.num_targets}, got {other.num_targets}")
         self.moments.copy_(functional.merge_moments(self.moments, other.moments.to(self.moments.device)))
+
+    @torch.no_grad()
+    def sync(self, process_group: ProcessGroup | None = None) -> StreamingCCC:
+        """A new metric that has seen what this one has on every process of the group (None: the default one), alike on all.
+
+        This one goes on with what its own process sees, so that `metric.sync().compute()` may be asked for at any time and
+        nothing is ever counted twice. Every rank must call; one may have seen nothing. One collective of 48 C bytes a rank;
+        none, and a mere copy, where `torch.distributed` is not initialised. Pooled mode only: running streams have no
+        common order in time.
+        """
+        if not self.pooled:
+            raise ValueError(
+                f"sync: expected a pooled metric (running streams have no common order in time), got {self!r}"
+            )
+        if process_group is not None:
+            check_group(process_group)
+        whole = copy.deepcopy(self)
+        if initialised():
+            whole.moments.copy_(merge_ranks(self.moments, process_group))
+        return whole
 
     def _apply(self, fn: Any, recurse: bool = True) -> StreamingCCC:
         """`.to(device)` moves the state; `.half()`, `.float()` and the like leave it in float64."""

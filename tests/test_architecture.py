@@ -23,7 +23,7 @@ Graph = Mapping[str, frozenset[str]]  # module without "sage_ext." ("" for the p
 # a package, for all in it. "" is the package's own __init__.
 LAYERS: Layers = (
     ("_C", "allocator", "files", "extras"),
-    ("_arguments", "reference"),
+    ("_arguments", "_distributed", "reference"),
     ("jobs",),
     ("_ops",),
     ("functional",),

@@ -38,7 +38,10 @@ NOT_RUN = {
     ("README.md", "sage-ext compare"): "trains for minutes; tests/study/test_run.py runs small studies",
     ("CONTRIBUTING.md", "make"): "minutes each; the targets are looked up",
     ("docs/video.md", "sage-ext stream --run RUN --camera"): "a machine's own devices",
-    ("docs/video.md", "sage-ext stream --run RUN --browser-camera"): "waits for a browser; tests/video/test_camera.py has one",
+    (
+        "docs/video.md",
+        "sage-ext stream --run RUN --browser-camera",
+    ): "waits for a browser; tests/video/test_camera.py has one",
     ("docs/real-data.md", "python"): "the film is no part of the project",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
     ("docs/study.md", "python benchmarks/streams.py"): "trains for an hour; tests/study/test_streams.py runs it small",
@@ -352,6 +355,14 @@ def annotations_of_the_drawn(space: dict) -> None:
     shutil.copytree("WORLD/annotations", "DRAWN/annotations")
 
 
+def run_by_two_processes(space: dict, printed: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "ddp.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.fullmatch(r"CCC of all that was seen: \[0\.\d+, 0\.\d+\]\n", done.stdout), done.stdout
+    assert "no process_group" not in done.stderr
+
+
 BEFORE: dict[tuple[str, str], Callable[[dict], None]] = {
     ("README.md", "sage-ext import"): a_table,
     ("README.md", "sage-ext extract"): a_folder_of_videos("FACES"),
@@ -371,6 +382,7 @@ AFTER: dict[tuple[str, str], Callable[[dict, str], None]] = {
     ("docs/affwild2.md", "sage-ext check"): crops_are_read_in_time,
     ("docs/affwild2.md", "sage-ext predict"): rows_are_the_samples,
     ("docs/data.md", "sage-ext check broken"): what_is_wrong_is_what_the_page_says,
+    ("docs/scaling.md", '"""ddp.py'): run_by_two_processes,
     ("docs/streaming.md", "sage-ext stream --run RUN"): one_answer_a_frame,
 }
 

@@ -12,6 +12,7 @@ from .fusion import (
 )
 from .head import ReliabilityHead
 from .losses import CCCLoss, ExplainedVarianceNLL, ReliabilityNLL, TemporalCCCLoss
+from .moments import convert_sync_statistics
 from .quality import Quality
 from .typicality import Typicality
 
@@ -29,4 +30,5 @@ __all__ = [
     "Typicality",
     "UniformFusion",
     "calibrated_confidence",
+    "convert_sync_statistics",
 ]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import BOOL, arithmetic_dtype, check_kappa, check_pool, check_tensor, check_window
+from .._distributed import check_group, sum_ranks, warn_apart
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ReliabilityNLL(nn.Module):
@@ -106,6 +111,11 @@ class CCCLoss(nn.Module):
         pool: "batch" takes one CCC over all valid frames of all sequences; "sequence" one a sequence, then the mean.
         ignore_value: a frame in which any target equals this (-5 in Aff-Wild2; NaN works too) is not counted.
         channel_weights: relative weight of each target, default equal; normalised to sum to 1.
+        process_group: the processes that hold parts of one global batch: every rank then has the loss of the global batch,
+            exactly, and under DistributedDataParallel the parameters get its gradient, as in one process with the whole
+            batch (`functional.ccc` says by which convention). All ranks must call; parts may be of any size, and
+            empty. With "sequence" the mean is over all ranks' sequences. None: this process's batch alone, which under
+            DistributedDataParallel is another loss with "batch"; it warns once.
 
     A group of fewer than two frames, or of constant and equal ones, has CCC 0: it counts as 1 with gradient 0.
     """
@@ -117,10 +127,13 @@ class CCCLoss(nn.Module):
         pool: str = "batch",
         ignore_value: float | None = None,
         channel_weights: Sequence[float] | Tensor | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_pool(pool)
-        self.pool, self.ignore_value = pool, ignore_value
+        if process_group is not None:
+            check_group(process_group)
+        self.pool, self.ignore_value, self.process_group = pool, ignore_value, process_group
         weights = None
         if channel_weights is not None:
             weights = torch.as_tensor(channel_weights, dtype=torch.float32)
@@ -143,15 +156,27 @@ class CCCLoss(nn.Module):
             ignored = target.isnan() if math.isnan(self.ignore_value) else target == self.ignore_value
             counted = ~ignored.any(-1)
             mask = counted if mask is None else mask & (counted if mask.dim() < target.dim() else counted.unsqueeze(-1))
-        loss = 1 - functional.ccc(pred, target, mask, pool=self.pool)
-        if self.channel_weights is None:
-            return loss.mean()
-        if self.channel_weights.numel() != pred.shape[-1]:
+        if self.channel_weights is not None and self.channel_weights.numel() != pred.shape[-1]:
             raise ValueError(
                 f"pred: expected {self.channel_weights.numel()} targets (one for each of channel_weights), got "
                 f"{pred.shape[-1]}"
             )
-        return (loss * self.channel_weights.to(loss.dtype)).sum(-1).mean()
+        pooled = self.pool == "batch"
+        if pooled and self.process_group is None:
+            warn_apart("CCCLoss")
+        group = self.process_group if pooled else None
+        loss = 1 - functional.ccc(pred, target, mask, pool=self.pool, process_group=group)
+        if self.channel_weights is not None:
+            loss = (loss * self.channel_weights.to(loss.dtype)).sum(-1)
+        if self.process_group is not None and not pooled:
+            return _mean_over_ranks(loss.sum(), torch.full_like(loss.sum(), loss.numel()), self.process_group)
+        return loss.mean()
+
+
+def _mean_over_ranks(total: Tensor, count: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of all ranks' totals over that of their counts; 0 where nothing is counted anywhere."""
+    whole = sum_ranks(torch.stack([total.double(), count.double()]), group)
+    return (whole[0] / whole[1].clamp(min=1)).to(total.dtype)
 
 
 class TemporalCCCLoss(nn.Module):
@@ -160,15 +185,21 @@ class TemporalCCCLoss(nn.Module):
     Args:
         window: rho over the last `window` frames (int >= 2), or
         halflife: rho over all frames so far, weighted by `0.5 ** (age / halflife)`; neither: all frames so far alike.
+        process_group: as in `CCCLoss`. A sequence is whole on its rank, so its running CCC is what it is; the mean is over the
+            frames of all ranks, which matters where they average unequally many.
 
     Only the frames are averaged by which at least two unmasked ones are inside the window. Where those are constant and
     equal, rho is 0, and the frame counts as 1 with gradient 0, as in `CCCLoss`.
     """
 
-    def __init__(self, window: int | None = None, halflife: float | None = None) -> None:
+    def __init__(
+        self, window: int | None = None, halflife: float | None = None, process_group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
         check_window(window, halflife)
-        self.window, self.halflife = window, halflife
+        if process_group is not None:
+            check_group(process_group)
+        self.window, self.halflife, self.process_group = window, halflife, process_group
 
     def extra_repr(self) -> str:
         return f"window={self.window}, halflife={self.halflife}"
@@ -185,4 +216,7 @@ class TemporalCCCLoss(nn.Module):
         if self.window is not None and pred.shape[1] > self.window:
             seen = torch.cat([seen[:, : self.window], seen[:, self.window :] - seen[:, : -self.window]], 1)
         enough = seen >= 2
-        return torch.where(enough, 1 - rho, 0.0).sum() / enough.sum().clamp(min=1)
+        total, count = torch.where(enough, 1 - rho, 0.0).sum(), enough.sum()
+        if self.process_group is not None:
+            return _mean_over_ranks(total, count, self.process_group)
+        return total / count.clamp(min=1)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .._distributed import check_group, initialised, merge_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class RunningMoments(nn.Module):
@@ -19,6 +27,8 @@ class RunningMoments(nn.Module):
     var: Tensor  # (*shape)
     updates: Tensor  # (*shape) batches seen by the momentum rule
     fitted: Tensor  # () bool
+    synchronised: bool = False
+    process_group: ProcessGroup | None = None  # of those whose batches are one; None: the default group
 
     def __init__(self, shape: Sequence[int], momentum: float) -> None:
         super().__init__()
@@ -34,7 +44,13 @@ class RunningMoments(nn.Module):
         count = exists.sum((0, 1)).to(x.dtype)
         share = 1.0 / count.clamp(min=1)
         mean = torch.where(exists, x, 0.0).sum((0, 1)) * share
-        var = torch.where(exists, (x - mean).square(), 0.0).sum((0, 1)) * share
+        m2 = torch.where(exists, (x - mean).square(), 0.0).sum((0, 1))
+        if self.synchronised and initialised():
+            none = torch.zeros_like(count)  # of a second variable, which these moments of pairs do not have
+            own = torch.stack([count, mean, none, m2, none, none], -1).double()
+            count, mean, _, m2, _, _ = merge_ranks(own, self.process_group).to(x.dtype).unbind(-1)
+            share = 1.0 / count.clamp(min=1)
+        var = m2 * share
         moves = (count > 0) & ~self.fitted
         self.updates.add_(moves)
         rate = torch.where(moves, (1.0 / self.updates.clamp(min=1)).clamp(min=self.momentum), 0.0)
@@ -60,3 +76,29 @@ class RunningMoments(nn.Module):
         self.mean.copy_(mean)
         self.var.copy_(var)
         self.fitted.fill_(True)
+
+
+def convert_sync_statistics(module: AnyModule, process_group: ProcessGroup | None = None) -> AnyModule:
+    """Let all typicality and quality statistics in `module` follow the batches of all processes; returns `module`.
+
+    In the manner of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, to be called before DistributedDataParallel: where
+    `torch.distributed` is initialised, each training step gathers count, mean and spread of every rank's frames (48 bytes a
+    statistic), merges them exactly and moves the buffers by the whole, so that they are the same on all ranks and those of
+    one process with the global batch. Every rank then has to run as many training steps, though any with an empty batch
+    (also once `fit` has set them: only the device knows that it has). Without it each rank's buffers follow its own
+    batches. `fit` and its like are not synchronised: give every rank the same data, or fit before DistributedDataParallel,
+    which starts all ranks with the buffers of rank 0.
+
+    Args:
+        process_group: the processes whose batches are one; None: all (the default group).
+
+    Raises TypeError for a `module` or a `process_group` that is none.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    if process_group is not None:
+        check_group(process_group)
+    for part in module.modules():
+        if isinstance(part, RunningMoments):
+            part.synchronised, part.process_group = True, process_group
+    return module
