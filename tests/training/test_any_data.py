@@ -116,7 +116,7 @@ def test_predictions_are_a_table_in_the_targets_own_units(trained, tmp_path, cap
     assert float(rows[1]["time"]) == pytest.approx(1 / fps, rel=1e-5)
     assert [row["frame"] for row in rows[:2]] == ["1", "2"]
     assert cli.main(["predict", "--run", str(path), "--out", str(tmp_path / "test.csv")]) == 2
-    assert "expected a sample file, or annotations in Test_Set, got none" in capsys.readouterr().err
+    assert "expected a sample file, annotations in Test_Set, or an index.json" in capsys.readouterr().err
 
 
 def test_streams(trained, tmp_path, capfd):
