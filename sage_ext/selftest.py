@@ -137,8 +137,8 @@ def _run(functions: Any, case: Case, tensors: dict[str, Any], cotangents: list[T
         generator = torch.Generator().manual_seed(0)
         cotangents = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
     through = [(y, c.to(y.dtype)) for y, c in zip(outputs, cotangents) if y.requires_grad]
-    gradients = torch.autograd.grad([y for y, _ in through], leaves, [c for _, c in through], allow_unused=True)
-    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
+    found = torch.autograd.grad([y for y, _ in through], leaves, [c for _, c in through], allow_unused=True)
+    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
     return [*outputs, *gradients], cotangents
 
 
