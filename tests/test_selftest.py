@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backends import SIMT, open_backend
 
 from sage_ext import _C, cli, functional, selftest
 from sage_ext._ops import _door
@@ -87,3 +88,13 @@ def test_the_reference_in_the_place_of_kernels_is_no_success(monkeypatch, one_ba
     monkeypatch.delitem(_door.kernels, "cpu")
     rows = selftest.run()
     assert {row.answer for row in rows} == {"FAILED (RuntimeError: no kernels for device 'cpu')"}
+
+
+def test_the_cuda_kernels_under_emulation_pass(monkeypatch, one_backend):
+    """Their order of sums is another one: the limits are wide enough for it."""
+    if SIMT is None:
+        pytest.skip("no compiler for the emulation")
+    open_backend("simt", monkeypatch)
+    rows = selftest.run()
+    assert {row.op for row in rows} == set(OPS)
+    assert all(row.ok for row in rows), rows
