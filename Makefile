@@ -1,4 +1,4 @@
-# make demo | make demo-video | make test | make test-all | make lint | make bench | make docs: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
+# make demo | demo-video | test | test-all | lint | bench | docs: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
 # creates the virtual environment, installs torch if it is absent, builds the kernels, and runs.
 PYTHON ?= python3
 VENV ?= .venv
