@@ -1,4 +1,4 @@
-# make demo | make demo-video | make test | make test-all | make lint | make bench: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
+# make demo | demo-video | test | test-all | lint | bench | docs: each, alone, on a machine with Python 3.10+, a C++ compiler and make,
 # creates the virtual environment, installs torch if it is absent, builds the kernels, and runs.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ READY = $(VENV)/.sage-ready
 # One process a core, at most four: each holds a torch of its own. They share what tests/simt/build.py compiles.
 PYTEST = $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo demo-video test test-slow test-all lint bench clean
+.PHONY: demo demo-video test test-slow test-all lint bench docs clean
 demo: $(READY)
 	$(BIN)/sage-ext demo --out demo-run --overwrite
 
@@ -35,6 +35,11 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/report.py
 
+# The documentation site: site/index.html.
+docs: $(READY)
+	test -x $(BIN)/mkdocs || $(BIN)/pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean -f .mkdocs.yml
+
 $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)" numpy
@@ -42,4 +47,4 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	touch $@
 
 clean:
-	rm -rf build $(READY)
+	rm -rf build site $(READY)

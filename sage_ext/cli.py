@@ -130,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     synth_video_arguments(sub)
 
     sub = command("info", "show the build, the machine, and which backend serves each op", _info)
+    sub.add_argument("--test", action="store_true", help="also run each op on each backend that is there, forward and backward, "
+                     "against the float64 reference; exit code 1 if one fails")  # fmt: skip
 
     sub = command(
         "demo", "synthesise data, train, calibrate, evaluate, predict, report and stream; some three minutes", _demo
@@ -531,7 +533,14 @@ def _info(args: argparse.Namespace) -> int:
     from .info import report
 
     _say(report())
-    return 0
+    if not args.test:
+        return 0
+    from .selftest import run
+
+    _say("")
+    failed = sum(not row.ok for row in run(say=_say))
+    _say(f"\n{failed} FAILED" if failed else "\nall ok")
+    return 1 if failed else 0
 
 
 def _demo(args: argparse.Namespace) -> int:

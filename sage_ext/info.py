@@ -1,6 +1,7 @@
 """What is built, what runs here, and which backend serves each op: `sage-ext info`, `python -m sage_ext`.
 
-Every probe is guarded: a broken installation still gets a report. Paste it into bug reports.
+Every probe is guarded: a broken installation still gets a report. Paste it into bug reports; `sage-ext info --test`
+(`sage_ext.selftest`) adds a table of what the ops compute here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-OPS = ("stage_filter", "reliability_fusion", "ccc", "ccc_moments", "temporal_ccc")
+OPS = ("stage_filter", "reliability_fusion", "ccc", "ccc_moments", "temporal_ccc", "leaky_average")
 VARIABLES = ("SAGE_EXT_CPU_ISA", "SAGE_EXT_STRICT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 

@@ -38,7 +38,7 @@ LAYERS: Layers = (
     ("video",),
     ("live",),
     ("study",),
-    ("demo", "info", "inspection"),
+    ("demo", "info", "inspection", "selftest"),
     ("cli",),
     ("__main__",),
 )
@@ -59,8 +59,8 @@ INNER: dict[str, Layers] = {
 }
 KERNELS = ("_C", "_ops")
 # What may import them: the ops and the public functions on them; the streaming session, which is an engine of its own; the
-# constants and limits that Python and C++ share; and the report on the build.
-NEAR_KERNELS = (*KERNELS, "functional", "stream", "reference", "_arguments", "info")
+# constants and limits that Python and C++ share; the report on the build, and the test of it.
+NEAR_KERNELS = (*KERNELS, "functional", "stream", "reference", "_arguments", "info", "selftest")
 
 
 # ---------------------------------------------------------------------------------------------------------- the checker

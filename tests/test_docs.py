@@ -53,6 +53,7 @@ SMALLER = {
     ("README.md", "sage-ext stream"): "--serve 0",  # the page's port may be taken
     ("CONTRIBUTING.md", "SAGE_EXT_PEERS"): SMALL_TRAINING,
     ("docs/affwild2.md", "sage-ext train"): SMALL_TRAINING,
+    ("docs/index.md", "sage-ext train"): SMALL_TRAINING,
     ("docs/video.md", "sage-ext train"): SMALL_TRAINING,
     ("docs/video.md", "sage-ext stream --run DRAWN-RUN --video"): "--serve 0",
     ("docs/streaming.md", "sage-ext stream --run RUN --input frames.jsonl --serve"): "--serve 0 --pace 1000",
