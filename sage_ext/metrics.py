@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,9 @@ class StreamingCCC(nn.Module):
         self.update(pred, target, mask)
         return self.compute()
 
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
+
     @torch.no_grad()
     def merge(self, other: StreamingCCC) -> None:
         """Add everything `other` has seen. Pooled mode only: two running streams have no common order in time."""
@@ -198,6 +201,22 @@ def _torchmetrics_adapter() -> type:
 
     TorchMetricsCCC.__qualname__ = "TorchMetricsCCC"  # picklable by the name that __getattr__ serves
     return TorchMetricsCCC
+
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+    class TorchMetricsCCC(Metric):
+        """What `_torchmetrics_adapter` makes, for type checkers."""
+
+        num_targets: int
+        average: bool
+        moments: Tensor
+
+        def __init__(self, num_targets: int = 2, average: bool = False, **kwargs: Any) -> None: ...
+        def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None: ...
+        def compute(self) -> Tensor: ...
+        def __call__(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
 
 def _merge_stacked(moments: Tensor) -> Tensor:

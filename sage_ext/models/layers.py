@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ class ChannelDropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p)
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
 
 class TemporalBlock(nn.Module):
@@ -69,6 +73,9 @@ class TemporalBlock(nn.Module):
         y = self.pointwise(F.silu(y))
         return x + self.dropout(y), h[:, frames:]
 
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
+
 
 class Encoder(nn.Module):
     """One modality: Linear to `dim`, temporal blocks with dilations 1, 2, 4, ..., LayerNorm."""
@@ -87,6 +94,9 @@ class Encoder(nn.Module):
             x, tail = block(x, mask, None if history is None else history[i])
             tails.append(tail)
         return self.norm(x), tails
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
 
 class PrecisionMemory(nn.Module):
@@ -121,3 +131,6 @@ class PrecisionMemory(nn.Module):
             x, precision, self.halflife, self.log_prior.exp(), sums, causal=self.causal, relative=True
         )
         return self.mix(average.flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward

@@ -473,6 +473,9 @@ class SAGE(nn.Module):
             *self._single_frames(found),
         )
 
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
+
     def stream(
         self,
         batch_size: int = 1,
@@ -770,6 +773,9 @@ class SAGELoss(nn.Module):
         total = prediction + self.unimodal * concordance + self.reliability * score
         parts = {"prediction": prediction, "unimodal": concordance, "reliability": score}
         return total, {name: part.detach() for name, part in parts.items()}
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
 
 def _mean(x: Tensor, counted: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,9 @@ class ForeignFilter(nn.Module):
         emission = torch.stack([torch.zeros_like(told[0]), *told], -1) / self.pace
         initial = self.initial.to(emission.dtype) if state is None else state
         return functional.stage_filter(emission, self.transition.to(emission.dtype), initial)
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
 
 def check_trust(prior: Sequence[float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +215,9 @@ class Fusion(nn.Module):
         fused, weights, confidence, stage = (v.squeeze(1) for v in out[:4]) if given.single else out[:4]
         joint = out.joint.squeeze(1) if given.single and out.joint is not None else out.joint
         return FusionOutput(fused, weights, confidence, stage, out.state, given.nonfinite, joint)
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
     def admit(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,9 @@ class ReliabilityHead(nn.Module):
         error = (predicted - target.unsqueeze(-2)).square()
         own = torch.where(counted, error.mean(-1), 0.0).sum() / counted.sum().clamp(min=1)
         return self.weight * (own / (2 * self.kappa**2) + self.score(out.confidence, error, counted))
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
     def _ordered(self, features: Features) -> list[Tensor]:
         weights = getattr(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,9 @@ class ReliabilityNLL(nn.Module):
         log_precision = log_odds - 2 * math.log(self.kappa)
         return _mean_score(0.5 * (log_precision.exp() * error - log_precision), mask)
 
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
+
 
 class ExplainedVarianceNLL(nn.Module):
     """The proper score of a confidence that states the share of a target's variance that an estimate explains.
@@ -68,6 +72,9 @@ class ExplainedVarianceNLL(nn.Module):
         r, error, mask = _scored(confidence, relative_error, mask, "relative_error")
         left = 1 - r + self.FLOOR
         return _mean_score(0.5 * (error / left + left.log()), mask)
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
 
 def _scored(confidence: Tensor, error: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -153,6 +160,9 @@ class CCCLoss(nn.Module):
             )
         return (loss * self.channel_weights.to(loss.dtype)).sum(-1).mean()
 
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
+
 
 class TemporalCCCLoss(nn.Module):
     """Mean of `1 - rho` over frames, rho the running CCC: concordance at every moment, not only overall.
@@ -186,3 +196,6 @@ class TemporalCCCLoss(nn.Module):
             seen = torch.cat([seen[:, : self.window], seen[:, self.window :] - seen[:, : -self.window]], 1)
         enough = seen >= 2
         return torch.where(enough, 1 - rho, 0.0).sum() / enough.sum().clamp(min=1)
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward

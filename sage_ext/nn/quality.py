@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -64,6 +65,9 @@ class Quality(RunningMoments):
         average = average.reshape(batch, count, frames).transpose(1, 2)
         features = torch.stack([z, average, weight], -1)  # (B, T, sum of dims, 3)
         return [part.flatten(2) for part in features.split(self.dims, 2)], sums.reshape(batch, count, 3)
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor | None]) -> None:

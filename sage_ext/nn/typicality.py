@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,9 @@ class Typicality(RunningMoments):
         )
         z = torch.where(exists, (average - mean) / std, 0.0).asinh().clamp(-self.clamp, self.clamp)
         return torch.cat([z, z.abs()], -1), tail
+
+    if TYPE_CHECKING:  # nn.Module declares Any
+        __call__ = forward
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Any, ...]]) -> None:

@@ -31,6 +31,10 @@ from torch.utils import _pytree as pytree
 from sage_ext import _ops, functional
 from sage_ext._ops import _door
 
+# torch 2.6 has the option by its former name.
+FAIL_ON_LIMIT = next(
+    name for name in ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit") if hasattr(torch._dynamo.config, name)
+)
 ALL = pytest.mark.parametrize("case", CASES + MOMENT_CASES, ids=str)
 ONE_EACH = pytest.mark.parametrize("case", [cases(op)[1] for op in OPS], ids=str)
 
@@ -45,7 +49,7 @@ def backend(native):
 def fresh_compiler():
     """No test takes another's compiled code, and a recompilation too many is an error instead of a silent fallback."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(FAIL_ON_LIMIT, True):
         yield
     torch._dynamo.reset()
 
