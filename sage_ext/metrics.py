@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._arguments import arithmetic_dtype, check_int, check_window
+from ._typing import called_as
 from .extras import require
 
 __all__ = ["StreamingCCC"]  # and TorchMetricsCCC, which `import *` would make need torchmetrics
@@ -112,8 +113,10 @@ class StreamingCCC(nn.Module):
         self.update(pred, target, mask)
         return self.compute()
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     @torch.no_grad()
     def merge(self, other: StreamingCCC) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from .._typing import called_as
 
 
 class ChannelDropout(nn.Module):
@@ -31,8 +32,10 @@ class ChannelDropout(nn.Module):
             return x
         return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p)
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 class TemporalBlock(nn.Module):
@@ -73,8 +76,10 @@ class TemporalBlock(nn.Module):
         y = self.pointwise(F.silu(y))
         return x + self.dropout(y), h[:, frames:]
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 class Encoder(nn.Module):
@@ -95,8 +100,10 @@ class Encoder(nn.Module):
             tails.append(tail)
         return self.norm(x), tails
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 class PrecisionMemory(nn.Module):
@@ -132,5 +139,7 @@ class PrecisionMemory(nn.Module):
         )
         return self.mix(average.flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...

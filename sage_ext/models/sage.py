@@ -32,6 +32,7 @@ from .._arguments import (
     read_flags,
     take_finite,
 )
+from .._typing import called_as
 from ..nn import ExplainedVarianceNLL, Fusion, Quality, ReliabilityFusion, UniformFusion, calibrated_confidence
 from ..nn.foreign import ForeignFilter, check_trust
 from ..nn.fusion import Assessment, Represented
@@ -473,8 +474,10 @@ class SAGE(nn.Module):
             *self._single_frames(found),
         )
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     def stream(
         self,
@@ -774,8 +777,10 @@ class SAGELoss(nn.Module):
         parts = {"prediction": prediction, "unimodal": concordance, "reliability": score}
         return total, {name: part.detach() for name, part in parts.items()}
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 def _mean(x: Tensor, counted: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from .._arguments import (
     read_flags,
     take_finite,
 )
+from .._typing import called_as
 from .quality import QUALITY_FEATURES, Quality
 from .typicality import Typicality
 
@@ -216,8 +217,10 @@ class Fusion(nn.Module):
         joint = out.joint.squeeze(1) if given.single and out.joint is not None else out.joint
         return FusionOutput(fused, weights, confidence, stage, out.state, given.nonfinite, joint)
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     def admit(
         self,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import BOOL, arithmetic_dtype, check_kappa, check_pool, check_tensor, check_window
+from .._typing import called_as
 
 
 class ReliabilityNLL(nn.Module):
@@ -46,8 +47,10 @@ class ReliabilityNLL(nn.Module):
         log_precision = log_odds - 2 * math.log(self.kappa)
         return _mean_score(0.5 * (log_precision.exp() * error - log_precision), mask)
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 class ExplainedVarianceNLL(nn.Module):
@@ -73,8 +76,10 @@ class ExplainedVarianceNLL(nn.Module):
         left = 1 - r + self.FLOOR
         return _mean_score(0.5 * (error / left + left.log()), mask)
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 def _scored(confidence: Tensor, error: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -160,8 +165,10 @@ class CCCLoss(nn.Module):
             )
         return (loss * self.channel_weights.to(loss.dtype)).sum(-1).mean()
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 class TemporalCCCLoss(nn.Module):
@@ -197,5 +204,7 @@ class TemporalCCCLoss(nn.Module):
         enough = seen >= 2
         return torch.where(enough, 1 - rho, 0.0).sum() / enough.sum().clamp(min=1)
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...

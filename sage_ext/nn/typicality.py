@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import CONSTANTS, arithmetic_dtype
+from .._typing import called_as
 from .moments import RunningMoments
 
 MAX_COMPONENTS = 32  # principal components of a modality
@@ -114,8 +115,10 @@ class Typicality(RunningMoments):
         z = torch.where(exists, (average - mean) / std, 0.0).asinh().clamp(-self.clamp, self.clamp)
         return torch.cat([z, z.abs()], -1), tail
 
-    if TYPE_CHECKING:  # nn.Module declares Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Any, ...]]) -> None:
