@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "build" / "matrix"
 # The oldest Python with the oldest torch, the newest with the newest, and what is between.
 PAIRS = ("3.10:2.6.0", "3.11:2.13.0", "3.12:2.9.1", "3.13:2.14.1", "3.14:2.14.1")
+BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.24", "ninja>=1.11"]
 HEAD = "| Python | torch | passed | failed | skipped | minutes |\n| --- | --- | --- | --- | --- | --- |"
 
 
@@ -46,7 +47,9 @@ def environment(python: str, torch: str) -> Path | str:
     install = [command, "-m", "pip", "install", "-q"]
     log = home / "install.log"
     with open(log, "w") as file:
-        for what in ([f"torch=={torch}", "numpy"], ["-e", ".[test]"]):
+        # Without pip's own environment for the build, whose place changes: then a build is there for the next one to go on from.
+        package = ["--no-build-isolation", "-e", ".[test]"]
+        for what in ([f"torch=={torch}", "numpy"], BUILD, package):
             if subprocess.run([*install, *what], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode:
                 return f"pip install {' '.join(what)} failed: see {log.relative_to(ROOT)}"
     return command
