@@ -38,7 +38,10 @@ NOT_RUN = {
     ("README.md", "sage-ext compare"): "trains for minutes; tests/study/test_run.py runs small studies",
     ("CONTRIBUTING.md", "make"): "minutes each; the targets are looked up",
     ("docs/video.md", "sage-ext stream --run RUN --camera"): "a machine's own devices",
-    ("docs/video.md", "sage-ext stream --run RUN --browser-camera"): "waits for a browser; tests/video/test_camera.py has one",
+    (
+        "docs/video.md",
+        "sage-ext stream --run RUN --browser-camera",
+    ): "waits for a browser; tests/video/test_camera.py has one",
     ("docs/real-data.md", "python"): "the film is no part of the project",
     ("docs/releasing.md", "make"): "half an hour, and gigabytes",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",

@@ -155,6 +155,9 @@ class SAGE(nn.Module):
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
 
+    quality_mean: Tensor  # these two where there are quality_dims
+    quality_scale: Tensor
+
     def __init__(
         self,
         in_dims: Mapping[str, int] | Sequence[int],
@@ -401,8 +404,8 @@ class SAGE(nn.Module):
         self, x: Sequence[Tensor], known: Tensor | None, strict: bool = False
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Standardised inputs, zero where missing; `known` without the frames that are not finite; how many those are."""
-        scaled = [
-            (v - self.get_buffer(f"input_mean_{m}").to(v.dtype)) * self.get_buffer(f"input_scale_{m}").to(v.dtype)
+        scaled = [  # torch 2.6 exports no get_buffer
+            (v - getattr(self, f"input_mean_{m}").to(v.dtype)) * getattr(self, f"input_scale_{m}").to(v.dtype)
             for m, v in enumerate(x)
         ]
         return take_finite(scaled, known, self.names, strict=strict)
@@ -572,7 +575,7 @@ class SAGE(nn.Module):
             return x
         assert quality is not None
         known = quality.isfinite()
-        scaled = (quality - self.get_buffer("quality_mean")) * self.get_buffer("quality_scale")
+        scaled = (quality - self.quality_mean) * self.quality_scale
         limit = CONSTANTS["typicality_limit"]
         scaled = torch.where(known, scaled, 0.0).clamp(-limit, limit)
         parts = [scaled.split(self.quality_dims, -1), known.to(scaled.dtype).split(self.quality_dims, -1)]

@@ -85,7 +85,7 @@ class Typicality(RunningMoments):
             step = v - torch.cat([previous.unsqueeze(1), v], 1)[:, :-1]
             parts = [v, step]
             if self.dims is not None:
-                components = self.get_buffer(f"components_{m}").to(dtype)
+                components = getattr(self, f"components_{m}").to(dtype)  # torch 2.6 exports no get_buffer
                 parts.append(v - (v @ components.t()) @ components)
             square = torch.stack([part.square().mean(-1) for part in parts], -1)  # (B, T, E)
             logs.append((square + CONSTANTS["energy_floor"]).log())

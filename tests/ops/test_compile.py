@@ -284,7 +284,10 @@ def test_export_with_dynamic_sizes_survives_a_file(backend, case, strict):
 def test_bad_input_is_the_same_error_when_compiled(backend):
     compiled = torch.compile(functional.ccc, fullgraph=True, backend="eager")
     x = torch.zeros(2, 5, 3, device=backend.device)
-    with pytest.raises(Exception, match=r"target: expected shape \(2, 5, 3\).*got \(2, 5, 2\)"):
+    said = r"target: expected shape \(2, 5, 3\).*got \(2, 5, 2\)"
+    if torch.__version__.startswith("2.6."):  # its compiler names the line of the exception and drops the message
+        said = r"(?s)Observed exception.*functional\.py.*_pair\(pred, target, mask\)"
+    with pytest.raises(Exception, match=said):
         compiled(x, x[..., :2])
 
 
