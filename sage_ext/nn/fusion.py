@@ -213,12 +213,8 @@ class Fusion(nn.Module):
         """
         given = self.admit(features, present, mask, state, typicality_inputs, quality, strict)
         out = self.fuse_checked(given.features, given.known, state, given.typicality_inputs, given.quality)
-        parts = (
-            out.fused,
-            out.weights,
-            out.confidence,
-            out.stage,
-        )  # by name: torch 2.6 traces no slice of a named tuple
+        # By name: torch 2.6 traces no slice of a named tuple.
+        parts = (out.fused, out.weights, out.confidence, out.stage)
         fused, weights, confidence, stage = (v.squeeze(1) for v in parts) if given.single else parts
         joint = out.joint.squeeze(1) if given.single and out.joint is not None else out.joint
         return FusionOutput(fused, weights, confidence, stage, out.state, given.nonfinite, joint)
