@@ -488,7 +488,8 @@ class _WeightedFusion(Fusion):
         values, apart = list(estimates.unbind(2)), self.training and self.detach_weights
         taken = assessed
         if apart:
-            taken = assessed._replace(reliability=assessed.reliability.detach(), stage=assessed.stage.detach())
+            detached = assessed.reliability.detach(), assessed.log_precision, assessed.stage.detach()
+            taken = Assessment(*detached, assessed.state)  # torch 2.6 traces no _replace
         prediction, shares, confidence = gate(values, taken, present, False)
         if apart:  # the same numbers once more, for their own score
             confidence = gate([v.detach() for v in values], assessed, present, False)[2]
