@@ -8,7 +8,7 @@ READY = $(VENV)/.sage-ready
 # One process a core, at most four: each holds a torch of its own. They share what tests/simt/build.py compiles.
 PYTEST = $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo demo-video test test-slow test-all lint bench docs clean
+.PHONY: demo demo-video test test-slow test-all matrix lint bench docs clean
 demo: $(READY)
 	$(BIN)/sage-ext demo --out demo-run --overwrite
 
@@ -25,6 +25,10 @@ test-slow: $(READY)
 
 test-all: $(READY)
 	$(PYTEST)
+
+# The tests with the other versions of Python that this machine has, each with a torch of its own: gigabytes, and half an hour.
+matrix:
+	$(PYTHON) tests/matrix.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

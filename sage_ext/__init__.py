@@ -4,5 +4,5 @@ import torch  # noqa: F401  (first: the compiled module shares its OpenMP runtim
 
 from . import functional
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["functional"]

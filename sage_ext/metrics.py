@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from ._arguments import arithmetic_dtype, check_int, check_window
 from ._distributed import check_group, initialised, merge_ranks
+from ._typing import called_as
 from .extras import require
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ class StreamingCCC(nn.Module):
         """`update`, then `compute`."""
         self.update(pred, target, mask)
         return self.compute()
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     @torch.no_grad()
     def merge(self, other: StreamingCCC) -> None:
@@ -223,6 +229,22 @@ def _torchmetrics_adapter() -> type:
 
     TorchMetricsCCC.__qualname__ = "TorchMetricsCCC"  # picklable by the name that __getattr__ serves
     return TorchMetricsCCC
+
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+    class TorchMetricsCCC(Metric):
+        """What `_torchmetrics_adapter` makes, for type checkers."""
+
+        num_targets: int
+        average: bool
+        moments: Tensor
+
+        def __init__(self, num_targets: int = 2, average: bool = False, **kwargs: Any) -> None: ...
+        def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None: ...
+        def compute(self) -> Tensor: ...
+        def __call__(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
 
 def _merge_stacked(moments: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Graph = Mapping[str, frozenset[str]]  # module without "sage_ext." ("" for the p
 # Lowest first. A module imports from its own layer and from those before it. A name stands for the module and, if it is
 # a package, for all in it. "" is the package's own __init__.
 LAYERS: Layers = (
-    ("_C", "allocator", "files", "extras"),
+    ("_C", "_typing", "allocator", "files", "extras"),
     ("_arguments", "_distributed", "reference"),
     ("jobs",),
     ("_ops",),

@@ -43,6 +43,7 @@ NOT_RUN = {
         "sage-ext stream --run RUN --browser-camera",
     ): "waits for a browser; tests/video/test_camera.py has one",
     ("docs/real-data.md", "python"): "the film is no part of the project",
+    ("docs/releasing.md", "make"): "half an hour, and gigabytes",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
     ("docs/study.md", "python benchmarks/streams.py"): "trains for an hour; tests/study/test_streams.py runs it small",
 }

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-import torch.compiler
+from torch.compiler import config as _config  # torch 2.6 does not import it by itself
 
 from . import ccc, leaky_average, reliability_fusion, stage_filter, temporal_ccc
 
@@ -18,5 +18,4 @@ def _version(folder: Path) -> str:
 # A graph in torch.compile's cache on disk calls the operators with the arguments that their schemas and autograd formulas
 # had when it was traced, and PyTorch's key for it holds their names alone: without this, it would be taken from the cache
 # after an upgrade too, and fail.
-_config = torch.compiler.config
 _config.cache_key_tag = f"{_config.cache_key_tag} sage_ext-{_version(Path(__file__).parent)}".strip()

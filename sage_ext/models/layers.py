@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from .._typing import called_as
 
 
 class ChannelDropout(nn.Module):
@@ -29,6 +31,11 @@ class ChannelDropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 class TemporalBlock(nn.Module):
@@ -69,6 +76,11 @@ class TemporalBlock(nn.Module):
         y = self.pointwise(F.silu(y))
         return x + self.dropout(y), h[:, frames:]
 
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
+
 
 class Encoder(nn.Module):
     """One modality: Linear to `dim`, temporal blocks with dilations 1, 2, 4, ..., LayerNorm."""
@@ -87,6 +99,11 @@ class Encoder(nn.Module):
             x, tail = block(x, mask, None if history is None else history[i])
             tails.append(tail)
         return self.norm(x), tails
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 class PrecisionMemory(nn.Module):
@@ -121,3 +138,8 @@ class PrecisionMemory(nn.Module):
             x, precision, self.halflife, self.log_prior.exp(), sums, causal=self.causal, relative=True
         )
         return self.mix(average.flatten(2).to(self.mix.weight.dtype)).to(x.dtype), sums
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...

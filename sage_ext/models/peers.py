@@ -183,7 +183,8 @@ class LateFusion(PeerFusion):
     ) -> Represented:
         found = super().represent(encoded, known, state, typicality_inputs, quality)
         values = self.values(blank_missing(encoded, known))
-        return found._replace(tracks=values, log_precision=values.new_zeros(values.shape[:-1]), known=known)
+        log_precision = values.new_zeros(values.shape[:-1])
+        return Represented(values, log_precision, known, found.gate, found.state)  # torch 2.6 traces no _replace
 
     def mix(
         self,

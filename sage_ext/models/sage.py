@@ -32,6 +32,7 @@ from .._arguments import (
     read_flags,
     take_finite,
 )
+from .._typing import called_as
 from ..nn import ExplainedVarianceNLL, Fusion, Quality, ReliabilityFusion, UniformFusion, calibrated_confidence
 from ..nn.foreign import ForeignFilter, check_trust
 from ..nn.fusion import Assessment, Represented
@@ -153,6 +154,9 @@ class SAGE(nn.Module):
 
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
+
+    quality_mean: Tensor  # these two where there are quality_dims
+    quality_scale: Tensor
 
     def __init__(
         self,
@@ -400,8 +404,8 @@ class SAGE(nn.Module):
         self, x: Sequence[Tensor], known: Tensor | None, strict: bool = False
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Standardised inputs, zero where missing; `known` without the frames that are not finite; how many those are."""
-        scaled = [
-            (v - self.get_buffer(f"input_mean_{m}").to(v.dtype)) * self.get_buffer(f"input_scale_{m}").to(v.dtype)
+        scaled = [  # torch 2.6 exports no get_buffer
+            (v - getattr(self, f"input_mean_{m}").to(v.dtype)) * getattr(self, f"input_scale_{m}").to(v.dtype)
             for m, v in enumerate(x)
         ]
         return take_finite(scaled, known, self.names, strict=strict)
@@ -472,6 +476,11 @@ class SAGE(nn.Module):
             mixed.confidence,
             *self._single_frames(found),
         )
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     def stream(
         self,
@@ -566,7 +575,7 @@ class SAGE(nn.Module):
             return x
         assert quality is not None
         known = quality.isfinite()
-        scaled = (quality - self.get_buffer("quality_mean")) * self.get_buffer("quality_scale")
+        scaled = (quality - self.quality_mean) * self.quality_scale
         limit = CONSTANTS["typicality_limit"]
         scaled = torch.where(known, scaled, 0.0).clamp(-limit, limit)
         parts = [scaled.split(self.quality_dims, -1), known.to(scaled.dtype).split(self.quality_dims, -1)]
@@ -770,6 +779,11 @@ class SAGELoss(nn.Module):
         total = prediction + self.unimodal * concordance + self.reliability * score
         parts = {"prediction": prediction, "unimodal": concordance, "reliability": score}
         return total, {name: part.detach() for name, part in parts.items()}
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 def _mean(x: Tensor, counted: Tensor | None) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import CONSTANTS
+from .._typing import called_as
 
 MARGIN = CONSTANTS["foreign_margin"]  # confidence is kept this far from 0 and 1: nobody's disagreement is beyond doubt
 
@@ -75,6 +77,11 @@ class ForeignFilter(nn.Module):
         emission = torch.stack([torch.zeros_like(told[0]), *told], -1) / self.pace
         initial = self.initial.to(emission.dtype) if state is None else state
         return functional.stage_filter(emission, self.transition.to(emission.dtype), initial)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 def check_trust(prior: Sequence[float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from .._arguments import (
     read_flags,
     take_finite,
 )
+from .._typing import called_as
 from .quality import QUALITY_FEATURES, Quality
 from .typicality import Typicality
 
@@ -212,9 +213,16 @@ class Fusion(nn.Module):
         """
         given = self.admit(features, present, mask, state, typicality_inputs, quality, strict)
         out = self.fuse_checked(given.features, given.known, state, given.typicality_inputs, given.quality)
-        fused, weights, confidence, stage = (v.squeeze(1) for v in out[:4]) if given.single else out[:4]
+        # By name: torch 2.6 traces no slice of a named tuple.
+        parts = (out.fused, out.weights, out.confidence, out.stage)
+        fused, weights, confidence, stage = (v.squeeze(1) for v in parts) if given.single else parts
         joint = out.joint.squeeze(1) if given.single and out.joint is not None else out.joint
         return FusionOutput(fused, weights, confidence, stage, out.state, given.nonfinite, joint)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     def admit(
         self,
@@ -480,7 +488,8 @@ class _WeightedFusion(Fusion):
         values, apart = list(estimates.unbind(2)), self.training and self.detach_weights
         taken = assessed
         if apart:
-            taken = assessed._replace(reliability=assessed.reliability.detach(), stage=assessed.stage.detach())
+            detached = assessed.reliability.detach(), assessed.log_precision, assessed.stage.detach()
+            taken = Assessment(*detached, assessed.state)  # torch 2.6 traces no _replace
         prediction, shares, confidence = gate(values, taken, present, False)
         if apart:  # the same numbers once more, for their own score
             confidence = gate([v.detach() for v in values], assessed, present, False)[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from .._arguments import (
     ordered_features,
     read_flags,
 )
+from .._typing import called_as
 from .fusion import Fusion, FusionOutput
 from .losses import ReliabilityNLL
 
@@ -145,6 +147,11 @@ class ReliabilityHead(nn.Module):
         error = (predicted - target.unsqueeze(-2)).square()
         own = torch.where(counted, error.mean(-1), 0.0).sum() / counted.sum().clamp(min=1)
         return self.weight * (own / (2 * self.kappa**2) + self.score(out.confidence, error, counted))
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     def _ordered(self, features: Features) -> list[Tensor]:
         weights = getattr(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._arguments import BOOL, arithmetic_dtype, check_kappa, check_pool, check_tensor, check_window
 from .._distributed import check_group, sum_ranks, warn_apart
+from .._typing import called_as
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,6 +51,11 @@ class ReliabilityNLL(nn.Module):
         log_precision = log_odds - 2 * math.log(self.kappa)
         return _mean_score(0.5 * (log_precision.exp() * error - log_precision), mask)
 
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
+
 
 class ExplainedVarianceNLL(nn.Module):
     """The proper score of a confidence that states the share of a target's variance that an estimate explains.
@@ -73,6 +79,11 @@ class ExplainedVarianceNLL(nn.Module):
         r, error, mask = _scored(confidence, relative_error, mask, "relative_error")
         left = 1 - r + self.FLOOR
         return _mean_score(0.5 * (error / left + left.log()), mask)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
 
 def _scored(confidence: Tensor, error: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -172,6 +183,11 @@ class CCCLoss(nn.Module):
             return _mean_over_ranks(loss.sum(), torch.full_like(loss.sum(), loss.numel()), self.process_group)
         return loss.mean()
 
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
+
 
 def _mean_over_ranks(total: Tensor, count: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of all ranks' totals over that of their counts; 0 where nothing is counted anywhere."""
@@ -220,3 +236,8 @@ class TemporalCCCLoss(nn.Module):
         if self.process_group is not None:
             return _mean_over_ranks(total, count, self.process_group)
         return total / count.clamp(min=1)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import functional
 from .._arguments import CONSTANTS
+from .._typing import called_as
 from .moments import RunningMoments
 
 QUALITY_FEATURES = 3  # a column: its z-score now, its average of late, and whether it is known now
@@ -64,6 +66,11 @@ class Quality(RunningMoments):
         average = average.reshape(batch, count, frames).transpose(1, 2)
         features = torch.stack([z, average, weight], -1)  # (B, T, sum of dims, 3)
         return [part.flatten(2) for part in features.split(self.dims, 2)], sums.reshape(batch, count, 3)
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor | None]) -> None:

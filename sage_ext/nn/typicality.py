@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import CONSTANTS, arithmetic_dtype
+from .._typing import called_as
 from .moments import RunningMoments
 
 MAX_COMPONENTS = 32  # principal components of a modality
@@ -84,7 +85,7 @@ class Typicality(RunningMoments):
             step = v - torch.cat([previous.unsqueeze(1), v], 1)[:, :-1]
             parts = [v, step]
             if self.dims is not None:
-                components = self.get_buffer(f"components_{m}").to(dtype)
+                components = getattr(self, f"components_{m}").to(dtype)  # torch 2.6 exports no get_buffer
                 parts.append(v - (v @ components.t()) @ components)
             square = torch.stack([part.square().mean(-1) for part in parts], -1)  # (B, T, E)
             logs.append((square + CONSTANTS["energy_floor"]).log())
@@ -113,6 +114,11 @@ class Typicality(RunningMoments):
         )
         z = torch.where(exists, (average - mean) / std, 0.0).asinh().clamp(-self.clamp, self.clamp)
         return torch.cat([z, z.abs()], -1), tail
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> Any: ...
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Any, ...]]) -> None:
