@@ -29,6 +29,7 @@ from .._arguments import (
     ordered_quality,
     quality_sizes,
     read_flags,
+    storable,
     take_finite,
 )
 from .quality import QUALITY_FEATURES, Quality
@@ -39,6 +40,7 @@ from .typicality import Typicality
 SHARPENING_RATE = 8.0
 
 
+@storable
 class FusionState(NamedTuple):
     """What `ReliabilityFusion` carries from one chunk to the next. All tensors; a new sequence starts from zeros.
 
@@ -55,6 +57,7 @@ class FusionState(NamedTuple):
     quality: Tensor | None = None
 
 
+@storable
 class FusionOutput(NamedTuple):
     """What a fusion gives. `(*)` is `(B, T)`, or `(N,)` for two-dimensional features."""
 
