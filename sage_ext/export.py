@@ -25,6 +25,8 @@ from .nn import Fusion, ReliabilityFusion
 __all__ = ["onnx", "plain", "program"]
 
 SAGE_FIELDS = ("prediction", "unimodal", "weights", "confidence", "stage")
+# A dimension without a bound: PyTorch 2.13 then hands the loops over time a size where they expect a tensor (ONNX).
+MAX_BATCH = 65536
 FUSION_FIELDS = ("fused", "weights", "confidence", "stage")
 
 
@@ -67,7 +69,7 @@ def example(model: SAGE | Fusion, batch: int = 2, frames: int = 37) -> tuple[Any
 
 
 def program(model: SAGE | Fusion, max_frames: int = 4096) -> ExportedProgram:
-    """`torch.export` of a model as it predicts: whole sequences (B, T) of any B and of T from 1 to `max_frames`.
+    """`torch.export` of a model as it predicts: whole sequences (B, T), B from 1 to 65536 and T from 1 to `max_frames`.
 
     The program takes `(features, present)`, or `(features, present, quality)` for a model with `quality_dims`: features and
     quality are dicts name -> (B, T, size), present is (B, T, M) bool. It returns a dict of tensors: of a `SAGE` prediction,
@@ -80,7 +82,7 @@ def program(model: SAGE | Fusion, max_frames: int = 4096) -> ExportedProgram:
     check_int("max_frames", max_frames, 2)
     fixed = getattr(model, "length", None)
     arguments = example(model, frames=fixed or min(37, max_frames))
-    axes: dict[int, Any] = {0: Dim("batch", min=1)}
+    axes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
     if fixed is None:
         axes[1] = Dim("frames", min=1, max=max_frames)
     shapes = tuple(dict.fromkeys(a, axes) if isinstance(a, dict) else axes for a in arguments)

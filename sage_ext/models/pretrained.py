@@ -67,7 +67,9 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         raise ValueError(f"{folder / CONFIG}: expected the config of its own digest, got a damaged or edited file")
     data = (folder / WEIGHTS).read_bytes()
     if digest_of_weights != _digest(data):
-        raise ValueError(f"{folder / WEIGHTS}: expected the weights of the digest in {CONFIG}, got a damaged file, or another's")
+        raise ValueError(
+            f"{folder / WEIGHTS}: expected the weights of the digest in {CONFIG}, got a damaged file, or another's"
+        )
     return config, safetensors.load(data)
 
 

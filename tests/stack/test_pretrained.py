@@ -25,7 +25,14 @@ def same_bits(a, b, *inputs):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fusion": "uniform"}, {"fusion": "concat"}, {"causal": False}, {"quality_dims": {"visual": 3}}, {"memory": []}],
+    [
+        {},
+        {"fusion": "uniform"},
+        {"fusion": "concat"},
+        {"causal": False},
+        {"quality_dims": {"visual": 3}},
+        {"memory": []},
+    ],
     ids=str,
 )
 def test_a_saved_model_is_the_model(tmp_path, options):

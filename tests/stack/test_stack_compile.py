@@ -14,6 +14,7 @@ def fresh():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_the_fusion():
     fusion = tiny_fusion()
     features, present = draw()
@@ -49,6 +50,7 @@ def test_any_size_is_one_graph(build):
         close(compiled(*draw(5, 1, 1)), model(*draw(5, 1, 1)), fields=fields)
 
 
+@pytest.mark.slow
 def test_the_fusion_trains_compiled():
     fusion = tiny_fusion()
     features, present = draw()

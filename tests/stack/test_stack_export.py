@@ -41,6 +41,7 @@ def program(model):
 
 
 # ------------------------------------------------------------------------------------------------------- torch.export
+@pytest.mark.slow
 def test_one_program_serves_1_to_4096_frames(model, program):
     agrees(stored(program).module(), model)
     names = str(program.graph)
@@ -49,6 +50,7 @@ def test_one_program_serves_1_to_4096_frames(model, program):
         program.module()(*draw(1, 2, 4097), None)
 
 
+@pytest.mark.slow
 def test_a_whole_output_with_dynamic_time_survives_a_file(model):
     """The model itself, as a user exports it: named tuples come back. (It once refused fewer than 65 frames.)"""
     axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("frames", min=1, max=4096)}
@@ -106,6 +108,7 @@ def test_wrong_arguments_are_named():
 
 
 # ------------------------------------------------------------------------------------- without our operators
+@pytest.mark.slow
 def test_in_plain_operators_alone(model, program, tmp_path):
     """To rounding the same, and it runs where sage_ext was never imported."""
     plain = export.plain(program)
