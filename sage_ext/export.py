@@ -85,7 +85,7 @@ def program(model: SAGE | Fusion, max_frames: int = 4096) -> ExportedProgram:
     axes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
     if fixed is None:
         axes[1] = Dim("frames", min=1, max=max_frames)
-    shapes = tuple(dict.fromkeys(a, axes) if isinstance(a, dict) else axes for a in arguments)
+    shapes: tuple[Any, ...] = tuple(dict.fromkeys(a, axes) if isinstance(a, dict) else axes for a in arguments)
     if len(shapes) == 2:
         shapes = (*shapes, None)
         arguments = (*arguments, None)
@@ -126,7 +126,7 @@ def onnx(model: SAGE | Fusion, path: str | os.PathLike[str], max_frames: int = 4
     arguments = example(model)
     quality = [f"quality_{name}" for name in (arguments[2] if len(arguments) > 2 else ())]
     fields = SAGE_FIELDS if isinstance(model, SAGE) else FUSION_FIELDS
-    # Its optimiser takes the additions of constants near 1e-8, which logarithms need, for additions of 0. The runtime has its own.
+    # Its optimiser takes the additions of constants near 1e-8, which logarithms need, for additions of 0.
     written = torch.onnx.export(
         plain(program(model, max_frames)), dynamo=True, optimize=False, verbose=False,
         input_names=[*input_names(model), "present", *quality], output_names=list(fields),

@@ -308,7 +308,7 @@ class SAGE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> SAGE:
-        """The model of a folder that `save_pretrained` wrote, in evaluation mode, its weights in the dtype that they were saved in.
+        """The model of a folder that `save_pretrained` wrote, in evaluation mode, its weights in the dtype that they had.
 
         FileNotFoundError for a folder that is not there or lacks a file; ValueError that names the file for one that is
         damaged, that was edited, or whose weights are another model's.
@@ -582,7 +582,7 @@ class SAGE(nn.Module):
         if still is None:
             still = (x[0].new_zeros(batch, len(x), dtype=torch.int64), x[0].new_zeros(batch, sum(self.in_dims)))
         repeats, last = still
-        # The cut comes last, not within `cat`: of `v[:, :-1]` the exporter asks whether it has one frame, and two are then refused.
+        # Cut last, not within `cat`: of `v[:, :-1]` the exporter asks whether it has one frame, and T = 2 is then refused.
         before = [torch.cat([b.to(v.dtype).unsqueeze(1), v], 1)[:, :-1] for b, v in zip(last.split(self.in_dims, 1), x)]
         same = torch.stack([(v == b).all(-1) for v, b in zip(x, before)], -1)  # (B, T, M)
         if known is not None:

@@ -55,7 +55,7 @@ def test_a_whole_output_with_dynamic_time_survives_a_file(model):
     """The model itself, as a user exports it: named tuples come back. (It once refused fewer than 65 frames.)"""
     axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("frames", min=1, max=4096)}
     features, present = draw()
-    shapes = ({name: axes for name in features}, axes)
+    shapes = (dict.fromkeys(features, axes), axes)
     exported = stored(torch.export.export(model, (features, present), dynamic_shapes=shapes))
     with torch.no_grad():
         for n in (1, 2, 64, 300):

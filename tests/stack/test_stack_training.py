@@ -89,7 +89,7 @@ def test_what_torch_func_cannot_do_is_refused():
 
 # -------------------------------------------------------------------------------------------------------- torchmetrics
 def test_every_mode_of_a_metric_gives_the_same():
-    """The package does not ship its own tester: by hand, forward, forward with a full state update, update and compute, merged."""
+    """The package does not ship its own tester: forward in both of its ways, update and compute, merged states."""
     pytest.importorskip("torchmetrics")
     r = torch.Generator().manual_seed(4)
     data = [(torch.randn(2, n, 2, generator=r), torch.randn(2, n, 2, generator=r)) for n in (5, 9, 3)]
