@@ -84,7 +84,8 @@ tags: [multimodal, reliability, valence-arousal]
 ---
 # SAGE: stage-adaptive gated estimation
 
-{numbers:,} numbers, width {config["dim"]}, {config["num_targets"]} targets in (-1, 1), "{config["fusion"]}", causal: {causal}.
+{numbers:,} numbers, width {config["dim"]}, {config["num_targets"]} targets in (-1, 1),
+fusion "{config["fusion"]}", causal: {causal}.
 
 | modality | features a frame |
 | --- | --- |
