@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from . import _C
 
@@ -33,6 +34,15 @@ HALVES = (torch.float16, torch.bfloat16)
 CASTS = {torch.float32: ".float()", torch.float64: ".double()", torch.float16: ".half()", torch.bfloat16: ".bfloat16()"}
 # Of a frame: with a larger one the sum of its squares has overflowed float32 (kLargestSum of csrc/math/frame.h).
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
+
+Class = TypeVar("Class", bound=type)
+
+
+def storable(result: Class) -> Class:
+    """For a named tuple that a module returns: `torch.export.save` and AOTInductor find it again by its name."""
+    if hasattr(_pytree, "_register_namedtuple"):  # there is no public way
+        _pytree._register_namedtuple(result, serialized_type_name=f"sage_ext.{result.__name__}")
+    return result
 
 
 # -------------------------------------------------------------------------------------------------------- numbers

@@ -7,7 +7,7 @@ docs/math.md derives each formula; names are the same there, here and in csrc/ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -301,6 +301,20 @@ def leaky_average(
     relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Normalised precision-weighted leaky averages. See `sage_ext.functional.leaky_average`."""
+    return _leaky_average(_leaky_sums, x, precision, halflife, prior, state, causal, relative)
+
+
+def _leaky_average(
+    leaky_sums: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    precision: Tensor,
+    halflife: Tensor,
+    prior: Tensor,
+    state: Tensor | None,
+    causal: bool,
+    relative: bool,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence `leaky_sums` is given: `sage_ext.export` has it for a number of frames that is not known."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     decay, p = 0.5 ** (1.0 / halflife.to(dtype)), precision.to(dtype).unsqueeze(-1)
     unread = p <= 0
@@ -309,9 +323,9 @@ def leaky_average(
     term = torch.cat([p * torch.where(unread, 0.0, x.to(dtype)), p, 1.0 - unread.to(dtype)], -1)
     if state is None:
         state = term.new_zeros(x.shape[0], len(halflife), term.shape[-1])
-    sums, state = _leaky_sums(term, decay, state)
+    sums, state = leaky_sums(term, decay, state)
     if not causal:
-        later, _ = _leaky_sums(term.flip(1), decay, torch.zeros_like(state))
+        later, _ = leaky_sums(term.flip(1), decay, torch.zeros_like(state))
         sums = sums + later.flip(1) - term.unsqueeze(2)
     weight, count = sums[..., -2], sums[..., -1]
     if relative:

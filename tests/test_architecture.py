@@ -31,7 +31,7 @@ LAYERS: Layers = (
     ("nn",),
     ("metrics", "stream"),
     ("models",),
-    ("calibration",),
+    ("calibration", "export"),
     ("data",),
     ("report",),
     ("training",),
@@ -44,7 +44,7 @@ LAYERS: Layers = (
 )
 # The same within the packages whose parts have an order.
 INNER: dict[str, Layers] = {
-    "models": (("layers", "fusions"), ("peers", "sage"), ("",)),
+    "models": (("layers", "fusions", "pretrained"), ("peers", "sage"), ("",)),
     "training": (("checkpoint", "evaluate", "prefetch", "rehearsal", "progress"), ("trainer",), ("runs",), ("",)),
     "study": (
         ("",),

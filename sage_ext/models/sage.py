@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,14 +32,17 @@ from .._arguments import (
     ordered_quality,
     quality_sizes,
     read_flags,
+    storable,
     take_finite,
 )
 from .._typing import called_as
+from ..files import parsing
 from ..nn import ExplainedVarianceNLL, Fusion, Quality, ReliabilityFusion, UniformFusion, calibrated_confidence
 from ..nn.foreign import ForeignFilter, check_trust
 from ..nn.fusion import Assessment, Represented
 from .fusions import fusion_class
 from .layers import ChannelDropout, Encoder, PrecisionMemory, TemporalBlock
+from .pretrained import CONFIG, precision_of, read_folder, write_folder
 
 if TYPE_CHECKING:
     from ..stream import StreamingSession
@@ -51,6 +56,7 @@ RARE = 1000  # one frame in so many may repeat for longer than is natural to its
 MAX_STUCK = 2**24  # the largest number of repeats up to which the streaming engines, in float32, count
 
 
+@storable
 class SAGEState(NamedTuple):
     """What a causal `SAGE` carries from one chunk to the next. All tensors; a new sequence starts from zeros."""
 
@@ -67,6 +73,7 @@ class SAGEState(NamedTuple):
     foreign: Tensor | None = None  # (B, 1 + M) log-belief of `ForeignFilter`; None without `trust`
 
 
+@storable
 class SAGEOutput(NamedTuple):
     """Result of `SAGE`, for `B` sequences, `T` frames, `M` modalities, `C` targets, `S` stages."""
 
@@ -294,6 +301,30 @@ class SAGE(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> SAGE:
         """The model that `model.config` describes, freshly initialised."""
         return cls(**config)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write config.json, model.safetensors and, if there is none, a model card README.md into `folder`, which is made if it
+        is not there: the layout of the Hugging Face Hub. Nothing is pickled. An older model there is replaced."""
+        config: dict[str, Any] = {**self.config}
+        if self.foreign is not None:
+            config["doubt"] = {"pace": self.foreign.pace, "dwell": self.foreign.dwell}
+        return write_folder(folder, config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> SAGE:
+        """The model of a folder that `save_pretrained` wrote, in evaluation mode, its weights in the dtype that they had.
+
+        FileNotFoundError for a folder that is not there or lacks a file; ValueError that names the file for one that is
+        damaged, that was edited, or whose weights are another model's.
+        """
+        config, state = read_folder(folder)
+        with parsing(Path(folder) / CONFIG):
+            doubt = config.pop("doubt", None)
+            model = cls.from_config(config).to(precision_of(state))
+            model.load_state_dict(state)
+            if doubt is not None:
+                model.set_trust(config["trust"], **doubt)
+        return model.to(device).eval()
 
     def extra_repr(self) -> str:
         return f"causal={self.causal}"
@@ -560,7 +591,8 @@ class SAGE(nn.Module):
         if still is None:
             still = (x[0].new_zeros(batch, len(x), dtype=torch.int64), x[0].new_zeros(batch, sum(self.in_dims)))
         repeats, last = still
-        before = [torch.cat([b.to(v.dtype).unsqueeze(1), v[:, :-1]], 1) for b, v in zip(last.split(self.in_dims, 1), x)]
+        # Cut last, not within `cat`: of `v[:, :-1]` the exporter asks whether it has one frame, and T = 2 is then refused.
+        before = [torch.cat([b.to(v.dtype).unsqueeze(1), v], 1)[:, :-1] for b, v in zip(last.split(self.in_dims, 1), x)]
         same = torch.stack([(v == b).all(-1) for v, b in zip(x, before)], -1)  # (B, T, M)
         if known is not None:
             same = same & known

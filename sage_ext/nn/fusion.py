@@ -29,6 +29,7 @@ from .._arguments import (
     ordered_quality,
     quality_sizes,
     read_flags,
+    storable,
     take_finite,
 )
 from .._typing import called_as
@@ -40,6 +41,7 @@ from .typicality import Typicality
 SHARPENING_RATE = 8.0
 
 
+@storable
 class FusionState(NamedTuple):
     """What `ReliabilityFusion` carries from one chunk to the next. All tensors; a new sequence starts from zeros.
 
@@ -56,6 +58,7 @@ class FusionState(NamedTuple):
     quality: Tensor | None = None
 
 
+@storable
 class FusionOutput(NamedTuple):
     """What a fusion gives. `(*)` is `(B, T)`, or `(N,)` for two-dimensional features."""
 

@@ -554,7 +554,7 @@ def test_trains_compiled():
 def test_exports_with_dynamic_batch_and_time():
     model = build(blocks=2, limits=(13, 0))
     features, present = draw()
-    # AUTO: the exporter finds the bounds itself, here two of the memory's chunks or more (65 frames).
+    # AUTO: the exporter finds the bounds itself; tests/stack asks for 1 to 4096 frames.
     shape = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     program = torch.export.export(
         model, (features, present), dynamic_shapes=(dict.fromkeys(features, shape), shape), strict=False
