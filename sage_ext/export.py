@@ -46,7 +46,7 @@ class _Estimator(nn.Module):
         if quality is not None and not model.names:
             signs = [quality.get(name) for name in input_names(model)]
         if isinstance(model, ReliabilityFusion) and model.typicality_dims is not None:
-            out = model(inputs, present, quality=signs, typicality_inputs=inputs)
+            out: Any = model(inputs, present, quality=signs, typicality_inputs=inputs)
         else:
             out = model(inputs, present, quality=signs)
         return {name: getattr(out, name) for name in (SAGE_FIELDS if isinstance(model, SAGE) else FUSION_FIELDS)}
