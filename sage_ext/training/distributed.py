@@ -234,8 +234,11 @@ def _told_to_end() -> Iterator[None]:
         raise LostError("told to end (SIGTERM), as torchrun tells all processes when one of them failed")
 
     before = signal.signal(signal.SIGTERM, end)
-    yield
-    signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:  # else deaf
+            signal.signal(signal.SIGTERM, before)
 
 
 def _deaf() -> None:
