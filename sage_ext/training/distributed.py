@@ -245,3 +245,6 @@ def _deaf() -> None:
     """This process is about to end, and has to say why: it is not to be told again."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+__all__ = ["Group", "LostError", "joined"]

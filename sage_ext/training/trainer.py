@@ -771,7 +771,7 @@ def train(
     tensorboard: bool = False,
     progress: bool = True,
     live: bool | None = None,
-    group: Group = ALONE,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Train in directory `run` and return {"epoch", "step", "scores"} of the best epoch on the validation split.
 
@@ -780,9 +780,10 @@ def train(
     stderr, with a line that is rewritten in place if `live` (default: where stderr is a terminal). The global torch
     generator and thread count are as before afterwards. BusyError while another process works in the directory.
 
-    `group`: the processes that train together, what `distributed.joined` gives; all of them call this alike.
+    `group`: the processes that train together, what `distributed.joined` gives; all of them call this alike, and the first one
+    writes and speaks. None: this process alone.
     """
-    run = Path(run)
+    run, group = Path(run), group or ALONE
     if resume and overwrite:
         raise RunError("resume, overwrite: expected one of them at most, got both")
     if group.leads:

@@ -232,7 +232,7 @@ def under_way(run, processes, steps=4):
 
 
 def sentences(*said):
-    return [line for text in said for line in text.splitlines() if "error" in line or "Traceback" in line]
+    return [line for text in said for line in text.splitlines() if ": error: " in line or "Traceback" in line]
 
 
 @pytest.mark.slow
