@@ -202,6 +202,8 @@ def joined() -> Iterator[Group]:
     with _told_to_end():
         with answers(int(count)):
             store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            # torchrun's store outlives a restart, with the addresses of the processes before it.
+            store = dist.PrefixStore(f"sage_ext/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         group = _Several(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
