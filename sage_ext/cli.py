@@ -425,26 +425,22 @@ def _check(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from .allocator import keep_freed_memory
+    from .training.distributed import LostError, joined
     from .training.runs import calibrate_run
-    from .training.trainer import CONFIG, TrainConfig, read_config, train
+    from .training.trainer import train
 
     keep_freed_memory()
-    stored = read_config(args.run) if args.resume and (Path(args.run) / CONFIG).exists() else None
-    given = _given(args, None if stored is None else stored.rehearsal)
-    if hasattr(args, "data"):
-        given["data"] = args.data
-    if stored is not None:
-        config = dataclasses.replace(stored, **given)
-    elif "data" not in given:
-        raise ValueError(
-            "--data: expected the root of a data set (only --resume of a begun run can do without), got none"
-        )
-    else:
-        config = TrainConfig(**given)
-    best = train(
-        config, args.run, resume=args.resume, overwrite=args.overwrite, tensorboard=args.tensorboard,
-        progress=not args.quiet,
-    )  # fmt: skip
+    try:
+        with joined() as group:
+            config = _train_config(args)
+            best = train(
+                config, args.run, resume=args.resume, overwrite=args.overwrite, tensorboard=args.tensorboard,
+                progress=not args.quiet, group=group,
+            )  # fmt: skip
+    except LostError as error:
+        raise LostError(f"{error}; continue from the last checkpoint in {args.run} with --resume") from error
+    if not group.leads:
+        return 0
     fused = best["scores"]["fused"]
     _say(
         f"{args.run}: best validation P {fused['P']:.4f} "
@@ -456,6 +452,23 @@ def _train(args: argparse.Namespace) -> int:
         known = [name for name in before if before[name] is not None]  # None: no validation frame has the modality
         _say("calibration error: " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in known))
     return 0
+
+
+def _train_config(args: argparse.Namespace) -> Any:
+    """The TrainConfig that the flags ask for; of a run that is resumed, where they say nothing, its own."""
+    from .training.trainer import CONFIG, TrainConfig, read_config
+
+    stored = read_config(args.run) if args.resume and (Path(args.run) / CONFIG).exists() else None
+    given = _given(args, None if stored is None else stored.rehearsal)
+    if hasattr(args, "data"):
+        given["data"] = args.data
+    if stored is not None:
+        return dataclasses.replace(stored, **given)
+    if "data" not in given:
+        raise ValueError(
+            "--data: expected the root of a data set (only --resume of a begun run can do without), got none"
+        )
+    return TrainConfig(**given)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

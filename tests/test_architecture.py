@@ -45,7 +45,12 @@ LAYERS: Layers = (
 # The same within the packages whose parts have an order.
 INNER: dict[str, Layers] = {
     "models": (("layers", "fusions", "pretrained"), ("peers", "sage"), ("",)),
-    "training": (("checkpoint", "evaluate", "prefetch", "rehearsal", "progress"), ("trainer",), ("runs",), ("",)),
+    "training": (
+        ("checkpoint", "distributed", "evaluate", "prefetch", "rehearsal", "progress"),
+        ("trainer",),
+        ("runs",),
+        ("",),
+    ),
     "study": (
         ("",),
         ("controls", "corruptions", "methods", "statistics"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,46 @@ from .. import functional
 from .._typing import called_as
 
 
+class Share(NamedTuple):
+    """Rows `rank`, `rank + size`, ... of a batch of `whole` sequences: what one of `size` processes computes."""
+
+    rank: int
+    size: int
+    whole: int
+
+    @property
+    def rows(self) -> int:
+        return len(range(self.rank, self.whole, self.size))
+
+
+def dropped(ones: Tensor, p: float, share: Share | None) -> Tensor:
+    """Dropout of `ones`, a row or several a sequence. With a `share` all of the batch's are drawn and its own are taken, so that
+    every process draws the same numbers, and together they have what one would have drawn for the batch."""
+    if share is None:
+        return F.dropout(ones, p)
+    whole = ones.new_ones(share.whole, len(ones) // share.rows, *ones.shape[1:])
+    return F.dropout(whole, p)[share.rank :: share.size].flatten(0, 1)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` of x (B, ...)."""
+
+    share: Share | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.share is None or not self.training:
+            return super().forward(x)
+        return x * dropped(torch.ones_like(x), self.p, self.share)
+
+
 class ChannelDropout(nn.Module):
     """Dropout of whole channels for a whole sequence: x (B, T, dim), one draw a (B, dim).
 
     Neighbouring frames say nearly the same, so a draw a frame would be averaged away by the next convolution; and it
     would cost more than the convolution does.
     """
+
+    share: Share | None = None
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -30,7 +64,7 @@ class ChannelDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p)
+        return x * dropped(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p, self.share)
 
     if TYPE_CHECKING:
 

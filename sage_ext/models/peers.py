@@ -28,6 +28,7 @@ from .._arguments import arithmetic_dtype, blank_missing, check_dropout, check_i
 from ..nn import Fusion, FusionOutput
 from ..nn.fusion import SHARPENING_RATE, Mixed, Represented, nothing_refused
 from .fusions import FUSIONS, fusion_class, fusion_names
+from .layers import Dropout
 
 __all__ = ["FUSIONS", "PeerFusion", "fusion_class", "fusion_names", "parameter_table", "register"]
 
@@ -365,7 +366,7 @@ class JointCrossAttention(nn.Module):
         self.time = nn.ModuleList(nn.Linear(length, length) for _ in dims)
         self.value = nn.ModuleList(nn.Linear(d, d) for d in dims)
         self.out = nn.ModuleList(nn.Linear(total, d) for d in dims)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Sequence[Tensor], known: Tensor) -> list[Tensor]:
         joint = self.joint(torch.cat(list(x), -1))
@@ -483,7 +484,7 @@ class _Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.heads, self.dropout = heads, Dropout(dropout)
         self.query_norm, self.source_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query, self.source, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))

@@ -197,6 +197,13 @@ def clip_moments(prediction: Array, clip: Clip, state: Tensor | None = None) -> 
     )
 
 
+def add_moments(moments: dict[str, Tensor], said: ClipPrediction, clip: Clip, names: Sequence[str]) -> None:
+    """Merge into `moments`, of "fused" and of each modality's own head, those of what was said of an annotated clip."""
+    heads = {"fused": said.prediction, **{name: said.unimodal[:, m] for m, name in enumerate(names)}}
+    for name, prediction in heads.items():
+        moments[name] = clip_moments(prediction, clip, moments.get(name))
+
+
 def _annotated(clips: Iterable[Clip]) -> Iterator[Clip]:
     for clip in clips:
         if clip.labels is None:
@@ -231,8 +238,6 @@ def evaluate(
     targets = VALENCE_AROUSAL
     for clip in _annotated(clips):
         targets = clip.targets
-        said = predictions[clip.name] = predict(clip)
-        heads = {"fused": said.prediction, **{name: said.unimodal[:, m] for m, name in enumerate(names)}}
-        for name, prediction in heads.items():
-            moments[name] = clip_moments(prediction, clip, moments.get(name))
+        predictions[clip.name] = predict(clip)
+        add_moments(moments, predictions[clip.name], clip, names)
     return {name: _scores(moments.get(name), targets) for name in ("fused", *names)}, predictions

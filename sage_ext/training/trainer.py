@@ -10,6 +10,9 @@ Whatever happens in an epoch is a function of the configuration, the data and th
 windows and the rehearsed failures are drawn from generators seeded by (seed, epoch) and (seed, step), dropout from the
 global generator whose state is in the checkpoint. So on the CPU a run that is killed at any moment and resumed ends
 with the same bits, `log.csv` included, as one that was left alone.
+
+Several processes (`distributed`) draw all this alike, and each computes its rows of every batch and its clips of the
+validation. Only the first writes; what it wrote is continued by any number of them.
 """
 
 from __future__ import annotations
@@ -37,16 +40,20 @@ from ..data.synthetic import ToldClips, has_truth, meter
 from ..data.targets import VALENCE_AROUSAL, Targets, scores
 from ..data.windows import Windows, collate
 from ..files import alone, naming, one_line, write_atomic
-from ..functional import ccc_from_moments, ccc_moments
+from ..functional import ccc_from_moments, ccc_moments, merge_moments
+from ..models.layers import ChannelDropout, Dropout
 from ..models.peers import fusion_class
-from ..models.sage import SAGE, SAGELoss
+from ..models.sage import SAGE, SAGELoss, SAGEOutput
 from .checkpoint import load_checkpoint, reading, save_checkpoint
-from .evaluate import evaluate, predict_clip
+from .distributed import ALONE, Group
+from .evaluate import add_moments, predict_clip
 from .prefetch import Prefetch, pinned
 from .progress import Progress
 from .rehearsal import Rehearsal
 
 CONFIG, LOG, LAST, BEST = "config.json", "log.csv", "last.safetensors", "best.safetensors"
+# Of SAGEOutput, with a row a sequence: all that SAGELoss reads.
+READ = ("prediction", "unimodal", "experts", "expert_confidence", "frame_estimates", "frame_log_precision")
 PARTS = ("prediction", "unimodal", "reliability")  # of SAGELoss, in the order of the loss_ columns
 FORMAT = 3  # of config.json; spans were in frames in the first, the model was another in the second
 
@@ -336,9 +343,11 @@ class _Captured:
 class Training:
     """One run in progress. `train` is the way to use it."""
 
-    def __init__(self, config: TrainConfig, run: Path, data: dict[str, AffWild2], progress: Progress) -> None:
-        self.config, self.run, self.progress = config, run, progress
-        self.device = torch.device(config.device)
+    def __init__(
+        self, config: TrainConfig, run: Path, data: dict[str, AffWild2], progress: Progress, group: Group = ALONE
+    ) -> None:
+        self.config, self.run, self.progress, self.group = config, run, progress, group
+        self.device = group.device(config.device)
         self.pins = self.device.type == "cuda"
         if config.told:
             data = {split: ToldClips(clips) for split, clips in data.items()}  # type: ignore[misc]
@@ -358,11 +367,22 @@ class Training:
             window = min(window, max(*(clip.num_frames for clip in clips), 2))
         self.windows = Windows(clips, window, min(self.spans.hop, window))
         self.per_epoch = max(len(self.windows) // config.batch_size, 1)
+        self.rows = min(len(self.windows), config.batch_size)  # windows of a batch, over all processes
+        if self.rows < group.size:
+            raise ValueError(
+                f"batch_size: expected a window or more for each of {group.size} processes, got {config.batch_size} of "
+                f"{len(self.windows)} windows"
+            )
+        if config.graph and group.size > 1:
+            raise ValueError(f"graph: expected False with several processes, got True with {group.size}")
         self.total = self.per_epoch * config.epochs
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
 
         self.model.to(self.device)
+        for module in self.model.modules():
+            if isinstance(module, (ChannelDropout, Dropout)):
+                module.share = group.share(self.rows)
         self.forward: Any = torch.compile(self.model) if config.compile else self.model  # of a step; shares the weights
         self.loss = SAGELoss(unimodal=config.unimodal_weight, reliability=config.reliability_weight)
         path = {id(p) for p in self.model.reliability_parameters()}
@@ -391,6 +411,8 @@ class Training:
     def save(self) -> None:
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise RunError(f"step {self.step}: the weights are no longer finite; {self.run / LAST} is from before")
+        if not self.group.leads:
+            return
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -406,7 +428,11 @@ class Training:
         save_checkpoint(self.run / LAST, state)
 
     def load(self) -> None:
-        state = load_checkpoint(self.run / LAST)
+        """Go on from the last checkpoint, if there is one; the first process reads it."""
+        found = self.group.leads and (self.run / LAST).exists()
+        state = self.group.broadcast(load_checkpoint(self.run / LAST) if found else None)
+        if state is None:
+            return
         with reading(self.run / LAST, "the training state"):
             self._take(state)
         if self.best["model"]:
@@ -439,6 +465,8 @@ class Training:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     def _export_best(self) -> None:
+        if not self.group.leads:
+            return
         state = {
             "model": self.best["model"],
             "model_config": self.model.config,
@@ -458,6 +486,8 @@ class Training:
     # --------------------------------------------------------------------------------------------------------- log
     def open_log(self) -> None:
         """Bring log.csv to what it was at the checkpoint: rows of steps that are done again go."""
+        if not self.group.leads:
+            return
         path = self.run / LOG
         if self.log_bytes == 0:
             write_atomic(path, ",".join(log_columns(self.targets)) + "\n")
@@ -472,6 +502,8 @@ class Training:
             file.truncate(self.log_bytes)
 
     def log(self, row: Mapping[str, float]) -> None:
+        if not self.group.leads:
+            return
         text = ",".join(str(x) if name in ("epoch", "step") else f"{x:.8g}" for name, x in row.items()) + "\n"
         with naming(self.run / LOG), open(self.run / LOG, "ab") as file:
             file.write(text.encode())
@@ -480,11 +512,6 @@ class Training:
         self.log_bytes += len(text.encode())
 
     # -------------------------------------------------------------------------------------------------------- steps
-    def _inputs(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The model's own modalities on its device: features, present (B, W, M), mask (B, W)."""
-        features = {name: self._here(batch["features"][name]) for name in self.names}
-        return features, self._here(batch["present"])[:, :, self.columns], self._here(batch["frame"])
-
     def _here(self, tensor: Tensor) -> Tensor:
         """On the device; from pinned memory the copy is only begun, and what is asked of the device next waits for it."""
         return tensor.to(self.device, non_blocking=True)
@@ -506,33 +533,45 @@ class Training:
         )
 
     def _rehearsed(self, loaded: Iterator[Mapping[str, Any]], first: int) -> Iterator[dict[str, Any]]:
-        """The batches for the steps from `first` on, failures rehearsed, for a GPU in pinned memory. It reads nothing that
-        a step changes, and draws from generators of its own: it may run ahead, in another thread."""
+        """The batches for the steps from `first` on, failures rehearsed, for a GPU in pinned memory: what the loss reads of the
+        whole batch, what the model reads of this process's rows. Failures are drawn, and clips swapped, over the whole batch.
+        It reads nothing that a step changes, and draws from generators of its own: it may run ahead, in another thread."""
         for step, batch in enumerate(loaded, first):
             generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "rehearsal", step))
             made = self.config.rehearsal(batch, generator, self.fps, self.meter)
-            needed = {name: made[name] for name in ("present", "frame", "labels", "valid")}
-            needed["features"] = {name: made["features"][name] for name in self.names}
-            needed["quality"] = {name: made["quality"][name] for name in self.quality_dims}
+            needed = {name: made[name] for name in ("labels", "valid")}
+            needed["present"] = made["present"][:, :, self.columns]
+            needed["frame"] = self.group.own(made["frame"])
+            needed["features"] = {name: self.group.own(made["features"][name]) for name in self.names}
+            needed["quality"] = {name: self.group.own(made["quality"][name]) for name in self.quality_dims}
             yield pinned(needed, self.device) if self.pins else needed
 
     def _update(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """A step of the weights by labels, valid, present, frame, features and quality, which never waits for the device. The
-        loss and its PARTS (4,), and the prediction (B, W, C)."""
+        """A step of the weights by labels, valid and present of the whole batch, and frame, features and quality of the own
+        rows, which never waits for the device. The loss and its PARTS (4,), and the prediction (B, W, C), of the whole batch."""
         labels, valid, present, frame, *rest = inputs
         features, quality = dict(zip(self.names, rest)), dict(zip(self.quality_dims, rest[len(self.names) :]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.forward(features, present=present, mask=frame, quality=quality or None)
+            output = self.forward(features, present=self.group.own(present), mask=frame, quality=quality or None)
+        output = self._whole(output)
         loss, parts = self.loss(output, labels, valid, present)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.group.sum_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         return torch.stack([loss.detach(), *(parts[name] for name in PARTS)]), output.prediction.detach()
 
+    def _whole(self, output: SAGEOutput) -> SAGEOutput:
+        """With all rows of the batch in what the loss reads."""
+        read = {name: getattr(output, name) for name in READ}
+        read = {name: x for name, x in read.items() if x is not None}
+        whole: dict[str, Any] = dict(zip(read, self.group.whole(list(read.values()), self.rows)))
+        return output._replace(**whole)
+
     def _one_step(self, batch: Mapping[str, Any]) -> None:
-        features, present, frame = self._inputs(batch)
-        labels, valid = self._here(batch["labels"]), self._here(batch["valid"])
+        labels, valid, present, frame = (self._here(batch[name]) for name in ("labels", "valid", "present", "frame"))
+        features = [self._here(batch["features"][name]) for name in self.names]
         quality = [self._here(batch["quality"][name]) for name in self.quality_dims]
 
         for i, group in enumerate(self.optimizer.param_groups):
@@ -540,16 +579,29 @@ class Training:
             if self.rates:
                 group["lr"] = self.rates[i].fill_(group["lr"])
         self.model.train()
-        told, prediction = self.update(labels, valid, present, frame, *features.values(), *quality)
+        told, prediction = self.update(labels, valid, present, frame, *features, *quality)
         self.loss_sum += told
         self.moments = ccc_moments(prediction, labels, valid, state=self.moments)
         self.step += 1
         self.position += 1
 
+    def _validated(self) -> dict[str, dict[str, float]]:
+        """Scores of the validation split, "fused" and of each modality's own head: each process predicts its clips."""
+        moments: dict[str, Tensor] = {}
+        for i in range(self.group.rank, len(self.validation), self.group.size):
+            clip = self.validation[i]
+            said = predict_clip(self.model, clip, self.names, device=self.device,
+                                window=self.spans.window, hop=self.spans.hop)  # fmt: skip
+            add_moments(moments, said, clip, self.names)
+        parts = [part for part in self.group.gather(moments) if part]
+        merged = {name: functools.reduce(merge_moments, [part[name] for part in parts]) for name in parts[0]}
+        # All go by the first one's numbers, so that they agree on what is best and when to stop.
+        return self.group.broadcast(
+            {name: scores(ccc_from_moments(m).tolist(), self.targets) for name, m in merged.items()}
+        )
+
     def _end_of_epoch(self) -> None:
-        predict = functools.partial(predict_clip, self.model, names=self.names, device=self.device,
-                                    window=self.spans.window, hop=self.spans.hop)  # fmt: skip
-        found, _ = evaluate(predict, self.validation, self.names)
+        found = self._validated()
         val = found["fused"]
         assert self.moments is not None
         running = scores(ccc_from_moments(self.moments).tolist(), self.targets)
@@ -582,7 +634,9 @@ class Training:
 
     def run_to_end(self) -> None:
         if self.step == 0:
+            # By all processes, which would wait for one otherwise. From here on all have the same weights and statistics.
             self.model.fit_statistics(_Inputs(self.windows, self.names, self.columns, self.config.batch_size))
+            self.group.spread(self.model.state_dict().values())
         while not self.done:
             # The loader's iterator is made here: the worker processes that it may start belong to this thread.
             made = self._rehearsed(iter(self._batches()), self.step)
@@ -717,6 +771,7 @@ def train(
     tensorboard: bool = False,
     progress: bool = True,
     live: bool | None = None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Train in directory `run` and return {"epoch", "step", "scores"} of the best epoch on the validation split.
 
@@ -724,30 +779,35 @@ def train(
     none is begun) or replaced (`overwrite`: its files of the kinds written here go, others stay). `progress` goes to
     stderr, with a line that is rewritten in place if `live` (default: where stderr is a terminal). The global torch
     generator and thread count are as before afterwards. BusyError while another process works in the directory.
+
+    `group`: the processes that train together, what `distributed.joined` gives; all of them call this alike, and the first one
+    writes and speaks. None: this process alone.
     """
-    run = Path(run)
+    run, group = Path(run), group or ALONE
     if resume and overwrite:
         raise RunError("resume, overwrite: expected one of them at most, got both")
-    _check_there(run, resume or overwrite)
+    if group.leads:
+        _check_there(run, resume or overwrite)
     data = open_data(config)
     shape = data_shape(data)
-    if resume:
+    if resume and group.leads:
         _check_same(run, config, shape)
     threads = torch.get_num_threads()
-    devices = [torch.device(config.device)] if config.device.startswith("cuda") else []
+    device = group.device(config.device)
     torch.set_num_threads(config.threads)
-    reporter = Progress(run, tensorboard=tensorboard, quiet=not progress, live=live)
+    reporter = Progress(run, tensorboard=tensorboard and group.leads, quiet=not (progress and group.leads), live=live)
     for text in advice(text for clips in data.values() for text in clips.mismatches):
         reporter.note(text)
     try:
-        with torch.random.fork_rng(devices=devices):
-            training = Training(config, run, data, reporter)  # what is wrong with the configuration shows here
-            with alone(run, "training"):
-                _check_there(run, resume or overwrite)  # again: another process may have been at work until now
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            training = Training(config, run, data, reporter, group)  # what is wrong with the configuration shows here
+            with alone(run, "training") if group.leads else nullcontext():
+                if group.leads:
+                    _check_there(run, resume or overwrite)  # again: another process may have been at work until now
+                    if resume:
+                        _check_same(run, config, shape)
+                    _prepare(run, config, shape, overwrite)
                 if resume:
-                    _check_same(run, config, shape)
-                _prepare(run, config, shape, overwrite)
-                if resume and (run / LAST).exists():
                     training.load()
                 training.open_log()
                 reporter.start(training)

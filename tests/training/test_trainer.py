@@ -310,11 +310,11 @@ def test_early_stopping_waits_for_patience(data, tmp_path, monkeypatch):
     script = iter([0.1, 0.3, 0.2, 0.25, 0.29, 0.9, 0.9])
     values = []
 
-    def scripted(predict, clips, names):
+    def scripted(self):
         values.append(next(script))
-        return {"fused": {"CCC_V": values[-1], "CCC_A": values[-1], "P": values[-1]}}, {}
+        return {"fused": {"CCC_V": values[-1], "CCC_A": values[-1], "P": values[-1]}}
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(trainer.Training, "_validated", scripted)
     config = TrainConfig(
         str(data), dim=8, stages=2, blocks=1, window=2, hop=2, batch_size=4, epochs=50, patience=3, threads=1
     )
@@ -451,17 +451,15 @@ def test_one_modality_trains_on_the_same_failures(tiny, tmp_path, monkeypatch):
 
     def spy(tag):
         def inner(self, batch):
-            features, present, frame = real(self, batch)
-            seen.setdefault(tag, []).append(
-                (features["visual"].clone(), present[..., self.names.index("visual")].clone())
-            )
-            return features, present, frame
+            present = batch["present"][..., self.names.index("visual")]
+            seen.setdefault(tag, []).append((batch["features"]["visual"].clone(), present.clone()))
+            real(self, batch)
 
         return inner
 
-    real = trainer.Training._inputs
+    real = trainer.Training._one_step
     for tag, modalities in (("both", None), ("one", ("visual",))):
-        monkeypatch.setattr(trainer.Training, "_inputs", spy(tag))
+        monkeypatch.setattr(trainer.Training, "_one_step", spy(tag))
         quiet(dataclasses.replace(tiny, epochs=1, modalities=modalities), tmp_path / tag)
     assert len(seen["both"]) == len(seen["one"]) > 2
     for (a, p), (b, q) in zip(seen["both"], seen["one"]):
