@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ MAX_STATE = 1e30
 _NUMPY = {torch.float32: np.dtype(np.float32), torch.bool: np.dtype(np.bool_)}
 
 
-@runtime_checkable
 class Streamable(Protocol):
     """What a session reads of a `SAGE`, beside the tensors of its state dict."""
 
@@ -44,6 +43,12 @@ class Streamable(Protocol):
     def fusion(self) -> Any: ...
     def state_dict(self) -> Mapping[str, Tensor]: ...
     def modules(self) -> Any: ...
+
+
+# Asked by name: from Python 3.12 on isinstance does not see what nn.Module finds for itself, submodules among them.
+STREAMABLE = (
+    "config", "names", "num_targets", "causal", "stuck", "in_dims", "quality_dims", "foreign", "fusion", "state_dict", "modules",
+)  # fmt: skip
 
 
 class StreamOutput(NamedTuple):
@@ -100,7 +105,7 @@ class StreamingSession:
         weights_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(model, Streamable):
+        if not all(hasattr(model, name) for name in STREAMABLE):
             raise TypeError(f"model: expected a SAGE, got {type(model).__name__}")
         check_int("batch_size", batch_size, 1)
         if weights_dtype is None:
