@@ -708,6 +708,7 @@ def signed(x):
     return ("−" if x < 0 else "+") + f"{abs(x):.2f}"
 
 
+@pytest.mark.slow
 def test_in_a_browser(trained, clip, files, tmp_path):
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if binary is None:
