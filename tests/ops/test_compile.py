@@ -128,12 +128,15 @@ def test_the_cache_on_disk_forgets_the_graphs_of_other_versions(tmp_path, monkey
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     x, transition = torch.randn(1, 5, 2), torch.eye(2).log_softmax(-1)
     found = []
-    for tag in (here, here, here + "-older"):
-        monkeypatch.setattr(torch.compiler.config, "cache_key_tag", tag)
-        torch.compiler.reset()
-        counters.clear()
-        torch.compile(functional.stage_filter, fullgraph=True)(x, transition)
-        found.append(counters["aot_autograd"]["autograd_cache_hit"])
+    try:  # monkeypatch would delete the setting in the end, and torch hides one that was deleted
+        for tag in (here, here, here + "-older"):
+            torch.compiler.config.cache_key_tag = tag
+            torch.compiler.reset()
+            counters.clear()
+            torch.compile(functional.stage_filter, fullgraph=True)(x, transition)
+            found.append(counters["aot_autograd"]["autograd_cache_hit"])
+    finally:
+        torch.compiler.config.cache_key_tag = here
     assert found == [0, 1, 0]
 
 
