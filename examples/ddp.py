@@ -6,7 +6,6 @@ The mean of two processes' concordance is not the concordance of their batches t
 both work on the CPU (gloo), with shares of 5 and 3 sequences; each also trains a copy on all 8, and the weights are compared.
 """
 
-import inspect
 import tempfile
 
 import torch
@@ -18,21 +17,6 @@ from sage_ext import functional
 from sage_ext.nn import CCCLoss, ReliabilityFusion
 
 SHARES = (5, 3)
-
-
-def exact_loss(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """1 - CCC of the global batch. Its gradients are scaled for the mean over processes that DistributedDataParallel takes."""
-    if "process_group" in inspect.signature(CCCLoss).parameters:
-        return CCCLoss(process_group=dist.group.WORLD)(prediction, targets)
-    own = functional.ccc_moments(prediction, targets)  # (C, 6) float64, whatever the size of the batch
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own.detach())
-    parts[dist.get_rank()] = own  # the part that has a gradient here
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = functional.merge_moments(whole, part)
-    loss = (1 - functional.ccc_from_moments(whole)).mean()
-    return loss * len(parts) - loss.detach() * (len(parts) - 1)
 
 
 class Model(nn.Module):
@@ -57,10 +41,10 @@ def work(rank: int, meeting_point: str) -> None:
         one.fuse.fit_typicality([(features, None, None)])  # or each process would follow its own batches
     mine = slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
 
-    trained = DistributedDataParallel(model)
+    trained, exact = DistributedDataParallel(model), CCCLoss(process_group=dist.group.WORLD)
     optimiser, optimiser_alone = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, alone))
     for step in range(20):
-        loss = exact_loss(trained({name: x[mine] for name, x in features.items()}), targets[mine])
+        loss = exact(trained({name: x[mine] for name, x in features.items()}), targets[mine])
         loss_alone = (1 - functional.ccc(alone(features), targets)).mean()
         for optimised, value in ((optimiser, loss), (optimiser_alone, loss_alone)):
             optimised.zero_grad()

@@ -598,11 +598,8 @@ class AffWild2(Sequence[Clip]):
         except FileNotFoundError as error:
             if self.split != "test":
                 raise
-            found = {
-                name: frames
-                for name, frames in read_index(self.root / INDEX).items()
-                if name not in self._known(annotations)
-            }
+            known = self._known(annotations)
+            found = {name: frames for name, frames in read_index(self.root / INDEX).items() if name not in known}
             if not found:
                 raise FileNotFoundError(
                     f"{sample}: expected a sample file, annotations in Test_Set, or an {INDEX} with videos that are not "

@@ -27,7 +27,7 @@ from ..extras import require
 from ..files import one_line
 from ..training.runs import Run
 from ..video.analysis import parameters_of
-from ..video.decode import RATE, Media, Picture
+from ..video.decode import RATE, Media, Picture, jpeg
 from ..video.extraction import Parameters, end_of
 from ..video.faces import FaceTracker, OpenCVTracker
 from ..video.sound import ROWS
@@ -35,7 +35,6 @@ from ..video.tracks import PictureRows, VoiceMatch
 from .frames import Frame
 
 PATIENCE = 0.08  # seconds that a frame waits for sound that is late; then it has none
-OPENING = 10.0  # seconds that a browser, or a device, may take for its first picture or sound
 BACKLOG = 64  # frames that may wait for the estimator
 PICTURES_A_SECOND, PICTURE_SIDE = 12.0, 480  # that the page is shown, and the pixels of their longer side
 
@@ -133,11 +132,9 @@ class Seen:
         scale = min(PICTURE_SIDE / max(height, width), 1.0)
         size = max(round(width * scale), 1), max(round(height * scale), 1)
         picture = cv2.resize(self.rgb, size, interpolation=cv2.INTER_AREA) if scale < 1 else self.rgb
-        good, data = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])
-        assert good
         left, top, wide, high = self.face or (0.0, 0.0, 0.0, 0.0)
         box = None if self.face is None else (left * scale, top * scale, wide * scale, high * scale)
-        return data.tobytes(), box, size
+        return jpeg(picture, 70), box, size
 
 
 class FrameMaker:
@@ -296,30 +293,41 @@ class Source:
         """Returns at once."""
 
 
-def _rgb(bgr: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(bgr[:, :, ::-1])
+class _Threaded(Source):
+    """A source whose `_run` delivers in a thread of its own, until `_stop` is set."""
 
-
-class Camera(Source):
-    """A camera of this machine by its number, through OpenCV. OSError where there is none."""
-
-    sound = False
-
-    def __init__(self, number: int) -> None:
-        cv2 = require("cv2", "video")
-        self.said, self._stop = f"camera {number}", threading.Event()
-        with _quiet():
-            self.capture = cv2.VideoCapture(number)
-        if not self.capture.isOpened():
-            raise OSError(
-                f"--camera: expected the number of a camera of this machine, got {number}, which cannot be opened"
-            )
+    def __init__(self) -> None:
+        self._stop = threading.Event()
 
     def start(self, inbox: Inbox) -> None:
         threading.Thread(target=self._run, args=(inbox,), daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
+
+    def _run(self, inbox: Inbox) -> None:
+        raise NotImplementedError
+
+
+def _rgb(bgr: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(bgr[:, :, ::-1])
+
+
+class Camera(_Threaded):
+    """A camera of this machine by its number, through OpenCV. OSError where there is none."""
+
+    sound = False
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        cv2 = require("cv2", "video")
+        self.said = f"camera {number}"
+        with _quiet():
+            self.capture = cv2.VideoCapture(number)
+        if not self.capture.isOpened():
+            raise OSError(
+                f"--camera: expected the number of a camera of this machine, got {number}, which cannot be opened"
+            )
 
     def _run(self, inbox: Inbox) -> None:
         while not self._stop.is_set():
@@ -331,14 +339,15 @@ class Camera(Source):
         self.capture.release()
 
 
-class Microphone(Source):
+class Microphone(_Threaded):
     """A microphone of this machine, through FFmpeg's devices. `name`: as the system calls it; "": its default one. OSError where
     there is none."""
 
     picture = False
 
     def __init__(self, name: str = "") -> None:
-        self.av, self._stop = require("av", "video"), threading.Event()
+        super().__init__()
+        self.av = require("av", "video")
         self.said = f"microphone {name}" if name else "the microphone"
         form, usual = {"darwin": ("avfoundation", ":0"), "win32": ("dshow", "audio=default")}.get(
             sys.platform, ("alsa", "default")
@@ -350,12 +359,6 @@ class Microphone(Source):
                 f"--microphone: expected a microphone of this machine, got {name or usual!r}, which {form} cannot open "
                 f"({one_line(error)})"
             ) from None
-
-    def start(self, inbox: Inbox) -> None:
-        threading.Thread(target=self._run, args=(inbox,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._stop.set()
 
     def _run(self, inbox: Inbox) -> None:
         resampler = self.av.AudioResampler(format="flt", layout="mono", rate=RATE)
@@ -376,20 +379,14 @@ class Microphone(Source):
         self.container.close()
 
 
-class Played(Source):
+class Played(_Threaded):
     """A file, its pictures and sound delivered at the time when they are seen and heard; `paced` False: all at once."""
 
     def __init__(self, path: str | Path, *, paced: bool = True) -> None:
+        super().__init__()
         self.media, self.live = Media(path), paced
         self.said = f"{path} in real time"
         self.picture, self.sound = self.media.picture, self.media.sound
-        self._stop = threading.Event()
-
-    def start(self, inbox: Inbox) -> None:
-        threading.Thread(target=self._run, args=(inbox,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._stop.set()
 
     def _run(self, inbox: Inbox) -> None:
         why = "the video is over"

@@ -228,7 +228,7 @@ def stream(args: argparse.Namespace) -> int:
         raise ValueError(f"--serve: expected a port from 0 to 65535, got {args.serve}")
     if args.report is not None:  # what would fail at the end should fail now
         require("matplotlib", "train")
-    _devices(args)
+    devices = _devices(args)
     run = Run.load(args.run, trust=args.trust)
     recent = max(round(default_frames(RECENT, run.fps)), 2)
     quality = None
@@ -238,7 +238,7 @@ def stream(args: argparse.Namespace) -> int:
     estimator = Estimator(
         run.model, run.names, targets=run.targets, device=args.device, quality=quality, keep=keep, recent=recent
     )
-    maker = None if not _devices(args) else maker_for(run, args.person)
+    maker = None if not devices else maker_for(run, args.person)
     raw = make_source(args)
     form = make_format(args.format, run.names, estimator.session.in_dims, estimator.quality_dims)
     if args.report is not None:
@@ -351,11 +351,8 @@ def _answer(
 # --------------------------------------------------------------------------------------------------- camera, microphone
 def _devices(args: argparse.Namespace) -> list[str]:
     """The flags that name where pictures and sound come from. ValueError where they contradict each other."""
-    given = [
-        flag
-        for flag in ("camera", "video", "browser_camera")
-        if getattr(args, flag) is not None and getattr(args, flag) is not False
-    ]
+    there = {"camera": args.camera is not None, "video": args.video is not None, "browser_camera": args.browser_camera}
+    given = [flag for flag, asked in there.items() if asked]
     if len(given) > 1:
         raise ValueError(
             f"--{given[1].replace('_', '-')}: expected one of --camera, --video and --browser-camera, got --{given[0]} too"

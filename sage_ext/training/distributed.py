@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from .._distributed import gather
 from ..models.layers import Share
 
 TIMEOUT = "SAGE_EXT_TIMEOUT"  # environment: seconds after which a process that does not answer counts as lost
@@ -116,10 +117,9 @@ class _Several(Group):
         """(count, F) of all processes from the own rows."""
         padded = own.new_zeros(-(-count // self.size), own.shape[1])
         padded[: len(own)] = own
-        found = [torch.empty_like(padded) for _ in range(self.size)]
         with answers(self.size):
-            dist.all_gather(found, padded)
-        return torch.stack(found, 1).flatten(0, 1)[:count]  # what was padded comes last
+            found = gather(padded, None)
+        return found.transpose(0, 1).flatten(0, 1)[:count]  # what was padded comes last
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -16,7 +16,7 @@ from ..data.targets import unscaled
 from ..extras import require
 from ..training.evaluate import ClipPrediction
 from ..training.runs import Run
-from .decode import Media, Picture
+from .decode import Media, Picture, jpeg
 from .extraction import TOOL, Parameters, add_parameters, extract, given_parameters, said_on_stderr
 from .result import Result
 
@@ -118,9 +118,7 @@ def thumbnails(path: Path, seconds: float) -> list[tuple[float, bytes]]:
                 small = cv2.resize(
                     item.rgb, (max(round(width * THUMBNAIL / height), 1), THUMBNAIL), interpolation=cv2.INTER_AREA
                 )
-                good, data = cv2.imencode(".jpg", small[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 75])
-                assert good
-                found.append((item.time, data.tobytes()))
+                found.append((item.time, jpeg(small, 75)))
     return found
 
 

@@ -230,6 +230,14 @@ class _SoundTrack:
             self._given += len(samples)
 
 
+def jpeg(rgb: np.ndarray, quality: int) -> bytes:
+    """A picture (H, W, 3) uint8 as a JPEG file, of quality 0 to 100."""
+    cv2 = require("cv2", "video")
+    good, data = cv2.imencode(".jpg", rgb[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert good
+    return data.tobytes()
+
+
 def duration(path: str | os.PathLike[str]) -> float:
     """Seconds, as far as the file says; 0 where it does not."""
     av = require("av", "video")

@@ -35,7 +35,7 @@ from ..data.affwild2 import INDEX
 from ..extras import require
 from ..files import alone, naming, one_line, write_atomic
 from ..jobs import Job, Outcome, Workers
-from .decode import RATE, Media, Picture, duration
+from .decode import RATE, Media, Picture, duration, jpeg
 from .faces import FaceTracker, OpenCVTracker, ToldTracker
 from .sound import ROWS, SoundFeatures, make_sound
 from .tracks import MATCH, CroppedRows, PictureRows, Row, VoiceMatch
@@ -173,9 +173,7 @@ class _One:
             self.faces.append((*face.box, face.score) if face is not None else (math.nan,) * 5)
             if self.crops is not None and row.crop is not None:
                 self.crops.mkdir(parents=True, exist_ok=True)
-                good, data = require("cv2", "video").imencode(".jpg", row.crop[:, :, ::-1])
-                assert good
-                write_atomic(self.crops / f"{len(self.mouths):05d}.jpg", data.tobytes())
+                write_atomic(self.crops / f"{len(self.mouths):05d}.jpg", jpeg(row.crop, 95))
 
     def run(self, progress: Callable[[float], None]) -> dict[str, Any]:
         parameters = self.parameters

@@ -17,27 +17,15 @@ from media import grey, make, tone, write
 from sage_ext.cli import main
 from sage_ext.training.runs import Run, predict_run
 from sage_ext.training.trainer import TrainConfig, train
-from sage_ext.video import Parameters, analyze, extract
+from sage_ext.video import Parameters, analyze
 
 TOLD = Parameters(told=True)
 
 
-@pytest.fixture(scope="module")
-def trained(videos, tmp_path_factory):
-    """A run that has seen two steps of the videos' features, and their data set."""
-    root = tmp_path_factory.mktemp("trained")
-    extract(videos, root / "data", TOLD)
-    rng = np.random.default_rng(0)
-    for split, name, frames in (("Train_Set", "one", 60), ("Validation_Set", "two", 75)):
-        (root / "data/annotations" / split).mkdir(parents=True, exist_ok=True)
-        rows = [f"{v:.3f},{a:.3f}" for v, a in np.tanh(rng.normal(size=(frames, 2)).cumsum(0) / 5)]
-        (root / "data/annotations" / split / f"{name}.txt").write_text("\n".join(["valence,arousal", *rows]) + "\n")
-    train(
-        TrainConfig(str(root / "data"), dim=16, batch_size=2, window=2.0, epochs=1, max_steps=2),
-        root / "run",
-        progress=False,
-    )
-    return root
+def predicted(run, data, path):
+    """The rows that `predict` writes of video three."""
+    predict_run(run, data, path, split="test")
+    return [row for row in csv.DictReader(path.read_text().splitlines()) if row["video"] == "three"]
 
 
 def test_the_run_remembers_how_its_features_were_made(trained):
@@ -47,12 +35,7 @@ def test_the_run_remembers_how_its_features_were_made(trained):
 
 
 def test_it_equals_extract_and_predict(trained, videos, tmp_path):
-    predict_run(trained / "run", trained / "data", tmp_path / "predictions.csv", split="test")
-    rows = [
-        row
-        for row in csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines())
-        if row["video"] == "three"
-    ]
+    rows = predicted(trained / "run", trained / "data", tmp_path / "predictions.csv")
     result = analyze(videos / "three.mp4", trained / "run", told=True)
     assert result.prediction.shape == (45, 2)
     for c, target in enumerate(("valence", "arousal")):
@@ -116,12 +99,7 @@ def test_a_run_of_one_modality_reads_the_quality_that_it_learnt(trained, videos,
         str(trained / "data"), modalities=("visual",), dim=16, batch_size=2, window=2.0, epochs=1, max_steps=1
     )
     train(config, tmp_path / "run", progress=False)
-    predict_run(tmp_path / "run", trained / "data", tmp_path / "predictions.csv", split="test")
-    rows = [
-        row
-        for row in csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines())
-        if row["video"] == "three"
-    ]
+    rows = predicted(tmp_path / "run", trained / "data", tmp_path / "predictions.csv")
     result = analyze(videos / "three.mp4", tmp_path / "run", told=True)
     assert result.modalities == ("visual",)
     match = result.quality["visual"][:, result.quality_columns["visual"].index("voice_match")]
@@ -131,19 +109,9 @@ def test_a_run_of_one_modality_reads_the_quality_that_it_learnt(trained, videos,
         analyze(videos, tmp_path / "run")
 
 
-def test_a_run_of_other_features_is_refused(videos, tmp_path):
-    from sage_ext.data.synthetic import write_dataset
-
-    write_dataset(
-        tmp_path / "data", train=2, validation=1, test=0, frames=(40, 60), modalities={"audio": 9, "visual": 8}
-    )
-    train(
-        TrainConfig(str(tmp_path / "data"), dim=8, batch_size=1, window=1.0, epochs=1, max_steps=1),
-        tmp_path / "run",
-        progress=False,
-    )
+def test_a_run_of_other_features_is_refused(videos, foreign_run):
     with pytest.raises(ValueError, match=r"root: expected features .*'audio': 9"):
-        analyze(videos / "one.mp4", tmp_path / "run", told=True)
+        analyze(videos / "one.mp4", foreign_run, told=True)
 
 
 def test_the_command(trained, videos, tmp_path, capsys):

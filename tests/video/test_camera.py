@@ -154,28 +154,10 @@ def test_a_browsers_media_come_in_on_one_clock(videos):
 
 
 # ------------------------------------------------------------------------------------------------------- the command
-@pytest.fixture(scope="module")
-def trained(videos, tmp_path_factory):
-    from sage_ext.training.trainer import TrainConfig, train
-
-    root = tmp_path_factory.mktemp("live")
-    extract(videos, root / "data", TOLD)
-    for split, name, frames in (("Train_Set", "one", 60), ("Validation_Set", "two", 75)):
-        (root / "data/annotations" / split).mkdir(parents=True)
-        rows = [f"{np.sin(t / 9):.3f},{np.cos(t / 7):.3f}" for t in range(frames)]
-        (root / "data/annotations" / split / f"{name}.txt").write_text("\n".join(["valence,arousal", *rows]) + "\n")
-    train(
-        TrainConfig(str(root / "data"), dim=16, batch_size=2, window=2.0, epochs=1, max_steps=2),
-        root / "run",
-        progress=False,
-    )
-    return root / "run"
-
-
 def test_a_video_played_in_real_time(trained, tmp_path, capfd):
     path = make(tmp_path / "live.mp4", 1.5, 7)
     began = time.monotonic()
-    assert main(["stream", "--run", str(trained), "--video", str(path)]) == 0
+    assert main(["stream", "--run", str(trained / "run"), "--video", str(path)]) == 0
     took = time.monotonic() - began
     out, err = capfd.readouterr()
     answers = [json.loads(line) for line in out.splitlines()]
@@ -198,21 +180,10 @@ def test_a_video_played_in_real_time(trained, tmp_path, capfd):
     (["--camera", "77"], "--camera: expected the number of a camera"),
 ])  # fmt: skip
 def test_requests_that_cannot_be_met(trained, capsys, flags, message):
-    assert main(["stream", "--run", str(trained), *flags]) == 2
+    assert main(["stream", "--run", str(trained / "run"), *flags]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_run_of_other_features_is_refused(tmp_path, capsys):
-    from sage_ext.data.synthetic import write_dataset
-    from sage_ext.training.trainer import TrainConfig, train
-
-    write_dataset(
-        tmp_path / "data", train=2, validation=1, test=0, frames=(40, 60), modalities={"audio": 9, "visual": 8}
-    )
-    train(
-        TrainConfig(str(tmp_path / "data"), dim=8, batch_size=1, window=1.0, epochs=1, max_steps=1),
-        tmp_path / "run",
-        progress=False,
-    )
-    assert main(["stream", "--run", str(tmp_path / "run"), "--camera", "0"]) == 2
+def test_a_run_of_other_features_is_refused(foreign_run, capsys):
+    assert main(["stream", "--run", str(foreign_run), "--camera", "0"]) == 2
     assert "--run: expected a run that was trained on features of sage-ext extract" in capsys.readouterr().err
