@@ -36,8 +36,11 @@ lint: $(READY)
 	$(BIN)/mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
+# Every op and the model against eager PyTorch, torch.compile and torchmetrics, half an hour alone on the machine; then the tables
+# of README.md and docs/benchmarks.md.
 bench: $(READY)
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/bench.py --runs 3 --allocator both
+	$(BIN)/python benchmarks/bench.py --write
 
 # The documentation site: site/index.html.
 docs: $(READY)

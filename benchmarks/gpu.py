@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import model as predictions
 import torch
-from cases import einsum_leaky_average
+from problems import einsum_leaky_average
 from torch import Tensor
 
 import sage_ext

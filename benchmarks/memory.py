@@ -22,7 +22,7 @@ def peak() -> int:
 
 
 def measure(name: str, repeat: int) -> int:
-    from cases import einsum_leaky_average, fused_leaky_average
+    from problems import einsum_leaky_average, fused_leaky_average
 
     torch.set_num_threads(1)
     op = {"kernel": fused_leaky_average, "einsum": einsum_leaky_average}[name]

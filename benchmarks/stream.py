@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import model as predictions
 import torch
-from report import machine
+from bench import machine
 
 from sage_ext.allocator import keep_freed_memory
 from sage_ext.models import SAGE

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from report import ALLOCATORS
+from bench import ALLOCATORS
 
 SETTINGS: dict[str, dict[str, str]] = {
     "defaults": {},
