@@ -442,7 +442,8 @@ def on_torchmetrics(rank, batch):
 
     metric = TorchMetricsCCC()
     metric.update(*batch[rank])
-    return metric.compute()
+    each_step = TorchMetricsCCC(dist_sync_on_step=True)
+    return [metric.compute(), each_step(*batch[rank]), each_step.compute()]
 
 
 @pytest.mark.slow  # every rank imports torchmetrics
@@ -450,8 +451,9 @@ def test_the_torchmetrics_adapter_does_so_by_itself(team):
     pytest.importorskip("torchmetrics")
     batch = draw(9, PARTS["second empty"])
     expected = functional.ccc(*joined(batch))
-    for got in team(on_torchmetrics, batch):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for values in team(on_torchmetrics, batch):
+        for got in values:
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_metric_without_a_group_is_copied():

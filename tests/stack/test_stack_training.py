@@ -1,5 +1,7 @@
 """What training loops do to a module: autocast, gradient scaling, checkpointing, functional calls; and what is refused."""
 
+import pickle
+
 import pytest
 import torch
 from tiny import DIMS, close, draw, tiny
@@ -110,3 +112,71 @@ def test_every_mode_of_a_metric_gives_the_same():
         part.update(*pair)
         merged.merge_state(part)
     torch.testing.assert_close(merged.compute(), expected)
+
+
+def drawn(count=4):
+    r = torch.Generator().manual_seed(6)
+    return [torch.randn(2, 2, 15, 2, generator=r).unbind(0) for _ in range(count)]
+
+
+def test_what_the_tester_of_torchmetrics_asks_of_any_metric():
+    """Constants, scripting, hash, clone, pickle, an empty state_dict, half precision, and no gradient."""
+    pytest.importorskip("torchmetrics")
+    first, second, *_ = drawn()
+    metric = TorchMetricsCCC(dist_sync_on_step=True)
+    for name in ("is_differentiable", "higher_is_better"):
+        with pytest.raises(RuntimeError, match="const"):
+            setattr(metric, name, not getattr(metric, name))
+    torch.jit.script(metric)
+    empty = hash(metric)
+    metric.update(*first)
+    assert hash(metric) != empty
+    assert metric.state_dict() == {}
+    for copied in (metric.clone(), pickle.loads(pickle.dumps(metric))):
+        assert type(copied) is type(metric)
+        torch.testing.assert_close(copied.compute(), metric.compute(), atol=0, rtol=0)
+        before = metric.compute()
+        copied.update(*second)
+        assert not torch.equal(copied.compute(), before)
+        assert torch.equal(metric.compute(), before)
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(TorchMetricsCCC()(*(x.to(dtype) for x in first)), before, atol=1e-2, rtol=0)
+    assert not TorchMetricsCCC()(first[0].clone().requires_grad_(), first[1]).requires_grad
+    metric.persistent(True)
+    other = TorchMetricsCCC()
+    other.persistent(True)
+    other.load_state_dict(metric.state_dict())
+    assert torch.equal(other.moments, metric.moments)
+    assert other.moments.dtype == torch.float64
+
+
+def test_wrappers_of_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    data = drawn()
+    group = torchmetrics.MetricCollection({"each": TorchMetricsCCC(), "mean": TorchMetricsCCC(average=True)})
+    for pair in data:
+        group.update(*pair)
+    assert group.compute_groups == {0: ["each", "mean"]}  # one state for both
+    whole = TorchMetricsCCC()
+    whole.update(*(torch.cat(parts) for parts in zip(*data)))
+    torch.testing.assert_close(group.compute(), {"each": whole.compute(), "mean": whole.compute().mean()})
+    running = torchmetrics.wrappers.Running(TorchMetricsCCC(), window=2)
+    for pair in data:
+        running.update(*pair)
+    last = TorchMetricsCCC()
+    last.update(*(torch.cat(parts) for parts in zip(*data[-2:])))
+    torch.testing.assert_close(running.compute(), last.compute())
+    torch.manual_seed(0)
+    resampled = torchmetrics.BootStrapper(TorchMetricsCCC(), num_bootstraps=6, raw=True)
+    resampled.update(*(torch.cat(parts) for parts in zip(*data)))
+    raw = resampled.compute()["raw"]
+    assert raw.shape == (6, 2)
+    assert (raw.std(0) > 0).all()
+    tracker = torchmetrics.MetricTracker(TorchMetricsCCC(average=True))
+    for share in (0.0, 1.0, 0.3):
+        tracker.increment()
+        for pred, target in data:
+            tracker.update(pred + share * target, target)
+    best, step = tracker.best_metric(return_step=True)
+    assert step == 1
+    assert best == max(tracker.compute_all().tolist())
