@@ -1,8 +1,8 @@
 """The public ops: arguments checked here, once, then handed to the kernels.
 
-Formulas: docs/math.md. The same ops in plain PyTorch: `sage_ext.reference`. Every op is differentiable once (a second
-derivative raises), works under `torch.compile(fullgraph=True)`, `torch.export`, autocast and, as the reference, `torch.func`, accepts non-contiguous and
-zero-size inputs, and gives the same bits whatever the thread count.
+Formulas: docs/math.md. The same ops in plain PyTorch: `sage_ext.reference`, which runs within the transforms of `torch.func`.
+Every op is differentiable once (a second derivative raises), works under `torch.compile(fullgraph=True)`, `torch.export` and
+autocast, accepts non-contiguous and zero-size inputs, and gives the same bits whatever the thread count.
 """
 
 from __future__ import annotations

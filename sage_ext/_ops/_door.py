@@ -2,7 +2,8 @@
 
 In plain eager an op runs as a `torch.autograd.Function` that calls `_C` directly: the cheapest call PyTorch offers from
 Python. Everywhere else (compile, export, fake tensors, dispatch modes, subclasses) it runs as the registered operator
-`torch.ops.sage_ext.*`. (Within torch.func neither door is open: `has_kernels`.) Both call the same `_forward` and `_backward` of the op's file.
+`torch.ops.sage_ext.*`. Both call the same `_forward` and `_backward` of the op's file. Within the transforms of torch.func
+neither door is open: `has_kernels`.
 """
 
 from __future__ import annotations
@@ -92,11 +93,7 @@ def fast(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or _peek() is not None
-        or torch._C._get_tracing_state() is not None
-    ):
+    if torch._C._len_torch_dispatch_stack() > 0 or _peek() is not None or torch._C._get_tracing_state() is not None:
         return False
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided or t.is_meta or t.is_neg()):

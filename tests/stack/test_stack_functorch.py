@@ -168,7 +168,9 @@ def test_second_derivatives_are_refused(op):
     """The reference, which runs here, has wrong ones."""
     f, samples, shared = ops()[op]
     inputs = [*(x[0] for x in samples), *shared]
-    with pytest.raises(NotImplementedError, match="no second derivatives: expected one of torch.func's grad, vjp and jvp"):
+    with pytest.raises(
+        NotImplementedError, match=r"no second derivatives: expected one of torch\.func's grad, vjp and jvp"
+    ):
         hessian(f)(*inputs)
     inputs[0] = inputs[0].requires_grad_()
     with pytest.raises(NotImplementedError, match="do not require a gradient outside of it"):
