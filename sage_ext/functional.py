@@ -1,8 +1,8 @@
 """The public ops: arguments checked here, once, then handed to the kernels.
 
-Formulas: docs/math.md. The same ops in plain PyTorch: `sage_ext.reference`. Every op is differentiable once (a second
-derivative raises), works under `torch.compile(fullgraph=True)`, `torch.export` and autocast, accepts non-contiguous and
-zero-size inputs, and gives the same bits whatever the thread count.
+Formulas: docs/math.md. The same ops in plain PyTorch: `sage_ext.reference`, which runs within the transforms of `torch.func`.
+Every op is differentiable once (a second derivative raises), works under `torch.compile(fullgraph=True)`, `torch.export` and
+autocast, accepts non-contiguous and zero-size inputs, and gives the same bits whatever the thread count.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def stage_filter(
     check_optional("mask", mask, (batch, frames), "(B, T)", emission, "emission", BOOL)
     dtype = arithmetic_dtype(emission)
     emission, transition, initial = to_dtype(emission, dtype), to_dtype(transition, dtype), to_dtype(initial, dtype)
-    if not _door.has_kernels(emission.device):
+    if not _door.has_kernels(emission.device, emission, transition, initial):
         return reference.stage_filter(emission, transition, initial, mask)
     return _ops.stage_filter.stage_filter(emission, transition, initial, mask)
 
@@ -202,7 +202,8 @@ def reliability_fusion(
     check_optional("norm_weight", norm_weight, (modalities, dim), "(M, D)", first, "values[0]")
     check_optional("norm_bias", norm_bias, (modalities, dim), "(M, D)", first, "values[0]")
     check_number("eps", eps, ">= 0", lambda number: number >= 0)
-    if not _door.has_kernels(first.device):
+    differentiable = (*values, reliability, stage, log_temperature, bias, sharpness, norm_weight, norm_bias)
+    if not _door.has_kernels(first.device, *differentiable):
         return reference.reliability_fusion(
             values, reliability, stage, log_temperature=log_temperature, bias=bias, sharpness=sharpness,
             present=present, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
@@ -287,7 +288,7 @@ def ccc(
             )
         moments = merge_ranks(ccc_moments(pred, target, mask), process_group)
         return reference.ccc_from_moments(moments).to(pred.dtype)
-    if not _door.has_kernels(pred.device):
+    if not _door.has_kernels(pred.device, pred, target):
         return reference.ccc(pred, target, mask, pool=pool)
     return _ops.ccc.ccc(pred, target, mask, pool == "batch")
 
@@ -315,7 +316,7 @@ def ccc_moments(
         else:
             check_shape("state", state, (pred.shape[-1], 6), "(C, 6)")
         check_device("state", state, pred, "pred")
-    if not _door.has_kernels(pred.device):
+    if not _door.has_kernels(pred.device, pred, target):
         moments = reference.ccc_moments(pred, target, mask, pool=pool)
     else:
         moments = _ops.ccc.ccc_moments(pred, target, mask, pool == "batch")
@@ -399,7 +400,7 @@ def temporal_ccc(
             )
         check_device("state", state, pred, "pred")
         state = state.detach()
-    if not _door.has_kernels(pred.device):
+    if not _door.has_kernels(pred.device, pred, target):
         return reference.temporal_ccc(pred, target, mask, window=window, halflife=halflife, state=state)
     decay = 1.0 if halflife is None else 0.5 ** (1.0 / halflife)
     return _ops.temporal_ccc.temporal_ccc(pred, target, mask, state, window or 0, decay)
@@ -467,7 +468,7 @@ def leaky_average(
     for name, flag in (("causal", causal), ("relative", relative)):
         check_bool(name, flag)
     precision, state = to_dtype(precision, dtype), to_dtype(state, dtype)
-    if not _door.has_kernels(x.device):
+    if not _door.has_kernels(x.device, x, precision, prior, state):
         return reference.leaky_average(x, precision, halflife, prior, state, causal=causal, relative=relative)
     return _ops.leaky_average.leaky_average(x, precision, halflife, prior, state, causal, relative)
 

@@ -1,8 +1,9 @@
 """The two doors to a kernel, and who may use which.
 
 In plain eager an op runs as a `torch.autograd.Function` that calls `_C` directly: the cheapest call PyTorch offers from
-Python. Everywhere else (compile, export, fake tensors, dispatch modes, functorch, subclasses) it runs as the registered
-operator `torch.ops.sage_ext.*`. Both call the same `_forward` and `_backward` of the op's file.
+Python. Everywhere else (compile, export, fake tensors, dispatch modes, subclasses) it runs as the registered operator
+`torch.ops.sage_ext.*`. Both call the same `_forward` and `_backward` of the op's file. Within the transforms of torch.func
+neither door is open: `has_kernels`.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ if hasattr(_C, "cuda"):
 _LIBRARY = torch.library.Library("sage_ext", "DEF")
 _PLAIN = (Tensor, Parameter)
 _warned: set[str] = set()
+_peek = torch._C._functorch.peek_interpreter_stack  # None outside of the transforms of torch.func
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether tensors on `device` have kernels; if not, warns once and the caller runs the reference (or raises: strict)."""
+def has_kernels(device: torch.device, *tensors: Tensor | None) -> bool:
+    """Whether an op of these tensors on `device` has kernels. If not, the caller runs the reference: within transforms of
+    torch.func, which cannot see into a kernel; on a device without kernels with a warning, once (or raises: strict)."""
+    if not torch.compiler.is_compiling() and _peek() is not None and _transformed(tensors):
+        return False
     if device.type in kernels:
         return True
     if device.type == "meta":  # shapes only: the registered op's fake
@@ -50,6 +55,35 @@ def has_kernels(device: torch.device) -> bool:
     return False
 
 
+def _transformed(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) surrounds the call, and not functionalization alone.
+
+    The reference's first derivatives are right; its second ones are not, for it calls the slope of a mixture a constant. So
+    one transform may differentiate, or autograd outside all of them.
+    """
+    levels = torch._C._functorch
+    keys = [level.key() for level in levels.get_interpreter_stack() or ()]
+    orders = sum(key in (levels.TransformType.Grad, levels.TransformType.Jvp) for key in keys)
+    if orders and any(t is not None and _innermost(t).requires_grad for t in tensors):
+        raise NotImplementedError(
+            "sage_ext has no second derivatives: within torch.func.grad, vjp and jvp expected weights and inputs that do not "
+            "require a gradient outside of it (.detach() them), got one that does"
+        )
+    if orders > 1:
+        raise NotImplementedError(
+            f"sage_ext has no second derivatives: expected one of torch.func's grad, vjp and jvp at a time, got {orders} in "
+            "each other"
+        )
+    return any(key != levels.TransformType.Functionalize for key in keys)
+
+
+def _innermost(t: Tensor) -> Tensor:
+    """Without the wrappers of the transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def fast(*tensors: Tensor | None) -> bool:
     """Whether the direct door is safe: plain eager, and every tensor exactly a dense tensor.
 
@@ -59,11 +93,7 @@ def fast(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    ):
+    if torch._C._len_torch_dispatch_stack() > 0 or _peek() is not None or torch._C._get_tracing_state() is not None:
         return False
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided or t.is_meta or t.is_neg()):

@@ -69,26 +69,6 @@ def test_functional_call_runs_other_weights():
     close(model(*draw()), tiny(1)(*draw()), tol=0)
 
 
-def test_what_torch_func_cannot_do_is_refused():
-    """PyTorch has no rule for operators registered with torch.library within grad, nor for those with lists within vmap: an
-    error, never a wrong number. jvp: no forward-mode derivatives."""
-    model = tiny()
-    features, present = draw()
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-
-    def loss(weights):
-        return torch.func.functional_call(model, weights, (features, present)).prediction.sum()
-
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(loss)(weights)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for sage_ext::"):
-        torch.vmap(lambda x: model({"audio": x, "visual": features["visual"][:1]}, present[:1]).prediction)(
-            features["audio"].unsqueeze(1)
-        )
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(loss, (weights,), (weights,))
-
-
 # -------------------------------------------------------------------------------------------------------- torchmetrics
 def test_every_mode_of_a_metric_gives_the_same():
     """The package does not ship its own tester: forward in both of its ways, update and compute, merged states."""
