@@ -39,7 +39,7 @@ def measure(root: str, dim: int, batch: int, steps: int) -> dict[str, Any]:
         walls, cpus, makings = [], [], []
         for _ in range(steps):
             began = time.perf_counter()
-            made = next(training._rehearsed(iter(training._batches()), training.step))
+            made = next(training._rehearsed(training._batches(), training.step))
             makings.append(time.perf_counter() - began)
             wall, cpu = time.perf_counter(), time.process_time()
             training._one_step(made)
