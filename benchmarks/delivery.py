@@ -32,7 +32,7 @@ NONE = Rehearsal(probability=0.0, unknown=0.0)
 def batches(training: Training) -> Iterator[Any]:
     """Without an end, epoch after epoch."""
     while True:
-        yield from training._rehearsed(iter(training._batches()), training.epoch * training.per_epoch)
+        yield from training._rehearsed(training._batches(), training.epoch * training.per_epoch)
         training.epoch += 1
 
 

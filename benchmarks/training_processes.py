@@ -4,7 +4,7 @@
 
 One thread a process, windows of 300 frames of two modalities, synthetic. A figure is the median over the rounds of the first
 process's median step: on the wall, which includes waiting for the others; its own CPU time, which is what to go by where other
-programs run; and the time of making one batch, which every process makes whole (a run does it in a thread meanwhile).
+programs run; and the CPU time of making its windows of one batch (a run does it in a thread meanwhile).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def measure(root: str, dim: int, batch: int, steps: int) -> dict[str, Any]:
         training = trainer.Training(config, Path(run), data, Progress(Path(run), quiet=True), group)
         walls, cpus, makings = [], [], []
         for _ in range(steps):
-            began = time.perf_counter()
-            made = next(training._rehearsed(iter(training._batches()), training.step))
-            makings.append(time.perf_counter() - began)
+            began = time.process_time()
+            made = next(training._rehearsed(training._batches(), training.step))
+            makings.append(time.process_time() - began)
             wall, cpu = time.perf_counter(), time.process_time()
             training._one_step(made)
             training.position = 0

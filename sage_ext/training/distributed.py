@@ -1,15 +1,16 @@
-"""One training by several processes, as torchrun starts them: each computes its share of every batch.
+"""One training by several processes, as torchrun starts them: each reads and computes its share of every batch.
 
-What is read, drawn and decided is the same in all of them; only the model's forward and backward pass is shared out. The
-loss is that of the whole batch, since CCC is no mean over its parts: what the loss reads of the outputs is small, and is
-gathered, so that every process computes the same loss and, from it, the gradient of its own rows. The sum over processes
-of those gradients is the gradient of the whole.
+Which windows are in a batch and what is decided is the same in all of them; reading, rehearsal and the model's forward and
+backward pass are shared out. The loss is that of the whole batch, since CCC is no mean over its parts: what the loss reads of
+the outputs and of the labels is small, and is gathered, so that every process computes the same loss and, from it, the
+gradient of its own rows. The sum over processes of those gradients is the gradient of the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
 import os
 import signal
@@ -17,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from ..models.layers import Share
 
 TIMEOUT = "SAGE_EXT_TIMEOUT"  # environment: seconds after which a process that does not answer counts as lost
 SECONDS = 600.0
+Rows = TypeVar("Rows", Tensor, list[int])
 _VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE, what torchrun sets
 
 
@@ -57,12 +59,13 @@ class Group:
         """This process's part of a batch of `rows` sequences; None: all of it."""
         return None
 
-    def own(self, x: Tensor) -> Tensor:
+    def own(self, x: Rows) -> Rows:
         """This process's rows of `x`."""
         return x
 
     def whole(self, outputs: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """`outputs` (own rows, ...) with the rows of all processes, `rows` of them, in the batch's order. Each process has to
+        """`outputs` (own rows, ...) with the rows of all processes, `rows` of them, in the batch's order, each in its dtype,
+        of which the widest holds all numbers of the others. Each process has to
         go on with all the rows in the same way: the gradient that reaches the own ones is that of one such computation."""
         return list(outputs)
 
@@ -105,11 +108,12 @@ class _Several(Group):
     def share(self, rows: int) -> Share | None:
         return Share(self.rank, self.size, rows)
 
-    def own(self, x: Tensor) -> Tensor:
-        return x[self.rank :: self.size].contiguous()
+    def own(self, x: Rows) -> Rows:
+        return x[self.rank :: self.size]
 
     def whole(self, outputs: Sequence[Tensor], rows: int) -> list[Tensor]:
-        packed = torch.cat([x.flatten(1).to(outputs[0].dtype) for x in outputs], 1)
+        widest = functools.reduce(torch.promote_types, [x.dtype for x in outputs])
+        packed = torch.cat([x.flatten(1).to(widest) for x in outputs], 1)
         parts = _Whole.apply(packed, self, rows).split([x[0].numel() for x in outputs], 1)
         return [part.reshape(rows, *x.shape[1:]).to(x.dtype) for part, x in zip(parts, outputs)]
 
@@ -164,7 +168,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.own(gradients[0]), None, None
+        return ctx.group.own(gradients[0]).contiguous(), None, None
 
 
 @contextlib.contextmanager

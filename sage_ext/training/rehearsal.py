@@ -24,9 +24,9 @@ measured; else it stays as it is. Besides, and without a failure, it is made unk
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ GAIN = (1.5, 4.0)  # least and greatest factor of "gain", or its reciprocal
 OCCLUDED = (0.25, 1.0)  # least and greatest share of the features in "occlude"
 JITTER, JITTER_FRAMES = 0.2, 8  # of "occlude": standard deviations, and frames from knot to knot of the noise
 OFFSET = 3.0  # standard deviations, at the most, at the end of "offset"
+
+
+class Donors(NamedTuple):
+    """The windows that a swap may take from: those of a whole batch, of which the rehearsed one may be a part."""
+
+    clip: Tensor  # (windows,) which clip each is of
+    window: Callable[[int, str], Mapping[str, Any]]  # place, modality -> its `window_tensors` of that modality alone
 
 
 @dataclass(frozen=True)
@@ -99,20 +106,32 @@ class Rehearsal:
         return shortest, longest
 
     def __call__(
-        self, batch: Mapping[str, Any], generator: torch.Generator, fps: float = FPS, meter: Meter | None = None
+        self,
+        batch: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+        fps: float = FPS,
+        meter: Meter | None = None,
+        donors: Donors | None = None,
     ) -> dict[str, Any]:
         """`batch` as `sage_ext.data.windows.collate` makes it: features {name: (B, W, D)}, present (B, W, M) bool,
         frame (B, W) bool, clip (B,), and quality {name: (B, W, Q)}, which may be empty or not there; all on the CPU.
         Returns a new batch that shares nothing it changed with the old one, with "rehearsed" (B, W, M) bool: where a
-        modality failed. The draws depend on `generator` alone. `fps`: frames a second. `meter`: as in
-        `study.corruptions.corrupted`."""
+        modality failed. `generators`: one for each window, of which its draws are, so that what becomes of a window is
+        the same whatever windows are beside it. `fps`: frames a second. `meter`: as in `study.corruptions.corrupted`.
+        `donors`: of "swap", where `batch` is a part of the batch; None: its windows. ValueError for another number of
+        generators than windows."""
+        if len(generators) != len(batch["present"]):
+            raise ValueError(
+                f"generators: expected one for each of {len(batch['present'])} windows, got {len(generators)}"
+            )
+        donors = donors or _among(batch)
         features = {name: value.clone() for name, value in batch["features"].items()}
         present = batch["present"].clone()
         out = {**batch, "features": features, "present": present, "rehearsed": torch.zeros_like(present)}
         if "quality" in batch:
             out["quality"] = {name: value.clone() for name, value in batch["quality"].items()}
         modalities = range(len(features))
-        for row in range(present.shape[0]):
+        for row, generator in enumerate(generators):
             if _uniform(generator) < self.probability:
                 together = _uniform(generator) < self.together and any(self.kinds.get(kind, 0) > 0 for kind in MILD)
                 whole = _uniform(generator) < self.whole
@@ -123,7 +142,9 @@ class Rehearsal:
                         failing = [(_index(len(features), generator), self._draw_kind(generator))]
                     span = self._draw_span(batch["frame"][row], whole, generator, fps)
                     for modality, kind in failing:
-                        self._fail(batch, out, row, modality, kind, span, together or self.overlap, generator, meter)
+                        self._fail(
+                            batch, out, row, modality, kind, span, together or self.overlap, generator, meter, donors
+                        )
             for value in out.get("quality", {}).values():
                 for whole in (True, False):
                     if _uniform(generator) < self.unknown:
@@ -141,6 +162,7 @@ class Rehearsal:
         overlap: bool,
         generator: torch.Generator,
         meter: Meter | None,
+        donors: Donors,
     ) -> None:
         """One failure of one modality of window `row`. `overlap`: the others may have failed, all of them."""
         name = list(batch["features"])[modality]
@@ -153,17 +175,17 @@ class Rehearsal:
 
         # (B, W, D) and (B, W, Q) or nothing, as they were before any failure
         sources = [source[name] for source in (batch["features"], batch.get("quality", {})) if name in source]
-        donor = row
+        value, *quality = (source[row, span] for source in sources)
         if kind == "swap":
-            other = self._draw_donor(batch["clip"], row, generator)
-            if other is None:
-                kind = "noise"  # nobody to swap with
+            others = (donors.clip != batch["clip"][row]).nonzero().flatten()
+            if len(others):
+                donor = donors.window(int(others[_index(len(others), generator)]), name)
+                hit &= donor["present"][span, 0] & donor["frame"][span]
+                value, *quality = (donor[key][name][span] for key in ("features", "quality")[: len(sources)])
             else:
-                donor = other
-                hit &= batch["present"][donor, span, modality] & batch["frame"][donor, span]
+                kind = "noise"  # nobody to swap with
         if not hit.any():
             return
-        value, *quality = (source[donor, span] for source in sources)
         if kind == "freeze":
             first = hit.nonzero()[0, 0]
             value, *quality = (rows[first].expand_as(rows) for rows in (value, *quality))
@@ -234,9 +256,19 @@ class Rehearsal:
         start = _index(max(frames, 1), generator) - length // 2  # as likely at the ends as in the middle
         return slice(max(start, 0), min(start + length, frames))
 
-    def _draw_donor(self, clip: Tensor, row: int, generator: torch.Generator) -> int | None:
-        others = (clip != clip[row]).nonzero().flatten()
-        return int(others[_index(len(others), generator)]) if len(others) else None
+
+def _among(batch: Mapping[str, Any]) -> Donors:
+    """The windows of `batch` for donors."""
+
+    def window(place: int, name: str) -> dict[str, Any]:
+        modality = list(batch["features"]).index(name)
+        return {
+            "present": batch["present"][place, :, modality : modality + 1],
+            "frame": batch["frame"][place],
+            **{key: {name: batch[key][name][place]} for key in ("features", "quality") if name in batch.get(key, {})},
+        }
+
+    return Donors(batch["clip"], window)
 
 
 def _replace(target: Tensor, hit: Tensor, value: Tensor) -> None:

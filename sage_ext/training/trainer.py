@@ -7,12 +7,13 @@
                             rebuild the model
 
 Whatever happens in an epoch is a function of the configuration, the data and the last checkpoint: the order of the
-windows and the rehearsed failures are drawn from generators seeded by (seed, epoch) and (seed, step), dropout from the
-global generator whose state is in the checkpoint. So on the CPU a run that is killed at any moment and resumed ends
-with the same bits, `log.csv` included, as one that was left alone.
+windows and the rehearsed failures are drawn from generators seeded by (seed, epoch) and (seed, step, place in the batch),
+dropout from the global generator whose state is in the checkpoint. So on the CPU a run that is killed at any moment and
+resumed ends with the same bits, `log.csv` included, as one that was left alone.
 
-Several processes (`distributed`) draw all this alike, and each computes its rows of every batch and its clips of the
-validation. Only the first writes; what it wrote is continued by any number of them.
+Several processes (`distributed`) draw the order and dropout alike, and each reads, rehearses and computes its windows of
+every batch and its clips of the validation: the failures of a window are drawn from a generator of its own, seeded by (seed,
+step, place in the batch). Only the first writes; what it wrote is continued by any number of them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from ..data.affwild2 import AffWild2, Clip, disagreements, modality_names
 from ..data.rates import FPS, default_frames, nearest, whole_frames
 from ..data.synthetic import ToldClips, has_truth, meter
 from ..data.targets import VALENCE_AROUSAL, Targets, scores
-from ..data.windows import Windows, collate
+from ..data.windows import Windows, collate, window_tensors
 from ..files import alone, naming, one_line, write_atomic
 from ..functional import ccc_from_moments, ccc_moments, merge_moments
 from ..models.layers import ChannelDropout, Dropout
@@ -49,7 +50,7 @@ from .distributed import ALONE, Group
 from .evaluate import add_moments, predict_clip
 from .prefetch import Prefetch, pinned
 from .progress import Progress
-from .rehearsal import Rehearsal
+from .rehearsal import Donors, Rehearsal
 
 CONFIG, LOG, LAST, BEST = "config.json", "log.csv", "last.safetensors", "best.safetensors"
 # Of SAGEOutput, with a row a sequence: all that SAGELoss reads.
@@ -516,58 +517,70 @@ class Training:
         """On the device; from pinned memory the copy is only begun, and what is asked of the device next waits for it."""
         return tensor.to(self.device, non_blocking=True)
 
-    def _batches(self) -> DataLoader:
-        """The batches of this epoch that are not done yet."""
+    def _batches(self) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """The batches of this epoch that are not done yet: which windows are in one, and its windows of this process."""
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "order", self.epoch))
         order = torch.randperm(len(self.windows), generator=generator).tolist()
         size = self.config.batch_size
         # The last, incomplete batch is left out (unless it is the only one).
-        batches = [order[i * size : (i + 1) * size] for i in range(self.per_epoch)]
+        batches = [order[i * size : (i + 1) * size] for i in range(self.position, self.per_epoch)]
         # The loader draws its workers' base seed from the generator given here, not from the global one.
-        return DataLoader(
+        loader = DataLoader(
             self.windows,
-            batch_sampler=batches[self.position :],
+            batch_sampler=[self.group.own(batch) for batch in batches],
             collate_fn=collate,
             num_workers=self.config.num_workers,
             generator=torch.Generator(),
         )
+        return zip(batches, iter(loader))
 
-    def _rehearsed(self, loaded: Iterator[Mapping[str, Any]], first: int) -> Iterator[dict[str, Any]]:
-        """The batches for the steps from `first` on, failures rehearsed, for a GPU in pinned memory: what the loss reads of the
-        whole batch, what the model reads of this process's rows. Failures are drawn, and clips swapped, over the whole batch.
-        It reads nothing that a step changes, and draws from generators of its own: it may run ahead, in another thread."""
-        for step, batch in enumerate(loaded, first):
-            generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "rehearsal", step))
-            made = self.config.rehearsal(batch, generator, self.fps, self.meter)
-            needed = {name: made[name] for name in ("labels", "valid")}
+    def _rehearsed(self, loaded: Iterator[tuple[list[int], Mapping[str, Any]]], first: int) -> Iterator[dict[str, Any]]:
+        """The batches for the steps from `first` on, this process's windows, failures rehearsed, for a GPU in pinned memory.
+        Clips are swapped over the whole batch: another process's window is read for it. It reads nothing that a step
+        changes, and draws from generators of its own: it may run ahead, in another thread."""
+        clips = torch.tensor([clip for clip, _ in self.windows.spans])
+        for step, (order, batch) in enumerate(loaded, first):
+            seeds = [derived_seed(self.config.seed, f"rehearsal/{step}", place) for place in range(len(order))]
+            generators = [torch.Generator().manual_seed(seed) for seed in self.group.own(seeds)]
+            donors = None
+            if self.group.size > 1:
+                donors = Donors(clips[order], functools.partial(self._window, order))
+            made = self.config.rehearsal(batch, generators, self.fps, self.meter, donors)
+            needed = {name: made[name] for name in ("labels", "valid", "frame")}
             needed["present"] = made["present"][:, :, self.columns]
-            needed["frame"] = self.group.own(made["frame"])
-            needed["features"] = {name: self.group.own(made["features"][name]) for name in self.names}
-            needed["quality"] = {name: self.group.own(made["quality"][name]) for name in self.quality_dims}
+            needed["features"] = {name: made["features"][name] for name in self.names}
+            needed["quality"] = {name: made["quality"][name] for name in self.quality_dims}
             yield pinned(needed, self.device) if self.pins else needed
 
+    def _window(self, order: Sequence[int], place: int, name: str) -> dict[str, Any]:
+        """Of one modality, the window at a place of a batch."""
+        clip, start = self.windows.spans[order[place]]
+        return window_tensors(self.windows.clips[clip], [name], start, self.windows.window)
+
     def _update(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """A step of the weights by labels, valid and present of the whole batch, and frame, features and quality of the own
-        rows, which never waits for the device. The loss and its PARTS (4,), and the prediction (B, W, C), of the whole batch."""
+        """A step of the weights by labels, valid, present, frame, features and quality of the own windows, which never waits
+        for the device. The loss and its PARTS (4,), and of the whole batch the prediction (B, W, C), labels and valid."""
         labels, valid, present, frame, *rest = inputs
         features, quality = dict(zip(self.names, rest)), dict(zip(self.quality_dims, rest[len(self.names) :]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.forward(features, present=self.group.own(present), mask=frame, quality=quality or None)
-        output = self._whole(output)
+            output = self.forward(features, present=present, mask=frame, quality=quality or None)
+        output, labels, valid, present = self._whole(output, labels, valid, present)
         loss, parts = self.loss(output, labels, valid, present)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.group.sum_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        return torch.stack([loss.detach(), *(parts[name] for name in PARTS)]), output.prediction.detach()
+        told = torch.stack([loss.detach(), *(parts[name] for name in PARTS)])
+        return told, output.prediction.detach(), labels, valid
 
-    def _whole(self, output: SAGEOutput) -> SAGEOutput:
-        """With all rows of the batch in what the loss reads."""
+    def _whole(self, output: SAGEOutput, *beside: Tensor) -> tuple[Any, ...]:
+        """With all rows of the batch in what the loss reads: of `output`, and `beside` it."""
         read = {name: getattr(output, name) for name in READ}
         read = {name: x for name, x in read.items() if x is not None}
-        whole: dict[str, Any] = dict(zip(read, self.group.whole(list(read.values()), self.rows)))
-        return output._replace(**whole)
+        found = self.group.whole([*read.values(), *beside], self.rows)
+        whole: dict[str, Any] = dict(zip(read, found))
+        return output._replace(**whole), *found[len(read) :]
 
     def _one_step(self, batch: Mapping[str, Any]) -> None:
         labels, valid, present, frame = (self._here(batch[name]) for name in ("labels", "valid", "present", "frame"))
@@ -579,9 +592,9 @@ class Training:
             if self.rates:
                 group["lr"] = self.rates[i].fill_(group["lr"])
         self.model.train()
-        told, prediction = self.update(labels, valid, present, frame, *features, *quality)
+        told, *scored = self.update(labels, valid, present, frame, *features, *quality)
         self.loss_sum += told
-        self.moments = ccc_moments(prediction, labels, valid, state=self.moments)
+        self.moments = ccc_moments(*scored, state=self.moments)
         self.step += 1
         self.position += 1
 
@@ -639,7 +652,7 @@ class Training:
             self.group.spread(self.model.state_dict().values())
         while not self.done:
             # The loader's iterator is made here: the worker processes that it may start belong to this thread.
-            made = self._rehearsed(iter(self._batches()), self.step)
+            made = self._rehearsed(self._batches(), self.step)
             with Prefetch(made, self.config.prefetch) as batches:
                 for batch in batches:
                     self._one_step(batch)

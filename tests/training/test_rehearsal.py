@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sage_ext.training.rehearsal import GAIN, KINDS, MILD, OCCLUDED, OFFSET, Rehearsal
+from sage_ext.training.rehearsal import GAIN, KINDS, MILD, OCCLUDED, OFFSET, Donors, Rehearsal
 from sage_ext.training.trainer import TrainConfig
 
 ALWAYS = {"probability": 1.0, "whole": 0.0, "together": 0.0}
@@ -27,8 +27,12 @@ def make_batch(rows=6, frames=120, seed=0, dims=(5, 7), pad=True, clips=None):
             "start": torch.zeros(rows, dtype=torch.int64)}  # fmt: skip
 
 
+def generators(rows, seed=0):
+    return [torch.Generator().manual_seed(10_000 * seed + row) for row in range(rows)]
+
+
 def rehearse(batch, seed=0, **options):
-    return Rehearsal(**options)(batch, torch.Generator().manual_seed(seed))
+    return Rehearsal(**options)(batch, generators(len(batch["clip"]), seed))
 
 
 def only(kind):
@@ -371,7 +375,7 @@ def test_older_configurations_are_read():
     assert (read.together, read.unknown) == (Rehearsal().together, Rehearsal().unknown)
     assert read.probability == 0.5
     batch = make_batch(rows=40)
-    assert read(batch, torch.Generator().manual_seed(0))["rehearsed"].all(-1).any()  # noise in all
+    assert read(batch, generators(40))["rehearsed"].all(-1).any()  # noise in all
     assert set(Rehearsal().kinds) == set(KINDS) > set(MILD)
 
 
@@ -423,6 +427,50 @@ def test_single_modality_and_three():
     out = rehearse(three, probability=1.0, spans=6, together=0.0)
     assert (out["rehearsed"].sum(-1) == 2).any()  # one sound modality is enough
     assert (out["rehearsed"].sum(-1) < 3).all()
+
+
+def part_of(tree, rows):
+    return {key: part_of(x, rows) if isinstance(x, dict) else x[rows] for key, x in tree.items()}
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_what_becomes_of_a_window_does_not_hang_on_those_beside_it(size):
+    """Shares of a batch, rehearsed apart, are the rows of the batch rehearsed whole, to the bit; donors are windows of the
+    whole batch, and are all that is asked of it."""
+    batch = with_quality(make_batch(rows=47, seed=size, dims=(5, 7, 3), clips=[i // 3 for i in range(47)]), size)
+    rehearsal, asked = Rehearsal(probability=0.9, kinds={"swap": 3.0, "noise": 1.0, "occlude": 1.0, "drop": 1.0}), []
+
+    def window(place, name):
+        asked.append(place)
+        m = list(batch["features"]).index(name)
+        one = part_of(batch, place)
+        return {
+            "features": {name: one["features"][name]},
+            "present": one["present"][:, m : m + 1],
+            "frame": one["frame"],
+            "quality": one["quality"],
+        }
+
+    whole = rehearsal(batch, generators(47, size))
+    assert whole["rehearsed"].any(1).any(-1).float().mean() > 0.7
+    for rank in range(size):
+        own = rehearsal(
+            part_of(batch, slice(rank, None, size)),
+            generators(47, size)[rank::size],
+            donors=Donors(batch["clip"], window),
+        )
+        expected = part_of(whole, slice(rank, None, size))
+        for key in ("features", "quality"):
+            for name, rows in expected[key].items():
+                assert same(own[key][name], rows).all()
+        for key in ("present", "rehearsed", "labels", "valid", "frame"):
+            assert torch.equal(own[key], expected[key])
+    assert 5 < len(asked) < 47  # by all shares together: few windows are swapped
+
+
+def test_a_generator_for_each_window():
+    with pytest.raises(ValueError, match=r"^generators: expected one for each of 6 windows, got 5$"):
+        Rehearsal()(make_batch(rows=6), generators(5))
 
 
 def test_off():
