@@ -92,7 +92,8 @@ def stage_filter(
     check_device("transition", transition, emission, "emission")
     if initial is not None:
         check_tensor("initial", initial)
-        if initial.shape != (stages,) and initial.shape != (batch, stages):
+        # Not against both shapes in turn: torch.export would take from it that B is never S.
+        if initial.shape != ((stages,) if initial.dim() == 1 else (batch, stages)):
             raise ValueError(
                 f"initial: expected shape (S,) = ({stages},) or (B, S) = ({batch}, {stages}), got {tuple(initial.shape)}"
             )

@@ -58,7 +58,8 @@ MAX_STUCK = 2**24  # the largest number of repeats up to which the streaming eng
 
 @storable
 class SAGEState(NamedTuple):
-    """What a causal `SAGE` carries from one chunk to the next. All tensors; a new sequence starts from zeros."""
+    """What a causal `SAGE` carries from one chunk to the next. All tensors; a new sequence starts from zeros, `foreign` from the
+    log of its prior."""
 
     # The last inputs of each block's convolution before the fusion: (B, M, (kernel_size - 1) * dilation, dim) a block.
     history: tuple[Tensor, ...]

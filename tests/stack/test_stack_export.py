@@ -1,6 +1,7 @@
 """torch.export with any number of frames, our operators taken out, AOTInductor packages, ONNX under ONNX Runtime."""
 
 import io
+import itertools
 import subprocess
 import sys
 
@@ -193,3 +194,68 @@ def test_without_onnxscript_it_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"onnxscript is not installed.*sage-ext\[onnx\]"):
         export.onnx(tiny_fusion(), tmp_path / "fusion.onnx")
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------- a chunk after the other
+CUTS = [0, 1, 2, 3, 17, 18, 40]
+
+
+def chunks(run, model, fields):
+    """run(features, present, quality, state) -> tensors by name, over three sequences cut at CUTS, against the whole ones. As
+    many sequences as stages and experts, so that a size that was taken for another shows."""
+    features, present = draw(5, 3, CUTS[-1])
+    features["audio"][1, 7:19] = torch.nan
+    present[2, 16:30] = False
+    asked = isinstance(model, SAGE) and any(model.quality_dims)
+    quality = {"visual": torch.randn(3, CUTS[-1], 3, generator=torch.Generator().manual_seed(6))} if asked else None
+    with torch.no_grad():
+        whole = model(features, present, quality=quality)
+    state, found = export.first_state(model, 3), []
+    for a, b in itertools.pairwise(CUTS):
+        own = None if quality is None else {name: x[:, a:b] for name, x in quality.items()}
+        out = run({name: x[:, a:b] for name, x in features.items()}, present[:, a:b], own, state)
+        state = {name: out[f"next_{name}"] for name in state}
+        found.append(out)
+    close({name: torch.cat([out[name] for out in found], 1) for name in fields}, whole, fields=fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"quality_dims": {"visual": 3}}, {"fusion": "uniform"}, {"trust": {"audio": 0.2}}], ids=str
+)
+def test_a_streaming_program(options):
+    model = tiny(1, **options)
+    chunks(stored(export.program(model, streaming=True)).module(), model, FIELDS)
+
+
+@pytest.mark.slow
+def test_a_stream_under_onnx_runtime(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = tiny(1, quality_dims={"visual": 3})
+    session = runtime.InferenceSession(str(export.onnx(model, tmp_path / "stream.onnx", streaming=True)))
+    names = [o.name for o in session.get_outputs()]
+
+    def run(features, present, quality, state):
+        feeds = {**features, "present": present, **{f"quality_{name}": x for name, x in quality.items()}, **state}
+        assert {i.name for i in session.get_inputs()} == set(feeds)
+        return dict(
+            zip(names, map(torch.from_numpy, session.run(None, {name: x.numpy() for name, x in feeds.items()})))
+        )
+
+    chunks(run, model, FIELDS)
+
+
+def test_a_streaming_fusion_and_what_carries_nothing():
+    fusion = tiny_fusion()
+    state = export.first_state(fusion, 2)
+    assert {name: len(x) for name, x in state.items()} == dict.fromkeys(
+        ("state_belief", "state_energy", "state_counted", "state_last"), 2
+    )
+    chunks(export.program(fusion, 64, streaming=True).module(), fusion, FUSED)
+    with pytest.raises(ValueError, match=r"model: expected a causal one, which carries a state"):
+        export.first_state(tiny(causal=False))
+    with pytest.raises(ValueError, match=r"batch: expected an int >= 1, got 0"):
+        export.first_state(fusion, 0)
+    with pytest.raises(TypeError, match=r"model: expected a SAGE or a fusion"):
+        export.first_state(torch.nn.Linear(2, 2))
