@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -552,7 +553,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.launcher == "slurm":
         jobs = prepare(study, args.out, quiet=args.quiet)
         script = write_script(args.out, args.command_line, jobs, tasks=args.tasks, processes=args.processes or 1)
-        _say(f"bash {script}")
+        _say(f"bash {shlex.quote(str(script))}")
         return 0
     how = {"processes": args.processes, "launcher": args.launcher, "quiet": args.quiet}
     if share is not None:

@@ -164,13 +164,13 @@ class JoblibWorkers:
         waiting = dict(enumerate(jobs))
         backend = self._joblib.parallel.get_active_backend()[0]
         sequential = isinstance(backend, self._joblib._parallel_backends.SequentialBackend)
-        if backend.uses_threads and not sequential:
+        if getattr(backend, "uses_threads", False) and not sequential:
             raise ValueError(
                 f"launcher: expected a joblib backend of processes, got {type(backend).__name__}, of threads"
             )
         if not waiting:
             return
-        how = "generator_unordered" if backend.supports_return_generator else "list"
+        how = "generator_unordered" if getattr(backend, "supports_return_generator", False) else "list"
         parallel = self._joblib.Parallel(n_jobs=self.processes or -1, batch_size=1, return_as=how)
         call = self._joblib.delayed(_numbered)
         try:
