@@ -19,7 +19,7 @@ from sage_ext.study.run import PHASES, Share, compare, compare_share, prepare
 from sage_ext.study.slurm import write_script
 from sage_ext.training.trainer import RunError
 
-FEW = {"methods": ("sage", "concat"), "corruptions": ("missing",), "train": {**SIZES, "max_steps": 2}}
+FEW = {"methods": ("sage", "concat"), "corruptions": ("missing",), "train": {**SIZES, "window": 2.0, "max_steps": 2}}
 FLAGS = ["--methods", "sage,concat", "--quality", "without", "--corruptions", "missing", "--seeds", "2", "--lr", "2e-3,5e-3",
          "--severities", "5", "--dim", "8", "--stages", "2", "--blocks", "2", "--window", "2", "--hop", str(4 / 3),
          "--batch-size", "4", "--max-steps", "2", "--epochs", "9", "--draws", "20"]  # fmt: skip
