@@ -174,7 +174,7 @@ class JoblibWorkers:
         parallel = self._joblib.Parallel(n_jobs=self.processes or -1, batch_size=1, return_as=how)
         call = self._joblib.delayed(_numbered)
         try:
-            for place, good, value in parallel(call(i, job.function, job.arguments) for i, job in waiting.items()):
+            for place, good, value in parallel([call(i, job.function, job.arguments) for i, job in waiting.items()]):
                 job = waiting.pop(place)
                 yield Outcome(job, value) if good else Outcome(job, error=value)
         except Exception as error:  # the backend's own; a job's are answers
