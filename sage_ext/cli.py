@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -343,8 +344,16 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     _config_arguments(sub, *_SWEPT, max_steps="700, quick 400", **_COMPARED)
     sub.add_argument("--quick", action="store_true",
                      help="SAGE, concat, uniform weights and the single modalities, one severity, fewer steps")  # fmt: skip
-    sub.add_argument("--processes", type=int, help="at once, of one thread each (default: one a core)")
+    sub.add_argument("--processes", type=int,
+                     help="at once, of one thread each (default: one a core; slurm: 1 a task)")  # fmt: skip
     sub.add_argument("--draws", type=int, default=2000, help="of the bootstrap")
+    sub.add_argument("--launcher", choices=("local", "joblib", "slurm"), default="local",
+                     help="where jobs run: here; on joblib's backend; slurm: begin the study and write OUT/slurm.sh, to "
+                     "submit")  # fmt: skip
+    sub.add_argument("--tasks", type=int, default=16, metavar="N", help="of a phase at most, slurm")
+    sub.add_argument("--share", metavar="PHASE:I/N",
+                     help="do no more than the I-th of N shares of a phase: tune (all rates), train (the other seeds), evaluate; "
+                     "of a study that was begun, of a phase when all of the one before is done (docs/scaling.md)")  # fmt: skip
     sub.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -512,9 +521,13 @@ def _compare(args: argparse.Namespace) -> int:
     from .data.synthetic import has_truth
     from .study.methods import default_methods, expanded, quick_methods
     from .study.plan import Study, has_quality, synthesise
-    from .study.run import compare
+    from .study.run import Share, compare, compare_share, prepare
+    from .study.slurm import write_script
 
     keep_freed_memory()
+    share = None if args.share is None else Share.read(args.share)
+    if share is not None and args.launcher == "slurm":
+        raise ValueError("share: expected none with --launcher slurm, which gives each task its own, got " + args.share)
     data = synthesise(args.out) if args.data is None else args.data
     given = {**_COMPARED, "max_steps": 400 if args.quick else 700, **_given(args, without=_SWEPT)}
     modalities, methods = given.pop("modalities", None), args.methods
@@ -537,7 +550,16 @@ def _compare(args: argparse.Namespace) -> int:
         span=args.corruption_span,
         train=given,
     )
-    tables = compare(study, args.out, processes=args.processes, draws=args.draws, quiet=args.quiet)
+    if args.launcher == "slurm":
+        jobs = prepare(study, args.out, quiet=args.quiet)
+        script = write_script(args.out, args.command_line, jobs, tasks=args.tasks, processes=args.processes or 1)
+        _say(f"bash {shlex.quote(str(script))}")
+        return 0
+    how = {"processes": args.processes, "launcher": args.launcher, "quiet": args.quiet}
+    if share is not None:
+        compare_share(study, args.out, share, **how)
+        return 0
+    tables = compare(study, args.out, draws=args.draws, **how)
     _say("\n\n".join(table.text() for table in tables))
     return 0
 
@@ -587,6 +609,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     args = _parser().parse_args(argv)
+    args.command_line = list(sys.argv[1:] if argv is None else argv)
     if getattr(args, "threads", None) and args.command != "train":
         torch.set_num_threads(args.threads)
     try:

@@ -21,8 +21,9 @@ class BusyError(ValueError):
 
 
 @contextlib.contextmanager
-def alone(folder: Path, work: str) -> Iterator[None]:
-    """The folder, made if it is not there, for this caller alone until the block ends.
+def alone(folder: Path, work: str, *, shared: bool = False) -> Iterator[None]:
+    """The folder, made if it is not there, for this caller alone until the block ends; `shared`: for all callers that share it,
+    and for nobody who wants it alone.
 
     BusyError, which says who holds it, where another one has it: of another process, or in another thread of this one.
     A lock ends with its process, however that ends; the file FOLDER/.lock stays and holds nothing back. `work`: what is
@@ -31,7 +32,7 @@ def alone(folder: Path, work: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8", errors="replace") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read(300).strip() or "another process"
@@ -42,12 +43,14 @@ def alone(folder: Path, work: str) -> Iterator[None]:
             with naming(folder / LOCK):
                 os.ftruncate(file.fileno(), 0)
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
-                held = f"process {os.getpid()} on {socket.gethostname()}, {work} since {since}\n"
+                others = " and perhaps others" if shared else ""
+                held = f"process {os.getpid()} on {socket.gethostname()}{others}, {work} since {since}\n"
                 os.write(file.fileno(), held.encode())
             yield
         finally:
             with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), 0)
+                if not shared:  # the words may be another's
+                    os.ftruncate(file.fileno(), 0)
             fcntl.flock(file, fcntl.LOCK_UN)  # children that inherited the file would hold it on
 
 
@@ -93,7 +96,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     A reader, or a crash at any moment, sees the old file or the whole new one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # machines share folders
     try:
         with naming(path, temporary):
             with open(temporary, "wb") as file:

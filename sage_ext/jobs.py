@@ -16,6 +16,7 @@ from typing import Any
 
 from ._arguments import check_int
 from .allocator import keep_freed_memory
+from .extras import require
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,63 @@ def _work(pipe: connection.Connection) -> None:
             function, arguments = pipe.recv()
         except EOFError:
             return
+        pipe.send(_attempt(function, arguments))
+
+
+def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    """(True, the value), or (False, what went wrong)."""
+    try:
+        return True, function(*arguments)
+    except (ValueError, OSError, ImportError) as error:  # what a user can mend
+        return False, str(error) or type(error).__name__
+    except Exception:
+        return False, traceback.format_exc()
+
+
+class JoblibWorkers:
+    """Runs jobs on joblib's active backend: loky's processes, or what `joblib.parallel_config` names (dask, ray, one's own).
+
+    `processes`: joblib's n_jobs; None: all that the backend has. A job that raises costs only itself; one that takes its
+    process down costs all that were not finished, where the backend gives up then, as loky does. ImportError without joblib;
+    ValueError, from `run`, for a backend of threads: jobs change what belongs to a process.
+    """
+
+    def __init__(self, processes: int | None = None) -> None:
+        if processes is not None:
+            check_int("processes", processes, 1)
+        self.processes, self._joblib = processes, require("joblib", "video")
+
+    def __enter__(self) -> JoblibWorkers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Processes are the backend's, and stay."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        """Outcomes in the order in which jobs finish; jobs are begun in the order given."""
+        waiting = dict(enumerate(jobs))
+        backend = self._joblib.parallel.get_active_backend()[0]
+        sequential = isinstance(backend, self._joblib._parallel_backends.SequentialBackend)
+        if getattr(backend, "uses_threads", False) and not sequential:
+            raise ValueError(
+                f"launcher: expected a joblib backend of processes, got {type(backend).__name__}, of threads"
+            )
+        if not waiting:
+            return
+        how = "generator_unordered" if getattr(backend, "supports_return_generator", False) else "list"
+        parallel = self._joblib.Parallel(n_jobs=self.processes or -1, batch_size=1, return_as=how)
+        call = self._joblib.delayed(_numbered)
         try:
-            answer = (True, function(*arguments))
-        except (ValueError, OSError, ImportError) as error:  # what a user can mend
-            answer = (False, str(error) or type(error).__name__)
-        except Exception:
-            answer = (False, traceback.format_exc())
-        pipe.send(answer)
+            for place, good, value in parallel([call(i, job.function, job.arguments) for i, job in waiting.items()]):
+                job = waiting.pop(place)
+                yield Outcome(job, value) if good else Outcome(job, error=value)
+        except Exception as error:  # the backend's own; a job's are answers
+            for job in waiting.values():
+                yield Outcome(job, error=f"joblib's {type(backend).__name__} failed ({type(error).__name__}: {error})")
+
+
+def _numbered(place: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, bool, Any]:
+    return (place, *_attempt(function, arguments))
 
 
 def _end_with_parent() -> None:
@@ -142,4 +193,4 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-__all__ = ["Job", "Outcome", "Workers"]
+__all__ = ["Job", "JoblibWorkers", "Outcome", "Workers"]

@@ -53,7 +53,7 @@ INNER: dict[str, Layers] = {
     ),
     "study": (
         ("",),
-        ("controls", "corruptions", "methods", "statistics"),
+        ("controls", "corruptions", "methods", "slurm", "statistics"),
         ("plan",),
         ("results",),
         ("score",),

@@ -4,6 +4,7 @@ plan         what is asked: methods, data, seeds, rates, conditions; which data 
 methods      what can be compared: SAGE, its variants, single modalities, and every registered fusion
 corruptions  the protocol of failures: plain NumPy, of use on your own arrays without anything else here
 run          `compare`: trains and scores what is missing, then reports
+slurm        the script that hands its phases to a cluster
 score        finished runs under one condition
 controls     what a model would predict if it trusted as in another clip, in another order, or always alike
 streams      modalities that are of no use, and one that drifts after training

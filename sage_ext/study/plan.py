@@ -161,14 +161,23 @@ def synthesise(out: str | os.PathLike[str]) -> str:
     return str(root)
 
 
-def parts(study: Study, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Part]:
-    """What is trained and scored, its views of the data made anew."""
+def parts(study: Study, out: Path) -> list[Part]:
+    """What is trained and scored; the views of the data are those that `make_parts` left."""
     if study.folds is not None:
-        return fold_views(study, out)
+        views = [(f"fold-{k}", str(out / f"fold-{k}")) for k in range(1, study.folds + 1)]
+        return [Part(name, view, view, "test") for name, view in views]
     if has_truth(study.data):
         return [Part("", study.data, study.data, TRUTH)]
-    view = tuning_view(study.data, out / "data", study.group, study.modalities, say)
-    return [Part("", str(view), study.data, "validation")]
+    return [Part("", str(out / "data"), study.data, "validation")]
+
+
+def make_parts(study: Study, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Part]:
+    """What is trained and scored, its views of the data made anew."""
+    if study.folds is not None:
+        fold_views(study, out)
+    elif not has_truth(study.data):
+        tuning_view(study.data, out / "data", study.group, study.modalities, say)
+    return parts(study, out)
 
 
 def tuning_view(
@@ -224,7 +233,7 @@ def annotated_splits(study: Study) -> dict[str, AffWild2]:
 
 
 def fold_views(study: Study, out: Path) -> list[Part]:
-    """A view of the data a fold: its own videos are the test split, a fifth of the other groups the validation split."""
+    """Makes a view of the data a fold: its own videos are the test split, a fifth of the other groups the validation split."""
     assert study.folds is not None
     root = Path(study.data).resolve()
     splits = annotated_splits(study)
@@ -248,15 +257,14 @@ def fold_views(study: Study, out: Path) -> list[Part]:
     dealt: list[set[str]] = [set() for _ in range(study.folds)]
     for name, _ in sorted(frames.items(), key=lambda item: (-item[1], item[0])):
         min(dealt, key=lambda fold: sum(frames[group] for group in fold)).add(name)
-    found = []
-    for k, fold in enumerate(dealt, start=1):
+    found = parts(study, out)
+    for part, fold in zip(found, dealt):
         validation = _held_out(set(frames) - fold)
         folders = {
             name: TEST if group in fold else VALIDATION if group in validation else TRAIN
             for name, group in groups.items()
         }
-        view = str(_view(root, out / f"fold-{k}", sources, folders))
-        found.append(Part(f"fold-{k}", view, view, "test"))
+        _view(root, Path(part.data), sources, folders)
     return found
 
 

@@ -7,12 +7,16 @@ seeds or conditions.
 What is alike for all methods: data, windows and their order, rehearsed failures, steps, sizes, loss, the grid of
 learning rates, and how the best epoch and rate are chosen, on the validation split alone. The rate is the one with the
 best mean validation P over the first `tuning_seeds` seeds; it is then used for all of them.
+
+Three phases of independent jobs (`PHASES`) and the tables. A phase's jobs stand in an order that depends on the study alone,
+so that processes which know nothing of each other can do a `Share` of them each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -22,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.affwild2 import AffWild2, bare_name
 from ..data.synthetic import has_truth
 from ..files import LOCK, alone, parsing, write_atomic
-from ..jobs import Job, Workers
+from ..jobs import Job, JoblibWorkers, Workers
 from ..nn import ReliabilityFusion
 from ..report import Table, printable
 from ..training.runs import Run, calibrate_run
@@ -56,6 +61,7 @@ from .plan import (
     dealing,
     evaluation_path,
     has_quality,
+    make_parts,
     parts,
     run_path,
     scored_clips,
@@ -67,6 +73,34 @@ from .score import Scored, Sweep, evaluate_sweep, missing
 STUDY, RESULT = "study.json", "result.json"
 GROWS = ("methods", "seeds", "severities", "corruptions")  # a study may be continued with others
 LATER = {"precision": "float32", "compile": False, "graph": False}  # of studies from before these fields
+
+TUNE, TRAIN, EVALUATE = PHASES = (
+    "tune",
+    "train",
+    "evaluate",
+)  # all rates on the tuning seeds; the other seeds; all scores
+LAUNCHERS = ("local", "joblib")
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The jobs of a phase in the places index - 1, index - 1 + count, ..."""
+
+    phase: str  # of PHASES
+    index: int  # 1 .. count
+    count: int
+
+    @classmethod
+    def read(cls, text: str) -> Share:
+        """Of PHASE:I/N; ValueError for anything else."""
+        phase, _, rest = text.partition(":")
+        index, _, count = rest.partition("/")
+        if phase in PHASES and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+            return cls(phase, int(index), int(count))
+        raise ValueError(f"share: expected PHASE:I/N, of {', '.join(PHASES)}, with I of 1 to N, got {text!r}")
+
+    def __str__(self) -> str:
+        return f"{self.phase}:{self.index}/{self.count}"
 
 
 # ----------------------------------------------------------------------------------------------------------- trainings
@@ -104,6 +138,16 @@ def train_one(config: TrainConfig, path: str) -> dict[str, Any]:
     }
     write_atomic(run / RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _evaluate_one(sweep: Sweep) -> dict[str, str]:
+    """In a process that may be anybody's: the order of sums is that of one thread, as in the trainings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return evaluate_sweep(sweep)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------------- the study
@@ -144,8 +188,8 @@ class _Phase:
         self.reporter.say(f"{self.done}/{self.count}{rest}  {text}")
 
 
-def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
-    """Check that `out` is this study's or new; what to train on and to score."""
+def _prepare(study: Study, out: Path, reporter: _Reporter, share: Share | None = None) -> list[Part]:
+    """Check that `out` is this study's or new; what to train on and to score. A share finds it prepared, and writes nothing."""
     data = open_data(study.base()) if study.folds is None else annotated_splits(study)
     shape = data_shape(data)
     asked = {**study.to_json(), "shape": shape}
@@ -158,9 +202,11 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
             stored = {**LATER, **json.loads(path.read_text())}
         except (ValueError, TypeError) as error:
             raise RunError(f"{path}: damaged ({error})") from error
-        differ = differences(stored, asked, (*GROWS, *FREE, "dealt"))
+        differ = differences(stored, asked, (*(GROWS if share is None else ()), *FREE, "dealt"))
         if differ:
             raise RunError(f"{out}: expected the configuration of the study that it holds, got another ({differ})")
+    elif share is not None:
+        raise RunError(f"{out}: expected a study that was begun without --share, got a directory without {STUDY}")
     elif any(entry.name not in (LOCK, "data") for entry in out.iterdir()):
         raise RunError(
             f"{out}: expected a directory that is empty, new or a study's, got one that holds something else"
@@ -184,13 +230,15 @@ def _prepare(study: Study, out: Path, reporter: _Reporter) -> list[Part]:
         reporter.say(text)
     if left:
         reporter.say(f"not compared: {', '.join(left)}: {why}")
-    found = parts(study, out, reporter.say)
+    found = make_parts(study, out, reporter.say) if share is None else parts(study, out)
     asked["dealt"] = dealing(found)
     if stored.get("dealt", asked["dealt"]) != asked["dealt"]:
         raise RunError(
             f"{out}: expected the videos dealt as when the study began, got another dealing (groups.json or a split has "
             "changed): its runs have seen what is scored now; begin another study"
         )
+    if share is not None:
+        return found
     write_atomic(path, json.dumps(asked, indent=1) + "\n")
     if study.folds is not None:
         reporter.say(f"{study.folds} folds: each scored by models of the others, tuned on a fifth of their groups")
@@ -209,31 +257,43 @@ class _Work:
 
     study: Study
     out: Path
-    workers: Workers
+    workers: Workers | JoblibWorkers
     reporter: _Reporter
+    share: Share | None = None  # None: all of it
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # method -> what went wrong
+
+    def mine(self, phase: str, place: int) -> bool:
+        """Whether this process does the phase's job in that place."""
+        share = self.share
+        return share is None or (share.phase == phase and place % share.count == share.index - 1)
 
 
 def _train_all(work: _Work, found: Sequence[Part]) -> Trained:
-    """Train what is not finished yet."""
+    """Train what is not finished yet, or of the phase in work the share; what else is not finished has failed here."""
     study, out, reporter, failed = work.study, work.out, work.reporter, work.failed
     Key = tuple[str, Part, int, float]
     results: dict[Key, dict[str, Any]] = {}
 
-    def finish(wanted: Sequence[Key], phase: _Phase) -> None:
+    def finish(named: str, wanted: Sequence[Key | None], phase: _Phase) -> None:
+        """The phase of that name; None: the place of a training that cannot be."""
         keys = {}
         jobs = []
-        for key in wanted:
+        for place, key in enumerate(wanted):
+            if key is None:
+                continue
             method, part, seed, rate = key
             name = f"{method}, {part.name + ', ' if part.name else ''}seed {seed}, rate {rate:g}"
             keys[name] = key
             config, path = configuration(study, part, method, seed, rate), run_path(out, method, seed, rate, part)
             done = finished(config, path)
-            if done is None:
+            if done is None and work.mine(named, place):
                 jobs.append(Job(name, train_one, (config, str(path))))
-            else:
+                continue
+            phase.skip()
+            if done is not None:
                 results[key] = done
-                phase.skip()
+            elif work.share is not None and work.share.phase != named:
+                failed[method] = f"{name}: not finished, and {work.share} comes after it"
         for outcome in work.workers.run(jobs):
             key = keys[outcome.job.name]
             if outcome.error is None:
@@ -250,7 +310,9 @@ def _train_all(work: _Work, found: Sequence[Part]) -> Trained:
     count = len(tuning) + len(study.methods) * len(found) * (study.seeds - study.tuning_seeds)
     phase = reporter.phase(count)
     reporter.say(f"{count} trainings")
-    finish(tuning, phase)
+    finish(TUNE, tuning, phase)
+    if work.share is not None and work.share.phase == TUNE:
+        return Trained({}, {})
     chosen: dict[tuple[str, Part], float] = {}
     for method in study.methods:
         for part in found:
@@ -258,7 +320,10 @@ def _train_all(work: _Work, found: Sequence[Part]) -> Trained:
                 mean = {rate: np.mean([results[method, part, s, rate]["P"] for s in seeds]) for rate in study.rates}
                 chosen[method, part] = max(study.rates, key=lambda rate: mean[rate])
     later = range(study.tuning_seeds, study.seeds)
-    finish([(m, part, s, rate) for s in later for (m, part), rate in chosen.items()], phase)
+    places = [(m, part, s) for s in later for m in study.methods for part in found]
+    finish(TRAIN, [(m, part, s, chosen[m, part]) if (m, part) in chosen else None for m, part, s in places], phase)
+    if work.share is not None and work.share.phase == TRAIN:
+        return Trained({}, {})
     good = {key: rate for key, rate in chosen.items() if key[0] not in failed}
     return Trained(
         good, {(m, part, s): results[m, part, s, rate] for (m, part), rate in good.items() for s in range(study.seeds)}
@@ -269,7 +334,7 @@ def _evaluate_all(work: _Work, found: Sequence[Part], wanted: Sequence[Condition
     """Score what is not scored yet."""
     study, out, reporter, failed = work.study, work.out, work.reporter, work.failed
     device = study.base().device
-    jobs = []
+    jobs, places = [], itertools.count()
     for part in found:
         for seed in range(study.seeds):
             runs = tuple(
@@ -282,9 +347,10 @@ def _evaluate_all(work: _Work, found: Sequence[Part], wanted: Sequence[Condition
             for condition in wanted:
                 path = evaluation_path(out, seed, condition, part)
                 sweep = Sweep(part, study.modalities, runs, condition, study.span, seed, device, str(path))
-                if not path.exists() or missing(sweep, read_evaluation(path)):
+                mine = work.mine(EVALUATE, next(places))
+                if mine and (not path.exists() or missing(sweep, read_evaluation(path))):
                     where = f"{part.name}, " if part.name else ""
-                    jobs.append(Job(f"{where}seed {seed}, {condition_name(condition)}", evaluate_sweep, (sweep,)))
+                    jobs.append(Job(f"{where}seed {seed}, {condition_name(condition)}", _evaluate_one, (sweep,)))
     phase = reporter.phase(len(jobs))
     broken = []
     for outcome in work.workers.run(jobs):
@@ -316,32 +382,97 @@ def _with_donors(
     return [condition for condition in asked if condition.corruption not in lost]
 
 
+def _opened(
+    study: Study, out: Path, reporter: _Reporter, share: Share | None = None
+) -> tuple[list[Part], list[Condition | None]]:
+    """`_prepare`, and the conditions of the evaluation."""
+    modalities = study.modalities or AffWild2(study.data, "train").modalities
+    asked = list[Condition]()
+    if study.corruptions != ():  # before anything is written
+        asked = conditions(list(modalities), study.corruptions, study.severities)
+    other = [c.corruption for c in asked if CORRUPTIONS[c.corruption].domain != "feature"]
+    if other:
+        raise ValueError(
+            f"corruptions: expected names among {', '.join(PROTOCOL)}, got {other[0]}, which is not of features"
+        )
+    found = _prepare(study, out, reporter, share)
+    return found, [None, *_with_donors(study, found, asked, reporter)]
+
+
+def _workers(launcher: str, processes: int | None) -> Workers | JoblibWorkers:
+    if launcher not in LAUNCHERS:
+        raise ValueError(f"launcher: expected {' or '.join(LAUNCHERS)}, got {launcher!r}")
+    return JoblibWorkers(processes) if launcher == "joblib" else Workers(processes or os.cpu_count() or 1)
+
+
+def prepare(study: Study, out: str | os.PathLike[str], *, quiet: bool = False) -> dict[str, int]:
+    """Check the study and begin it in directory `out`, without a job of it: then shares of it can be done.
+
+    Returns {phase: how many jobs it has}. Errors as those of `compare`.
+    """
+    out, reporter = Path(out), _Reporter(quiet)
+    check_place(Path(study.data), out)
+    with alone(out, "preparing"):
+        found, wanted = _opened(study, out, reporter)
+    fits = len(found) * len(study.methods)
+    return {
+        TUNE: fits * study.tuning_seeds * len(study.rates),
+        TRAIN: fits * (study.seeds - study.tuning_seeds),
+        EVALUATE: len(found) * study.seeds * len(wanted),
+    }
+
+
+def compare_share(
+    study: Study,
+    out: str | os.PathLike[str],
+    share: Share,
+    *,
+    processes: int | None = None,
+    launcher: str = "local",
+    quiet: bool = False,
+) -> None:
+    """Do what is not done yet of a share of a phase of the study in `out`, while other processes do other shares of it.
+
+    Whoever does all N shares of each phase, one phase after another, and then calls `compare`, has what `compare` makes
+    by itself. The study has to be begun (`prepare`), with the same methods, seeds and conditions. RunError, after all the
+    others, for a job that fails and for a method whose earlier phase is not finished; BusyError while a process has the
+    study for itself. Two processes never write one run: the second is refused (`training.trainer.train`).
+    """
+    out, reporter = Path(out), _Reporter(quiet)
+    check_place(Path(study.data), out)
+    with alone(out, "sharing a comparison", shared=True), _workers(launcher, processes) as workers:
+        found, wanted = _opened(study, out, reporter, share)
+        work = _Work(study, out, workers, reporter, share)
+        trained = _train_all(work, found)
+        if share.phase == EVALUATE:
+            _evaluate_all(work, found, wanted, trained)
+    if work.failed:
+        raise RunError(f"{share}: {len(work.failed)} methods failed: " + "; ".join(work.failed.values()))
+
+
 def compare(
-    study: Study, out: str | os.PathLike[str], *, processes: int | None = None, draws: int = 2000, quiet: bool = False
+    study: Study,
+    out: str | os.PathLike[str],
+    *,
+    processes: int | None = None,
+    draws: int = 2000,
+    quiet: bool = False,
+    launcher: str = "local",
 ) -> list[Table]:
     """Run (or continue) the study in directory `out`, write tables and pictures there, and return the tables.
 
-    `processes`: how many at once, of one thread each (default: one a core). `draws`: of the bootstrap.
+    `processes`: how many at once, of one thread each (default: one a core). `draws`: of the bootstrap. `launcher`: "local", or
+    "joblib" for its active backend (`jobs.JoblibWorkers`; `processes` by default all that it has).
     Where a method fails, the others are finished and reported, then RunError names it; the same call tries it again.
     RunError too for a directory that holds another study, by what differs; BusyError while another process works there.
     """
     out = Path(out)
     reporter = _Reporter(quiet)
     check_place(Path(study.data), out)
-    with alone(out, "comparing"), Workers(processes or os.cpu_count() or 1) as workers:
+    with alone(out, "comparing"), _workers(launcher, processes) as workers:
         work = _Work(study, out, workers, reporter)
         failed = work.failed
-        modalities = study.modalities or AffWild2(study.data, "train").modalities
-        asked = list[Condition]()
-        if study.corruptions != ():  # before anything is written
-            asked = conditions(list(modalities), study.corruptions, study.severities)
-        other = [c.corruption for c in asked if CORRUPTIONS[c.corruption].domain != "feature"]
-        if other:
-            raise ValueError(
-                f"corruptions: expected names among {', '.join(PROTOCOL)}, got {other[0]}, which is not of features"
-            )
-        found = _prepare(study, out, reporter)
-        wanted = [None, *_with_donors(study, found, asked, reporter)]
+        found, wanted = _opened(study, out, reporter)
         trained = _train_all(work, found)
         if not trained.rates:
             raise RunError("every method failed: " + "; ".join(failed.values()))
