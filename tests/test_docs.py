@@ -46,7 +46,6 @@ NOT_RUN = {
     ("docs/releasing.md", "make"): "half an hour, and gigabytes",
     ("docs/scaling.md", "sage-ext extract"): "of two machines; the page says how it was tried",
     ("docs/scaling.md", "sage-ext compare"): "trains for hours; tests/study/test_launch.py does it small",
-    ("docs/scaling.md", "python benchmarks/costs.py"): "a minute of extraction, training and streams",
     ("docs/study.md", "sage-ext compare"): "trains for hours; tests/study/test_run.py runs small studies",
     ("docs/study.md", "python benchmarks/streams.py"): "trains for an hour; tests/study/test_streams.py runs it small",
 }
