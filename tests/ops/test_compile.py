@@ -267,8 +267,13 @@ def test_export(backend, case):
         assert f"sage_ext.{case.op}.default" in str(program.graph)
 
 
+# torch 2.9.1 itself: where sizes that vary must agree, the guards of a strictly exported `forward(*tensors)` name L, which its
+# loaded module lacks. Two tensors of one shape, added, do it without this package; torch 2.6.0, 2.13.0 and 2.14.1 do not.
+LACKS_L = pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9: NameError, name 'L' is not defined")
+
+
 @ONE_EACH
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=LACKS_L)])
 def test_export_with_dynamic_sizes_survives_a_file(backend, case, strict):
     inputs = sizes(case.op, Random(9, torch.float32, backend.device), 5)
     auto = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in tensors_of(inputs))
