@@ -267,9 +267,11 @@ def test_export(backend, case):
         assert f"sage_ext.{case.op}.default" in str(program.graph)
 
 
-# torch 2.9.1 itself: where sizes that vary must agree, the guards of a strictly exported `forward(*tensors)` name L, which its
-# loaded module lacks. Two tensors of one shape, added, do it without this package; torch 2.6.0, 2.13.0 and 2.14.1 do not.
-LACKS_L = pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9: NameError, name 'L' is not defined")
+# torch 2.9.1 itself: exported `forward(*tensors)` whose varying sizes must agree is loaded with guards that name a missing L.
+# Two tensors of one shape, added, do it without this package, with 2.9.1 and not with 2.6.0, 2.13.0 and 2.14.1.
+LACKS_L = pytest.mark.skipif(
+    torch.__version__.startswith("2.9."), reason="torch 2.9: NameError: name 'L' is not defined"
+)
 
 
 @ONE_EACH
