@@ -26,7 +26,7 @@ test-slow: $(READY)
 test-all: $(READY)
 	$(PYTEST)
 
-# The tests with the other versions of Python that this machine has, each with a torch of its own: gigabytes, and half an hour.
+# The tests with the other versions of Python that this machine has: each takes gigabytes, and the time of make test.
 matrix:
 	$(PYTHON) tests/matrix.py
 

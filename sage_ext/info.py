@@ -80,7 +80,7 @@ def _cuda_backend(built: bool) -> str:
     if not built:
         return (
             "no: this build has no CUDA kernels, tensors on a GPU run the PyTorch reference "
-            "(pip install . -C cmake.define.SAGE_EXT_CUDA=ON)"
+            "(pip install . --config-settings=cmake.define.SAGE_EXT_CUDA=ON)"
         )
     if torch.version.cuda is None:
         return "no: this torch is a CPU build"

@@ -5,7 +5,8 @@
 takes each pair for which this machine has the Python (on PATH, or pyenv's), makes an environment of it below build/matrix/
 (which stays, and makes the next run quick), installs that torch from wherever pip is set to look, builds the package and runs
 the tests that `make test` runs. It prints the table that README.md shows; the exit code is 1 unless each pair has passed. An
-environment takes 2 to 6 GB, since torch's usual wheels for Linux bring CUDA.
+environment takes 6 to 8 GB where torch's usual wheels for Linux bring CUDA. Let pip look also where there is a CPU build
+(PIP_EXTRA_INDEX_URL, or PIP_FIND_LINKS for a folder of wheels) and it takes that, since 2.6.0+cpu counts as newer than 2.6.0.
 """
 
 from __future__ import annotations

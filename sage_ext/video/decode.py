@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -184,7 +185,7 @@ class _SoundTrack:
 
     def __init__(self, av: Any) -> None:
         self._av = av
-        self._resampler: Any = None
+        self._graph: Any = None
         self._form: tuple[str, str, int] | None = None
         self._given = 0  # samples given out so far: the next one is heard at _given / RATE
         self._expected: float | None = None  # seconds at which the next frame should begin
@@ -194,12 +195,7 @@ class _SoundTrack:
         if self._expected is None or form != self._form or abs(time - self._expected) > SLACK:
             yield from self._flush()
             self._form = form
-            self._resampler = self._av.AudioResampler(
-                format="flt",
-                layout="mono",
-                rate=RATE,
-                options={"rematrix_maxval": "1"},  # a mean of the channels, not a sum
-            )
+            self._graph = self._resampler(frame)
             self._expected = time
             missing = round(time * RATE) - self._given
             self._surplus = max(-missing, 0)  # sound before time 0, or heard twice
@@ -207,14 +203,43 @@ class _SoundTrack:
                 yield from self._give(np.full(missing, np.nan, np.float32))
         self._expected += frame.samples / frame.sample_rate
         frame.pts = None  # the resampler would fill gaps by its own rules
-        for out in self._resampler.resample(frame):
+        self._graph.push(frame)
+        yield from self._pull()
+
+    def _resampler(self, frame: Any) -> Any:
+        """A filter graph to mono float32 at RATE. (PyAV's own AudioResampler takes no options before PyAV 18.)"""
+        graph = self._av.filter.Graph()
+        source = {
+            "sample_rate": str(frame.sample_rate),
+            "sample_fmt": frame.format.name,
+            "channel_layout": frame.layout.name,
+        }
+        if frame.time_base is not None:
+            source["time_base"] = str(frame.time_base)
+        filters = (
+            graph.add("abuffer", **source),
+            graph.add("aresample", rematrix_maxval="1"),  # a mean of the channels, not a sum
+            graph.add("aformat", sample_rates=str(RATE), sample_fmts="flt", channel_layouts="mono"),
+            graph.add("abuffersink"),
+        )
+        for one, following in pairwise(filters):
+            one.link_to(following)
+        graph.configure()
+        return graph
+
+    def _pull(self) -> Iterator[Sound]:
+        while True:
+            try:
+                out = self._graph.pull()
+            except (EOFError, BlockingIOError):  # at its end, or in want of more
+                return
             yield from self._cut(out)
 
     def _flush(self) -> Iterator[Sound]:
-        if self._resampler is not None:
-            for out in self._resampler.resample(None):
-                yield from self._cut(out)
-            self._resampler = None
+        if self._graph is not None:
+            self._graph.push(None)
+            yield from self._pull()
+            self._graph = None
 
     end = _flush
 

@@ -854,7 +854,7 @@ def test_infinity_counts_as_missing_with_a_warning_once(root):
     ("meta", "words"),
     [
         ("", ":1: expected text, got an empty file"),
-        ('{"rate": 30,\n}', ":2: expected JSON, got something else: "),
+        ('{"rate":\n}', ":2: expected JSON, got something else: "),
         ("[30]", ": expected a JSON object, got list"),
         (
             '{"Rate": 30}',

@@ -267,8 +267,16 @@ def test_export(backend, case):
         assert f"sage_ext.{case.op}.default" in str(program.graph)
 
 
+# torch 2.9.1 itself: exported `forward(*tensors)` whose varying sizes must agree is loaded with guards that name a missing L.
+# Two tensors of one shape, added, do it without this package, with 2.9.1 and not with 2.6.0, 2.13.0 and 2.14.1.
+LACKS_L = pytest.mark.skipif(
+    torch.__version__.startswith("2.9."), reason="torch 2.9: NameError: name 'L' is not defined"
+)
+
+
 @ONE_EACH
 @pytest.mark.parametrize("strict", [False, True])
+@LACKS_L
 def test_export_with_dynamic_sizes_survives_a_file(backend, case, strict):
     inputs = sizes(case.op, Random(9, torch.float32, backend.device), 5)
     auto = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in tensors_of(inputs))
