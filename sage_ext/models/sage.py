@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import (
+    BOOL,
     CONSTANTS,
     MAX_MEMORY,
     MAX_MODALITIES,
@@ -25,6 +26,9 @@ from .._arguments import (
     check_dropout,
     check_int,
     check_number,
+    check_optional,
+    check_shape,
+    check_tensor,
     join_flags,
     named_dims,
     ordered_features,
@@ -35,16 +39,20 @@ from .._arguments import (
     storable,
     take_finite,
 )
+from .._distributed import check_group, merge_ranks, warn_apart
 from .._typing import called_as
 from ..files import parsing
 from ..nn import ExplainedVarianceNLL, Fusion, Quality, ReliabilityFusion, UniformFusion, calibrated_confidence
 from ..nn.foreign import ForeignFilter, check_trust
 from ..nn.fusion import Assessment, Represented
+from ..nn.losses import mean_counted
 from .fusions import fusion_class
 from .layers import ChannelDropout, Encoder, PrecisionMemory, TemporalBlock
 from .pretrained import CONFIG, precision_of, read_folder, write_folder
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ..stream import StreamingSession
 
 DEAD = 1e-5  # a feature whose spread is below this share of its modality's mean spread is dead: it is not used
@@ -752,6 +760,9 @@ class SAGELoss(nn.Module):
     Args:
         unimodal, reliability: weights of the second and third part.
         names: of the modalities in order, `model.names`: only for a `present` that is a mapping.
+        process_group: as in `nn.CCCLoss`: concordance, the variance and affine function of each estimate, and the mean score are
+            those of the global batch of all ranks; two collectives a step, whatever the batch. None: this process's
+            batch alone, which under DistributedDataParallel is another loss; it warns once.
     """
 
     def __init__(
@@ -760,8 +771,12 @@ class SAGELoss(nn.Module):
         unimodal: float = 0.5,
         reliability: float = 0.3,
         names: Sequence[str] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        if process_group is not None:
+            check_group(process_group)
+        self.process_group = process_group
         self.names = None if names is None else tuple(names)
         for name, value in (("unimodal", unimodal), ("reliability", reliability)):
             check_number(name, value, ">= 0 and finite", lambda weight: 0 <= weight < math.inf)
@@ -784,31 +799,39 @@ class SAGELoss(nn.Module):
             raise TypeError("present: expected a tensor (SAGELoss was built without names=model.names), got a mapping")
         lead = tuple(output.unimodal.shape[:2])
         flags = ordered_present(present, self.names, lead, "(B, T)", output.unimodal, "the output")
+        check_tensor("labels", labels)
+        check_shape("labels", labels, tuple(output.prediction.shape), "(B, T, C)")
+        check_optional("valid", valid, lead, "(B, T)", labels, "labels", BOOL)
         labels = labels.to(output.prediction.dtype)
         if valid is not None:
             labels = torch.where(valid.unsqueeze(-1), labels, 0.0)
-        counted = join_flags(flags, valid, modalities)  # (B, T, M)
-        prediction = 1 - functional.ccc(output.prediction, labels, valid).mean()
+        counted = join_flags(flags, valid, modalities)  # (B, T, M); None: all, below too
+        everywhere = None
+        if counted is not None:  # where the prediction counts, and the joint expert
+            everywhere = (torch.ones_like(counted[..., 0]) if valid is None else valid).unsqueeze(-1)
 
         own = output.unimodal
         if output.experts.shape[2] > modalities:  # the joint expert, before the modalities
             own = output.experts
-            if counted is not None:
-                first = torch.ones_like(counted[..., :1]) if valid is None else valid.unsqueeze(-1)
-                counted = torch.cat([first, counted], -1)
-        targets = labels.unsqueeze(2).expand_as(own)
-        mask = None if counted is None else counted.unsqueeze(-1).expand_as(targets).flatten(2)
-        concordance = 1 - functional.ccc(own.flatten(2), targets.flatten(2), mask).mean()
+            counted = _joined(everywhere, counted)
+        estimates = torch.cat([output.prediction.unsqueeze(2), own], 2)
+        moments = pair_moments(estimates, labels, _joined(everywhere, counted))
+        if self.process_group is None:
+            warn_apart("SAGELoss")
+        else:
+            moments = merge_ranks(moments, self.process_group)
+        distance = 1 - functional.ccc_from_moments(moments).to(labels.dtype)
+        prediction, concordance = distance[0].mean(), distance[1:].mean()
 
-        with torch.no_grad():
-            gain, shift, variance = regression(own, labels, counted)
-            error = (gain * own + shift - targets).square() / variance
-        score = self.score(output.expert_confidence, error, counted)
+        gain, shift, variance = line(moments[1:].detach()).to(labels.dtype)
+        score = self.score.scores(
+            output.expert_confidence, explained_error(own, labels, gain, shift, variance), counted
+        )
         if output.frame_estimates is not None and output.frame_log_precision is not None:
-            error = (output.frame_estimates - targets).square() / variance
-            score = (
-                score + self.score(output.frame_log_precision.sigmoid(), error, counted) + 0.5 * _mean(error, counted)
-            )
+            error = (output.frame_estimates - labels.unsqueeze(2)).square() / variance
+            precise = self.score.scores(output.frame_log_precision.sigmoid(), error, counted)
+            score = score + precise + 0.5 * error.mean(-1)
+        score = mean_counted(score, counted, self.process_group)
         total = prediction + self.unimodal * concordance + self.reliability * score
         parts = {"prediction": prediction, "unimodal": concordance, "reliability": score}
         return total, {name: part.detach() for name, part in parts.items()}
@@ -819,11 +842,9 @@ class SAGELoss(nn.Module):
         def __call__(self) -> Any: ...
 
 
-def _mean(x: Tensor, counted: Tensor | None) -> Tensor:
-    """Mean of (B, T, K, C) over the counted (B, T, K)."""
-    if counted is None:
-        return x.mean()
-    return torch.where(counted, x.mean(-1), 0.0).sum() / counted.sum().clamp(min=1)
+def _joined(first: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """Flags (B, T, 1) before those of (B, T, K)."""
+    return None if first is None or others is None else torch.cat([first, others], -1)
 
 
 def explained_error(estimates: Tensor, labels: Tensor, gain: Tensor, shift: Tensor, variance: Tensor) -> Tensor:
@@ -839,16 +860,21 @@ def regression(estimates: Tensor, labels: Tensor, counted: Tensor | None = None)
     estimates (*, K, C), labels (*, C), counted (*, K) bool or None: all. The gain is never negative: an estimate that runs
     against the labels explains nothing. 1 stands for a variance of 0.
     """
-    own, y = estimates.flatten(0, -3), labels.flatten(0, -2).unsqueeze(1).expand_as(estimates.flatten(0, -3))
-    weight = (
-        torch.ones_like(own) if counted is None else counted.flatten(0, -2).unsqueeze(-1).to(own.dtype).expand_as(own)
-    )
-    total = weight.sum(0).clamp(min=1)
+    gain, shift, variance = line(pair_moments(estimates, labels, counted)).to(estimates.dtype)
+    return gain, shift, variance
 
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(weight > 0, x, 0.0).sum(0) / total
 
-    center, level = mean(own), mean(y)
-    spread, variance = mean((own - center).square()), mean((y - level).square())
-    gain = (mean((own - center) * (y - level)) / spread.clamp(min=1e-12)).clamp(min=0)
-    return gain, level - gain * center, torch.where(variance > 1e-12, variance, 1.0)
+def pair_moments(estimates: Tensor, labels: Tensor, counted: Tensor | None) -> Tensor:
+    """(K, C, 6) float64 moments, as of `functional.ccc_moments`, of each estimate and its label, arguments as `regression`."""
+    own = estimates.flatten(0, -3)
+    targets = labels.flatten(0, -2).unsqueeze(1).expand_as(own)
+    mask = None if counted is None else counted.flatten(0, -2).unsqueeze(-1).expand_as(own).flatten(1)
+    return functional.ccc_moments(own.flatten(1), targets.flatten(1), mask).unflatten(0, own.shape[1:])
+
+
+def line(moments: Tensor) -> Tensor:
+    """(3, K, C): what `regression` gives, of moments (K, C, 6)."""
+    count, center, level, spread, variance, shared = moments.unbind(-1)
+    count = count.clamp(min=1)
+    gain = (shared / torch.maximum(spread, 1e-12 * count)).clamp(min=0)
+    return torch.stack([gain, level - gain * center, torch.where(variance > 1e-12 * count, variance / count, 1.0)])

@@ -26,9 +26,13 @@ from .._arguments import (
     ordered_features,
     read_flags,
 )
+from .._distributed import check_group
 from .._typing import called_as
 from .fusion import Fusion, FusionOutput
-from .losses import ReliabilityNLL
+from .losses import ReliabilityNLL, mean_counted
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ReliabilityHead(nn.Module):
@@ -62,6 +66,8 @@ class ReliabilityHead(nn.Module):
             own loss is not of the order of 1.
         detach_features: the Linears' gradient stops at the features, so that unimodal prediction never bends your encoders;
             False: it goes on into them, as an auxiliary loss of each modality.
+        process_group: as in `ReliabilityNLL`: the mean is over the counted frames of all ranks. A model with a head that holds a
+            group can be neither copied by `deepcopy` nor pickled; the attribute can be set, and set back to None.
 
     Raises TypeError or ValueError naming the argument for anything malformed.
     """
@@ -74,6 +80,7 @@ class ReliabilityHead(nn.Module):
         *,
         weight: float = 0.1,
         detach_features: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if isinstance(fusion, Fusion):
@@ -87,6 +94,9 @@ class ReliabilityHead(nn.Module):
         check_int("num_targets", num_targets, 1)
         check_number("weight", weight, ">= 0 and finite", lambda number: 0 <= number < math.inf)
         check_bool("detach_features", detach_features)
+        if process_group is not None:
+            check_group(process_group)
+        self.process_group = process_group
         self.num_targets, self.weight, self.detach_features = num_targets, float(weight), detach_features
         self.score = ReliabilityNLL(kappa)
         self.heads = nn.ModuleList(nn.Linear(d, num_targets) for d in self.in_dims)
@@ -145,8 +155,8 @@ class ReliabilityHead(nn.Module):
         predicted = self._predict(x, finite)
         target = torch.where(annotated.unsqueeze(-1), labels, 0.0).to(predicted.dtype)
         error = (predicted - target.unsqueeze(-2)).square()
-        own = torch.where(counted, error.mean(-1), 0.0).sum() / counted.sum().clamp(min=1)
-        return self.weight * (own / (2 * self.kappa**2) + self.score(out.confidence, error, counted))
+        loss = error.mean(-1) / (2 * self.kappa**2) + self.score.scores(out.confidence, error, counted)
+        return self.weight * mean_counted(loss, counted, self.process_group)
 
     if TYPE_CHECKING:
 

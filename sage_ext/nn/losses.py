@@ -27,15 +27,20 @@ class ReliabilityNLL(nn.Module):
     only at `1 / p = E[e2]`: the minimiser is the calibrated `r = 1 / (1 + E[e2] / kappa^2)`, and the loss is convex in
     `log p`. The squared error is detached: the loss teaches confidence, never the prediction.
 
-    `kappa`: the error scale, in units of the labels, at which confidence is 1/2.
+    Args:
+        kappa: the error scale, in units of the labels, at which confidence is 1/2.
+        process_group: as in `CCCLoss`: the mean is over the counted entries of all ranks, which matters where they count
+            unequally many (for equally many, the mean of the ranks' own means is the same).
     """
 
     FLOOR = float(torch.finfo(torch.float32).eps)  # added to r and 1 - r: bounds |log odds| by 16, smoothly
 
-    def __init__(self, kappa: float = 0.25) -> None:
+    def __init__(self, kappa: float = 0.25, process_group: ProcessGroup | None = None) -> None:
         super().__init__()
         check_kappa(kappa)
-        self.kappa = float(kappa)
+        if process_group is not None:
+            check_group(process_group)
+        self.kappa, self.process_group = float(kappa), process_group
 
     def extra_repr(self) -> str:
         return f"kappa={self.kappa}"
@@ -46,10 +51,15 @@ class ReliabilityNLL(nn.Module):
         confidence: (*, M) in [0, 1]; squared_error: (*, M), or (*, M, C) for C targets that share one confidence;
         mask: (*, M) or (*) bool, False = not counted (not read: NaN there reaches nothing).
         """
-        r, error, mask = _scored(confidence, squared_error, mask, "squared_error")
+        return mean_counted(self.scores(confidence, squared_error, mask), mask, self.process_group)
+
+    def scores(self, confidence: Tensor, squared_error: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(*, M) the score of each entry, what `forward` takes the mean of; an entry that is not counted has some number, with
+        gradient 0. Arguments as there."""
+        r, error = _scored(confidence, squared_error, mask, "squared_error")
         log_odds = (r + self.FLOOR).log() - (1 - r + self.FLOOR).log()
         log_precision = log_odds - 2 * math.log(self.kappa)
-        return _mean_score(0.5 * (log_precision.exp() * error - log_precision), mask)
+        return 0.5 * (log_precision.exp() * error - log_precision)
 
     if TYPE_CHECKING:
 
@@ -66,9 +76,19 @@ class ExplainedVarianceNLL(nn.Module):
     the calibrated `r = 1 - E[e]`, and the loss is convex in `1 / (1 - r)`. `odds(r) = 1 / E[e] - 1` is the precision that the
     estimate adds to that of the target's distribution, in units of the latter. The error is detached: the loss teaches
     confidence, never the estimate.
+
+    Args:
+        process_group: as in `ReliabilityNLL`. The variance that an error is relative to is the caller's: take it from the
+            batch of all ranks (`functional.ccc_moments` and the group), as `models.SAGELoss` does.
     """
 
     FLOOR = 1e-4  # added to 1 - r: bounds the loss where confidence is wrongly complete
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        if process_group is not None:
+            check_group(process_group)
+        self.process_group = process_group
 
     def forward(self, confidence: Tensor, relative_error: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean score over the counted entries (0, with gradient 0, where there is none).
@@ -76,9 +96,13 @@ class ExplainedVarianceNLL(nn.Module):
         confidence: (*, M) in [0, 1]; relative_error: (*, M), or (*, M, C) for C targets that share one confidence;
         mask: (*, M) or (*) bool, False = not counted (not read: NaN there reaches nothing).
         """
-        r, error, mask = _scored(confidence, relative_error, mask, "relative_error")
+        return mean_counted(self.scores(confidence, relative_error, mask), mask, self.process_group)
+
+    def scores(self, confidence: Tensor, relative_error: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(*, M) the score of each entry, as `ReliabilityNLL.scores`."""
+        r, error = _scored(confidence, relative_error, mask, "relative_error")
         left = 1 - r + self.FLOOR
-        return _mean_score(0.5 * (error / left + left.log()), mask)
+        return 0.5 * (error / left + left.log())
 
     if TYPE_CHECKING:
 
@@ -86,9 +110,8 @@ class ExplainedVarianceNLL(nn.Module):
         def __call__(self) -> Any: ...
 
 
-def _scored(confidence: Tensor, error: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a proper score is computed from: confidence and detached mean error, 0.5 and 0 where not counted, and the mask as
-    (*, M)."""
+def _scored(confidence: Tensor, error: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    """What a proper score is computed from: confidence and detached mean error, 0.5 and 0 where not counted."""
     if error.dim() == confidence.dim():
         error = error.unsqueeze(-1)
     if error.shape[:-1] != confidence.shape:
@@ -99,20 +122,32 @@ def _scored(confidence: Tensor, error: Tensor, mask: Tensor | None, name: str) -
     r, error = confidence.to(dtype), error.detach().to(dtype).mean(-1)
     if mask is not None:
         check_tensor("mask", mask, BOOL)
-        if mask.shape == confidence.shape[:-1]:
-            mask = mask.unsqueeze(-1).expand_as(confidence)
-        if mask.shape != confidence.shape:
+        if mask.shape not in (confidence.shape, confidence.shape[:-1]):
             raise ValueError(
                 f"mask: expected shape {tuple(confidence.shape)} or {tuple(confidence.shape[:-1])}, got {tuple(mask.shape)}"
             )
+        mask = _entries(mask, confidence)
         r, error = torch.where(mask, r, 0.5), torch.where(mask, error, 0.0)
-    return r, error, mask
+    return r, error
 
 
-def _mean_score(score: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return score.sum() / max(score.numel(), 1)
-    return torch.where(mask, score, 0.0).sum() / mask.sum().clamp(min=1)
+def _entries(mask: Tensor, like: Tensor) -> Tensor:
+    """(*, M) from (*) or (*, M)."""
+    return mask if mask.dim() == like.dim() else mask.unsqueeze(-1).expand_as(like)
+
+
+def mean_counted(x: Tensor, counted: Tensor | None, group: ProcessGroup | None) -> Tensor:
+    """The mean of x (*, M) over the counted entries, (*, M) or (*) bool or None for all; of those of all ranks of `group`
+    (None: this process alone). 0, with gradient 0, where there is none."""
+    if counted is not None:
+        counted = _entries(counted, x)
+        x = torch.where(counted, x, 0.0)
+    if group is None:
+        return x.sum() / (max(x.numel(), 1) if counted is None else counted.sum().clamp(min=1))
+    total = x.sum(dtype=torch.float64)
+    count = torch.full_like(total, x.numel()) if counted is None else counted.sum().to(total.dtype)
+    whole = sum_ranks(torch.stack([total, count]), group)
+    return (whole[0] / whole[1].clamp(min=1)).to(x.dtype)
 
 
 class CCCLoss(nn.Module):
@@ -179,20 +214,12 @@ class CCCLoss(nn.Module):
         loss = 1 - functional.ccc(pred, target, mask, pool=self.pool, process_group=group)
         if self.channel_weights is not None:
             loss = (loss * self.channel_weights.to(loss.dtype)).sum(-1)
-        if self.process_group is not None and not pooled:
-            return _mean_over_ranks(loss.sum(), torch.full_like(loss.sum(), loss.numel()), self.process_group)
-        return loss.mean()
+        return loss.mean() if pooled else mean_counted(loss, None, self.process_group)
 
     if TYPE_CHECKING:
 
         @called_as(forward)
         def __call__(self) -> Any: ...
-
-
-def _mean_over_ranks(total: Tensor, count: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of all ranks' totals over that of their counts; 0 where nothing is counted anywhere."""
-    whole = sum_ranks(torch.stack([total.double(), count.double()]), group)
-    return (whole[0] / whole[1].clamp(min=1)).to(total.dtype)
 
 
 class TemporalCCCLoss(nn.Module):
@@ -225,17 +252,11 @@ class TemporalCCCLoss(nn.Module):
         dtype = arithmetic_dtype(pred)
         pred, target = pred.to(dtype), target.to(dtype)
         rho, _ = functional.temporal_ccc(pred, target, mask, window=self.window, halflife=self.halflife)
-        counted = torch.ones_like(pred, dtype=torch.bool) if mask is None else mask
-        if counted.dim() < pred.dim():
-            counted = counted.unsqueeze(-1).expand_as(pred)
+        counted = torch.ones_like(pred, dtype=torch.bool) if mask is None else _entries(mask, pred)
         seen = counted.long().cumsum(1)  # counted frames so far; below: inside the window
         if self.window is not None and pred.shape[1] > self.window:
             seen = torch.cat([seen[:, : self.window], seen[:, self.window :] - seen[:, : -self.window]], 1)
-        enough = seen >= 2
-        total, count = torch.where(enough, 1 - rho, 0.0).sum(), enough.sum()
-        if self.process_group is not None:
-            return _mean_over_ranks(total, count, self.process_group)
-        return total / count.clamp(min=1)
+        return mean_counted(1 - rho, seen >= 2, self.process_group)
 
     if TYPE_CHECKING:
 
