@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _warned: set[str] = set()
-_together = False  # whether this process computes losses of the rows of all ranks, which `gather` gave it
+_whole = False  # whether this process computes losses of the rows of all ranks
 
 
 def check_group(group: object) -> None:
@@ -40,7 +40,7 @@ def initialised() -> bool:
 
 def warn_apart(name: str) -> None:
     """Says once that each of several processes has a loss of its own batch. To be called by the `forward` of a module."""
-    if torch.compiler.is_compiling() or name in _warned or not initialised() or dist.get_world_size() == 1 or _together:
+    if torch.compiler.is_compiling() or name in _warned or not initialised() or dist.get_world_size() == 1 or _whole:
         return
     _warned.add(name)
     warnings.warn(
@@ -50,15 +50,14 @@ def warn_apart(name: str) -> None:
     )
 
 
+def losses_are_whole() -> None:
+    """For a process that goes on to the losses of all ranks' rows, as training does: none of them is said to be apart."""
+    global _whole
+    _whole = True
+
+
 def gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """(ranks, *x.shape), in the order of ranks; a constant. `group`: None for the default one. For a caller that goes on to
-    the loss of all ranks' rows, as training does: from now on no loss of this process is said to be that of its own batch."""
-    global _together
-    _together = True
-    return _gather(x, group)
-
-
-def _gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """(ranks, *x.shape), in the order of ranks; a constant. `group`: None for the default one."""
     x = x.detach().contiguous()
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, x, group=group)
@@ -68,7 +67,7 @@ def _gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
 class _SumRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: ProcessGroup | None) -> Tensor:
-        rows = _gather(own, group)
+        rows = gather(own, group)
         ctx.ranks = len(rows)
         return rows.sum(0)
 
@@ -81,7 +80,7 @@ class _SumRanks(torch.autograd.Function):
 class _MergeRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: ProcessGroup | None) -> Tensor:
-        rows = _gather(own, group)
+        rows = gather(own, group)
         ctx.ranks = len(rows)
         while len(rows) > 1:  # in pairs: as few operations as ranks have bits
             half = len(rows) // 2

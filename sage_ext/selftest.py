@@ -1,9 +1,12 @@
-"""Every op on every backend of this machine against the float64 reference: `sage-ext info --test`.
+"""Every op and the streaming step on every backend of this machine against float64: `sage-ext info --test`.
 
 The CPU kernels run in each instruction set that is built and that this machine has, and the CUDA kernels where they and a
 GPU are there; forward and backward, in float32 and bfloat16, on random inputs whose sizes leave remainders in vectors
 and reach several threads. `sage_ext.reference` is given the same, already rounded, numbers in float64. The error is relative to
 the largest number of each tensor, and the largest of all outputs and gradients is shown.
+
+The streaming step (`stream`) has a kernel of its own, for a whole model: what a session gives for a small `SAGE`, frame by frame,
+is held against one call of the model in float64 on the whole sequences, with the matrices rounded as the session's are.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from torch.utils import _pytree as pytree
 
 from . import _C, functional, reference
 from ._ops import _door
+from .models import SAGE
 
 # Arithmetic is float32 at least; with bfloat16 inputs the outputs and gradients of that dtype are rounded to it, by 2^-9 of
 # their own size. The largest errors of 60 seeds are 4.4e-6 and 6.2e-3.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
+STREAM = "stream"
+STREAM_LIMIT = 1e-4  # for both dtypes of the weights: all else is float32. The largest error of 60 seeds is 2.7e-6.
 
 
 class Case(NamedTuple):
@@ -156,18 +162,57 @@ def largest_error(case: Case, device: str, dtype: torch.dtype) -> float:
     tensors = _placed(case.tensors, device, dtype)
     found, cotangents = _run(functional, case, tensors, None)
     wanted, _ = _run(reference, case, _placed(tensors, "cpu", torch.float64), [c.double().cpu() for c in cotangents])
-    worst = 0.0
-    for got, expected in zip(found, wanted, strict=True):
-        if got.shape != expected.shape or not bool(got.isfinite().all()):
-            return float("inf")
-        difference = (got.detach().double().cpu() - expected).abs().max().item()
-        scale = expected.abs().max().item()
-        worst = max(worst, difference / scale if scale else float("inf") if difference else 0.0)
-    return worst
+    return max(_difference(got, expected) for got, expected in zip(found, wanted, strict=True))
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest number that is expected; inf for a wrong shape, NaN or Inf."""
+    if got.shape != expected.shape or not bool(got.isfinite().all()):
+        return float("inf")
+    difference = (got.detach().double().cpu() - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    return difference / scale if scale else float("inf") if difference else 0.0
+
+
+def streaming_error(seed: int, device: str, dtype: torch.dtype) -> float:
+    """As `largest_error`, of what a session gives, its weights in `dtype`, for a model of random weights: streams with missing,
+    broken and repeated frames, and quality that is unknown at times, which go on in another session halfway."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, frames, dims, columns = 3, 40, {"a": 11, "b": 37}, 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SAGE(dims, dim=12, stages=3, blocks=3, evidence_dim=9, quality_dims={"b": columns}).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    x = {name: 2 + torch.randn(rows, frames, d, generator=generator) for name, d in dims.items()}
+    present = torch.rand(rows, frames, len(dims), generator=generator) < 0.8
+    quality = torch.randn(rows, frames, columns, generator=generator)
+    quality[torch.rand(quality.shape, generator=generator) < 0.2] = torch.nan
+    model.fit_statistics([{"features": x, "present": present, "quality": {"b": quality}}])
+    x["a"][0, 7, 3] = torch.nan
+    x["b"][1, 12:28], present[1, 12:28] = x["b"][1, 12], True  # stands still: stuck after 8 repeats
+    session = model.stream(rows, dtype, device)
+    steps = []
+    for t in range(frames):
+        if t == frames // 2:  # from here on in a session of its own
+            state, session = session.state_dict(), model.stream(rows, dtype, device)
+            session.load_state_dict(state)
+        out = session.step({k: v[:, t] for k, v in x.items()}, present[:, t], quality={"b": quality[:, t]})
+        steps.append([y.clone() for y in out[:5]])
+    if dtype != torch.float32:
+        with torch.no_grad():
+            matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+            for matrix in [*matrices, *(b for name, b in model.named_buffers() if ".components_" in name)]:
+                matrix.copy_(matrix.to(dtype))
+    with torch.no_grad():
+        whole = model.double()({k: v.double() for k, v in x.items()}, present, quality={"b": quality.double()})
+    fields = (whole.prediction, whole.unimodal, whole.weights, whole.confidence, whole.stage)
+    return max(_difference(torch.stack(got, 1), expected) for got, expected in zip(zip(*steps), fields))
 
 
 def run(seed: int = 0, say: Callable[[str], None] = lambda line: None) -> list[Row]:
-    """Every op on every backend and dtype; `say` is given the table line by line as it comes."""
+    """Every op, and the streaming step, on every backend and dtype; `say` is given the table line by line as it comes."""
     width = max(len(name) for name, _, _ in backends())
     line = f"{{:<20}}{{:<{width + 2}}}{{:<10}}{{:>12}}  {{}}"
     say(line.format("op", "backend", "dtype", "error", "").rstrip())
@@ -176,14 +221,18 @@ def run(seed: int = 0, say: Callable[[str], None] = lambda line: None) -> list[R
     for case in cases(seed):
         by_op.setdefault(case.op, []).append(case)
     for name, device, isa in backends():
-        for op, calls in by_op.items():
+        for op in (*by_op, STREAM):
             for dtype, limit in LIMITS.items():
+                limit = STREAM_LIMIT if op == STREAM else limit
                 error, answer = float("nan"), "ok"
                 try:
                     if device not in _door.kernels:  # the reference would be compared with itself
                         raise RuntimeError(f"no kernels for device '{device}'")
                     with _instruction_set(isa):
-                        error = max(largest_error(case, device, dtype) for case in calls)
+                        if op == STREAM:
+                            error = streaming_error(seed, device, dtype)
+                        else:
+                            error = max(largest_error(case, device, dtype) for case in by_op[op])
                     if not error <= limit:
                         answer = f"FAILED (limit {limit:.2g})"
                 except Exception as problem:

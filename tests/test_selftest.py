@@ -9,9 +9,11 @@ import pytest
 import torch
 from backends import SIMT, open_backend
 
-from sage_ext import _C, cli, functional, selftest
+from sage_ext import _C, cli, functional, selftest, stream
 from sage_ext._ops import _door
+from sage_ext.stream import StreamingSession
 
+STREAM = selftest.STREAM
 OPS = ["stage_filter", "reliability_fusion", "ccc", "ccc_moments", "temporal_ccc", "leaky_average"]
 
 
@@ -29,7 +31,7 @@ def test_a_sound_build_passes(capsys):
     assert "CPU kernels:" in out  # what else belongs into an issue
     assert out.endswith("\n\nall ok\n")
     here = [name for name, built, supported in _C.isa_variants() if built and supported]
-    for op in OPS:
+    for op in (*OPS, STREAM):
         for name in here:
             for dtype in ("float32", "bfloat16"):
                 assert len(re.findall(rf"^{op} +cpu {name} +{dtype} +\d\.\d\de[+-]\d\d  ok$", out, re.MULTILINE)) == 1
@@ -61,11 +63,60 @@ def test_a_planted_fault_is_reported(capsys, monkeypatch, one_backend, op, where
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
     monkeypatch.setattr(functional, op, wrong)
+    monkeypatch.setattr(selftest, "streaming_error", lambda *_: 0.0)  # the whole model too is made of these ops
     assert cli.main(["info", "--test"]) == 1
     out = capsys.readouterr().out
     failed = re.findall(r"^(\w+) +cpu +(\w+) +\S+  FAILED", out, re.MULTILINE)
     assert failed == [(op, "float32"), (op, "bfloat16")]
     assert out.endswith("\n\n2 FAILED\n")
+
+
+@pytest.mark.parametrize(
+    "where", ["prediction", "stage", "nan", "shape", "state", "present", "quality", "stuck", "raises", "model"]
+)
+def test_a_fault_of_the_streaming_step_is_reported(capsys, monkeypatch, one_backend, where):
+    """In what it gives, in what it takes in, and in what it remembers; and a model whose whole forward is another."""
+    monkeypatch.setattr(selftest, "cases", lambda seed: [])
+    right, load = StreamingSession.step, StreamingSession.load_state_dict
+
+    def wrong(self, features, present=None, active=None, *, quality=None, strict=False):
+        if where == "raises":
+            raise RuntimeError("launch failed")
+        if where == "present":
+            present = torch.ones_like(present)
+        if where == "quality":
+            quality = None
+        out = right(self, features, present, active, quality=quality, strict=strict)
+        if where == "prediction":
+            return out._replace(prediction=out.prediction + 1e-3)
+        if where == "stage":
+            return out._replace(stage=out.stage.flip(-1))
+        if where == "nan":
+            return out._replace(weights=out.weights * torch.nan)
+        return out._replace(prediction=out.prediction[:, :1]) if where == "shape" else out
+
+    def forgets(self, state, rows=None):
+        load(self, {**state, "memory": torch.zeros_like(state["memory"])}, rows)
+
+    def never(*args, _shape=stream._shape):
+        return {**_shape(*args), "stuck": False}
+
+    if where == "state":
+        monkeypatch.setattr(StreamingSession, "load_state_dict", forgets)
+    elif where == "stuck":
+        monkeypatch.setattr(stream, "_shape", never)
+    elif where == "model":
+        filtered = functional.stage_filter
+        monkeypatch.setattr(functional, "stage_filter", lambda e, *args, **kwargs: filtered(1.05 * e, *args, **kwargs))
+    else:
+        monkeypatch.setattr(StreamingSession, "step", wrong)
+    assert cli.main(["info", "--test"]) == 1
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\w+) +cpu +(\w+) +\S+  FAILED", out, re.MULTILINE) == [
+        (STREAM, "float32"),
+        (STREAM, "bfloat16"),
+    ]
+    assert ("RuntimeError: launch failed" in out) == (where == "raises")
 
 
 def test_a_kernel_that_raises_is_reported(capsys, monkeypatch, one_backend):
@@ -80,7 +131,7 @@ def test_a_kernel_that_raises_is_reported(capsys, monkeypatch, one_backend):
     rows = selftest.run(seed=3)
     assert [row.op for row in rows if not row.ok] == ["stage_filter"] * 2
     assert all(row.answer == "FAILED (RuntimeError: launch failed with code 7)" for row in rows if not row.ok)
-    assert {row.op for row in rows if row.ok} == set(OPS) - {"stage_filter"}
+    assert {row.op for row in rows if row.ok} == {*OPS, STREAM} - {"stage_filter"}
 
 
 def test_the_reference_in_the_place_of_kernels_is_no_success(monkeypatch, one_backend):
@@ -96,5 +147,5 @@ def test_the_cuda_kernels_under_emulation_pass(monkeypatch, one_backend):
         pytest.skip("no compiler for the emulation")
     open_backend("simt", monkeypatch)
     rows = selftest.run()
-    assert {row.op for row in rows} == set(OPS)
+    assert {row.op for row in rows} == {*OPS, STREAM}
     assert all(row.ok for row in rows), rows

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from .._distributed import gather
+from .._distributed import gather, losses_are_whole
 from ..models.layers import Share
 
 TIMEOUT = "SAGE_EXT_TIMEOUT"  # environment: seconds after which a process that does not answer counts as lost
@@ -92,6 +92,7 @@ class _Several(Group):
 
     def __init__(self, rank: int, size: int, local_rank: int, store: dist.Store) -> None:
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
+        losses_are_whole()
 
     def device(self, name: str) -> torch.device:
         if name not in ("cpu", "cuda"):

@@ -6,6 +6,7 @@ every rank; batches are drawn from a seed, whole, by every process, which then t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -18,9 +19,20 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sage_ext import functional
+from sage_ext import _distributed, functional
 from sage_ext.metrics import StreamingCCC
-from sage_ext.nn import CCCLoss, ReliabilityFusion, TemporalCCCLoss, Typicality, convert_sync_statistics
+from sage_ext.models import SAGE, SAGELoss, SAGEOutput
+from sage_ext.nn import (
+    CCCLoss,
+    ExplainedVarianceNLL,
+    FusionOutput,
+    ReliabilityFusion,
+    ReliabilityHead,
+    ReliabilityNLL,
+    TemporalCCCLoss,
+    Typicality,
+    convert_sync_statistics,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 SIZES = (2, 3)  # of groups
@@ -190,6 +202,156 @@ def test_what_local_losses_miss(team):
     assert cosine < 0.95
 
 
+# ------------------------------------------------------------------------------------- the losses of outputs with confidence
+MODALITIES = ("audio", "visual")
+DRAWS = ("none", "valid", "present", "both", "a rank without", "nothing", "one frame")
+
+
+def draw_outputs(seed, parts, flags, joint=True, single=True):
+    """(inputs, (labels, valid, present)), whole: raw numbers of which `sage_output` makes a SAGEOutput."""
+    g = torch.Generator().manual_seed(seed)
+    lead, experts = (sum(parts), FRAMES), len(MODALITIES) + joint
+
+    def normal(*shape):
+        return torch.randn(*lead, *shape, generator=g, dtype=torch.float64)
+
+    level = torch.randn(lead[0], 1, TARGETS, generator=g, dtype=torch.float64)  # parts differ in mean
+    labels = (normal(TARGETS) + level).tanh()
+    follows = labels.unsqueeze(2)
+    inputs = {
+        "prediction": labels + 0.5 * normal(TARGETS),
+        "unimodal": 0.5 * follows + 0.4 * normal(len(MODALITIES), TARGETS) + 0.2,
+        "experts": torch.tensor([0.7, -0.4, 1.2])[:experts, None] * follows + 0.4 * normal(experts, TARGETS),
+        "confidence": normal(experts),
+    }
+    if single:
+        inputs |= {"frames": 0.3 * follows + normal(experts, TARGETS), "precision": normal(experts)}
+    valid = torch.rand(lead, generator=g) > 0.3 if flags not in ("none", "present") else None
+    present = torch.rand(*lead, 2, generator=g) > 0.3 if flags in ("present", "both", "a rank without") else None
+    if flags == "a rank without":
+        valid[: parts[0]] = False
+        present[..., 1][: sum(parts[:2])] = False
+    if flags in ("nothing", "one frame"):
+        valid.zero_()
+    if flags == "one frame":
+        valid[-1, 4] = True
+    return inputs, (labels, valid, present)
+
+
+def sage_output(model_inputs):
+    x = model_inputs
+    confidence = x["confidence"].sigmoid()
+    return SAGEOutput(
+        x["prediction"].tanh(), x["unimodal"].tanh(), confidence[..., -2:], confidence[..., -2:], confidence, None,
+        torch.zeros(2, dtype=torch.int64), x["experts"].tanh(), confidence, confidence,
+        x["frames"].tanh() if "frames" in x else None, x.get("precision"),
+    )  # fmt: skip
+
+
+def errors_of(inputs, labels):
+    return (inputs["experts"] - labels.unsqueeze(2)).square()
+
+
+def sage_loss(group):
+    return lambda inputs, *given: SAGELoss(process_group=group)(sage_output(inputs), *given)[0]
+
+
+def head_loss(group):
+    """With what the Linears and the fusion's confidence are told by."""
+    torch.manual_seed(0)
+    head = ReliabilityHead({"audio": 2, "visual": 2}, TARGETS, process_group=group, detach_features=False).double()
+    with torch.no_grad():
+        for p in head.parameters():
+            p.normal_()
+
+    def loss(inputs, labels, valid, present):
+        confidence = inputs["confidence"][..., -2:].sigmoid()
+        out = FusionOutput(inputs["prediction"], confidence, confidence, confidence, None, torch.zeros(2).long())
+        return head(list(inputs["unimodal"].unbind(2)), out, labels, valid, present)
+
+    return loss
+
+
+def score_loss(score):
+    def loss(inputs, labels, valid, present):
+        return score(inputs["confidence"].sigmoid(), errors_of(inputs, labels), valid)
+
+    return loss
+
+
+CONFIDENT = {
+    "SAGELoss": sage_loss,
+    "ReliabilityHead": head_loss,
+    "ReliabilityNLL": lambda group: score_loss(ReliabilityNLL(0.4, process_group=group)),
+    "ExplainedVarianceNLL": lambda group: score_loss(ExplainedVarianceNLL(process_group=group)),
+}
+COLLECTIVES = {"SAGELoss": 2, "ReliabilityHead": 1, "ReliabilityNLL": 1, "ExplainedVarianceNLL": 1}
+
+
+def input_gradients(loss, inputs, given):
+    inputs = {k: x.detach().clone().requires_grad_() for k, x in inputs.items()}
+    value = loss(inputs, *given)
+    value.backward()
+    return value.detach(), {k: torch.zeros_like(x) if x.grad is None else x.grad for k, x in inputs.items()}
+
+
+@contextlib.contextmanager
+def collectives():
+    """The list of what is called of torch.distributed in the block."""
+    called, before = [], {}
+    for name in ("all_gather", "all_reduce", "all_gather_into_tensor", "broadcast", "all_gather_object"):
+        before[name] = getattr(dist, name)
+        setattr(dist, name, lambda *a, _name=name, **k: (called.append(_name), before[_name](*a, **k))[1])
+    try:
+        yield called
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
+
+
+def on_confident(rank, size, name, batches):
+    group = group_of(size)
+    if rank >= size:
+        return None
+    loss = CONFIDENT[name](group)
+    with collectives() as called:
+        found = [input_gradients(loss, *part_of(batch, parts, rank)) for batch, parts in batches]
+    assert called == ["all_gather"] * COLLECTIVES[name] * len(batches)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CONFIDENT)
+def test_a_loss_of_confidence_is_that_of_the_global_batch(team, size, name):
+    batches = []
+    for i, parts in enumerate(PARTS.values()):
+        for j, flags in enumerate(DRAWS):
+            batches.append((draw_outputs(17 * i + j, parts[:size], flags), parts[:size]))
+    for joint, single in ((False, True), (True, False)):
+        batches.append((draw_outputs(99, PARTS["uneven"][:size], "both", joint, single), PARTS["uneven"][:size]))
+    found = team(on_confident, size, name, batches)[:size]
+    for i, (batch, _) in enumerate(batches):
+        value, expected = input_gradients(CONFIDENT[name](None), *batch)
+        for rank in range(size):
+            torch.testing.assert_close(found[rank][i][0], value, rtol=1e-10, atol=1e-10)
+            assert torch.equal(found[rank][i][0], found[0][i][0])  # to the bit
+        for key, gradient in expected.items():
+            got = torch.cat([found[rank][i][1][key] for rank in range(size)]) / size
+            torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-10 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("name", CONFIDENT)
+def test_what_local_losses_of_confidence_miss(name):
+    """The test above is able to fail. (A mean over equally many frames is no worse.)"""
+    parts = PARTS["uneven"]
+    batch = draw_outputs(0, parts, "a rank without")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, _ = input_gradients(CONFIDENT[name](None), *batch)
+        local = [input_gradients(CONFIDENT[name](None), *part_of(batch, parts, rank))[0] for rank in range(3)]
+    assert abs(torch.stack(local).mean() - value) > 1e-3
+
+
 def on_compiled(rank, batch):
     step = torch.compile(CCCLoss(process_group=group_of(3)), fullgraph=True, backend="aot_eager")
     return gradients(step, *batch[rank])
@@ -217,11 +379,25 @@ def on_warning(rank):
             warnings.simplefilter("always")
             loss(pred, target, mask)
         said.append([(str(w.message), w.filename) for w in caught])
+    batch = draw_outputs(0, (2,), "both")
+    for whole in (False, False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if whole:  # whoever has the rows of all ranks has the global batch
+                _distributed._warned.clear()
+                _distributed.losses_are_whole()
+            for make in CONFIDENT.values():
+                make(None)(batch[0], *batch[1])
+        said.append([str(w.message) for w in caught])
+    _distributed._whole = False
     return said
 
 
 def test_losses_apart_are_said_once(team):
-    for with_group, sequences, first, *later in team(on_warning):
+    for with_group, sequences, first, *later, sage, again, whole in team(on_warning):
+        [message] = sage  # the others are means over frames: right where ranks count equally many
+        assert message.startswith("SAGELoss was given no process_group, so each of the 3 processes takes")
+        assert again == whole == []
         assert with_group == sequences == []
         [(message, file)] = first
         assert file == __file__
@@ -253,9 +429,59 @@ class Estimator(nn.Module):
         return self.out(self.fuse(features, present, quality=quality).fused)
 
 
-def estimator():
+class WithHead(Estimator):
+    """The same, and its loss inside: what the README adds to teach confidence."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.head = ReliabilityHead(self.fuse, TARGETS, kappa=1.0, process_group=group)
+
+    def forward(self, features, present, quality, target, mask):
+        out = self.fuse(features, present, quality=quality)
+        return self.out(out.fused), self.head(features, out, target, mask, present)
+
+
+def estimator(name, group=None):
     torch.manual_seed(0)
-    return Estimator().double()
+    if name == "SAGELoss":
+        model = SAGE(
+            DIMS,
+            dim=6,
+            stages=3,
+            num_targets=TARGETS,
+            blocks=2,
+            evidence_dim=8,
+            dropout=0.0,
+            quality_dims={"visual": 2},
+        )
+    else:
+        model = WithHead(group) if name == "ReliabilityHead" else Estimator()
+    return model.double().train()
+
+
+def step_loss(name, group=None):
+    """Loss of a model and a batch."""
+    if name == "SAGELoss":
+        loss = SAGELoss(process_group=group)
+
+        def of(model, inputs, outputs):
+            features, present, quality = inputs
+            return loss(model(features, present, quality=quality), *outputs, present)[0]
+
+    elif name == "ReliabilityHead":
+        loss = CCCLoss(process_group=group)
+
+        def of(model, inputs, outputs):
+            prediction, confident = model(*inputs, *outputs)
+            return loss(prediction, *outputs) + confident
+
+    else:
+        loss = LOSSES[name](group)
+
+        def of(model, inputs, outputs):
+            return loss(model(*inputs), *outputs)
+
+    return of
 
 
 def training_batch(step, parts):
@@ -278,6 +504,8 @@ def training_batch(step, parts):
 
 def part_of(batch, parts, rank):
     """The rows of one rank, through any nesting."""
+    if batch is None:
+        return None
     if isinstance(batch, dict):
         return {k: part_of(v, parts, rank) for k, v in batch.items()}
     if isinstance(batch, tuple):
@@ -294,7 +522,7 @@ def sgd(model, loss, batches):
     values = []
     for inputs, outputs in batches:
         optimiser.zero_grad()
-        value = loss(model(*inputs), *outputs)
+        value = loss(model, inputs, outputs)
         value.backward()
         optimiser.step()
         values.append(value.detach())
@@ -305,29 +533,29 @@ def on_training(rank, size, name, together):
     group = group_of(size)
     if rank >= size:
         return None
-    model = estimator()
+    model = estimator(name, group if together else None)
     if together:
         convert_sync_statistics(model, group)
     wrapped = DistributedDataParallel(model, process_group=group)
     steps = [(training_batch(s, parts_at(s, size)), parts_at(s, size)) for s in range(STEPS)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loss = LOSSES[name](group if together else None)
+        loss = step_loss(name, group if together else None)
         values = sgd(wrapped, loss, [part_of(batch, parts, rank) for batch, parts in steps])
     return values, model.state_dict()
 
 
 def one_process(size, name):
-    model = estimator()
-    values = sgd(model, LOSSES[name](), [training_batch(s, parts_at(s, size)) for s in range(STEPS)])
+    model = estimator(name)
+    values = sgd(model, step_loss(name), [training_batch(s, parts_at(s, size)) for s in range(STEPS)])
     return values, model.state_dict()
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["CCCLoss", "sequence", "halflife"])
+@pytest.mark.parametrize("name", ["CCCLoss", "sequence", "halflife", "SAGELoss", "ReliabilityHead"])
 def test_ddp_trains_as_one_process(team, size, name):
     values, expected = one_process(size, name)
-    start = estimator().state_dict()
+    start = estimator(name).state_dict()
     assert values[-1] < values[0] - 0.05  # something was learnt
     assert max((expected[k].double() - start[k].double()).abs().max() for k in expected) > 0.1
     found = team(on_training, size, name, True)[:size]
@@ -489,6 +717,10 @@ def test_errors_of_groups(team):
         lambda: functional.ccc(torch.zeros(5, 2), torch.zeros(5, 2), process_group=3),
         lambda: CCCLoss(process_group=3),
         lambda: TemporalCCCLoss(process_group=3),
+        lambda: ReliabilityNLL(process_group=3),
+        lambda: ExplainedVarianceNLL(process_group=3),
+        lambda: ReliabilityHead(DIMS, process_group=3),
+        lambda: SAGELoss(process_group=3),
         lambda: StreamingCCC().sync(3),
     ],
 )
