@@ -353,7 +353,12 @@ def test_what_local_losses_of_confidence_miss(name):
 
 
 def on_compiled(rank, batch):
-    step = torch.compile(CCCLoss(process_group=group_of(3)), fullgraph=True, backend="aot_eager")
+    loss = CCCLoss(process_group=group_of(3))
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    pred, target, _ = (x.float() if x is not None and x.is_floating_point() else x for x in batch[rank])
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = loss(pred.bfloat16(), target)
+    torch.testing.assert_close(narrow, loss(pred.bfloat16().float(), target), rtol=1e-6, atol=0)
     return gradients(step, *batch[rank])
 
 
