@@ -143,9 +143,9 @@ def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
 class JoblibWorkers:
     """Runs jobs on joblib's active backend: loky's processes, or what `joblib.parallel_config` names (dask, ray, one's own).
 
-    `processes`: joblib's n_jobs; None: all that the backend has. A job that raises costs only itself; one that takes its
-    process down costs all that were not finished, where the backend gives up then, as loky does. ImportError without joblib;
-    ValueError, from `run`, for a backend of threads: jobs change what belongs to a process.
+    `processes`: joblib's n_jobs; None: all that the backend has; with 1 joblib runs the jobs in this process. A job that raises
+    costs only itself; one that takes its process down costs all that were not finished, where the backend gives up then, as loky
+    does. ImportError without joblib; ValueError, from `run`, for a backend of threads: jobs change what belongs to a process.
     """
 
     def __init__(self, processes: int | None = None) -> None:

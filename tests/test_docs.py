@@ -496,7 +496,7 @@ def test_what_is_taken_for_a_block_and_for_a_command(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["sage-ext fly", "sage-ext train --wings 2", "make nothing", "python benchmarks/no.py", "python benchmarks/report.py --no",
+    ["sage-ext fly", "sage-ext train --wings 2", "make nothing", "python benchmarks/no.py", "python benchmarks/bench.py --no",
      "pytest tests/no", "pytest -m fast tests", 'pip install ".[no]"', "NO_SUCH=1 sage-ext info"],
 )  # fmt: skip
 def test_a_wrong_command_is_noticed(text):

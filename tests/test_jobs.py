@@ -76,13 +76,15 @@ def test_joblib_runs_jobs_on_the_backend_that_is_active():
 
 @pytest.mark.slow
 def test_a_process_that_dies_under_joblib_costs_what_was_not_finished():
-    with JoblibWorkers(1) as workers:
-        outcomes = list(
-            workers.run([Job("one", _process, (1,)), Job("killed", _fail, ("killed",)), Job("late", _process, (2,))])
-        )
-    assert {outcome.job.name for outcome in outcomes} == {"one", "killed", "late"}
-    assert outcomes[0].value[0] == 1
-    assert "joblib's LokyBackend failed" in {outcome.job.name: outcome for outcome in outcomes}["killed"].error
+    """Two processes: with one, joblib does jobs in this process."""
+    jobs = [Job("killed", _fail, ("killed",)), *(Job(str(i), _process, (i,)) for i in range(3))]
+    with JoblibWorkers(2) as workers:
+        outcomes = {outcome.job.name: outcome for outcome in workers.run(jobs)}
+    assert set(outcomes) == {"killed", "0", "1", "2"}
+    assert "joblib's LokyBackend failed" in outcomes["killed"].error
+    for i in range(3):
+        outcome = outcomes[str(i)]
+        assert outcome.value[0] == i if outcome.error is None else "LokyBackend failed" in outcome.error
 
 
 def test_without_joblib_its_extra_is_named(monkeypatch):
