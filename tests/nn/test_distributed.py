@@ -352,25 +352,37 @@ def test_what_local_losses_of_confidence_miss(name):
     assert abs(torch.stack(local).mean() - value) > 1e-3
 
 
-def on_compiled(rank, batch):
-    loss = CCCLoss(process_group=group_of(3))
-    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    pred, target, _ = (x.float() if x is not None and x.is_floating_point() else x for x in batch[rank])
-    with torch.autocast("cpu", torch.bfloat16):
-        narrow = loss(pred.bfloat16(), target)
-    torch.testing.assert_close(narrow, loss(pred.bfloat16().float(), target), rtol=1e-6, atol=0)
-    return gradients(step, *batch[rank])
+COMPILED = {"SAGELoss": True, "ReliabilityHead": False}  # under autocast or not
+
+
+def on_compiled(rank, batch, outputs, parts):
+    step = torch.compile(CCCLoss(process_group=group_of(3)), fullgraph=True, backend="aot_eager")
+    found = [gradients(step, *batch[rank])]
+    for name, autocast in COMPILED.items():
+        step = torch.compile(CONFIDENT[name](group_of(3)), fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(input_gradients(step, *part_of(outputs, parts, rank)))
+    return found
 
 
 @pytest.mark.slow
 def test_one_graph_under_compile(team):
-    batch = draw(4, PARTS["uneven"])
+    """And the same under autocast, which leaves float64 alone."""
+    batch, parts = draw(4, PARTS["uneven"]), PARTS["uneven"]
+    outputs = draw_outputs(4, parts, "both")
     value, by_pred, by_target = gradients(CCCLoss(), *joined(batch))
-    found = team(on_compiled, batch)
+    found = team(on_compiled, batch, outputs, parts)
     for rank in range(3):
-        torch.testing.assert_close(found[rank][0], value, rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.cat([g for _, g, _ in found]) / 3, by_pred, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(torch.cat([g for _, _, g in found]) / 3, by_target, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(found[rank][0][0], value, rtol=1e-12, atol=0)
+    for part, expected in ((1, by_pred), (2, by_target)):
+        got = torch.cat([f[0][part] for f in found]) / 3
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+    for i, name in enumerate(COMPILED, 1):
+        value, expected = input_gradients(CONFIDENT[name](None), *outputs)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[0][i][0], value, rtol=1e-12, atol=0)
+            got = torch.cat([f[i][1][key] for f in found]) / 3
+            torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-14)
 
 
 # ----------------------------------------------------------------------------------------------------------- the warning
