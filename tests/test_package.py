@@ -6,6 +6,7 @@ SAGE_TEST_DIST=DIR takes the sdist and wheel that lie there in place of building
 from __future__ import annotations
 
 import email
+import fcntl
 import os
 import re
 import shutil
@@ -53,9 +54,16 @@ def dist(tmp_path_factory, request) -> Path:
     """A folder with the sdist, and the wheel built of what is in it."""
     if given := os.environ.get("SAGE_TEST_DIST"):
         return Path(given)
-    folder = tmp_path_factory.mktemp("dist")
-    tools = request.getfixturevalue("tools")
-    run(tools, "-m", "build", "-q", "-o", folder, "-C", "cmake.define.SAGE_EXT_CUDA=OFF", ROOT)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a folder of all the processes that test: one builds
+        shared = shared.parent
+    folder, tools = shared / "dist", request.getfixturevalue("tools")
+    with open(shared / "dist.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            made = tmp_path_factory.mktemp("dist")
+            run(tools, "-m", "build", "-q", "-o", made, "-C", "cmake.define.SAGE_EXT_CUDA=OFF", ROOT)
+            made.rename(folder)
     return folder
 
 
