@@ -7,6 +7,7 @@ gradient of the common result times the number of ranks, so that this average is
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from . import reference
+
+# Imported later, as an optimizer's first step does, its functions would have the process group for a default argument: it would
+# outlive destroy_process_group, and its threads the interpreter, which aborts the process now and then.
+if dist.is_available():
+    importlib.import_module("torch.distributed.nn")
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

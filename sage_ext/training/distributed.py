@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import importlib
 import os
 import signal
 import threading
@@ -210,9 +209,6 @@ def joined() -> Iterator[Group]:
             store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
             # torchrun's store outlives a restart, with the addresses of the processes before it.
             store = dist.PrefixStore(f"sage_ext/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            # Imported later, as an optimizer's first step does, its functions would have the group for a default argument: it
-            # would outlive destroy_process_group, and its threads the interpreter, which aborts the process now and then.
-            importlib.import_module("torch.distributed.nn")
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         group = _Several(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
