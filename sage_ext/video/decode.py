@@ -98,7 +98,7 @@ class Media:
 
     def _open(self) -> Any:
         try:
-            return self._av.open(str(self.path), metadata_errors="replace")
+            return opened(self.path)
         except (self._av.error.FFmpegError, OSError) as error:
             if isinstance(error, (PermissionError, IsADirectoryError)):
                 raise
@@ -263,11 +263,19 @@ def jpeg(rgb: np.ndarray, quality: int) -> bytes:
     return data.tobytes()
 
 
+def opened(path: str | os.PathLike[str]) -> Any:
+    """PyAV's container of a file, whose titles may be in any encoding."""
+    av = require("av", "video")
+    # PyAV 19 reads whatever titles there are, and no longer knows the argument.
+    lenient = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+    return av.open(str(path), **lenient)
+
+
 def duration(path: str | os.PathLike[str]) -> float:
     """Seconds, as far as the file says; 0 where it does not."""
     av = require("av", "video")
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             return float(container.duration or 0) / av.time_base
     except av.error.FFmpegError:
         return 0.0

@@ -15,7 +15,7 @@ from ..data.targets import Target
 from ..extras import require
 from ..files import replacing
 from ..report import MODALITY, STAGE, printable
-from .decode import SLACK, Media, Picture
+from .decode import SLACK, Media, Picture, opened
 from .report import TARGET
 from .result import Result
 
@@ -84,7 +84,7 @@ def _write(av: Any, container: Any, result: Result, rate: float, first: Picture,
 def _sound(av: Any, source: Path, zero: float, into: Any) -> Iterator[float]:
     """Moves the source's sound into the container, a little at each step, and gives the seconds it has come to. The first step
     adds the track. `zero`: where the pictures begin on the file's clock."""
-    with av.open(str(source), metadata_errors="replace") as container:
+    with opened(source) as container:
         track = container.streams.best("audio")
         if track is None or not track.rate or not track.channels:
             return

@@ -10,7 +10,7 @@ pytest.importorskip("cv2")
 
 from media import GRID, grey, tone, write
 
-from sage_ext.video.decode import RATE, Media, Picture
+from sage_ext.video.decode import RATE, Media, Picture, duration
 
 
 def read(path, **options):
@@ -180,3 +180,15 @@ def test_real_clips():
         assert 2.9 < len(samples) / RATE < 3.0
         assert not np.isnan(samples).any()
         assert damage == []
+
+
+def test_titles_in_another_encoding(tmp_path):
+    """Latin-1, which is not UTF-8."""
+    path = write(tmp_path / "a.mkv", [grey(v) for v in range(5)], sound=tone(0.2))
+    written = path.read_bytes()
+    assert b"Lavf" in written  # the name of the program that wrote it, of which we spoil a letter
+    path.write_bytes(written.replace(b"Lavf", b"L\xe9vf"))
+    assert duration(path) > 0
+    pictures, _, damage = read(path)
+    assert len(pictures) == 5
+    assert damage == []
