@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import fcntl
+import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -36,6 +38,21 @@ _SHAPE = ("centroid", "bandwidth", "flatness", "rolloff", "flux", "zero_crossing
 _SPECS = "prosody, opensmile, onnx:FILE, module:function or hf:DIR"
 
 Array = np.ndarray
+
+
+@contextlib.contextmanager
+def _compiling_alone() -> Iterator[None]:
+    """No other process of ours that has this librosa is in such a block. At its first use on a machine numba compiles parts of it
+    and keeps them beside it; where two processes do that at once, what they leave can end every process that reads it
+    (SIGSEGV). The lock is librosa's own file, so it is of this installation, and nothing is written for it."""
+    found = importlib.util.find_spec("librosa")
+    if found is None or found.origin is None:  # the caller says so
+        yield
+        return
+    with open(found.origin, "rb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Description(Protocol):
@@ -79,6 +96,10 @@ class SoundFeatures:
     """
 
     def __init__(self, description: Description | None = None, silero: Silero | None = None) -> None:
+        with _compiling_alone():
+            self._prepare(description, silero)
+
+    def _prepare(self, description: Description | None, silero: Silero | None) -> None:
         self._librosa: Any = require("librosa", "video")
         self._signal: Any = require("scipy.signal", "video")
         self._description, self._silero = description, silero

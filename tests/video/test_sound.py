@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
 import time
 import types
@@ -563,3 +565,14 @@ def test_it_keeps_up():
         features.push(part)
         times.append(time.process_time() - began)
     assert np.median(times) < 3e-3
+
+
+@pytest.mark.slow
+def test_processes_that_begin_at_once_on_a_new_machine(tmp_path):
+    """What librosa has compiled at its first use is kept on disk; written by several processes at once it is broken for good."""
+    command = [sys.executable, "-c", "from sage_ext.video.sound import SoundFeatures; SoundFeatures()"]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    together = [subprocess.Popen(command, env=environment) for _ in range(3)]
+    assert [process.wait(timeout=300) for process in together] == [0, 0, 0]
+    assert list(tmp_path.rglob("*.nbi"))
+    assert subprocess.run(command, env=environment, timeout=300).returncode == 0
