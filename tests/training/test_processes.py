@@ -262,10 +262,10 @@ def test_a_killed_process_ends_the_job_which_can_be_resumed(data, tmp_path, rank
 @pytest.mark.slow
 def test_processes_that_do_not_answer_are_not_waited_for_long(data, tmp_path):
     run = tmp_path / "run"
-    processes = start(2, command(data, run), **{TIMEOUT: "4"})
+    processes = start(2, command(data, run), **{TIMEOUT: "12"})
     under_way(run, processes)
     processes[1].send_signal(signal.SIGSTOP)
-    out, err = processes[0].communicate(timeout=60)
+    out, err = processes[0].communicate(timeout=90)
     processes[1].kill()
     processes[1].communicate()
     assert processes[0].returncode == 2
