@@ -27,7 +27,7 @@ import stream
 import torch
 import training_step
 import video
-from report import machine
+from bench import machine
 
 from sage_ext.models import SAGE
 from sage_ext.video.extraction import extract

@@ -40,13 +40,14 @@ class _Estimator(nn.Module):
         super().__init__()
         self.model, self.carries = model, carries
 
-    def forward(
+    def output(
         self,
         features: dict[str, Tensor],
         present: Tensor,
         quality: dict[str, Tensor] | None = None,
         state: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Any:
+        """What the model says."""
         model = self.model
         inputs: Any = features if model.names else list(features.values())
         signs: Any = quality
@@ -57,8 +58,17 @@ class _Estimator(nn.Module):
             more["typicality_inputs"] = inputs
         if state is not None:
             more["state"] = _unnamed(self.carries, state)
-        out: Any = model(inputs, present, **more)
-        found = {name: getattr(out, name) for name in (SAGE_FIELDS if isinstance(model, SAGE) else FUSION_FIELDS)}
+        return model(inputs, present, **more)
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        present: Tensor,
+        quality: dict[str, Tensor] | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        out = self.output(features, present, quality, state)
+        found = {name: getattr(out, name) for name in (SAGE_FIELDS if isinstance(self.model, SAGE) else FUSION_FIELDS)}
         if state is not None:
             found |= {f"next_{name}": x for name, x in _named(out.state)}
         return found
@@ -100,16 +110,7 @@ def _carried(model: SAGE | Fusion, batch: int) -> Any:
     """A state of the model, after a frame of `batch` sequences."""
     _check_model(model)
     with torch.no_grad(), _evaluating(model):
-        inputs = example(model, batch, frames=1)
-        state = model(
-            inputs[0] if model.names else list(inputs[0].values()),
-            inputs[1],
-            **(
-                {"typicality_inputs": inputs[0]}
-                if isinstance(model, ReliabilityFusion) and model.typicality_dims
-                else {}
-            ),
-        ).state
+        state = _Estimator(model).output(*example(model, batch, frames=1)).state
     if not dict(_named(state)):
         raise ValueError(
             "model: expected a causal one, which carries a state from one chunk to the next, got one that has none"

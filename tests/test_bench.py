@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -127,3 +129,15 @@ def test_the_pages_say_what_the_file_says():
         assert page.read_text() == text, f"{page.name}: run `python benchmarks/bench.py --write`"
     with pytest.raises(ValueError, match="expected the marks"):
         bench.put("a page", "table", "")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_a_script_imports_is_there(script, monkeypatch):
+    """Scripts import each other, and one the reader of compiled CUDA code beside its tests, by their bare names."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "cuda")
+    for node in ast.walk(ast.parse(script.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [str(node.module)]
+        for name in names:
+            assert importlib.util.find_spec(name.partition(".")[0]) is not None, name

@@ -74,11 +74,8 @@ STUDY, RESULT = "study.json", "result.json"
 GROWS = ("methods", "seeds", "severities", "corruptions")  # a study may be continued with others
 LATER = {"precision": "float32", "compile": False, "graph": False}  # of studies from before these fields
 
-TUNE, TRAIN, EVALUATE = PHASES = (
-    "tune",
-    "train",
-    "evaluate",
-)  # all rates on the tuning seeds; the other seeds; all scores
+# All rates on the tuning seeds; the other seeds at the chosen rate; all scores.
+TUNE, TRAIN, EVALUATE = PHASES = ("tune", "train", "evaluate")
 LAUNCHERS = ("local", "joblib")
 
 
